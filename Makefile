@@ -1,0 +1,42 @@
+# make quickstart | test | test-all | style | quality
+# Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p; done 2>/dev/null | head -1)
+BIN := .venv/bin
+CODE := run_dpo.py dpo_trainer.py mdpo scripts tests
+
+.PHONY: help venv quickstart test test-slow test-all style quality clean
+help:
+	@sed -n '1,2p' Makefile
+
+venv: .venv/.complete
+.venv/.complete: setup.cfg pyproject.toml scripts/check_tools.sh
+	@PYTHON="$(PYTHON)" sh scripts/check_tools.sh
+	rm -rf .venv
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[quickstart,dev]'
+	touch $@
+
+quickstart: .venv/.complete
+	$(BIN)/python scripts/prepare_quickstart.py
+	$(BIN)/python run_dpo.py recipes/smollm2-135m/dpo/config_quickstart.yaml
+
+test: .venv/.complete
+	$(BIN)/python -m pytest tests -q -m "not slow"
+
+test-slow: .venv/.complete
+	$(BIN)/python scripts/prepare_quickstart.py
+	$(BIN)/python -m pytest tests -q -m slow
+
+test-all: test test-slow
+
+style: .venv/.complete
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+quality: .venv/.complete
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+
+clean:
+	rm -rf .venv outputs models

@@ -1,0 +1,188 @@
+"""Log-probs of supervised tokens: the backbone once, the LM head only where a token is scored, in chunks.
+
+The head is called as a module exactly once per forward, whatever the number of chunks (0 too). Under DeepSpeed ZeRO-3
+its hooks then gather the weight once in forward and once in backward, and ranks with different counts stay in step.
+"""
+
+import functools
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import ModelOutput
+
+from mdpo.packing import CHOSEN, REJECTED
+from mdpo.types import PairLogps, UserError
+
+CHUNK_BYTES = 1 << 27  # of float32 logits held at a time
+
+
+@dataclass
+class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate know how to pass on
+    """For S scored tokens, float32 (S,): `logps` in nats, with gradient; and without gradient `entropy` of the
+    predicted distribution (nats), `mean_logit` over the vocabulary, `top1` (1 where the token is the likeliest)."""
+
+    logps: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    mean_logit: torch.Tensor | None = None
+    top1: torch.Tensor | None = None
+
+
+@dataclass
+class HeadTransform:
+    """What the architecture does to logits after the head: softcap · tanh(scale · x / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config) -> "HeadTransform":
+        """From a text config. Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Falcon-H1
+        multiplies by `lm_head_multiplier`; Gemma-2 caps at `final_logit_softcapping`."""
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        if getattr(config, "logits_scaling", None):
+            by = config.logits_scaling
+            scale = by if config.model_type == "hyperclovax" else 1 / by
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> torch.Tensor:  # noqa: B008
+    """The slow twin: log-probs (S,) of `target` (S,) from hidden states (S, H) through the whole float32 logits."""
+    logits = transform(F.linear(hidden, weight, bias).float())
+    return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """`full_log_probs` without the logits in memory: chunks of tokens, float32 log-softmax, recomputed in backward.
+
+    Returns (logps, entropy, mean_logit, top1), each float32 (S,); only logps carries gradient, to hidden states,
+    weight and bias. The weight's gradient is summed over chunks in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, transform, chunk):
+        on_device = hidden.device.type
+        ctx.compute = torch.get_autocast_dtype(on_device) if torch.is_autocast_enabled(on_device) else weight.dtype
+        ctx.transform, ctx.chunk = transform, chunk
+        # Saved, not copied: ZeRO-3 swaps the parameter's storage between forward and backward.
+        ctx.save_for_backward(hidden, weight, bias, target)
+        logps, entropy, mean, top1 = (hidden.new_empty(hidden.size(0), dtype=torch.float32) for _ in range(4))
+        w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
+        for at in _slices(hidden.size(0), chunk):
+            logits = transform(F.linear(hidden[at].to(ctx.compute), w, b).float())
+            picked = logits.gather(1, target[at, None]).squeeze(1)
+            lse = logits.logsumexp(-1)
+            logps[at] = picked - lse
+            mean[at] = logits.mean(-1)
+            top1[at] = (picked >= logits.amax(-1)).float()
+            probs = (logits - lse[:, None]).exp_()
+            entropy[at] = lse - probs.mul_(logits).sum(-1)  # H = lse − Σ p·x
+        ctx.mark_non_differentiable(entropy, mean, top1)
+        return logps, entropy, mean, top1
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, target = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
+        for at in _slices(hidden.size(0), ctx.chunk):
+            h = hidden[at].to(ctx.compute)
+            d_logits = _logits_gradient(F.linear(h, w, b), target[at], grad[at], ctx.transform)
+            if need_bias:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(ctx.compute)
+            if need_hidden:
+                d_hidden[at] = (d_logits @ w).to(hidden.dtype)
+            if need_weight:
+                d_weight += d_logits.T @ h
+        cast = [None if d is None else d.to(like.dtype) for d, like in ((d_weight, weight), (d_bias, bias))]
+        return d_hidden, *cast, None, None, None
+
+
+def _logits_gradient(raw, target, grad, transform: HeadTransform) -> torch.Tensor:
+    """d logp / d raw head output, times grad: (1[v = target] − softmax(x)_v) · dx/d raw. (C, V), float32."""
+    logits = transform(raw.float())
+    out = logits.softmax(-1).neg_()
+    out[torch.arange(len(target), device=target.device), target] += 1.0
+    out *= grad[:, None].float()
+    if transform.softcap:
+        out *= 1 - (logits / transform.softcap) ** 2
+    return out.mul_(transform.scale) if transform.scale != 1.0 else out
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def enable_scoring(model) -> None:
+    """Lets `model(input_ids=…, score_index=…, score_target=…)` return TokenScores. Called without `score_index` the
+    model's own forward runs, so generation and saving are unchanged. Give the model before any PEFT wrapping, or its
+    `get_base_model()`. Raises UserError for an LM head that carries its own adapter."""
+    own_forward = model.forward
+    config = model.config.get_text_config()
+    transform, chunk = HeadTransform.of(config), max(64, CHUNK_BYTES // (4 * config.vocab_size))
+
+    @functools.wraps(own_forward)  # generate() checks its arguments against this signature
+    def forward(*args, score_index=None, score_target=None, **kwargs):
+        if score_index is None:
+            return own_forward(*args, **kwargs)
+        kwargs.pop("labels", None)  # PEFT passes labels=None
+        kwargs["use_cache"] = False
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
+        head = _plain_head(model)
+        with _chunked(head, score_target.to(hidden.device), transform, chunk):
+            return TokenScores(*head(hidden))
+
+    model.forward = forward
+
+
+def _plain_head(model) -> torch.nn.Module:
+    head = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):  # a fully trained copy beside a LoRA adapter
+        adapters = [a for a in head.active_adapters if a in head.modules_to_save]
+        head = head.modules_to_save[adapters[0]] if adapters and not head.disable_adapters else head.original_module
+    if hasattr(head, "lora_A"):
+        raise UserError("lora_target_modules: the LM head cannot carry an adapter here; take 'lm_head' out of it.")
+    return head
+
+
+@contextmanager
+def _chunked(head, target, transform, chunk):
+    """Within it, calling `head(hidden)` runs ChunkedLogProbs inside the module call, where its weight is gathered."""
+    before = head.__dict__.get("forward")
+
+    def forward(hidden):
+        return ChunkedLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), target, transform, chunk)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def score_tokens(model, batch: dict[str, torch.Tensor]) -> TokenScores:
+    """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare)."""
+    names = ("input_ids", "attention_mask", "position_ids", "score_index", "score_target")
+    return model(**{name: batch[name] for name in names if name in batch})
+
+
+def sum_by_pair(logps: torch.Tensor, batch: dict[str, torch.Tensor], n_pairs: int) -> PairLogps:
+    """Per-token log-probs (S,) → sums and token counts of each pair and side."""
+    place = batch["score_side"] * n_pairs + batch["score_pair"]
+    sums = logps.new_zeros(2 * n_pairs).index_add(0, place, logps)
+    tokens = torch.bincount(place, minlength=2 * n_pairs)
+    sums, tokens = sums.view(2, n_pairs), tokens.view(2, n_pairs)
+    return PairLogps(sums[CHOSEN], sums[REJECTED], tokens[CHOSEN], tokens[REJECTED])

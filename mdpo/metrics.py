@@ -1,0 +1,88 @@
+"""What is logged, under TRL's names, and how it is averaged: over pairs or over tokens, and over all ranks."""
+
+import torch
+
+from mdpo.logprobs import TokenScores
+from mdpo.types import PairLogps
+
+# One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
+COLUMNS = (
+    "row",  # the pair's number in its set
+    "loss",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_tokens",
+    "rejected_tokens",
+    "entropy",
+    "chosen_logits",
+    "rejected_logits",
+    "chosen_top1",
+    "nll",
+)
+
+
+def pair_table(
+    batch, scores: TokenScores, losses, rewards: tuple[torch.Tensor, torch.Tensor], logps: PairLogps, nll
+) -> torch.Tensor:
+    """COLUMNS for the B pairs of a batch, float64 (B, len(COLUMNS)), on the batch's device, without gradient.
+    `losses`, both `rewards` (β times the log ratio) and `nll` are (B,)."""
+    n = len(losses)
+    place = batch["score_side"] * n + batch["score_pair"]
+
+    def by_side(values):  # (S,) -> chosen (B,), rejected (B,)
+        return values.new_zeros(2 * n).index_add(0, place, values).view(2, n)
+
+    logits, top1, entropy = by_side(scores.mean_logit), by_side(scores.top1), by_side(scores.entropy)
+    columns = (
+        batch["row"] if "row" in batch else torch.full((n,), -1, device=losses.device),
+        losses,
+        *rewards,
+        logps.chosen,
+        logps.rejected,
+        logps.chosen_tokens,
+        logps.rejected_tokens,
+        entropy.sum(0),
+        *logits,
+        top1[0],
+        nll,
+    )
+    return torch.stack([c.detach().double() for c in columns], dim=1)
+
+
+def summarise(table: torch.Tensor) -> dict[str, float]:
+    """TRL's metrics of a table of pairs: means over pairs; entropy, logits and accuracy over tokens."""
+    column = dict(zip(COLUMNS, table.unbind(1), strict=True))
+    tokens = {side: column[f"{side}_tokens"].sum().clamp(min=1) for side in ("chosen", "rejected")}
+    margins = column["chosen_reward"] - column["rejected_reward"]
+    metrics = {
+        "entropy": column["entropy"].sum() / (tokens["chosen"] + tokens["rejected"]),
+        "logits/chosen": column["chosen_logits"].sum() / tokens["chosen"],
+        "logits/rejected": column["rejected_logits"].sum() / tokens["rejected"],
+        "mean_token_accuracy": column["chosen_top1"].sum() / tokens["chosen"],
+        "rewards/chosen": column["chosen_reward"].mean(),
+        "rewards/rejected": column["rejected_reward"].mean(),
+        "rewards/accuracies": (margins > 0).double().mean(),
+        "rewards/margins": margins.mean(),
+        "logps/chosen": column["chosen_logps"].mean(),
+        "logps/rejected": column["rejected_logps"].mean(),
+        "nll_loss": column["nll"].mean(),
+    }
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
+    """The tables of all ranks as one, each pair once: the last batches are filled up with pairs from the start, so
+    that every rank has the same number. Rows numbered −1 (a foreign collator's) cannot be told apart and all stay."""
+    table = torch.cat(tables)
+    seen: set[int] = set()
+    keep = [i for i, row in enumerate(table[:, 0].long().tolist()) if row < 0 or not (row in seen or seen.add(row))]
+    return table[keep]
+
+
+def mean_over_steps(tables: list[list[torch.Tensor]]) -> dict[str, float]:
+    """Training metrics as TRL logs them: each step's own averages over all ranks, averaged over the steps since the
+    last log. `tables[rank][step]` holds that step's pairs."""
+    steps = [summarise(torch.cat([t.cpu() for t in step])) for step in zip(*tables, strict=True)]
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} if steps else {}

@@ -1,0 +1,176 @@
+"""Pairs of messages → token ids and masks: which tokens the policy itself produced.
+
+`mask[t] == 1` if and only if the policy samples token t at inference time in this trajectory: the text of an assistant
+message after the prompt, tool calls included, and the end-of-turn token that closes it. Every mask is verified against
+the rendered text before it leaves this module.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from tokenizers import Tokenizer, processors
+
+from mdpo.template import NOT_DERIVABLE, ChatTemplate, Rendered
+from mdpo.types import DropPair, Pair, TokenizedPair, UserError, common_prefix
+
+STRADDLE = "a token straddles a turn's boundary"
+
+
+@dataclass
+class RenderSettings:
+    """What decides ids and masks. With `mask_turns` False, TRL's rule: everything after the prompt is supervised."""
+
+    max_length: int | None
+    truncation_mode: str = "drop"  # drop: over-long pairs are dropped; keep_start: cut at the end, as TRL does
+    mask_turns: bool = True
+    template_kwargs: dict = field(default_factory=dict)
+
+
+def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:
+    """Ids and masks of both sides, cut to `max_length` where the settings say so.
+    Raises DropPair with the reason when this pair cannot be trained on."""
+    if isinstance(pair.chosen, str) or not settings.mask_turns:
+        sides = _completion_sides(pair, template)
+    else:
+        sides = [_turn_side(messages, pair, template) for messages in (pair.chosen, pair.rejected)]
+    sides = _truncate(sides, settings)
+    (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = sides
+    shared = common_prefix(
+        list(zip(chosen_ids, chosen_mask, strict=True)), list(zip(rejected_ids, rejected_mask, strict=True))
+    )
+    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared)
+
+
+def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
+    """How many special tokens stand as text inside user, tool and system messages of the chosen side. They become
+    real tokens, as at inference; they never move a boundary. Counted so that the report can say so."""
+    if isinstance(pair.chosen, str):
+        return 0
+    texts = (str(m.get("content") or "") for m in pair.chosen if m["role"] != "assistant")
+    return sum(len(template.find_special(text)) for text in texts)
+
+
+def _turn_side(messages, pair: Pair, template: ChatTemplate) -> tuple[list[int], list[int]]:
+    rendered = template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
+    if not rendered.spans:
+        raise DropPair("no assistant turn")
+    ids, ranges = tokenize(rendered.text, template.tokenizer)
+    mask = span_mask(ranges, [(s.start, s.end) for s in rendered.spans])
+    _verify(rendered, ids, ranges, template)
+    return ids, mask
+
+
+def tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a rendered text and the characters [start, end) behind each token.
+
+    Tokens tile the text: characters between two reported ranges belong to the later token.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast one: it cannot report positions.")
+    encoded = _untrimmed(tokenizer).encode(text, add_special_tokens=False)
+    ranges, previous = [], 0
+    for start, end in encoded.offsets:
+        start = min(start, previous) if end > previous else start
+        ranges.append((start, end))
+        previous = max(previous, end)
+    return encoded.ids, ranges
+
+
+@lru_cache(maxsize=8)
+def _untrimmed(tokenizer) -> Tokenizer:
+    """The tokenizer's own engine, but reporting ranges with their white space: GPT-2's post-processor cuts it off."""
+    engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    engine.no_truncation()
+    engine.no_padding()
+    engine.post_processor = processors.ByteLevel(trim_offsets=False)
+    return engine
+
+
+def span_mask(ranges: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """1 where a token lies inside a span; DropPair where one lies half inside.
+
+    Example: ranges [(0, 4), (4, 6), (6, 9)] with the span (4, 9) -> [0, 1, 1].
+    Both tokens of a character that is split in two carry that character's range.
+    """
+    mask, k = [], 0
+    for start, end in ranges:
+        while k < len(spans) and start >= spans[k][1]:
+            k += 1
+        a, b = spans[k] if k < len(spans) else (10**18, 10**18)
+        if start >= a and end <= b:
+            mask.append(1)
+        elif end > a:
+            raise DropPair(STRADDLE)
+        else:
+            mask.append(0)
+    return mask
+
+
+def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
+    """Each span's tokens decode to its text, the text is the message's own, and its last token is the end of turn."""
+    for span in rendered.spans:
+        inside = [t for t, (start, end) in zip(ids, ranges, strict=True) if span.start <= start and end <= span.end]
+        expected = rendered.text[span.start : span.end]
+        if not _same_text(expected, inside, template.tokenizer):
+            raise DropPair(NOT_DERIVABLE)
+        if span.stop and template.tokenizer.convert_ids_to_tokens(inside[-1]) != span.stop:
+            raise DropPair("end-of-turn missing")
+        if not span.stop and rendered.text[span.end :].strip():
+            raise DropPair("end-of-turn missing")
+
+
+def _same_text(expected: str, ids: list[int], tokenizer) -> bool:
+    """Whether ids decode to the text, white space aside (Metaspace tokenizers lose a leading space). A tokenizer that
+    rewrites text (NFKC, lower case) is asked what it makes of the expected text alone."""
+
+    def squeeze(text):
+        return "".join(text.split())
+
+    def decode(tokens):
+        return squeeze(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    decoded = decode(ids)
+    return decoded == squeeze(expected) or decoded == decode(tokenizer(expected, add_special_tokens=False)["input_ids"])
+
+
+def _completion_sides(pair: Pair, template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
+    """TRL 1.16's rule: ids of the whole text; supervised is what comes after the common token prefix of the prompt
+    (with its generation prompt) and both sides. Plain strings end with EOS, conversations as their template writes."""
+    tokenizer, n = template.tokenizer, pair.n_prompt
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=isinstance(pair.chosen, str), verbose=False)["input_ids"]
+
+    if isinstance(pair.chosen, str):
+        eos = tokenizer.eos_token
+        prompt, sides = pair.chosen[:n], [s if s.endswith(eos) else s + eos for s in (pair.chosen, pair.rejected)]
+    else:
+        prompt = template.render(pair.chosen[:n], pair.tools, generation=True, **pair.template_kwargs)
+        sides = [template.render(side, pair.tools, **pair.template_kwargs) for side in (pair.chosen, pair.rejected)]
+    prompt_ids, sides = encode(prompt), [encode(side) for side in sides]
+    start = min(common_prefix(prompt_ids, ids) for ids in sides)
+    return [(ids, [0] * start + [1] * (len(ids) - start)) for ids in sides]
+
+
+def _truncate(sides, settings: RenderSettings):
+    """Drops or cuts over-long pairs. Ours never trains a side without a supervised token, nor two equal sides;
+    TRL's rule (mask_turns False) only drops pairs whose prompt alone fills `max_length`."""
+    limit = settings.max_length
+    too_long = limit is not None and max(len(ids) for ids, _ in sides) > limit
+    if too_long and settings.truncation_mode == "drop":
+        raise DropPair("over-long")
+    if too_long:
+        if settings.mask_turns and any(_last_turn(mask) >= limit for _, mask in sides):
+            raise DropPair("last turn lost")
+        sides = [(ids[:limit], mask[:limit]) for ids, mask in sides]
+    if any(sum(mask) == 0 for _, mask in sides) and (settings.mask_turns or too_long):
+        raise DropPair("last turn lost" if too_long else "no assistant turn")
+    if settings.mask_turns and sides[0] == sides[1]:
+        raise DropPair("equal after truncation" if too_long else "chosen equals rejected")
+    return sides
+
+
+def _last_turn(mask: list[int]) -> int:
+    """Index at which the last run of supervised tokens begins; 0 where there is none."""
+    last = max((t for t, m in enumerate(mask) if m), default=0)
+    return last - next((n for n in range(last + 1) if not mask[last - n]), last + 1) + 1 if any(mask) else 0

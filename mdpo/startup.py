@@ -1,0 +1,91 @@
+"""Around a run: what is put right before DeepSpeed starts, and the one place where errors end."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mdpo.types import UserError
+
+FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's lock: only older ones are stale
+
+
+def is_main_process() -> bool:
+    """Rank 0 of all, known before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*lines: str) -> None:
+    """Prints lines on the main process only."""
+    if is_main_process():
+        print(*lines, sep="\n", flush=True)
+
+
+def clear_stale_build_locks() -> list[Path]:
+    """Removes and names the locks that a killed build of a DeepSpeed operator left in the torch extensions folder:
+    every later start would wait on them for ever, without a word. A lock is stale when no process on this machine
+    has it open or works in its folder. One process of each machine does this; the others wait on the lock anyway."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
+    several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    removed = []
+    for lock in [p for pattern in ("*/lock", "*/*/lock") for p in _extensions_root().glob(pattern)]:
+        if several_nodes and time.time() - lock.stat().st_mtime < FOREIGN_LOCK_S:
+            continue
+        if not _in_use(lock):
+            lock.unlink(missing_ok=True)
+            removed.append(lock)
+            print(f"Removed {lock}: a killed build of a DeepSpeed operator left it, and every start would hang.")
+    return removed
+
+
+def _extensions_root() -> Path:
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
+
+
+def _in_use(lock: Path) -> bool:
+    lock = lock.resolve()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if Path(os.readlink(process / "cwd")) == lock.parent:
+                return True
+            if any(os.readlink(fd) == str(lock) for fd in (process / "fd").iterdir()):
+                return True
+        except OSError:  # gone meanwhile, or another user's
+            continue
+    return False
+
+
+def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Exit code of `main(argv)`. What a user can mend ends in a short message and exit code 1; with `--debug`, and
+    for every other error, the traceback is shown too."""
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    try:
+        main(argv)
+        return 0
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        message = str(error) if is_main_process() else str(error).splitlines()[0]
+        where = "" if is_main_process() else f" [rank {os.environ['RANK']}]"
+        print(f"\nerror{where}: {message}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        try:
+            dist.destroy_process_group()
+        except Exception as error:  # the run is over; a peer may be gone already
+            print(f"process group: {error}", file=sys.stderr)

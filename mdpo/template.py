@@ -1,0 +1,236 @@
+"""Where each assistant turn stands in the text that a model's own chat template writes.
+
+No template is parsed and no token id is searched for. The template renders the conversation three ways: as it is;
+with a unique sentinel before and after every message's content; and, for each assistant turn, the messages before it
+with the generation prompt. All positions come from the sentinels, so content can hold anything, role headers and
+end-of-turn markers included, without moving a boundary.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mdpo.marks import Marker, Marks, fresh_nonces
+from mdpo.types import DropPair, Message, UserError, common_prefix
+
+THINK_OPENER = re.compile(r"<think>\s*(</think>\s*)?$")  # what a generation prompt may add and history leaves out
+EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+REST_OF_EMPTY_THINK = re.compile(r"\s*</think>\s*")
+NOT_DERIVABLE = "mask not derivable"
+
+
+@dataclass
+class Span:
+    """Characters [start, end) of the rendered text that the policy sampled in assistant message `message`.
+
+    `stop` is the end-of-turn token that closes it, "" when the template writes none there (GLM-4's last turn).
+    """
+
+    start: int
+    end: int
+    message: int
+    stop: str
+
+
+@dataclass
+class Rendered:
+    """A rendered conversation: its text, the spans of assistant messages from `n_prompt` on, and the character ranges
+    that hold the content of all other messages."""
+
+    text: str
+    spans: list[Span]
+    foreign: list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with what has to be known once: content form, argument form, end-of-turn tokens."""
+
+    def __init__(self, tokenizer, kwargs: dict[str, Any] | None = None):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. "
+                "Set chat_template in the recipe to a .jinja file."
+            )
+        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
+        added = tokenizer.added_tokens_decoder.values()
+        self.special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
+        self._special_re = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
+        self.text_parts = self._needs_text_parts()
+        self.stops = {tokenizer.eos_token} - {None} | self._probe_stop()
+        self.header = self._probe_header()
+
+    def find_special(self, text: str) -> list[str]:
+        """The special tokens that stand in a text as text."""
+        return self._special_re.findall(text)
+
+    def render(self, messages: list[Message], tools=None, generation: bool = False, **kwargs) -> str:
+        """The template's text. Tool-call arguments go in as objects; as JSON strings where a template needs those.
+        Raises DropPair with the template's own words when it refuses the conversation."""
+        if self.text_parts:
+            messages = [_as_text_parts(m) for m in messages]
+        kwargs = {**self.kwargs, **kwargs, "tools": tools, "add_generation_prompt": generation}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        except TypeError as first:  # deepseek_v3 concatenates the arguments to a string
+            try:
+                as_json = [_json_arguments(m) for m in messages]
+                return self.tokenizer.apply_chat_template(as_json, tokenize=False, **kwargs)
+            except Exception:
+                raise DropPair(f"template refuses the conversation: {first}") from first
+        except Exception as e:  # jinja errors of every kind, raise_exception() included
+            raise DropPair(f"template refuses the conversation: {e}") from e
+
+    def locate(self, messages: list[Message], n_prompt: int, tools=None, **kwargs) -> Rendered:
+        """Renders `messages` and finds the spans of every assistant message from index `n_prompt` on.
+        Raises DropPair when the template refuses the conversation or a position cannot be derived."""
+        text = self.render(messages, tools, **kwargs)
+        marked, marker, marks = self._mark(messages, text, tools, kwargs)
+        spans = []
+        for i, message in enumerate(messages):
+            if i >= n_prompt and message["role"] == "assistant":
+                start = self._start(marks, marker, marked, i, tools, kwargs)
+                end, stop = self._end(marks, marker, marked, i, tools, kwargs)
+                spans.append(Span(start, end, i, stop))
+        foreign = marks.ranges([i for i, m in enumerate(messages) if m["role"] != "assistant"])
+        for span in spans:
+            if span.start >= span.end or any(a < span.end and span.start < b for a, b in foreign):
+                raise DropPair(NOT_DERIVABLE)
+        return Rendered(text, spans, foreign)
+
+    def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], Marker, Marks]:
+        """Messages with sentinels, and the marked text: without its sentinels it has to be the template's own text."""
+        nonce = next(fresh_nonces(text))
+        for inside in (False, True):
+            marker = Marker(nonce, inside)
+            marked = [marker.message(m, i) for i, m in enumerate(messages)]
+            try:
+                marks = Marks(self.render(marked, tools, **kwargs), marker)
+            except DropPair:
+                continue
+            if marks.plain == text:
+                return marked, marker, marks
+        raise DropPair(NOT_DERIVABLE)
+
+    def _start(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs) -> int:
+        """Where the policy begins to sample message `i`: after the generation prompt for the messages before it.
+
+        Example (Qwen3, last turn): the text goes on with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
+        generation prompt is `<|im_start|>assistant\\n`, or with enable_thinking=False all that stands before `Hi`;
+        the longest one that fits counts. In earlier turns the block is missing: then only the header is compared.
+        """
+        anchor, opening = marks.unmarked(marks.end_before(i)), marks.opening(i)
+        tail = marks.plain[anchor:]
+        base, *others = self._generation_prompts(marker, marked[:i], i, tools, kwargs)
+        # GLM-4 also writes "/nothink" behind the user's text; what counts is what follows the plain prompt.
+        others = [base + p.partition(base.lstrip())[2] if base.strip() and base.lstrip() in p else p for p in others]
+        fitting = [p for p in (base, *others, THINK_OPENER.sub("", base)) if tail.startswith(p)]
+        if fitting:
+            n = len(max(fitting, key=len))
+        else:  # another kind of opener that history leaves out: then the content has to follow at once
+            ahead = 0 if opening is None else marks.unmarked(opening) - anchor
+            n = min(common_prefix(tail, base), ahead)
+            if opening is None or tail[n:ahead].strip():
+                raise DropPair(NOT_DERIVABLE)
+        own = opening is not None and anchor + n >= marks.unmarked(opening)  # the policy's own words begin here
+        if self.header and not own and tail.startswith(self.header, n):  # no generation prompt after tool output
+            n += len(self.header)
+        if (marked[i].get("content") or "").lstrip().startswith("<think>"):  # then a block is the policy's own words
+            return anchor + n
+        block = EMPTY_THINK.match(tail, n)
+        if block is None and THINK_OPENER.search(tail[:n]):
+            block = REST_OF_EMPTY_THINK.match(tail, n)
+        return anchor + (block.end() if block else n)
+
+    def _generation_prompts(self, marker, before, i, tools, kwargs) -> list[str]:
+        """What the template writes behind the messages `before` for the policy to go on from: as the recipe asks for
+        it, and where the template knows the switch, with thinking off and on."""
+        ways = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
+        if "enable_thinking" not in str(self.tokenizer.chat_template):
+            ways = ways[:1]
+        texts = (self.render(before, tools, generation=True, **{**kwargs, **way}) for way in ways)
+        prompts = (Marks(text, marker) for text in texts)
+        return [p.plain[p.unmarked(p.end_before(i)) :] for p in prompts]
+
+    def _end(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs) -> tuple[int, str]:
+        """Where message `i` ends: behind the first end-of-turn token after its last content. Between that content and
+        the next message's content stands nothing but the template's own text.
+
+        Turns that none of the usual tokens closes (`<|eom_id|>`, `<|call|>` after tool calls) end with the last special
+        token that the template writes whether or not a message follows, or else with the first one. A last turn may
+        have none at all.
+        """
+        last = marks.end_of(i)
+        tail = marks.text[last : marks.next_message(i, last)]
+        found = [(tail.find(s), s) for s in self.stops if s in tail]
+        if not found and (specials := list(self._special_re.finditer(tail))):
+            alone = Marks(self.render(marked[: i + 1], tools, **kwargs), marker)
+            closing = self.find_special(alone.text[alone.end_of(i) :])
+            n = common_prefix([m.group() for m in specials], closing)
+            closer = specials[max(n - 1, 0)]
+            found = [(closer.start(), closer.group())]
+        if not found:
+            closing = tail.rstrip() if i == len(marked) - 1 and marked[i].get("tool_calls") else ""
+            return marks.unmarked(last + len(closing)), ""
+        position, stop = min(found)
+        return marks.unmarked(last + position + len(stop)), stop
+
+    def _needs_text_parts(self) -> bool:
+        """Whether content must be a list of text parts: vision templates drop or refuse a plain string."""
+        for self.text_parts in (False, True):
+            try:
+                if "Qz0" in self.render([{"role": "user", "content": "Qz0"}]):
+                    return self.text_parts
+            except DropPair:
+                continue
+        return False
+
+    def _probe_stop(self) -> set[str]:
+        """The token with which the template closes an assistant turn in the middle of a conversation.
+
+        The closing is what the template writes after the turn whether or not a user turn follows; its last special
+        token counts (Cohere writes two). Where the two ways have nothing in common (`<|return|>` and `<|end|>` of
+        gpt-oss, GLM-4's bare `<|user|>`) it is the first special token.
+        """
+        turns = [{"role": r, "content": f"Qz{i}"} for i, r in enumerate(["user", "assistant", "user", "assistant"])]
+        try:
+            middle = self.render(turns).partition("Qz1")[2].partition("Qz2")[0]
+            final = self.render(turns[:2]).partition("Qz1")[2]
+        except DropPair:
+            return set()
+        specials = self._special_re.findall(middle)
+        if not specials:
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path!r} writes {middle!r} after an assistant turn, and "
+                "none of it is a special token of the tokenizer: the end of a turn cannot be supervised. Use a "
+                "template whose end-of-turn token the tokenizer knows, or add that token to the tokenizer."
+            )
+        closing = specials[: common_prefix(specials, self._special_re.findall(final))]
+        if self.tokenizer.eos_token in closing:
+            return set()
+        return {closing[-1] if closing else specials[0]}
+
+    def _probe_header(self) -> str:
+        """The assistant's header as the generation prompt writes it, from its last special token on."""
+        try:
+            prompt = self.render([{"role": "user", "content": "Qz0"}], generation=True).partition("Qz0")[2]
+        except DropPair:
+            return ""
+        prompt = THINK_OPENER.sub("", prompt)
+        specials = list(self._special_re.finditer(prompt))
+        return prompt[specials[-1].start() :] if specials else ""
+
+
+def _as_text_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _json_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}

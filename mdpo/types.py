@@ -1,0 +1,61 @@
+"""The containers that travel between the stages, and the one error that a user is meant to read."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, tool_call_id
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as a short message, exit code 1, traceback only with --debug."""
+
+
+class DropPair(Exception):
+    """One pair cannot be trained on; `str(e)` is the reason under which it is counted."""
+
+
+@dataclass
+class Pair:
+    """One preference pair in messages (or plain strings), before any tokenizer.
+
+    `chosen` and `rejected` are whole conversations: the prompt's messages first. `n_prompt` messages of them are
+    context on both sides; their assistant turns are not supervised.
+    """
+
+    chosen: list[Message] | str
+    rejected: list[Message] | str
+    n_prompt: int  # messages; for plain strings, characters
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TokenizedPair:
+    """Token ids and masks of one pair. `mask[t] == 1` where token t is supervised.
+
+    `shared_len` is the length of the longest common prefix of (id, mask), in tokens.
+    Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
+    """
+
+    chosen_ids: list[int]
+    chosen_mask: list[int]
+    rejected_ids: list[int]
+    rejected_mask: list[int]
+    shared_len: int
+
+
+@dataclass
+class PairLogps:
+    """Summed log-probs of B pairs over supervised tokens, float32, nats, shape (B,); token counts int64, shape (B,)."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+
+
+def common_prefix(a, b) -> int:
+    """Length of the longest common prefix of two sequences."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,92 @@
+"""Multi-turn DPO from a recipe.
+
+accelerate launch --config_file zero2_for_dpo.yaml run_dpo.py                       # 8 GPUs, the default recipe
+python run_dpo.py recipes/smollm2-135m/dpo/config_quickstart.yaml                   # a laptop
+python run_dpo.py RECIPE.yaml --beta=0.2 --max_length=1536                          # any key can be overridden
+python run_dpo.py --help                                                            # all keys
+"""
+
+import sys
+from pathlib import Path
+
+from trl import get_peft_config, get_quantization_config
+
+from dpo_trainer import DPOTrainer
+from mdpo.pairs import model_init_kwargs, prepare_output_dir, prepare_pairs
+from mdpo.recipe import load_recipe
+from mdpo.report import REPORT, RESOLVED, StepTimer, peak_memory_gb, show_result, write_report
+from mdpo.startup import clear_stale_build_locks, run, say
+from mdpo.tokenizer import load_tokenizer, refuse_missing_folder
+
+
+def main(argv: list[str]) -> None:
+    ################
+    # Recipe
+    ################
+    clear_stale_build_locks()  # before TrainingArguments starts DeepSpeed
+    recipe = load_recipe(argv)
+    args, data = recipe.training, recipe.data
+    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
+
+    ################
+    # Tokenizer: before the data, whose rows it renders, and before the weights
+    ################
+    tokenizer = load_tokenizer(recipe.model, data, args.trust_remote_code)
+    if args.ref_model_name_or_path:
+        refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)
+
+    ################
+    # Pairs → tokens: every check that needs no weights
+    ################
+    resume = prepare_output_dir(args)
+    train_dataset, eval_dataset, counts = prepare_pairs(recipe, tokenizer)
+
+    ################
+    # Trainer
+    ################
+    args.model_init_kwargs = model_init_kwargs(recipe.model, args)
+    timer = StepTimer()
+    trainer = DPOTrainer(
+        model=recipe.model.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(recipe.model),
+        peft_config=get_peft_config(recipe.model),
+        callbacks=[timer],
+    )
+
+    ################
+    # Train, evaluate, save
+    ################
+    if trainer.is_world_process_zero():
+        recipe.write(Path(args.output_dir, RESOLVED))
+    result = trainer.train(resume_from_checkpoint=resume)
+    after = trainer.evaluate() if eval_dataset is not None else {}
+    trainer.save_model()
+    trainer.save_state()
+
+    ################
+    # Report
+    ################
+    figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
+    figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
+    if trainer.is_world_process_zero():
+        report = write_report(args.output_dir, figures, trainer.state.log_history, counts)
+        show_result(report)
+        say(
+            f"model   {args.output_dir}", f"report  {args.output_dir}/{REPORT}", f"recipe  {args.output_dir}/{RESOLVED}"
+        )
+
+
+def _batch_line(args) -> str:
+    pairs, steps, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    return (
+        f"global batch {pairs * steps * processes} = {pairs} pairs per device × {steps} accumulation × "
+        f"{processes} processes"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""Show which tokens a recipe trains on: python scripts/show_masks.py RECIPE.yaml [--key=value ...] [--pairs N] [--json]
+
+Tokenises the training pairs as run_dpo.py does (same recipes, same keys), with the tokenizer alone: no weights, no
+output folder. Pairs come in the order of the recipe's sets and of their rows, without held-out and dropped ones.
+
+Without --json the first N pairs (default 2) are printed in colour; where there is none (NO_COLOR, a pipe, a file) marks
+stand in for it: «supervised text⟦end of turn⟧». ┊ stands behind the shared prefix. With --json stdout holds one object
+a line for every training pair, and everything else goes to stderr:
+
+    {"chosen": {"ids": [...], "tokens": [text], "mask": [0/1], "ends": [...]}, "rejected": {...}, "key", "shared_len"}
+
+`tokens` join to the text that the chat template rendered, but for a character that is split between tokens (each part
+shows as U+FFFD) and for the space some Metaspace tokenizers put behind a special token. `ends`: end-of-turn positions.
+"""
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdpo.startup import run, say
+from mdpo.types import UserError
+
+SIDES = ("chosen", "rejected")
+SHARED, CONTEXT, SUPERVISED, END = "shared prefix", "context", "supervised", "end of turn"
+COLOURS = {  # text, two backgrounds that alternate from token to token (close in the 256-colour palette too)
+    SHARED: ("#d0d7de", "#3d444d", "#4d5660"),
+    CONTEXT: ("#8b949e", "default", "default"),
+    (SUPERVISED, "chosen"): ("#03251b", "#87d7af", "#5fd7af"),
+    (SUPERVISED, "rejected"): ("#3b1700", "#ffd7af", "#ffd787"),
+    (END, "chosen"): ("#ffffff", "#00664b", "#00664b"),
+    (END, "rejected"): ("#ffffff", "#a84300", "#a84300"),
+}
+VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {0x0A: "↵\n"}
+
+
+def main(argv: list[str]) -> None:
+    args, rest = parse(argv)
+    # The libraries write to stdout too, DeepSpeed's log already while it is imported.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        pairs = training_pairs(rest)
+    if not args.json:
+        return show(islice(pairs, args.pairs), Console())
+    for pair in pairs:
+        print(json.dumps(pair))
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This script's options, and the rest for load_recipe. Raises UserError."""
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--pairs", type=int, default=2, metavar="N", help="how many pairs to print")
+    parser.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
+    try:
+        args, rest = parser.parse_known_args(argv)
+        if args.pairs < 1:
+            raise argparse.ArgumentError(None, f"argument --pairs: {args.pairs} is out of range; it has to be >= 1.")
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return args, rest
+
+
+def training_pairs(argv: list[str]):
+    """An iterator over the training pairs of a command line, as --json prints them. Raises UserError."""
+    from mdpo.pairs import prepare_pairs
+    from mdpo.recipe import load_recipe
+    from mdpo.tokenizer import load_tokenizer
+
+    recipe = load_recipe(argv)
+    say(f"recipe {recipe.path}", *recipe.notes)
+    tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+    rows, _, _ = prepare_pairs(recipe, tokenizer)
+    keys = [key.rpartition(":") for key in rows["key"]]  # NAME:ROW, or NAME[SPLIT]:ROW
+    place = {name: n for n, name in enumerate(recipe.data.dataset_mixer)}
+    sets = [place.get(name, place.get(name.rpartition("[")[0])) for name, _, _ in keys]
+    order = sorted(range(len(keys)), key=lambda i: (sets[i], keys[i][0], int(keys[i][2])))
+    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return map(partial(as_object, text_of=token_text(tokenizer), specials=specials), rows.select(order))
+
+
+def as_object(row: dict, text_of, specials: set[int]) -> dict:
+    """One tokenised pair as --json prints it. `ends`: where special tokens close a supervised span."""
+    out = {}
+    for name in SIDES:
+        ids, mask = row[f"{name}_ids"], row[f"{name}_mask"]
+        tokens = [text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
+        ends = [t for t, token in enumerate(ids) if mask[t : t + 2] in ([1], [1, 0]) and token in specials]
+        out[name] = {"ids": ids, "tokens": tokens, "mask": mask, "ends": ends}
+    return out | {"key": row["key"], "shared_len": row["shared_len"]}
+
+
+def token_text(tokenizer):
+    """A function (id before, if any; id) -> text. Decoded behind the token before, because a Metaspace decoder drops
+    the space of its first token: "▁is" alone is "is", and behind "It" it is " is"."""
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @lru_cache(maxsize=1 << 18)
+    def text_of(before: tuple[int, ...], token: int) -> str:
+        head, both = decode(list(before)), decode([*before, token])
+        return both[len(head) :] if both.startswith(head) and len(both) > len(head) else decode([token])
+
+    return text_of
+
+
+def token_kinds(side: dict, shared_len: int) -> list[str]:
+    """SUPERVISED, END, SHARED or CONTEXT for each token; a supervised one may stand in the shared prefix as well."""
+    rest = [SHARED] * shared_len + [CONTEXT] * (len(side["mask"]) - shared_len)
+    return [END if t in side["ends"] else SUPERVISED if bit else rest[t] for t, bit in enumerate(side["mask"])]
+
+
+def show(pairs, console: Console) -> None:
+    plain = console.no_color or console.color_system is None
+    sides = [style(kind, name, f" {name}: {kind} ") for name in SIDES for kind in (SUPERVISED, END)]
+    legend = [f"«{SUPERVISED}⟦{END}⟧»"] if plain else [style(SHARED), style(CONTEXT), *sides]
+    console.print(Text.assemble("\n", *legend, f"\n┊ end of the {SHARED}   ↵ line break"), soft_wrap=True)
+    for pair in pairs:
+        console.print(Text(f"\n{pair['key']}, {SHARED} of {pair['shared_len']} tokens", "bold"))
+        for name in SIDES:
+            mask = pair[name]["mask"]
+            console.print(Text(f"\n{name}: {len(mask)} tokens, {sum(mask)} supervised", "bold"))
+            console.print(side_text(pair, name, plain), soft_wrap=True, end="")
+    console.print()
+
+
+def style(kind: str, name: str = "", text: str | None = None, t: int = 0) -> tuple[str, str]:
+    ink, *papers = COLOURS[kind if kind in COLOURS else (kind, name)]
+    return f" {kind} " if text is None else text, f"{ink} on {papers[t % 2]}" + " bold" * (kind == END)
+
+
+def side_text(pair: dict, name: str, plain: bool) -> Text:
+    parts, bits = [], [0, *pair[name]["mask"], 0]
+    for t, kind in enumerate(token_kinds(pair[name], pair["shared_len"])):
+        text = pair[name]["tokens"][t].translate(VISIBLE)
+        if plain:
+            text = f"⟦{text}⟧" if kind == END else text
+            text = "«" * (bits[t] < bits[t + 1]) + text + "»" * (bits[t + 1] > bits[t + 2])
+        parts += ["┊" * (t == pair["shared_len"]), text if plain else style(kind, name, text, t)]
+    return Text.assemble(*parts)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... --json | head` ends quietly
+    sys.exit(run(main, sys.argv[1:]))

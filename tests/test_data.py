@@ -1,0 +1,174 @@
+"""Rows → pairs: formats, drop reasons, sets on disk, fractions, hold-out by prompt."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from tiny import CHATML, agent_rows, tokenizer_for
+
+from mdpo.data import hold_out, load_sets, mix, normalise_messages, row_to_pair
+from mdpo.render import RenderSettings
+from mdpo.tokens import tokenize_dataset
+from mdpo.types import DropPair, UserError
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+U1, U2 = {"role": "user", "content": "Two?"}, {"role": "user", "content": "Three?"}
+A1, A2, A3 = ({"role": "assistant", "content": c} for c in ("2", "3", "4"))
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def pair(mask_turns=True, **row):
+    found = row_to_pair(row, mask_turns)
+    return found.chosen, found.rejected, found.n_prompt
+
+
+def test_implicit_prompt_is_all_before_the_first_assistant_turn():
+    # TRL's prompt would be the three turns that both sides begin with.
+    chosen, rejected = [SYSTEM, U1, A1, U2, A2], [SYSTEM, U1, A1, U2, A3]
+    assert pair(chosen=chosen, rejected=rejected) == (chosen, rejected, 2)
+    assert pair(mask_turns=False, chosen=chosen, rejected=rejected) == (chosen, rejected, 4)
+
+
+def test_explicit_prompt_is_context_with_its_assistant_turns():
+    prompt = [U1, A1, U2]
+    wanted = ([U1, A1, U2, A2], [U1, A1, U2, A3], 3)
+    assert pair(prompt=prompt, chosen=[A2], rejected=[A3]) == wanted
+    assert pair(prompt=prompt, chosen=[*prompt, A2], rejected=[*prompt, A3]) == wanted  # not written twice
+    assert pair(prompt="Two?", chosen=wanted[0], rejected=wanted[1]) == (wanted[0], wanted[1], 1)
+
+
+def test_plain_strings():
+    assert pair(prompt="2+2=", chosen=" 4", rejected=" 5") == ("2+2= 4", "2+2= 5", 4)
+    # The common start is "2+2= ", and the space goes to the answers, as in TRL.
+    assert pair(chosen="2+2= 4", rejected="2+2= 5") == ("2+2= 4", "2+2= 5", 4)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"chosen": [U1, A1], "rejected": None}, "not a pair"),
+        ({"chosen": [U1, A1], "rejected": []}, "not a pair"),
+        ({"chosen": [U1, A1], "rejected": "text"}, "not a pair"),
+        ({"chosen": [U1, A1], "rejected": [U2, A2]}, "prompt mismatch"),
+        ({"chosen": [{"role": "robot", "content": "x"}, A1], "rejected": [U1, A2]}, "unknown role: robot"),
+        ({"chosen": [{"role": "user", "content": " "}, A1], "rejected": [U1, A2]}, "empty or missing content"),
+        ({"chosen": [U1, {"role": "assistant"}], "rejected": [U1, A2]}, "empty or missing content"),
+        ({"chosen": [U1, A1, U2], "rejected": [U1, A2]}, "last turn not from the assistant"),
+        (
+            {"chosen": [{"role": "user", "content": [{"type": "image"}]}, A1], "rejected": [U1, A2]},
+            "content is not text",
+        ),
+        (
+            {
+                "chosen": [U1, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+                "rejected": [U1, A2],
+            },
+            "tool call arguments are not JSON",
+        ),
+    ],
+)
+def test_drop_reasons(row, reason):
+    with pytest.raises(DropPair) as error:
+        row_to_pair(row)
+    assert str(error.value) == reason
+
+
+def test_messages_are_normalised():
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None}
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    silent = {"role": "tool", "content": "", "tool_call_id": "1"}
+    assert normalise_messages([parts, call, silent]) == [
+        {"role": "user", "content": "ab"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        silent,
+    ]
+
+
+def test_dropped_rows_are_counted_under_their_reason_and_key():
+    good, equal = agent_rows(1)[0], agent_rows(2)[1]
+    rows = [good, {"chosen": equal["chosen"], "rejected": equal["chosen"]}, {"chosen": [U1, A1], "rejected": []}]
+    for row, key in zip(rows, ("a.jsonl:1", "a.jsonl:2", "a.jsonl:3"), strict=True):
+        row["key"] = key
+    kept, counts = tokenize_dataset(Dataset.from_list(rows), tokenizer_for(CHATML), RenderSettings(None), "a.jsonl")
+    assert (counts.read, counts.kept, len(kept)) == (3, 1, 1)
+    assert counts.reasons == {"chosen equals rejected": ["a.jsonl:2"], "not a pair": ["a.jsonl:3"]}
+    assert counts.lines()[0] == "a.jsonl: 3 rows read, 1 kept, 2 dropped"
+    assert "  dropped 1: not a pair (a.jsonl:3)" in counts.lines()
+    with pytest.raises(UserError, match="no pair is left"):
+        tokenize_dataset(Dataset.from_list(rows[1:]), tokenizer_for(CHATML), RenderSettings(None), "a.jsonl")
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = agent_rows(10)
+    Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split, part in (("train", rows[:7]), ("test", rows[7:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "saved", "pairs.json", "pairs.jsonl"])
+def test_local_sets_hold_the_same_rows(name, files):
+    [(split, rows)] = load_sets({str(files / name): 1.0}, ["train", "test"])
+    assert split == "train"
+    assert rows[3]["chosen"] == agent_rows(10)[3]["chosen"]
+    assert rows[3]["key"] == f"{files / name}:4"
+
+
+def test_a_folder_with_splits_and_fractions(files):
+    mixer = {str(files / "folder"): 0.5, str(files / "pairs.jsonl"): 0.3}
+    parts = load_sets(mixer, ["train", "test"])
+    # The share of each set's training rows; rows to evaluate on are not shared out.
+    assert [(split, len(rows)) for split, rows in parts] == [("train", 3), ("test", 3), ("train", 3)]
+    assert parts[0][1]["key"] == [f"{files / 'folder'}[train]:{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("gone.jsonl", None, "does not exist"),
+        ("empty.jsonl", "", "is empty"),
+        ("broken.jsonl", '{"chosen": 1}\n{"chosen": \n', "line 2 cannot be read"),
+        ("latin.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"chosen": "\xe9"}\n', "line 2 cannot be read"),
+        ("columns.jsonl", '{"chosen": "a", "good": "b"}\n', "no column rejected"),
+        ("rows.txt", "hello", "unknown ending '.txt'"),
+    ],
+)
+def test_unreadable_files_are_named_with_their_line(name, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        load_sets({str(tmp_path / name): 1.0}, ["train"])
+    assert message in str(error.value) and name in str(error.value)
+
+
+def tokenised(n, prompts):
+    return Dataset.from_dict({"id": list(range(n)), "prompt_key": [f"p{i % prompts}" for i in range(n)]})
+
+
+def test_hold_out_takes_whole_prompts_and_is_seeded():
+    rows = tokenised(20, prompts=5)  # four rows a prompt
+    train, held_out = hold_out(rows, 6, seed=1)
+    assert len(held_out) == 8 and len(train) == 12  # two prompts are needed for six rows
+    assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
+    assert hold_out(rows, 6, seed=1)[1]["id"] == held_out["id"]
+    assert any(hold_out(rows, 6, seed=s)[1]["id"] != held_out["id"] for s in range(2, 6))
+    assert len(hold_out(rows, 0.2, seed=1)[1]) == 4
+    with pytest.raises(UserError, match="leaves no row"):
+        hold_out(rows, 20, seed=1)
+
+
+def test_mix_shuffles_by_seed_and_limits():
+    parts = [tokenised(6, 6), tokenised(4, 4)]
+    assert sorted(mix(parts, 0)["id"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
+    assert mix(parts, 0)["id"] == mix(parts, 0)["id"] != mix(parts, 1)["id"]
+    assert len(mix(parts, 0, limit=3)) == 3

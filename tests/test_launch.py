@@ -1,0 +1,214 @@
+"""The real thing: `accelerate launch` with DeepSpeed ZeRO-2 and ZeRO-3, two CPU processes, against one process.
+
+Same rows, same global batch of 4 pairs, float32. Batches hold pairs of very different lengths, so the two ranks score
+unequal numbers of tokens and the LM head works in unequal numbers of chunks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from transformers import AutoModelForCausalLM
+
+from mdpo.logprobs import enable_scoring, score_tokens, sum_by_pair
+from mdpo.packing import PairCollator
+from mdpo.render import RenderSettings
+from mdpo.tokens import tokenize_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+TIMEOUT_S = 400  # the first start compiles DeepSpeed's operator
+
+
+@pytest.fixture(scope="session")
+def extensions(tmp_path_factory):
+    """Where DeepSpeed builds its operator in this session; nobody else's lock can be met there."""
+    return Path(os.environ.get("MDPO_TEST_EXTENSIONS") or tmp_path_factory.mktemp("extensions"))
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A tiny model with tokenizer, pairs and a recipe on disk."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    tiny_llama(tokenizer, seed=0).save_pretrained(folder / "model")
+    tiny_llama(tokenizer, seed=1).save_pretrained(folder / "reference")
+    tokenizer.save_pretrained(folder / "model")
+    rows = agent_rows(16)
+    for i, row in enumerate(rows):  # every other pair much longer
+        row["chosen"][3]["content"] += " It is right." * (8 if i % 2 else 0)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(
+        f"""
+model_name_or_path: {folder}/model
+ref_model_name_or_path: {folder}/reference
+dtype: float32
+dataset_mixer: {{{folder}/pairs.jsonl: 1.0}}
+max_length: 300
+learning_rate: 1.0e-3
+max_grad_norm: 1.0
+num_train_epochs: 1
+logging_steps: 1
+save_strategy: "no"
+report_to: none
+bf16: false
+seed: 7
+"""
+    )
+    return folder
+
+
+def launch(config, workshop, extensions, out, *flags, recipe="recipe.yaml", env=None):
+    command = [*LAUNCHER, "--config_file", f"training_configs/{config}.yaml", "--main_process_port", "0", "run_dpo.py"]
+    environment = {
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **(env or {}),
+    }
+    done = subprocess.run(
+        [*command, str(workshop / recipe), f"--output_dir={out}", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def one_process(workshop, extensions, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    code, text = launch("cpu", workshop, extensions, out, "--per_device_train_batch_size=4")
+    assert code == 0, text[-4000:]
+    return out
+
+
+def losses(out):
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [log for log in history if "loss" in log]
+
+
+def compare(out, one, workshop):
+    got, wanted = load_file(out / "model.safetensors"), load_file(one / "model.safetensors")
+    base = load_file(workshop / "model" / "model.safetensors")
+    assert set(got) == set(wanted)
+    for name in wanted:
+        moved = (wanted[name] - base[name]).norm()
+        assert moved > 0, f"{name} was not trained"
+        assert (got[name] - wanted[name]).norm() <= 1e-3 * moved, name
+    for a, b in zip(losses(out), losses(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-3)
+        assert a["num_tokens"] == b["num_tokens"]
+
+
+def own_log_probs(folder, workshop):
+    """Sums of the final model's log-probs over the first two pairs, from the checkpoint as a user would load it."""
+    from datasets import load_dataset
+
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    enable_scoring(model)
+    rows = load_dataset("json", data_files=str(workshop / "pairs.jsonl"), split="train")
+    rows, _ = tokenize_dataset(rows, tokenizer, RenderSettings(300), "pairs")
+    batch = PairCollator(tokenizer.pad_token_id)([rows[i] for i in range(16)])
+    with torch.no_grad():
+        return sum_by_pair(score_tokens(model, batch).logps, batch, 16).chosen.mean().item()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_path):
+    out = tmp_path / "out"
+    flags = [
+        "--per_device_train_batch_size=2",
+        f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}",
+        "--eval_on_start",
+    ]
+    code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+    assert code == 0, text[-4000:]
+    assert "2 pairs per device × 1 accumulation × 2 processes" in text
+    compare(out, one_process, workshop)
+    report = json.loads((out / "run_report.json").read_text())
+    assert report["after"]["eval_pairs"] == 16
+    assert report["after"]["eval_logps/chosen"] == pytest.approx(own_log_probs(out, workshop), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_under_zero(stage, workshop, extensions, tmp_path):
+    flags = ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj", "--lora_dropout=0.0"]
+    recipe = (workshop / "recipe.yaml").read_text().replace("ref_model_name_or_path", "# ref_model_name_or_path")
+    (workshop / "lora.yaml").write_text(recipe)
+    outs = {}
+    for config, pairs in (("cpu", 4), (f"zero{stage}_cpu", 2)):
+        outs[config] = tmp_path / config
+        code, text = launch(
+            config, workshop, extensions, outs[config], *flags, f"--per_device_train_batch_size={pairs}",
+            recipe="lora.yaml",
+        )  # fmt: skip
+        assert code == 0, text[-4000:]
+    one, two = (load_file(out / "adapter_model.safetensors") for out in outs.values())
+    assert set(one) == set(two) and len(one) == 8
+    for name, wanted in one.items():
+        assert (two[name] - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, name
+    assert losses(outs["cpu"])[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accumulation_and_checkpointing_under_zero(stage, workshop, extensions, one_process, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", "--gradient_checkpointing=true"]
+    code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+    assert code == 0, text[-4000:]
+    compare(out, one_process, workshop)
+
+
+@pytest.mark.slow
+def test_stale_build_lock_is_named_and_removed(workshop, tmp_path):
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    flags = ["--per_device_train_batch_size=2", "--max_steps=1"]
+    code, text = launch("zero2_cpu", workshop, tmp_path / "extensions", tmp_path / "out", *flags)
+    assert code == 0, text[-4000:]
+    assert f"Removed {lock}" in text
+    assert not lock.exists()
+
+
+@pytest.mark.slow
+def test_user_error_ends_a_launch_with_a_short_message(workshop, extensions, tmp_path):
+    code, text = launch("zero2_cpu", workshop, extensions, tmp_path / "out", "--bet=0.2")
+    assert code == 1
+    assert "--beta" in text
+    assert text.count("Traceback") <= 1  # the launcher's own; none of ours
+    assert 'run_dpo.py", line' not in text
+
+
+def test_zero3_gathers_the_head_once_each_way_whatever_the_counts(extensions, tmp_path):
+    """Rank 0 scores two chunks of tokens while rank 1 scores none: one gather per chunk would crash here."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(ROOT / "tests/zero3_head_worker.py"), str(tmp_path / "found.json")],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = json.loads((tmp_path / "found.json").read_text())
+    assert [[step["tokens"] for step in steps] for steps in ranks] == [[78, 78, 0], [0, 10, 0]]
+    for steps in ranks:
+        for step in steps:
+            assert step["gathers"] == ["forward", "backward"], step
+    first, second, third = ranks[0]
+    assert first["loss"] > 0 and first["norm"] > 0 and second["norm"] != first["norm"]
+    assert third["loss"] == 0 and third["norm"] == 0
+    assert [s["norm"] for s in ranks[1]] == [s["norm"] for s in ranks[0]]

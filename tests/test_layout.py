@@ -1,0 +1,138 @@
+"""What must stay true of the repository itself: import order, budgets, accelerate files, pins, README's commands."""
+
+import ast
+import configparser
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mdpo.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# A module may import those in lines above its own.
+ORDER = [
+    {"types"},
+    {"marks", "config", "startup", "checkpoints"},
+    {"template", "data", "settings", "tokenizer", "losses"},
+    {"render", "recipe", "packing"},
+    {"tokens", "logprobs"},
+    {"reference", "metrics", "pairs", "report"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Names of modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_stages_import_downward_only():
+    modules = {p.stem: p for p in (ROOT / "mdpo").glob("*.py") if p.stem != "__init__"}
+    level = {name: n for n, names in enumerate(ORDER) for name in names}
+    assert set(level) == set(modules), "name new modules in ORDER"
+    for name, path in modules.items():
+        for other in (i.removeprefix("mdpo.") for i in imports(path) if i.startswith("mdpo.")):
+            assert level[other] < level[name], f"mdpo/{name}.py imports mdpo/{other}.py"
+        assert not {"dpo_trainer", "run_dpo"} & imports(path), name
+
+
+def test_nothing_imports_scripts_or_tests():
+    files = [ROOT / "run_dpo.py", ROOT / "dpo_trainer.py", *(ROOT / "mdpo").glob("*.py")]
+    assert len(files) > 15
+    for path in files:
+        assert not any(name.split(".")[0] in ("scripts", "tests") for name in imports(path)), path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "most"), [("run_dpo.py", 150), ("dpo_trainer.py", 600), ("mdpo/*.py", 250), ("scripts/*.py", 155)]
+)
+def test_files_stay_small(pattern, most):
+    files = list(ROOT.glob(pattern))
+    assert files
+    for path in files:
+        assert path.read_text(encoding="utf-8").count("\n") <= most, path
+
+
+def test_modifications_are_closed_and_in_the_readme():
+    text = (ROOT / "dpo_trainer.py").read_text(encoding="utf-8")
+    opened = re.findall(r"#{14} MODIFICATION (\d+): \S", text)
+    closed = re.findall(r"#{14} MODIFICATION (\d+) END", text)
+    assert opened == closed and len(opened) >= 4
+    table = re.findall(r"^\| (\d+) \| ", README, re.MULTILINE)
+    assert sorted(set(opened)) == sorted(table)
+
+
+def accelerate_files():
+    return sorted((ROOT / "training_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", accelerate_files(), ids=lambda p: p.name)
+def test_accelerate_files_load(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    raw = yaml.safe_load(path.read_text())
+    assert config.num_processes == raw["num_processes"]
+    if "zero3" in path.name:
+        assert raw["deepspeed_config"]["zero_stage"] == 3
+        assert raw["deepspeed_config"]["zero3_save_16bit_model"] is True
+    if path.name in ("zero2_for_dpo.yaml", "zero3_for_dpo.yaml"):
+        assert (raw["num_processes"], raw["mixed_precision"]) == (8, "bf16")
+
+
+def test_links_of_older_names():
+    assert (ROOT / "zero2_for_dpo.yaml").resolve() == ROOT / "training_configs/zero2_for_dpo.yaml"
+    for stage in (2, 3):
+        link = ROOT / f"training_configs/zero{stage}_pf.yaml"
+        assert link.is_symlink() and link.resolve().name == f"zero{stage}_for_dpo.yaml"
+    assert len(accelerate_files()) >= 7
+
+
+def test_pins():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    requires = config["options"]["install_requires"]
+    for pin in ("torch==2.13.0", "numpy>=1.26.4,<2.0", "pyarrow>=21,<26", "transformers==", "trl==", "deepspeed=="):
+        assert pin in requires, pin
+    assert {"flash", "quickstart", "dev"} <= set(config["options.extras_require"])
+    assert config["options"]["packages"].split() == ["mdpo"]
+
+
+def commands() -> list[str]:
+    """Every line of README's code blocks and indented commands that starts one of our programs."""
+    lines = re.findall(r"^(?:    )?((?:accelerate launch|python|make|pip) [^\n`]*)$", README, re.MULTILINE)
+    lines += re.findall(r"`((?:accelerate launch|python|make) [^\n`]*)`", README)
+    return sorted({line.split("    #")[0].strip() for line in lines})
+
+
+def test_readme_has_the_commands_that_users_come_for():
+    assert "accelerate launch --config_file zero2_for_dpo.yaml run_dpo.py" in commands()
+    assert {"make quickstart", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_commands_parse(command, monkeypatch, tmp_path):
+    """Files exist, targets exist, and what goes to run_dpo.py is accepted by the recipe parser."""
+    words = shlex.split(command.replace("RECIPE.yaml", "recipes/smollm2-135m/dpo/config_quickstart.yaml"))
+    monkeypatch.chdir(ROOT)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:2]) <= set(targets), command
+        return
+    if words[0] == "pip":
+        return
+    files = [w for w in words if re.search(r"\.(py|yaml)$", w) and not w.startswith("-")]
+    assert files
+    for file in files:
+        assert (ROOT / file).exists(), f"{command}: {file}"
+    if "run_dpo.py" in words and "--help" not in words:
+        load_recipe(words[words.index("run_dpo.py") + 1 :])

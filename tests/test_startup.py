@@ -1,0 +1,129 @@
+"""Locks of killed builds, and where errors end; run_dpo.main in this process up to the weights."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+
+import run_dpo
+from mdpo.startup import clear_stale_build_locks, run
+from mdpo.types import UserError
+
+
+@pytest.fixture
+def extensions(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "ext" / "some_op").mkdir(parents=True)
+    return tmp_path / "ext"
+
+
+def test_stale_lock_is_removed_and_named(extensions, capsys):
+    lock = extensions / "some_op" / "lock"
+    lock.touch()
+    assert clear_stale_build_locks() == [lock]
+    assert not lock.exists()
+    assert str(lock) in capsys.readouterr().out
+
+
+def test_lock_of_a_living_build_stays(extensions):
+    lock = extensions / "some_op" / "lock"
+    hold = f"import os, time; os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL); print('held', flush=True); time.sleep(60)"
+    builder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    try:
+        assert builder.stdout.readline() == b"held\n"
+        assert clear_stale_build_locks() == []
+        assert lock.exists()
+    finally:
+        builder.kill()
+        builder.wait()
+    assert clear_stale_build_locks() == [lock]
+
+
+def test_another_nodes_young_lock_stays(extensions, monkeypatch):
+    lock = extensions / "some_op" / "lock"
+    lock.touch()
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert clear_stale_build_locks() == []
+    os.utime(lock, (time.time() - 3600,) * 2)
+    assert clear_stale_build_locks() == [lock]
+
+
+def test_only_one_process_of_a_machine_removes(extensions, monkeypatch):
+    (extensions / "some_op" / "lock").touch()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert clear_stale_build_locks() == []
+
+
+def fail(argv):
+    raise UserError("data.jsonl: line 3 is broken.\nMend it.")
+
+
+def test_user_errors_are_short_and_exit_1(capsys):
+    assert run(fail, []) == 1
+    err = capsys.readouterr().err
+    assert err == "\nerror: data.jsonl: line 3 is broken.\nMend it.\n"
+    assert run(fail, ["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda argv: 1 / 0, [])
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe whose run would start: tiny model, pairs in a file."""
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    from datasets import Dataset
+
+    Dataset.from_list(agent_rows(8)).to_json(tmp_path / "pairs.jsonl")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {tmp_path}/model\ndtype: float32\ndataset_mixer: {{{tmp_path}/pairs.jsonl: 1.0}}\n"
+        f"output_dir: {tmp_path}/out\nmax_length: 300\nbf16: false\nuse_cpu: true\nreport_to: none\nmax_steps: 1\n"
+        "per_device_train_batch_size: 2\nlogging_steps: 1\nsave_strategy: 'no'\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model_name_or_path=models/nothing", "model_name_or_path: there is no folder models/nothing"),
+        ("--ref_model_name_or_path=./nothing", "ref_model_name_or_path: there is no folder"),
+        ("--dataset_mixer={nothing.jsonl: 1.0}", "dataset file nothing.jsonl does not exist"),
+        ("--chat_template=nothing.jinja", "chat_template: nothing.jinja does not exist"),
+        ("--max_length=20", "no pair is left to train on"),
+        ("--test_split_size=8", "leaves no row of 8 to train on"),
+        ("--resume_from_checkpoint=true", "holds no checkpoint"),
+        ("--loss_type=hinge", "loss_type"),
+    ],
+)
+def test_errors_of_a_run_before_the_weights(recipe, flag, message, capsys):
+    assert run(run_dpo.main, [str(recipe), flag]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_run_in_one_process_and_a_used_folder(recipe, capsys, tmp_path):
+    assert run(run_dpo.main, [str(recipe), "--test_split_size=2", "--eval_on_start=true"]) == 0
+    out = capsys.readouterr().out
+    assert "held-out pairs: 2" in out and "0.6931" in out
+    for name in ("model.safetensors", "recipe_resolved.yaml", "run_report.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).exists(), name
+    assert run(run_dpo.main, [str(recipe)]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert run(run_dpo.main, [str(recipe), "--overwrite_output_dir", "--sanity_check"]) == 0
+    assert "overwrite_output_dir: removed" in capsys.readouterr().out
+    resolved = tmp_path / "out" / "recipe_resolved.yaml"
+    assert run(run_dpo.main, [str(resolved)]) == 0  # the resolved recipe is a recipe, overwrite_output_dir included

@@ -1,0 +1,82 @@
+"""Run by test_launch.py on two ranks: ZeRO-3, no persistent parameters, rank 1 scores no token at all. Counts how
+often the LM head's weight is gathered, and prints loss and gradient norms. Argument: an output file."""
+
+import json
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_get_full_grad
+from tiny import CHATML, tiny_llama, tokenizer_for
+
+import mdpo.logprobs
+from mdpo.logprobs import enable_scoring, score_tokens
+from mdpo.packing import PairCollator
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    # Nothing stays gathered between forward and backward, so that each gather is seen.
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    },
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def pair(n: int) -> dict:
+    """A pair of 40 tokens a side of which the last `n` are supervised."""
+    ids = [(7 * i) % 90 + 5 for i in range(40)]
+    mask = [0] * (40 - n) + [1] * n
+    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": ids[::-1], "rejected_mask": mask}
+
+
+def main(out: str) -> None:
+    deepspeed.init_distributed("gloo")
+    rank = dist.get_rank()
+    mdpo.logprobs.CHUNK_BYTES = 1  # chunks of 64 tokens
+    model = tiny_llama(tokenizer_for(CHATML))
+    enable_scoring(model)
+    engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+    head, gathers = model.lm_head.weight, []
+    name = "_PartitionedParameterCoordinator__all_gather_params"
+    gather = getattr(PartitionedParameterCoordinator, name)
+
+    def counted(self, params, forward):
+        gathers.extend(["forward" if forward else "backward"] * sum(p.ds_id == head.ds_id for p in params))
+        return gather(self, params, forward)
+
+    setattr(PartitionedParameterCoordinator, name, counted)
+    found = []
+    for counts in ((39, 0), (39, 5), (0, 0)):  # supervised tokens a side on rank 0 and rank 1: 78 are two chunks
+        gathers.clear()
+        batch = PairCollator(0)([pair(counts[rank])])
+        logps = score_tokens(engine, batch).logps
+        engine.backward(-logps.sum())
+        gradient = safe_get_full_grad(head)
+        found.append(
+            {
+                "tokens": len(logps),
+                "gathers": list(gathers),
+                "loss": -logps.sum().item(),
+                "norm": gradient.norm().item(),
+            }
+        )
+        engine.step()
+    everyone = [None, None]
+    dist.all_gather_object(everyone, found)
+    if rank == 0:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump(everyone, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])
