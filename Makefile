@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p; don
 BIN := .venv/bin
 CODE := run_dpo.py dpo_trainer.py mdpo scripts tests
 
-.PHONY: help venv quickstart test test-slow test-all style quality clean
+.PHONY: help venv model quickstart test test-slow test-all style quality clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -17,15 +17,16 @@ venv: .venv/.complete
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[quickstart,dev]'
 	touch $@
 
-quickstart: .venv/.complete
+model: .venv/.complete
 	$(BIN)/python scripts/prepare_quickstart.py
+
+quickstart: model
 	$(BIN)/python run_dpo.py recipes/smollm2-135m/dpo/config_quickstart.yaml
 
-test: .venv/.complete
+test: model
 	$(BIN)/python -m pytest tests -q -m "not slow"
 
-test-slow: .venv/.complete
-	$(BIN)/python scripts/prepare_quickstart.py
+test-slow: model
 	$(BIN)/python -m pytest tests -q -m slow
 
 test-all: test test-slow

@@ -1,7 +1,10 @@
 """Around a run: what is put right before DeepSpeed starts, and the one place where errors end."""
 
+import atexit
+import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from mdpo.types import UserError
 
+MAIN_SPEAKS_FIRST_S = 15  # the launcher kills the other processes when the first one ends, message or not
 FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's lock: only older ones are stale
 
 
@@ -64,28 +68,48 @@ def _in_use(lock: Path) -> bool:
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Exit code of `main(argv)`. What a user can mend ends in a short message and exit code 1; with `--debug`, and
-    for every other error, the traceback is shown too."""
+    for every other error, the traceback is shown too. A process of several ends here and does not return."""
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    if not is_main_process():
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
+    code = 1
     try:
         main(argv)
-        return 0
+        code = 0
     except UserError as error:
         if debug:
             traceback.print_exc()
-        message = str(error) if is_main_process() else str(error).splitlines()[0]
+        if not is_main_process():
+            time.sleep(MAIN_SPEAKS_FIRST_S)  # an error of all processes is said once; of this one alone, it still is
         where = "" if is_main_process() else f" [rank {os.environ['RANK']}]"
-        print(f"\nerror{where}: {message}", file=sys.stderr, flush=True)
-        return 1
+        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
     finally:
-        _leave_process_group()
+        several = _leave_process_group()
+    if several:
+        _exit_without_teardown(code)
+    return code
 
 
-def _leave_process_group() -> None:
+def _leave_process_group() -> bool:
+    """Whether there was one."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
-        try:
-            dist.destroy_process_group()
-        except Exception as error:  # the run is over; a peer may be gone already
-            print(f"process group: {error}", file=sys.stderr)
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    try:
+        dist.destroy_process_group()
+    except Exception as error:  # the run is over; a peer may be gone already
+        print(f"process group: {error}", file=sys.stderr)
+    return True
+
+
+def _exit_without_teardown(code: int) -> None:
+    """What the interpreter does at its end, in its order, without taking itself apart. DeepSpeed keeps the process
+    group alive after its destruction; a gloo thread that lets go of its last tensor during the teardown asks for the
+    GIL, and the process dies with SIGABRT: a finished run would be reported as failed (docs/log.md)."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -14,6 +14,7 @@ from tiny import CHATML, tiny_llama, tokenizer_for
 import mdpo.logprobs
 from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.packing import PairCollator
+from mdpo.startup import run
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -37,7 +38,9 @@ def pair(n: int) -> dict:
     return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": ids[::-1], "rejected_mask": mask}
 
 
-def main(out: str) -> None:
+def main(argv: list[str]) -> None:
+    [out] = argv
+    torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     mdpo.logprobs.CHUNK_BYTES = 1  # chunks of 64 tokens
@@ -74,9 +77,7 @@ def main(out: str) -> None:
     if rank == 0:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(everyone, file)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    sys.exit(run(main, sys.argv[1:]))
