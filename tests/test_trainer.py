@@ -100,10 +100,11 @@ def test_evaluation_is_weighted_by_pairs(tmp_path, tokenizer):
     whole, single = (mdpo_trainer(tmp_path, tokenizer, rows, per_device_eval_batch_size=n) for n in (4, 1))
     got, wanted = whole.evaluate(), single.evaluate()
     assert got["eval_pairs"] == wanted["eval_pairs"] == 7
+    in_reward = 1e-5 * 0.1 * abs(wanted["eval_logps/chosen"])  # a margin is a small difference of large sums
     for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
-        assert got[key] == pytest.approx(wanted[key], rel=1e-5), key
+        assert got[key] == pytest.approx(wanted[key], rel=1e-5, abs=in_reward), key
     losses = [single.compute_loss(single.model, batch).item() for batch in single.get_eval_dataloader()]
-    assert wanted["eval_loss"] == pytest.approx(sum(losses) / 7, rel=1e-6)
+    assert wanted["eval_loss"] == pytest.approx(sum(losses) / 7, rel=1e-5)
     assert abs(got["eval_loss"] - (sum(losses[:4]) / 4 + sum(losses[4:]) / 3) / 2) > 1e-4  # TRL's mean of batches
 
 
