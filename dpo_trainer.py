@@ -4,44 +4,47 @@ With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; with `mdpo.config.M
 departure stands between two MODIFICATION lines. The mathematics is in `mdpo/losses.py`, masks are in `mdpo/render.py`.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from trl import DPOConfig
 
+from mdpo.card import write_card
 from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
-from mdpo.logprobs import enable_scoring, score_tokens, sum_by_pair
-from mdpo.losses import log_ratio, nll_loss, sigmoid_loss
+from mdpo.logprobs import enable_scoring, score_tokens
+from mdpo.losses import nll_loss
 from mdpo.metrics import evaluated_once, mean_over_steps, pair_table, summarise
-from mdpo.packing import PairCollator, score_list
-from mdpo.reference import build_reference, load_model, place_reference, score_reference
+from mdpo.objective import LossSettings, PairTerms, pair_losses
+from mdpo.options import check_options
+from mdpo.packing import REFERENCE, PairCollator, score_list
+from mdpo.reference import (
+    MoveReference,
+    build_reference,
+    keep_own_adapter,
+    load_model,
+    load_moved,
+    place_reference,
+    precompute,
+    save_moved,
+    score_reference,
+)
 from mdpo.render import RenderSettings
-from mdpo.tokens import DropCounts, tokenize_dataset
+from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
+from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.types import UserError
 
-# Options of trl.DPOConfig that this trainer does not have yet, with the only value that it takes for each.
-NOT_YET = {
-    "loss_type": ["sigmoid"],
-    "loss_weights": None,
-    "ld_alpha": None,
-    "f_divergence_type": "reverse_kl",
-    "label_smoothing": 0.0,
-    "use_weighting": False,
-    "precompute_ref_log_probs": False,
-    "sync_ref_model": False,
-    "padding_free": False,
-    "use_liger_kernel": False,
-    "activation_offloading": False,
-}
+AnyDataset = Dataset | IterableDataset
 
 
 class DPOTrainer(Trainer):
@@ -60,10 +63,10 @@ class DPOTrainer(Trainer):
         ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
@@ -72,18 +75,24 @@ class DPOTrainer(Trainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
-        _refuse_unsupported(args, model, ref_model, train_dataset, compute_metrics)
+        _refuse_inputs(model, ref_model, args, train_dataset, processing_class)
+        for line in check_options(args, peft_config):
+            _say(args, line)
 
         set_seed(args.seed)  # before the model: new adapters start at random
         model = self._load_policy(model, args, quantization_config)
-        self._refuse_aux_loss(model, args.router_aux_loss_coef)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path, trust_remote_code=args.trust_remote_code
+                model.config._name_or_path,
+                revision=(args.model_init_kwargs or {}).get("revision"),
+                trust_remote_code=args.trust_remote_code,
             )
-        self._set_pad_token(processing_class, model)
+        self._set_pad_token(processing_class, model, args.pad_token)
         self._refuse_small_vocabulary(processing_class, model)
         model = self._wrap_peft(model, peft_config, ref_model, args)
+        enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
+        self.loss_settings = LossSettings.of(args)
 
         ############## MODIFICATION 1: turn masks. Only tokens that the policy samples are supervised; TRL supervises
         # all that follows the prompt, tool output and role headers included.
@@ -94,23 +103,25 @@ class DPOTrainer(Trainer):
         )
         ############## MODIFICATION 1 END
         self.drop_counts: dict[str, DropCounts] = {}
-        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
-        collator = data_collator or PairCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+        if isinstance(train_dataset, IterableDataset):
+            args.accelerator_config.dispatch_batches = False  # batches of several ranks differ in length
+        data = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
+        data["data_collator"] = data_collator or PairCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
 
-        ############## MODIFICATION 2: the RPO term (arXiv 2404.19733, eq. 1), for each pair, per supervised token.
-        self.nll_coefficient = args.nll_coefficient if isinstance(args, MDPOConfig) else 0.0
-        ############## MODIFICATION 2 END
-        self.beta = args.beta
-        enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model)
-        hooks = {"callbacks": callbacks, "optimizers": optimizers}
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}
+        hooks = {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(model, args, processing_class=processing_class, **data, **hooks)
         if args.n_gpu > 1:
             raise UserError("Several GPUs are visible to one process. Start it with `accelerate launch`.")
         self.model.add_model_tags(self._tag_names)
-        self.ref_model = self._make_reference(ref_model, quantization_config)
         if args.disable_dropout:
             _disable_dropout(self.model)
+        self._reference_source = (ref_model, quantization_config)
+        self.ref_model = self._make_reference()
+        if args.precompute_ref_log_probs:
+            self._precompute_all()
+        if args.sync_ref_model:
+            self._refuse_sync()
+            self.add_callback(MoveReference(self.ref_model, self.accelerator))
         self._tables: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._train_tokens = 0  # since the start, this rank
 
@@ -129,20 +140,26 @@ class DPOTrainer(Trainer):
         return load_model(model, **kwargs)
 
     @staticmethod
-    def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model) -> None:
+    def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, wanted: str | None) -> None:
         """Padding is masked everywhere, so the end-of-sequence token will do where a tokenizer has none."""
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        if wanted is not None and wanted not in tokenizer.get_vocab():
+            raise UserError(
+                f"pad_token: {wanted!r} is not in the tokenizer's vocabulary. Leave it out, or name another."
+            )
+        tokenizer.pad_token = wanted or tokenizer.pad_token or tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if model.generation_config is not None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
 
     @staticmethod
-    def _refuse_aux_loss(model, coefficient: float | None) -> None:
-        """TRL adds the load-balancing loss of MoE models unless its coefficient is 0; this trainer has none yet."""
-        default = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-        if default if coefficient is None else coefficient:
-            raise UserError("router_aux_loss_coef: the auxiliary loss is not supported yet; set it to 0.0.")
+    def _aux_loss_coefficient(model, wanted: float | None) -> float:
+        """Weight of a mixture of experts' load-balancing loss: `wanted`, else the model's own; 0 for other models."""
+        config = model.config.get_text_config()
+        if not hasattr(config, "output_router_logits"):
+            if wanted:
+                raise UserError(f"router_aux_loss_coef: {type(model).__name__} is no mixture of experts. Leave it out.")
+            return 0.0
+        return getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
 
     @staticmethod
     def _refuse_small_vocabulary(tokenizer: PreTrainedTokenizerBase, model) -> None:
@@ -158,14 +175,12 @@ class DPOTrainer(Trainer):
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise UserError("peft_config was given for a model that already is a PEFT model. Give one of the two.")
-            if ref_model is not None:
-                raise UserError("With peft_config the reference is the model without its adapter: leave ref_model out.")
             # ZeRO-3 gathers parameters in one dtype: a float32 adapter on a bfloat16 model breaks its buffers.
             zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
             quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
             model = get_peft_model(model, peft_config, autocast_adapter_dtype=quantized or not zero3)
-        elif isinstance(model, PeftModel) and ref_model is None:
-            raise UserError("A PEFT model as policy needs ref_model; or give the base model and peft_config.")
+        elif isinstance(model, PeftModel) and ref_model is None and not _reference_name(args):
+            keep_own_adapter(model)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else no gradient reaches a checkpointed layer: embeddings are frozen
             if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
@@ -175,39 +190,91 @@ class DPOTrainer(Trainer):
                 args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
         return model
 
-    def _prepare_datasets(self, train: Dataset, evaluation, tokenizer, args: DPOConfig):
+    def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
         """Both sets tokenised; several evaluation sets stay a dict."""
         train = self._prepare_dataset(train, tokenizer, args, "train")
         if isinstance(evaluation, dict):
-            return train, {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in evaluation.items()}
-        return train, None if evaluation is None else self._prepare_dataset(evaluation, tokenizer, args, "eval")
+            evaluation = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in evaluation.items()}
+        elif evaluation is not None:
+            evaluation = self._prepare_dataset(evaluation, tokenizer, args, "eval")
+        return {"train_dataset": train, "eval_dataset": evaluation}
 
-    def _prepare_dataset(self, dataset: Dataset, tokenizer, args: DPOConfig, name: str) -> Dataset:
+    def _prepare_dataset(self, dataset: AnyDataset, tokenizer, args: DPOConfig, name: str) -> AnyDataset:
+        if isinstance(dataset, IterableDataset):
+            if args.precompute_ref_log_probs:
+                raise UserError("precompute_ref_log_probs: needs a set of known length, not a stream.")
+            dataset, self.drop_counts[name] = tokenize_stream(dataset, tokenizer, self.render_settings, name)
+            return dataset
         if "chosen_ids" not in dataset.column_names:
             with args.main_process_first(desc=f"tokenising {name}"):
                 dataset, self.drop_counts[name] = tokenize_dataset(
                     dataset, tokenizer, self.render_settings, name, args.dataset_num_proc
                 )
-            if args.process_index == 0:
-                print("\n".join(self.drop_counts[name].lines()), flush=True)
+            _say(args, *self.drop_counts[name].lines())
+        ############## MODIFICATION 5: margins from the data.
+        if self.loss_settings.margin_scale and any(missing := [m is None for m in dataset["margin"]]):
+            first = dataset["key"][missing.index(True)]
+            raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")
+        ############## MODIFICATION 5 END
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))
         return dataset
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask", "shared_len", "row"]
+        sides = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("ids", "mask", "weights")]
+        self._signature_columns = [*sides, "shared_len", "margin", "row", *REFERENCE.values()]
 
-    def _make_reference(self, ref_model, quantization_config):
-        """The frozen model that log ratios are taken against; None where a PEFT policy is its own reference."""
-        if ref_model is None and not isinstance(self.model, PeftModel):
+    def _make_reference(self):
+        """The frozen model that log ratios are taken against. None where the policy is its own reference: a PEFT model,
+        or, with precomputed log-probs, any model that has not been trained yet."""
+        ref_model, quantization_config = self._reference_source
+        path = _reference_name(self.args)
+        fresh = self.args.precompute_ref_log_probs and self.state.global_step == 0 and not self.is_deepspeed_enabled
+        if ref_model is None and not path and (isinstance(self.model, PeftModel) or fresh):
+            return None
+        if ref_model is None:
             kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
             ############## MODIFICATION 3: a reference other than the starting policy, by name.
-            path = getattr(self.args, "ref_model_name_or_path", None)
             ref_model = build_reference(self.model, path, kwargs)
             ############## MODIFICATION 3 END
-        return None if ref_model is None else place_reference(ref_model, self.accelerator)
+        if self.args.disable_dropout:
+            _disable_dropout(ref_model)
+        return place_reference(ref_model, self.accelerator)
+
+    def _precompute_all(self) -> None:
+        """The reference's log-probs of all sets; then it leaves memory."""
+        if self.is_deepspeed_enabled and self.ref_model is None:
+            raise UserError("precompute_ref_log_probs: a PEFT policy under DeepSpeed needs ref_model_name_or_path.")
+        self.train_dataset = self._precompute(self.train_dataset, "train", self.args.per_device_train_batch_size)
+        size = self.args.per_device_eval_batch_size
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._precompute(d, name, size) for name, d in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._precompute(self.eval_dataset, "eval", size)
+        self.ref_model = None
+
+    def _precompute(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        size = self.args.precompute_ref_batch_size or batch_size
+        return precompute(self.ref_model, self.model, dataset, self.data_collator, size, self.accelerator, name)
+
+    def _refuse_sync(self) -> None:
+        if self.ref_model is None:
+            raise UserError("sync_ref_model: a PEFT policy is its own reference, which cannot move.")
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.args.sync_ref_model:
+            load_moved(self.ref_model, self.accelerator, resume_from_checkpoint)
+        return prepared
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        for counts in self.drop_counts.values():
+            if counts.streamed:
+                _say(self.args, *counts.lines())
+        return result
 
     # ------------------------------------------------------------------------------------------------ the loss
 
@@ -215,34 +282,77 @@ class DPOTrainer(Trainer):
         """Mean loss of this rank's pairs, a scalar; with `return_outputs` also their PairLogps."""
         batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
         n_pairs = batch["input_ids"].size(0) // 2
-        scores = score_tokens(model, batch)
-        policy = sum_by_pair(scores.logps, batch, n_pairs)
-        reference_scores = score_reference(
-            self.ref_model, model, self.accelerator, batch, self.args.gradient_checkpointing_kwargs
-        )
-        reference = sum_by_pair(reference_scores.logps, batch, n_pairs)
+        scores = score_tokens(model, batch, self.args.use_weighting, bool(self.aux_loss_coef))
+        reference_logps = self._reference_logps(model, batch)
 
-        chosen_ratio = log_ratio(policy.chosen, reference.chosen)
-        rejected_ratio = log_ratio(policy.rejected, reference.rejected)
-        losses = sigmoid_loss(chosen_ratio, rejected_ratio, self.beta)
+        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, n_pairs, self.args.ld_alpha)
+        ############## MODIFICATION 7: turn weights. `score_weight` of the batch multiplies both models' log-probs.
+        policy = sum_by_pair(scores.logps, batch, n_pairs, weights)
+        own = sum_by_pair(scores.logps, batch, n_pairs)
+        reference = sum_by_pair(reference_logps, batch, n_pairs, weights)
+        ############## MODIFICATION 7 END
+        terms = PairTerms(policy, reference, own, self.loss_settings)
+        ############## MODIFICATION 5: margins from the data.
+        if self.loss_settings.margin_scale:
+            terms.margin = batch["margin"]
+        ############## MODIFICATION 5 END
+        ############## MODIFICATION 6: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.
+        if "kto_pair" in self.loss_settings.loss_type:
+            terms.kl = tuple(self._mean_over_ranks(reward).clamp(min=0) for reward in (terms.w, terms.l))
+        ############## MODIFICATION 6 END
+        losses = pair_losses(terms)
+        if self.args.use_weighting:
+            losses = losses * policy_weights(scores, batch, n_pairs)
         ############## MODIFICATION 2: the RPO term, added to each pair's loss.
-        nll = nll_loss(policy.chosen, policy.chosen_tokens)
-        if self.nll_coefficient:
-            losses = losses + self.nll_coefficient * nll
+        nll = nll_loss(own.chosen, own.chosen_tokens)
+        if self.loss_settings.nll_coefficient:
+            losses = losses + self.loss_settings.nll_coefficient * nll
         ############## MODIFICATION 2 END
+        if self.aux_loss_coef:
+            losses = losses + self.aux_loss_coef * scores.aux_loss
 
-        rewards = (self.beta * chosen_ratio, self.beta * rejected_ratio)
         mode = "train" if self.model.training else "eval"
-        self._tables[mode].append(pair_table(batch, scores, losses, rewards, policy, nll))
+        self._tables[mode].append(pair_table(batch, scores, losses, terms, nll))
         if mode == "train":
             self._train_tokens += int(batch["attention_mask"].sum())
         return (losses.mean(), policy) if return_outputs else losses.mean()
 
+    def _reference_logps(self, model, batch) -> torch.Tensor:
+        if "score_reference" in batch:
+            return batch["score_reference"]
+        if self.args.precompute_ref_log_probs:
+            raise UserError(
+                "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
+            )
+        kwargs = self.args.gradient_checkpointing_kwargs
+        return score_reference(self.ref_model, model, self.accelerator, batch, kwargs).logps
+
+    def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of (B,) over the pairs of all ranks, a scalar without gradient."""
+        values = values.detach()
+        total = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), "sum")
+        return total[0] / total[1]
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        return loss, None, None
+            if prediction_loss_only:
+                return loss, None, None
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return loss, logits, inputs["input_ids"]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """On the given sets, raw or tokenised, or on the trainer's own."""
+        if isinstance(eval_dataset, Dataset | IterableDataset):  # of a dict each set comes by here
+            name = metric_key_prefix
+            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, name)
+            if self.args.precompute_ref_log_probs and REFERENCE["chosen"] not in eval_dataset.column_names:
+                self.ref_model = self._make_reference()
+                eval_dataset = self._precompute(eval_dataset, name, self.args.per_device_eval_batch_size)
+                self.ref_model = None
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ------------------------------------------------------------------------------------------------ metrics
 
@@ -269,7 +379,8 @@ class DPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, float]:
-        return metrics if self.nll_coefficient else {k: v for k, v in metrics.items() if k != "nll_loss"}
+        hidden = {"nll_loss": not self.loss_settings.nll_coefficient, "aux_loss": not self.aux_loss_coef}
+        return {name: value for name, value in metrics.items() if not hidden.get(name)}
 
     def _tokens_seen(self) -> int:
         return sum(gather_object([self._train_tokens]))
@@ -280,8 +391,34 @@ class DPOTrainer(Trainer):
         """Every checkpoint and the final model are written here: weights, tokenizer, and a look at what was written."""
         folder = output_dir or self.args.output_dir
         super().save_model(folder, _internal_call)
+        if self.args.sync_ref_model and Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+            save_moved(self.ref_model, self.accelerator, folder)
         if self.args.should_save:
             check_saved(folder, expected_weights(self.accelerator.unwrap_model(self.model)))
+
+    def _save_checkpoint(self, model, trial):
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes README.md into `output_dir`."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).split("/")[-1]
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        base = getattr(self.model.config, "_name_or_path", None)
+        write_card(self.args.output_dir, name, base, dataset_name, [*tags, *self._tag_names], self.args)
+
+
+def _say(args: DPOConfig, *lines: str) -> None:
+    if args.process_index == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def _reference_name(args: DPOConfig) -> str | None:
+    return getattr(args, "ref_model_name_or_path", None)
 
 
 def _ids_and_mask(inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,19 +434,17 @@ def _disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _refuse_unsupported(args: DPOConfig, model, ref_model, train_dataset, compute_metrics) -> None:
-    """What this trainer would have to ignore is an error here, before anything is loaded."""
-    for key, only in NOT_YET.items():
-        if getattr(args, key) != only:
-            raise UserError(f"{key}: {getattr(args, key)!r} is not supported yet; leave it at {only!r}.")
-    modes = ("drop", "keep_start") if isinstance(args, MDPOConfig) else ("keep_start",)
-    if args.truncation_mode not in modes:
-        raise UserError(f"truncation_mode: {args.truncation_mode!r} is not one of {', '.join(modes)}.")
+def _refuse_inputs(model, ref_model, args: DPOConfig, train_dataset, processing_class) -> None:
+    """What this trainer cannot take is an error here, before anything is loaded."""
     if train_dataset is None:
         raise UserError("train_dataset is required.")
-    if not isinstance(train_dataset, Dataset):
-        raise UserError(f"train_dataset must be a datasets.Dataset, not {type(train_dataset).__name__}.")
-    if compute_metrics is not None:
-        raise UserError("compute_metrics: the logits that it would get are never held. Use the logged metrics.")
+    if not isinstance(train_dataset, AnyDataset):
+        raise UserError(f"train_dataset must be a Dataset or IterableDataset, not {type(train_dataset).__name__}.")
+    if {"image", "images"} & set(next(iter(train_dataset))):
+        raise UserError("The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.")
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise UserError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}.")
     if ref_model is not None and ref_model is model:
         raise UserError("model and ref_model are the same object: leave ref_model out, and a copy is made.")
+    if ref_model is not None and _reference_name(args):
+        raise UserError("ref_model_name_or_path: a ref_model was given too. Give one of the two.")

@@ -1,6 +1,7 @@
 """Rows of any supported set → pairs of messages. Nothing here knows a tokenizer."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,21 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True) -> Pair:
     if not all(sides):
         raise DropPair("not a pair")
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-    extra = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs") or {}}
+    extra = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs") or {}, "margin": _margin(row)}
     if all(isinstance(side, str) for side in sides):
         if isinstance(prompt, str):
-            return Pair(prompt + sides[0], prompt + sides[1], len(prompt))
+            return Pair(prompt + sides[0], prompt + sides[1], len(prompt), margin=extra["margin"])
         n = _common_start(*sides)
-        return Pair(*sides, n - 1 if n and sides[0][n - 1] == " " else n)
+        return Pair(*sides, n - 1 if n and sides[0][n - 1] == " " else n, margin=extra["margin"])
     if not all(isinstance(side, list) for side in sides):
         raise DropPair("not a pair")
     chosen, rejected = (normalise_messages(side) for side in sides)
+    weights = [_weights(side) for side in sides]
     if isinstance(prompt, list):
         prompt = normalise_messages(prompt)
         if not (mask_turns and all(side[: len(prompt)] == prompt for side in (chosen, rejected))):
             chosen, rejected = prompt + chosen, prompt + rejected
+            weights = [[1.0] * len(prompt) + side if side else [] for side in weights]
         n = len(prompt)
     elif mask_turns:
         n = _first_assistant(chosen)
@@ -45,7 +48,31 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True) -> Pair:
         n = _common_start(chosen, rejected)
     if mask_turns and not all(side[-1]["role"] == "assistant" for side in (chosen, rejected)):
         raise DropPair("last turn not from the assistant")
-    return Pair(chosen, rejected, n, **extra)
+    if any(weights) and not mask_turns:
+        raise UserError(
+            "Messages have a `weight`, which multiplies a turn's log-ratios: it needs mask_user_turns: true."
+        )
+    return Pair(chosen, rejected, n, weights=tuple(weights), **extra)
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    margin = row.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DropPair("margin is not a finite number")
+    return float(margin)
+
+
+def _weights(messages: list[Message]) -> list[float]:
+    """The `weight` of each message, 1 where there is none; an empty list where all are 1. DropPair for a bad one."""
+    weights = [m.get("weight") for m in messages]
+    if any(w is not None and (isinstance(w, bool) or not (isinstance(w, int | float) and w >= 0)) for w in weights):
+        raise DropPair("a message's weight is not a number >= 0")
+    if any(w is not None and m["role"] != "assistant" for m, w in zip(messages, weights, strict=True)):
+        raise DropPair("a weight on a message that is not the assistant's")
+    weights = [1.0 if w is None else float(w) for w in weights]
+    return [] if set(weights) == {1.0} else weights
 
 
 def _common_start(a, b) -> int:
@@ -68,7 +95,7 @@ def _normalise(message: Message) -> Message:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else type(message).__name__
         raise DropPair(f"unknown role: {role}")
-    message = {k: v for k, v in message.items() if v is not None}
+    message = {k: v for k, v in message.items() if v is not None and k != "weight"}
     content = message.get("content", "")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):

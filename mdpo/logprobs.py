@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
 from transformers.utils import ModelOutput
 
-from mdpo.packing import CHOSEN, REJECTED
-from mdpo.types import PairLogps, UserError
+from mdpo.types import UserError
 
 CHUNK_BYTES = 1 << 27  # of float32 logits held at a time
 
@@ -21,12 +22,16 @@ CHUNK_BYTES = 1 << 27  # of float32 logits held at a time
 @dataclass
 class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate know how to pass on
     """For S scored tokens, float32 (S,): `logps` in nats, with gradient; and without gradient `entropy` of the
-    predicted distribution (nats), `mean_logit` over the vocabulary, `top1` (1 where the token is the likeliest)."""
+    predicted distribution (nats), `mean_logit` over the vocabulary, `top1` (1 where the token is the likeliest), and
+    where asked for `log_collision`, log Σ_v p_v² (nats). `aux_loss`, where asked for: a mixture of experts'
+    load-balancing loss, a scalar with gradient."""
 
     logps: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     top1: torch.Tensor | None = None
+    log_collision: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -60,18 +65,19 @@ def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> t
 class ChunkedLogProbs(torch.autograd.Function):
     """`full_log_probs` without the logits in memory: chunks of tokens, float32 log-softmax, recomputed in backward.
 
-    Returns (logps, entropy, mean_logit, top1), each float32 (S,); only logps carries gradient, to hidden states,
-    weight and bias. The weight's gradient is summed over chunks in float32.
+    Returns (logps, entropy, mean_logit, top1, log_collision), each float32 (S,), the last one None unless `collision`;
+    only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over chunks in
+    float32.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, chunk):
+    def forward(ctx, hidden, weight, bias, target, transform, chunk, collision=False):
         on_device = hidden.device.type
         ctx.compute = torch.get_autocast_dtype(on_device) if torch.is_autocast_enabled(on_device) else weight.dtype
         ctx.transform, ctx.chunk = transform, chunk
         # Saved, not copied: ZeRO-3 swaps the parameter's storage between forward and backward.
         ctx.save_for_backward(hidden, weight, bias, target)
-        logps, entropy, mean, top1 = (hidden.new_empty(hidden.size(0), dtype=torch.float32) for _ in range(4))
+        logps, entropy, mean, top1, twice = (hidden.new_empty(hidden.size(0), dtype=torch.float32) for _ in range(5))
         w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
         for at in _slices(hidden.size(0), chunk):
             logits = transform(F.linear(hidden[at].to(ctx.compute), w, b).float())
@@ -80,10 +86,12 @@ class ChunkedLogProbs(torch.autograd.Function):
             logps[at] = picked - lse
             mean[at] = logits.mean(-1)
             top1[at] = (picked >= logits.amax(-1)).float()
+            if collision:
+                twice[at] = (2 * (logits - lse[:, None])).logsumexp(-1)
             probs = (logits - lse[:, None]).exp_()
             entropy[at] = lse - probs.mul_(logits).sum(-1)  # H = lse − Σ p·x
-        ctx.mark_non_differentiable(entropy, mean, top1)
-        return logps, entropy, mean, top1
+        ctx.mark_non_differentiable(entropy, mean, top1, twice)
+        return logps, entropy, mean, top1, twice if collision else None
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -104,7 +112,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             if need_weight:
                 d_weight += d_logits.T @ h
         cast = [None if d is None else d.to(like.dtype) for d, like in ((d_weight, weight), (d_bias, bias))]
-        return d_hidden, *cast, None, None, None
+        return d_hidden, *cast, None, None, None, None
 
 
 def _logits_gradient(raw, target, grad, transform: HeadTransform) -> torch.Tensor:
@@ -125,22 +133,32 @@ def _slices(n: int, size: int) -> list[slice]:
 def enable_scoring(model) -> None:
     """Lets `model(input_ids=…, score_index=…, score_target=…)` return TokenScores. Called without `score_index` the
     model's own forward runs, so generation and saving are unchanged. Give the model before any PEFT wrapping, or its
-    `get_base_model()`. Raises UserError for an LM head that carries its own adapter."""
+    `get_base_model()`. Raises UserError for an LM head that carries its own adapter.
+
+    `score_length` is T, the tokens of a row: what stands before the last T hidden states comes from prompt-learning
+    PEFT. `score_collision` asks for log_collision, `output_router_logits` for aux_loss."""
+    _plain_head(model)
     own_forward = model.forward
     config = model.config.get_text_config()
     transform, chunk = HeadTransform.of(config), max(64, CHUNK_BYTES // (4 * config.vocab_size))
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
-    def forward(*args, score_index=None, score_target=None, **kwargs):
+    def forward(*args, score_index=None, score_target=None, score_length=None, score_collision=False, **kwargs):
         if score_index is None:
             return own_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes labels=None
         kwargs["use_cache"] = False
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        outputs = model.base_model(*args, **kwargs)
+        hidden = outputs.last_hidden_state[:, -score_length:]
         hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
         head = _plain_head(model)
-        with _chunked(head, score_target.to(hidden.device), transform, chunk):
-            return TokenScores(*head(hidden))
+        with _chunked(head, score_target.to(hidden.device), transform, chunk, score_collision):
+            scores = TokenScores(*head(hidden))
+        if kwargs.get("output_router_logits"):
+            scores.aux_loss = load_balancing_loss_func(
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+            )
+        return scores
 
     model.forward = forward
 
@@ -150,18 +168,19 @@ def _plain_head(model) -> torch.nn.Module:
     if hasattr(head, "modules_to_save"):  # a fully trained copy beside a LoRA adapter
         adapters = [a for a in head.active_adapters if a in head.modules_to_save]
         head = head.modules_to_save[adapters[0]] if adapters and not head.disable_adapters else head.original_module
-    if hasattr(head, "lora_A"):
+    if isinstance(head, BaseTunerLayer):
         raise UserError("lora_target_modules: the LM head cannot carry an adapter here; take 'lm_head' out of it.")
     return head
 
 
 @contextmanager
-def _chunked(head, target, transform, chunk):
+def _chunked(head, target, transform, chunk, collision):
     """Within it, calling `head(hidden)` runs ChunkedLogProbs inside the module call, where its weight is gathered."""
     before = head.__dict__.get("forward")
 
     def forward(hidden):
-        return ChunkedLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), target, transform, chunk)
+        bias = getattr(head, "bias", None)
+        return ChunkedLogProbs.apply(hidden, head.weight, bias, target, transform, chunk, collision)
 
     head.forward = forward
     try:
@@ -173,16 +192,9 @@ def _chunked(head, target, transform, chunk):
             head.forward = before
 
 
-def score_tokens(model, batch: dict[str, torch.Tensor]) -> TokenScores:
+def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_loss=False) -> TokenScores:
     """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare)."""
     names = ("input_ids", "attention_mask", "position_ids", "score_index", "score_target")
-    return model(**{name: batch[name] for name in names if name in batch})
-
-
-def sum_by_pair(logps: torch.Tensor, batch: dict[str, torch.Tensor], n_pairs: int) -> PairLogps:
-    """Per-token log-probs (S,) → sums and token counts of each pair and side."""
-    place = batch["score_side"] * n_pairs + batch["score_pair"]
-    sums = logps.new_zeros(2 * n_pairs).index_add(0, place, logps)
-    tokens = torch.bincount(place, minlength=2 * n_pairs)
-    sums, tokens = sums.view(2, n_pairs), tokens.view(2, n_pairs)
-    return PairLogps(sums[CHOSEN], sums[REJECTED], tokens[CHOSEN], tokens[REJECTED])
+    asked = {"score_collision": collision, "output_router_logits": aux_loss}
+    inputs = {name: batch[name] for name in names if name in batch}
+    return model(**inputs, score_length=batch["input_ids"].size(1), **{name: True for name in asked if asked[name]})

@@ -3,7 +3,8 @@
 import torch
 
 from mdpo.logprobs import TokenScores
-from mdpo.types import PairLogps
+from mdpo.objective import PairTerms
+from mdpo.sums import counted, token_places
 
 # One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
 COLUMNS = (
@@ -20,25 +21,26 @@ COLUMNS = (
     "rejected_logits",
     "chosen_top1",
     "nll",
+    "aux_loss",  # the batch's, of a mixture of experts; else 0
 )
 
 
-def pair_table(
-    batch, scores: TokenScores, losses, rewards: tuple[torch.Tensor, torch.Tensor], logps: PairLogps, nll
-) -> torch.Tensor:
+def pair_table(batch, scores: TokenScores, losses: torch.Tensor, terms: PairTerms, nll: torch.Tensor) -> torch.Tensor:
     """COLUMNS for the B pairs of a batch, float64 (B, len(COLUMNS)), on the batch's device, without gradient.
-    `losses`, both `rewards` (β times the log ratio) and `nll` are (B,)."""
+    `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked."""
     n = len(losses)
-    place = batch["score_side"] * n + batch["score_pair"]
+    place, logps = token_places(batch, n), terms.policy
 
     def by_side(values):  # (S,) -> chosen (B,), rejected (B,)
+        values = values * counted(batch)
         return values.new_zeros(2 * n).index_add(0, place, values).view(2, n)
 
     logits, top1, entropy = by_side(scores.mean_logit), by_side(scores.top1), by_side(scores.entropy)
     columns = (
         batch["row"] if "row" in batch else torch.full((n,), -1, device=losses.device),
         losses,
-        *rewards,
+        terms.w,
+        terms.l,
         logps.chosen,
         logps.rejected,
         logps.chosen_tokens,
@@ -47,6 +49,7 @@ def pair_table(
         *logits,
         top1[0],
         nll,
+        torch.zeros_like(nll) if scores.aux_loss is None else scores.aux_loss.expand(n),
     )
     return torch.stack([c.detach().double() for c in columns], dim=1)
 
@@ -68,6 +71,7 @@ def summarise(table: torch.Tensor) -> dict[str, float]:
         "logps/chosen": column["chosen_logps"].mean(),
         "logps/rejected": column["rejected_logps"].mean(),
         "nll_loss": column["nll"].mean(),
+        "aux_loss": column["aux_loss"].mean(),
     }
     return {name: value.item() for name, value in metrics.items()}
 

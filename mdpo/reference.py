@@ -1,13 +1,24 @@
-"""The frozen reference: where it comes from, and its log-probs of the same tokens."""
+"""The reference: where it comes from, its log-probs of the same tokens, and how it moves where it is asked to."""
 
 import copy
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from accelerate.utils import gather_object
+from datasets import Dataset, List, Value
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
+from mdpo.packing import REFERENCE, SIDES
+from mdpo.sums import token_places
 from mdpo.types import UserError
+
+OWN_ADAPTER = "ref"  # the frozen copy of a PEFT policy's own adapter
+MOVED = "reference"  # folder inside a checkpoint
 
 
 def load_model(name_or_path: str, **kwargs):
@@ -69,13 +80,128 @@ def _without_checkpointing(model, kwargs):
 
 def score_reference(reference, policy, accelerator, batch, checkpointing_kwargs=None) -> TokenScores:
     """The reference's scores of the batch's supervised tokens, without gradient, in the policy's precision.
-    `reference` None means that the policy is a PEFT model and its own reference; `policy` is then called as it was
-    wrapped for training."""
+    `reference` None means that the policy is its own: a PEFT model, or any before training. `policy` is then called as
+    it was wrapped for training."""
     own, unwrapped = reference is None, accelerator.unwrap_model(policy)
     with (
         torch.no_grad(),
         accelerator.autocast(),
-        unwrapped.disable_adapter() if own else nullcontext(),
+        as_reference(unwrapped) if own else nullcontext(),
         _without_checkpointing(unwrapped, checkpointing_kwargs) if own else nullcontext(),
     ):
         return score_tokens(policy if own else reference, batch)
+
+
+@contextmanager
+def as_reference(model):
+    """Within it a PEFT model is what it was when training began: its own adapter's copy, or no adapter."""
+    if not hasattr(model, "peft_config"):
+        yield
+    elif OWN_ADAPTER in model.peft_config:
+        trained = model.active_adapter
+        model.set_adapter(OWN_ADAPTER)
+        try:
+            yield
+        finally:
+            model.set_adapter(trained)
+    else:
+        with model.disable_adapter():
+            yield
+
+
+def keep_own_adapter(model) -> None:
+    """Gives a PEFT policy a frozen copy of the adapter that it came with; that copy is the reference."""
+    trained = model.active_adapter
+    model.add_adapter(OWN_ADAPTER, model.peft_config[trained])
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        copy_name = name.replace(f".{trained}.", f".{OWN_ADAPTER}.")
+        if copy_name != name and copy_name in weights:
+            weights[copy_name].data.copy_(weight.data)
+            weights[copy_name].requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------ computed before training
+
+
+def precompute(reference, policy, dataset: Dataset, collator, batch_size: int, accelerator, name: str) -> Dataset:
+    """The set with the reference's log-prob of every scored token, float32 lists in the columns REFERENCE."""
+    loader = DataLoader(dataset, batch_size, collate_fn=collator)
+    found: dict[int, list] = {}
+    training = policy.training
+    policy.eval()
+    for batch in tqdm(
+        accelerator.prepare_data_loader(loader),
+        desc=f"reference log-probs of {name}",
+        disable=not accelerator.is_main_process,
+    ):
+        n = len(batch["row"])
+        logps = score_reference(reference, policy, accelerator, batch).logps.float().cpu()
+        # Tokens of one sequence follow each other, chosen sides first, as the collator lists them.
+        parts = logps.split(torch.bincount(token_places(batch, n), minlength=2 * n).tolist())
+        found |= {row: (parts[i].tolist(), parts[n + i].tolist()) for i, row in enumerate(batch["row"].tolist())}
+    policy.train(training)
+    for part in gather_object([found]):
+        found |= part
+    for i, side in enumerate(SIDES):
+        column = [found[row][i] for row in dataset["row"]]
+        dataset = dataset.add_column(REFERENCE[side], column, feature=List(Value("float32")))
+    return dataset
+
+
+# --------------------------------------------------------------------------------------------- a reference that moves
+
+
+class MoveReference(TrainerCallback):
+    """Every `ref_model_sync_steps` steps π_ref ← α π + (1 − α) π_ref with α = `ref_model_mixup_alpha`, weight by weight
+    (TR-DPO, arXiv 2404.09656)."""
+
+    def __init__(self, reference, accelerator):
+        self.reference, self.accelerator = reference, accelerator
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.ref_model_sync_steps:
+            return
+        policy = self.accelerator.unwrap_model(model).parameters()
+        for own, moved in zip(policy, self.accelerator.unwrap_model(self.reference).parameters(), strict=True):
+            with whole(own), whole(moved, writes=True):
+                moved.data.lerp_(own.data.to(moved.dtype), args.ref_model_mixup_alpha)
+
+
+@contextmanager
+def whole(parameter, writes: bool = False):
+    """Within it a parameter that ZeRO-3 has partitioned is whole on every rank. With `writes` rank 0's value stays."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if writes else None):
+        yield
+
+
+def save_moved(reference, accelerator, folder: str) -> None:
+    """The moved reference as safetensors inside a checkpoint. All ranks call it together."""
+    state = accelerator.get_state_dict(reference)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(reference).save_pretrained(Path(folder, MOVED), state_dict=state)
+
+
+def load_moved(reference, accelerator, folder: str) -> None:
+    """Puts the reference back to where it had moved. Raises UserError where the checkpoint does not hold it."""
+    files = sorted(Path(folder, MOVED).glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"resume_from_checkpoint: {folder} does not hold the reference that sync_ref_model had moved. Go on from a "
+            "checkpoint of a run with sync_ref_model, or start afresh."
+        )
+    saved = {name: weight for file in files for name, weight in load_file(file).items()}
+    missing = []
+    for name, weight in accelerator.unwrap_model(reference).named_parameters():
+        with whole(weight, writes=True):
+            if name in saved:
+                weight.data.copy_(saved[name])
+            else:
+                missing.append(name)
+    if missing:
+        raise UserError(f"resume_from_checkpoint: {folder}/{MOVED} lacks {len(missing)} weights, such as {missing[0]}.")

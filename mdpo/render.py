@@ -14,6 +14,7 @@ from mdpo.template import NOT_DERIVABLE, ChatTemplate, Rendered
 from mdpo.types import DropPair, Pair, TokenizedPair, UserError, common_prefix
 
 STRADDLE = "a token straddles a turn's boundary"
+Side = tuple[list[int], list[int], list[float]]  # ids, mask, weights: a number a token each
 
 
 @dataclass
@@ -32,13 +33,16 @@ def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) 
     if isinstance(pair.chosen, str) or not settings.mask_turns:
         sides = _completion_sides(pair, template)
     else:
-        sides = [_turn_side(messages, pair, template) for messages in (pair.chosen, pair.rejected)]
+        both = zip((pair.chosen, pair.rejected), pair.weights, strict=True)
+        sides = [_turn_side(messages, weights, pair, template) for messages, weights in both]
     sides = _truncate(sides, settings)
-    (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = sides
-    shared = common_prefix(
-        list(zip(chosen_ids, chosen_mask, strict=True)), list(zip(rejected_ids, rejected_mask, strict=True))
-    )
-    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared)
+    for _, mask, weights in sides:
+        if not any(m and w for m, w in zip(mask, weights, strict=True)) and any(mask):
+            raise DropPair("every turn of a side has weight 0")
+    shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
+    (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
+    weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
+    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights)
 
 
 def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
@@ -50,14 +54,19 @@ def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
     return sum(len(template.find_special(text)) for text in texts)
 
 
-def _turn_side(messages, pair: Pair, template: ChatTemplate) -> tuple[list[int], list[int]]:
+def _turn_side(messages, turn_weights, pair: Pair, template: ChatTemplate) -> Side:
     rendered = template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
     if not rendered.spans:
         raise DropPair("no assistant turn")
     ids, ranges = tokenize(rendered.text, template.tokenizer)
     mask = span_mask(ranges, [(s.start, s.end) for s in rendered.spans])
     _verify(rendered, ids, ranges, template)
-    return ids, mask
+    weights = [1.0] * len(ids)
+    for span in rendered.spans if turn_weights else ():
+        for t, (start, end) in enumerate(ranges):
+            if span.start <= start and end <= span.end:
+                weights[t] = turn_weights[span.message]
+    return ids, mask, weights
 
 
 def tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
@@ -133,7 +142,7 @@ def _same_text(expected: str, ids: list[int], tokenizer) -> bool:
     return decoded == squeeze(expected) or decoded == decode(tokenizer(expected, add_special_tokens=False)["input_ids"])
 
 
-def _completion_sides(pair: Pair, template: ChatTemplate) -> list[tuple[list[int], list[int]]]:
+def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
     """TRL 1.16's rule: ids of the whole text; supervised is what comes after the common token prefix of the prompt
     (with its generation prompt) and both sides. Plain strings end with EOS, conversations as their template writes."""
     tokenizer, n = template.tokenizer, pair.n_prompt
@@ -149,23 +158,23 @@ def _completion_sides(pair: Pair, template: ChatTemplate) -> list[tuple[list[int
         sides = [template.render(side, pair.tools, **pair.template_kwargs) for side in (pair.chosen, pair.rejected)]
     prompt_ids, sides = encode(prompt), [encode(side) for side in sides]
     start = min(common_prefix(prompt_ids, ids) for ids in sides)
-    return [(ids, [0] * start + [1] * (len(ids) - start)) for ids in sides]
+    return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in sides]
 
 
-def _truncate(sides, settings: RenderSettings):
+def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
     """Drops or cuts over-long pairs. Ours never trains a side without a supervised token, nor two equal sides;
     TRL's rule (mask_turns False) only drops pairs whose prompt alone fills `max_length`."""
     limit = settings.max_length
-    too_long = limit is not None and max(len(ids) for ids, _ in sides) > limit
+    too_long = limit is not None and max(len(ids) for ids, *_ in sides) > limit
     if too_long and settings.truncation_mode == "drop":
         raise DropPair("over-long")
     if too_long:
-        if settings.mask_turns and any(_last_turn(mask) >= limit for _, mask in sides):
+        if settings.mask_turns and any(_last_turn(mask) >= limit for _, mask, _ in sides):
             raise DropPair("last turn lost")
-        sides = [(ids[:limit], mask[:limit]) for ids, mask in sides]
-    if any(sum(mask) == 0 for _, mask in sides) and (settings.mask_turns or too_long):
+        sides = [tuple(part[:limit] for part in side) for side in sides]
+    if any(sum(mask) == 0 for _, mask, _ in sides) and (settings.mask_turns or too_long):
         raise DropPair("last turn lost" if too_long else "no assistant turn")
-    if settings.mask_turns and sides[0] == sides[1]:
+    if settings.mask_turns and sides[0][:2] == sides[1][:2]:
         raise DropPair("equal after truncation" if too_long else "chosen equals rejected")
     return sides
 

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from trl import ModelConfig
 
-from mdpo.config import RETIRED_KEYS, DataArguments, MDPOConfig
+from mdpo.config import DataArguments, MDPOConfig
+from mdpo.retired import RETIRED_KEYS
 from mdpo.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
 from mdpo.data import row_to_pair
@@ -13,12 +13,14 @@ from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, TokenizedPair, UserError
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 1
+VERSION = 2
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in ("chosen", "rejected")},
         **{f"{side}_mask": List(Value("uint8")) for side in ("chosen", "rejected")},
+        **{f"{side}_weights": List(Value("float32")) for side in ("chosen", "rejected")},
         "shared_len": Value("int32"),
+        "margin": Value("float64"),
         "key": Value("string"),
         "prompt_key": Value("string"),
         "special_in_context": Value("int32"),
@@ -35,6 +37,7 @@ class DropCounts:
     read: int = 0
     kept: int = 0
     special_in_context: int = 0  # kept pairs whose user or tool text holds special tokens
+    streamed: bool = False  # counted while the set is read, an epoch after the other
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -58,9 +61,11 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists."""
     key = str(row.get("key") or f"row:{index + 1}")
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": key, "prompt_key": "", "special_in_context": 0}
+    out["margin"] = None
     try:
         pair = row_to_pair(row, settings.mask_turns)
         out |= vars(tokenize_pair(pair, template, settings))
+        out["margin"] = pair.margin
         out["prompt_key"] = Hasher.hash(pair.chosen[: pair.n_prompt])
         out["special_in_context"] = special_tokens_in_context(pair, template)
     except DropPair as e:
@@ -97,6 +102,32 @@ def tokenize_dataset(
     if not counts.kept:
         raise UserError("no pair is left to train on.\n" + "\n".join(counts.lines()))
     return kept.remove_columns("drop_reason"), counts
+
+
+def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, name: str):
+    """As `tokenize_dataset`, row by row while the stream is read: (IterableDataset, counts that grow meanwhile).
+
+    The first row that is dropped for a reason is named at once; counts of dataloader workers stay in the workers."""
+    first = next(iter(rows))
+    conversational = any(isinstance(first.get(side), list) for side in ("chosen", "rejected"))
+    template = ChatTemplate(tokenizer, settings.template_kwargs) if conversational else PlainText(tokenizer)
+    counts = DropCounts(name, streamed=True)
+
+    def keep(row: dict[str, Any]) -> bool:
+        counts.read += 1
+        reason = row["drop_reason"]
+        if not reason:
+            counts.kept += 1
+            counts.special_in_context += row["special_in_context"] > 0
+        elif reason not in counts.reasons:
+            print(f"{name}: dropped {row['key']}: {reason} (further ones are counted)", flush=True)
+        if reason:
+            counts.reasons.setdefault(reason, []).append(row["key"])
+        return not reason
+
+    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
+    tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
+    return tokenised.filter(keep).remove_columns("drop_reason"), counts
 
 
 def length_summary(rows: Dataset) -> dict[str, float]:

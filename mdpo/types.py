@@ -21,7 +21,8 @@ class Pair:
     """One preference pair in messages (or plain strings), before any tokenizer.
 
     `chosen` and `rejected` are whole conversations: the prompt's messages first. `n_prompt` messages of them are
-    context on both sides; their assistant turns are not supervised.
+    context on both sides; their assistant turns are not supervised. `weights` holds a number for each message of
+    chosen and of rejected, empty lists where all are 1. `margin` is the row's, in units of reward.
     """
 
     chosen: list[Message] | str
@@ -29,13 +30,16 @@ class Pair:
     n_prompt: int  # messages; for plain strings, characters
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: tuple[list[float], list[float]] = ([], [])
+    margin: float | None = None
 
 
 @dataclass
 class TokenizedPair:
-    """Token ids and masks of one pair. `mask[t] == 1` where token t is supervised.
+    """Token ids and masks of one pair. `mask[t] == 1` where token t is supervised; `weights[t]` multiplies its log
+    ratio, and the whole list is empty where all are 1.
 
-    `shared_len` is the length of the longest common prefix of (id, mask), in tokens.
+    `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens.
     Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
     """
 
@@ -44,11 +48,14 @@ class TokenizedPair:
     rejected_ids: list[int]
     rejected_mask: list[int]
     shared_len: int
+    chosen_weights: list[float] = field(default_factory=list)
+    rejected_weights: list[float] = field(default_factory=list)
 
 
 @dataclass
 class PairLogps:
-    """Summed log-probs of B pairs over supervised tokens, float32, nats, shape (B,); token counts int64, shape (B,)."""
+    """Log-probs of B pairs, each token's times its weight, summed over supervised tokens: float32, nats, shape (B,).
+    Token counts are of supervised tokens whose turn's weight is not 0: int64, shape (B,)."""
 
     chosen: torch.Tensor
     rejected: torch.Tensor

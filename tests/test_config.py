@@ -9,8 +9,9 @@ import yaml
 from trl import DPOConfig, ModelConfig
 
 from mdpo import recipe as recipe_module
-from mdpo.config import RETIRED_KEYS, DataArguments, MDPOConfig
+from mdpo.config import DataArguments, MDPOConfig
 from mdpo.recipe import DEFAULT_RECIPE, fit_to_machine, load_recipe, precision_note
+from mdpo.retired import RETIRED_KEYS
 from mdpo.settings import FIELDS, PARTS, ROOT
 from mdpo.types import UserError
 

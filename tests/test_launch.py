@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
-from mdpo.logprobs import enable_scoring, score_tokens, sum_by_pair
+from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.packing import PairCollator
 from mdpo.render import RenderSettings
+from mdpo.sums import sum_by_pair
 from mdpo.tokens import tokenize_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

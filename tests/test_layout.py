@@ -16,11 +16,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types"},
-    {"marks", "config", "startup", "checkpoints"},
-    {"template", "data", "settings", "tokenizer", "losses"},
-    {"render", "recipe", "packing"},
-    {"tokens", "logprobs"},
-    {"reference", "metrics", "pairs", "report"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses"},
+    {"template", "data", "settings", "tokenizer", "objective", "packing"},
+    {"render", "recipe", "logprobs", "options"},
+    {"tokens", "sums"},
+    {"reference", "metrics", "pairs", "report", "card"},
 ]
 
 

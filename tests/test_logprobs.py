@@ -4,19 +4,18 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import CHATML, tiny_llama, tokenizer_for
-from torch import nn
 
 from mdpo.logprobs import (
     ChunkedLogProbs,
     HeadTransform,
-    _plain_head,
     enable_scoring,
     full_log_probs,
     score_tokens,
-    sum_by_pair,
 )
 from mdpo.packing import PairCollator
+from mdpo.sums import sum_by_pair, verbosity_weights
 from mdpo.types import UserError
 
 TRANSFORMS = {"plain": HeadTransform(), "scaled": HeadTransform(scale=0.25), "capped": HeadTransform(2.0, softcap=5.0)}
@@ -32,13 +31,15 @@ def test_two_tokens_by_hand():
     # Logits are W·h: [0, ln 3] for the first token and [ln 4, 0] for the second, so p = (1/4, 3/4) and (4/5, 1/5).
     hidden = torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(4.0)]])
     weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    logps, entropy, mean, top1 = ChunkedLogProbs.apply(hidden, weight, None, torch.tensor([1, 1]), HeadTransform(), 1)
+    found = ChunkedLogProbs.apply(hidden, weight, None, torch.tensor([1, 1]), HeadTransform(), 1, True)
+    logps, entropy, mean, top1, collision = found
     assert logps.tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 5)], abs=1e-6)
     assert entropy.tolist() == pytest.approx(
         [-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))], abs=1e-6
     )
     assert mean.tolist() == pytest.approx([math.log(3) / 2, math.log(4) / 2], abs=1e-6)
     assert top1.tolist() == [1.0, 0.0]
+    assert collision.tolist() == pytest.approx([math.log(10 / 16), math.log(17 / 25)], abs=1e-6)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -186,12 +187,24 @@ def test_head_is_called_once_whatever_the_count():
     assert len(calls) == 2
 
 
-def test_adapter_on_the_head_is_refused():
-    class Model(nn.Module):
-        def get_output_embeddings(self):
-            head = nn.Linear(2, 2)
-            head.lora_A = nn.ModuleDict()
-            return head
-
+def test_adapter_on_the_head_is_refused_before_training():
+    model = get_peft_model(tiny_llama(tokenizer_for(CHATML)), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(UserError, match="lm_head"):
-        _plain_head(Model())
+        enable_scoring(model.get_base_model())
+
+
+def test_turn_weights_and_verbosity_weights_by_hand():
+    """Chosen has 4 supervised tokens, of which one has weight 0; rejected has 2: the shorter side counts 2."""
+    batch = {
+        "score_pair": torch.tensor([0, 0, 0, 0, 0, 0]),
+        "score_side": torch.tensor([0, 0, 0, 0, 1, 1]),
+        "score_weight": torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 2.0]),
+    }
+    logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0])
+    sums = sum_by_pair(logps, batch, n_pairs=1)
+    assert (sums.chosen.item(), sums.rejected.item()) == (-1 - 2 - 8, -16 - 64)
+    assert (sums.chosen_tokens.item(), sums.rejected_tokens.item()) == (3, 2)
+    # Positions among tokens that count: 1, -, 2, 3 and 1, 2. The third of the chosen side is beyond the shorter one.
+    weights = verbosity_weights(batch, 1, alpha=0.25)
+    assert weights[[0, 2, 3, 4, 5]].tolist() == [1.0, 1.0, 0.25, 1.0, 1.0]
+    assert sum_by_pair(logps, batch, 1, weights).chosen.item() == -1 - 2 - 2

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import mdpo.losses as losses
 from mdpo.losses import log_ratio, nll_loss, sigmoid_loss
 from mdpo.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
 
@@ -15,22 +16,66 @@ def t(*values):
 
 def test_sigmoid_is_ln2_where_policy_is_reference():
     ratio = log_ratio(t(-5.0, -7.0), t(-5.0, -7.0))
-    assert sigmoid_loss(ratio, ratio, beta=0.1).tolist() == pytest.approx([math.log(2)] * 2)
+    assert sigmoid_loss(0.1 * ratio).tolist() == pytest.approx([math.log(2)] * 2)
 
 
 def test_sigmoid_by_hand():
-    # β Δ = 0.5 · (ln 3 − (−ln 3)) = ln 3; σ(ln 3) = 3/4; −ln(3/4).
-    loss = sigmoid_loss(t(math.log(3)), t(-math.log(3)), beta=0.5)
-    assert loss.tolist() == pytest.approx([-math.log(3 / 4)])
-    flipped = sigmoid_loss(t(-math.log(3)), t(math.log(3)), beta=0.5)
-    assert flipped.tolist() == pytest.approx([-math.log(1 / 4)])
+    # β Δ = 0.5 · (ln 3 − (−ln 3)) = ln 3; σ(ln 3) = 3/4; −ln(3/4), and −ln(1/4) with the pair flipped.
+    assert sigmoid_loss(t(math.log(3), -math.log(3))).tolist() == pytest.approx([-math.log(3 / 4), -math.log(1 / 4)])
 
 
 def test_sigmoid_gradient_and_limits():
-    # d/dΔ −ln σ(βΔ) = −β σ(−βΔ): at 0 it is −β/2; far out it is 0 and −β, never nan.
-    delta = t(0.0, 1e4, -1e4).requires_grad_()
-    sigmoid_loss(delta, torch.zeros_like(delta), beta=0.1).sum().backward()
-    assert delta.grad.tolist() == pytest.approx([-0.05, 0.0, -0.1])
+    # d/dx −ln σ(x) = −σ(−x): at 0 it is −½; far out it is 0 and −1, never nan.
+    x = t(0.0, 1e3, -1e3).requires_grad_()
+    sigmoid_loss(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([-0.5, 0.0, -1.0])
+
+
+LN3 = math.log(3)
+LN2 = math.log(2)
+# σ(ln 3) = 3/4, σ(−ln 3) = 1/4. Each value was derived on paper from the formula of the loss's paper.
+BY_HAND = {
+    "hinge": (losses.hinge_loss(t(0.25, 2.0, -1.0)), [0.75, 0.0, 2.0]),
+    # 0.9 · −ln(3/4) + 0.1 · −ln(1/4)
+    "smoothed": (losses.smoothed_loss(t(LN3), 0.1), [-0.9 * math.log(0.75) - 0.1 * math.log(0.25)]),
+    # (−0.9 ln(3/4) + 0.1 ln(1/4)) / 0.8
+    "robust": (losses.robust_loss(t(LN3), 0.1), [(-0.9 * math.log(0.75) + 0.1 * math.log(0.25)) / 0.8]),
+    # ¾ ln(¾ / ½) + ¼ ln(¼ / ½), with ε = ½ the target is a coin
+    "exo": (losses.exo_loss(t(LN3), 0.5), [0.75 * math.log(1.5) + 0.25 * math.log(0.5)]),
+    # x = 0: both halves weigh ½: ½ ln 2 + ½ · 1
+    "discopop": (losses.discopop_loss(t(0.0), 0.05), [LN2 / 2 + 0.5]),
+    # (Δ̄ − 1/(2 · 0.25))² = (3 − 2)²
+    "ipo": (losses.ipo_loss(t(3.0), 0.25), [1.0]),
+    "nca": (losses.nca_loss(t(LN3), t(-LN3)), [-math.log(0.75) - (math.log(0.25) + math.log(0.75)) / 2]),
+    "bco": (losses.bco_loss(t(LN3), t(LN3)), [-math.log(0.75) - math.log(0.25)]),
+    "apo_zero": (losses.apo_zero_loss(t(LN3), t(LN3)), [0.25 + 0.75]),
+    # σ(0) + σ(−(0 − (−ln 3)))
+    "apo_down": (losses.apo_down_loss(t(0.0), t(-LN3)), [0.5 + 0.25]),
+    # (1 − 2)² + (−1 + 2)² with 1/(2β) = 2
+    "sppo_hard": (losses.sppo_hard_loss(t(1.0), t(-1.0), 0.25), [2.0]),
+    # sorted (1, 2) − (0, 5)
+    "aot": (losses.sorted_difference(t(2.0, 1.0), t(0.0, 5.0)), [1.0, -3.0]),
+    # 9 nats over 3 tokens, the same for each pair
+    "sft": (losses.token_nll(t(-6.0, -3.0), torch.tensor([1, 2])), [3.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_by_hand(name):
+    got, wanted = BY_HAND[name]
+    assert got.tolist() == pytest.approx(wanted)
+
+
+def test_divergences_by_hand():
+    # u = 2: log u; 1 − 1/u; log(2u/(u+1)); (u^(α−1) − 1)/(α − 1) with α = 3 and its limit at 1.
+    ratio = t(LN2)
+    score = losses.divergence_score
+    assert score(ratio).item() == pytest.approx(LN2)
+    assert score(ratio, "forward_kl").item() == pytest.approx(0.5)
+    assert score(ratio, "js_divergence").item() == pytest.approx(math.log(4 / 3))
+    assert score(ratio, "alpha_divergence", 3.0).item() == pytest.approx(1.5)
+    assert score(ratio, "alpha_divergence", 1.0).item() == score(ratio).item()
+    assert math.isfinite(score(torch.tensor([1e4]), "alpha_divergence", 3.0).item())
 
 
 def test_nll_is_per_pair_and_per_token():

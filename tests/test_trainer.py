@@ -1,6 +1,7 @@
 """DPOTrainer: the NLL term, accumulation, evaluation by pairs, LoRA, references, saving, and what it refuses."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_trl_parity import close, explicit, loss_and_gradients, trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
-from dpo_trainer import NOT_YET, DPOTrainer
+from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
 from mdpo.types import UserError
@@ -153,21 +154,74 @@ def test_incomplete_checkpoint_is_noticed(tmp_path, tokenizer):
         check_saved(tmp_path, expected_weights(model))
 
 
-@pytest.mark.parametrize("key", NOT_YET)
-def test_options_that_would_do_nothing_are_refused(key, tmp_path, tokenizer):
-    values = {"loss_type": ["hinge"], "loss_weights": [1.0], "ld_alpha": 0.5, "f_divergence_type": "forward_kl"}
-    value = values.get(key, 0.1 if key == "label_smoothing" else True)
-    with pytest.raises(UserError, match=key):
-        mdpo_trainer(tmp_path, tokenizer, **{key: value})
+# Options that no run could honour, and those that would do nothing: key, value, the words that name it.
+REFUSED = [
+    ({"loss_type": ["sigmod"]}, "loss_type: 'sigmod'"),
+    ({"loss_type": ["sigmoid", "sigmoid"]}, "twice"),
+    ({"f_divergence_type": "chi"}, "f_divergence_type: 'chi'"),
+    ({"f_divergence_type": "forward_kl", "loss_type": ["apo_zero"]}, "no meaning for apo_zero"),
+    ({"use_weighting": True, "loss_type": ["aot"]}, "use_weighting"),
+    ({"label_smoothing": 0.5, "loss_type": ["robust"]}, "label_smoothing: 0.5"),
+    ({"loss_type": ["exo_pair"]}, "exo_pair needs more than 0"),
+    ({"ld_alpha": 1.5}, "ld_alpha"),
+    ({"loss_type": ["kl"]}, "margin_scale: kl"),
+    ({"padding_free": True}, "padding_free"),
+    ({"use_liger_kernel": True}, "use_liger_kernel"),
+    ({"activation_offloading": True}, "activation_offloading"),
+    ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "Choose one"),
+    ({"router_aux_loss_coef": 0.1}, "no mixture of experts"),
+    ({"pad_token": "<nowhere>"}, "pad_token: '<nowhere>'"),
+]
+WITHOUT_EFFECT = [
+    {"label_smoothing": 0.1},
+    {"discopop_tau": 0.1},
+    {"margin_scale": 1.0, "loss_type": ["ipo"]},
+    {"length_penalty": 0.1, "loss_type": ["hinge"]},
+    {"ld_alpha": 0.5, "loss_type": ["sft"]},
+    {"f_alpha_divergence_coef": 0.3},
+    {"ref_model_mixup_alpha": 0.5},
+    {"ref_model_sync_steps": 5},
+    {"precompute_ref_batch_size": 2},
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_no_run_could_honour_is_refused(options, words, tmp_path, tokenizer):
+    with pytest.raises(UserError, match=words):
+        mdpo_trainer(tmp_path, tokenizer, **options)
+
+
+@pytest.mark.parametrize("options", WITHOUT_EFFECT, ids=lambda options: next(iter(options)))
+def test_options_without_effect_are_refused_or_named(options, tmp_path, tokenizer, capsys):
+    """Refused under MDPOConfig, which recipes use; named under trl.DPOConfig, under which TRL's scripts run on."""
+    key = next(iter(options))
+    with pytest.raises(UserError, match=f"{key}: has no effect"):
+        mdpo_trainer(tmp_path, tokenizer, **options)
+    if key not in ("margin_scale", "length_penalty"):
+        trainer_of(DPOTrainer, agent_rows(4), tmp_path, tokenizer, **options)
+        assert f"{key}: has no effect" in capsys.readouterr().out
+
+
+def test_dropout_of_lora_without_effect_is_named(tmp_path, tokenizer, capsys):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.3, task_type="CAUSAL_LM")
+    own(tmp_path, tokenizer, tiny_llama(tokenizer), peft_config=lora)
+    assert "lora_dropout: 0.3 has no effect" in capsys.readouterr().out
+    trainer = own(tmp_path, tokenizer, tiny_llama(tokenizer), peft_config=lora, disable_dropout=False)
+    assert "lora_dropout" not in capsys.readouterr().out
+    assert any(m.p == 0.3 for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
 def test_refusals_name_what_to_do(tmp_path, tokenizer):
     model = tiny_llama(tokenizer)
     with pytest.raises(UserError, match="same object"):
         own(tmp_path, tokenizer, model, model)
+    with pytest.raises(UserError, match="Give one of the two"):
+        own(tmp_path, tokenizer, model, tiny_llama(tokenizer), ref_model_name_or_path="elsewhere")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(UserError, match="leave ref_model out"):
-        own(tmp_path, tokenizer, model, tiny_llama(tokenizer), peft_config=lora)
+    with pytest.raises(UserError, match="cannot move"):
+        own(tmp_path, tokenizer, model, peft_config=lora, sync_ref_model=True)
+    with pytest.raises(UserError, match="Use trl.DPOTrainer for vision"):
+        own(tmp_path, tokenizer, tiny_llama(tokenizer), rows=[{**row, "images": []} for row in agent_rows(2)])
     small = tiny_llama(tokenizer)
     small.resize_token_embeddings(100)
     with pytest.raises(UserError, match="embedding for 100"):
@@ -185,3 +239,95 @@ def test_explicit_prompt_supervises_the_same_as_an_implicit_one(tmp_path, tokeni
         assert {k: a[k] for k in ("chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")} == {
             k: b[k] for k in ("chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
         }
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_reference_that_moves_is_part_of_the_checkpoint(steps, tmp_path, tokenizer):
+    """α = ½ after each second step. A run that goes on from step 2 ends with the same reference and the same policy."""
+    options = {
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "ref_model_mixup_alpha": 0.5,
+        "num_train_epochs": 2,  # 4 steps
+        "save_strategy": "steps",
+        "save_steps": steps,
+        "learning_rate": 1e-2,
+    }
+    whole = mdpo_trainer(tmp_path / "whole", tokenizer, **options)
+    before = [p.clone() for p in whole.ref_model.parameters()]
+    whole.train()
+    folder = tmp_path / "whole" / "dpo_trainer"
+    policy = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-2")
+    moved = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-2" / "reference")
+    for was, now, own_weight in zip(before, moved.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(now, (was + own_weight) / 2)
+    again = mdpo_trainer(tmp_path / "again", tokenizer, **options)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for a, b in zip(again.ref_model.parameters(), whole.ref_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    shutil.rmtree(folder / "checkpoint-2" / "reference")
+    with pytest.raises(UserError, match="does not hold the reference"):
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_lora_against_another_reference_by_name(tmp_path, tokenizer):
+    tiny_llama(tokenizer, seed=1).save_pretrained(tmp_path / "reference")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    options = {"ref_model_name_or_path": str(tmp_path / "reference")}
+    trainer = own(tmp_path, tokenizer, tiny_llama(tokenizer), peft_config=lora, **options)
+    given = mdpo_trainer(tmp_path, tokenizer)  # seeds 0 and 1 as objects; a new adapter changes nothing yet
+    batch = next(iter(trainer.get_train_dataloader()))
+    close(loss_and_gradients(trainer, batch)[0], loss_and_gradients(given, batch)[0])
+
+
+def test_precomputed_reference_leaves_memory_and_is_counted_on(tmp_path, tokenizer):
+    trainer = mdpo_trainer(tmp_path, tokenizer, precompute_ref_log_probs=True)
+    assert trainer.ref_model is None
+    batch = next(iter(mdpo_trainer(tmp_path, tokenizer).get_train_dataloader()))
+    with pytest.raises(UserError, match="a set without them"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_all_masked_side_is_a_differentiable_zero(tmp_path, tokenizer):
+    trainer = mdpo_trainer(tmp_path, tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {k: batch[k] for k in ("input_ids", "attention_mask")} | {
+        "completion_mask": torch.zeros_like(batch["completion_mask"])
+    }
+    loss, gradients = loss_and_gradients(trainer, batch)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients.values())
+
+
+def test_model_card(tmp_path, tokenizer):
+    trainer = mdpo_trainer(tmp_path, tokenizer, loss_type=["sigmoid", "hinge"])
+    trainer.create_model_card(dataset_name="org/pairs", tags="agents")
+    card = (tmp_path / "dpo_trainer" / "README.md").read_text()
+    for words in ("- agents", "- trl", "- dpo", "org/pairs", "sigmoid + hinge", "2409.02392"):
+        assert words in card, words
+
+
+def test_ten_lines_for_trl_run_unchanged(tmp_path, tokenizer):
+    """The script names DPOTrainer alone: with trl's import or ours it trains and ends with the same weights."""
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    Dataset.from_list(agent_rows(8)).to_json(tmp_path / "pairs.jsonl")
+    script = f"""
+from datasets import load_dataset
+from trl import DPOConfig
+rows = load_dataset("json", data_files={str(tmp_path / "pairs.jsonl")!r}, split="train")
+args = DPOConfig(OUT, max_steps=2, per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to="none")
+trainer = DPOTrainer({str(tmp_path / "base")!r}, args=args, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+trainer.evaluate()
+trainer.save_model(OUT)
+"""
+    weights = []
+    for source in ("trl", "dpo_trainer"):
+        names = {"OUT": str(tmp_path / source)}
+        exec(f"from {source} import DPOTrainer\n{script}", names)  # noqa: S102
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / source))
+    for p, q in zip(*(model.parameters() for model in weights), strict=True):
+        close(p, q)

@@ -3,23 +3,29 @@
 float32, a reference that differs from the policy; 1e-5 relative to a tensor's norm, rewards 1e-5 · β · |logps|.
 """
 
+import math
+
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for, trl_template
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for, trl_template
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
+from mdpo.objective import OF_TRL
+from mdpo.options import OF_DIFFERENCE
 
 BETA = 0.1
 
 
-def trainer_of(cls, rows, tmp_path, tokenizer, config=DPOConfig, **options):
+def trainer_of(cls, rows, tmp_path, tokenizer, config=DPOConfig, models=None, peft_config=None, **options):
+    """A trainer of tiny models; `models` makes (policy, reference) anew for each trainer."""
     defaults = {
         "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
+        "per_device_eval_batch_size": 8,
         "num_train_epochs": 1,
         "logging_steps": 1,
         "report_to": "none",
@@ -33,14 +39,16 @@ def trainer_of(cls, rows, tmp_path, tokenizer, config=DPOConfig, **options):
         "gradient_checkpointing": False,
     }
     args = config(str(tmp_path / cls.__module__), **{**defaults, **options})
-    data = Dataset.from_list(rows)
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    policy, reference = models() if models else (tiny_llama(tokenizer, seed=0), tiny_llama(tokenizer, seed=1))
     return cls(
-        tiny_llama(tokenizer, seed=0),
-        tiny_llama(tokenizer, seed=1),
+        policy,
+        reference,
         args,
         train_dataset=data,
         eval_dataset=data,
         processing_class=tokenizer,
+        peft_config=peft_config,
     )
 
 
@@ -57,6 +65,21 @@ def plain(rows):
 def implicit_plain(rows):
     return [{"chosen": r["prompt"] + " " + r["chosen"], "rejected": r["prompt"] + " " + r["rejected"]}
             for r in plain(rows)]  # fmt: skip
+
+
+def short_rows(n):
+    answers = (
+        " 6.",
+        " Paris.",
+        " The answer is 12.",
+        " it is sunny",
+        " rivers and hills",
+        " Thank you.",
+        " 12",
+        " 3 * 4",
+    )
+    return [{"prompt": f"What is {i} * 4?", "chosen": answers[i % 8], "rejected": answers[(i + 3) % 8]}
+            for i in range(n)]  # fmt: skip
 
 
 def with_tools(rows):
@@ -82,20 +105,14 @@ def loss_and_gradients(trainer, batch):
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
     trainer._metrics["train"].clear() if hasattr(trainer, "_metrics") else trainer._tables["train"].clear()
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("options", [{}, {"max_length": 150}], ids=["whole", "keep_start"])
-def test_sigmoid_equals_trl(name, options, tmp_path):
-    reshape, template = FORMATS[name]
-    tokenizer = tokenizer_for(template, "byte", eos="<|im_end|>")
-    rows = reshape(agent_rows(8))
-    if name == "tools":  # the template's words about tools come first
-        options = {"max_length": 600 + options.get("max_length", 300)}
+def same_as_trl(rows, tmp_path, tokenizer, whole_run=True, **options):
+    """Batches, loss and gradients of the first one, then two steps with their metrics, weights and an evaluation."""
     ours, theirs = (trainer_of(cls, rows, tmp_path, tokenizer, **options) for cls in (DPOTrainer, trl.DPOTrainer))
     batch, their_batch = (next(iter(t.get_train_dataloader())) for t in (ours, theirs))
     for key in ("input_ids", "attention_mask", "completion_mask"):
@@ -103,20 +120,188 @@ def test_sigmoid_equals_trl(name, options, tmp_path):
     loss, gradients = loss_and_gradients(ours, batch)
     their_loss, their_gradients = loss_and_gradients(theirs, their_batch)
     close(loss, their_loss)
-    assert their_loss.item() != pytest.approx(0.6931, abs=0.05)  # the reference is another model
     for parameter, wanted in their_gradients.items():
         close(gradients[parameter], wanted, parameter)
-    if "keep_start" in str(tmp_path):
-        assert batch["attention_mask"].sum(1).max() == options["max_length"]
-        return
-    ours.train()
-    theirs.train()
-    for got, wanted in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
-        assert set(got) == set(wanted)
-        compare_metrics(got, wanted)
-    for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
-        close(p.data, q.data)
-    compare_metrics(ours.evaluate(), theirs.evaluate(), prefix="eval_")
+    assert any(wanted.norm() > 1e-6 for wanted in their_gradients.values())
+    if whole_run:
+        ours.train()
+        theirs.train()
+        assert len(ours.state.log_history) >= 3
+        for got, wanted in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
+            assert set(got) == set(wanted)
+            compare_metrics(got, wanted)
+        weights = dict(theirs.model.named_parameters())
+        for name, weight in ours.model.named_parameters():
+            close(weight.data, weights[name].data, name)
+        compare_metrics(ours.evaluate(), theirs.evaluate(), prefix="eval_")
+    return ours, theirs, their_loss.item()
+
+
+@pytest.fixture
+def tokenizer():
+    return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "keep_start"])
+def test_formats(name, cut, tmp_path):
+    reshape, template = FORMATS[name]
+    tokenizer = tokenizer_for(template, "byte", eos="<|im_end|>")
+    rows, options = reshape(agent_rows(8)), {"max_length": 900}
+    if cut:
+        whole = trainer_of(DPOTrainer, rows, tmp_path, tokenizer, **options).train_dataset
+        options = {"max_length": max(len(ids) for ids in whole["chosen_ids"]) - 10}
+    ours, _, loss = same_as_trl(rows, tmp_path, tokenizer, whole_run=not cut, **options)
+    assert loss != pytest.approx(math.log(2), abs=5e-4)  # the reference is another model
+    longest = max(len(ids) for ids in ours.train_dataset["chosen_ids"])
+    assert longest == options["max_length"] if cut else longest < options["max_length"]
+
+
+SMOOTHED = {"exo_pair": 0.01, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.1}
+
+
+def nearby(tokenizer, noise=0.01):
+    """A policy that is its reference and a little noise: small log ratios. Far from it, and over many tokens, float32's
+    error of a log-prob would be more than 1e-5 of a loss that grows exponentially with its ratios."""
+    policy, reference = (tiny_llama(tokenizer, seed=0, initializer_range=0.1) for _ in range(2))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(torch.randn_like(weight) * noise)
+    return policy, reference
+
+
+@pytest.mark.parametrize("loss", OF_TRL)
+def test_losses(loss, tmp_path, tokenizer):
+    models = lambda: nearby(tokenizer)  # noqa: E731
+    options = {"label_smoothing": SMOOTHED.get(loss, 0.0), "models": models, "loss_type": [loss]}
+    ours, *_ = same_as_trl(short_rows(8), tmp_path, tokenizer, **options)
+    assert abs(ours.state.log_history[0]["rewards/margins"]) > 1e-3
+
+
+DIVERGENCES = {
+    "forward_kl": {},
+    "js_divergence": {},
+    "alpha_divergence": {"f_alpha_divergence_coef": 0.3},
+    "alpha_1": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("loss", sorted(OF_DIFFERENCE - {"sft"}))
+def test_divergences(loss, divergence, tmp_path, tokenizer):
+    options = {"f_divergence_type": divergence, **DIVERGENCES[divergence], "label_smoothing": SMOOTHED.get(loss, 0.0)}
+    options |= {"discopop_tau": 0.5} if loss == "discopop" else {}
+    models = lambda: nearby(tokenizer)  # noqa: E731
+    same_as_trl(short_rows(4), tmp_path, tokenizer, whole_run=False, models=models, loss_type=[loss], **options)
+
+
+OPTIONS = {
+    "mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "mixture_unweighted": {"loss_type": ["sigmoid", "hinge"]},
+    "ld_alpha": {"ld_alpha": 0.3},
+    "ld_alpha_ipo": {"ld_alpha": 0.0, "loss_type": ["ipo", "sft"]},
+    "ld_alpha_precomputed": {"ld_alpha": 0.3, "precompute_ref_log_probs": True},
+    "use_weighting": {"use_weighting": True},
+    "use_weighting_mixture": {"use_weighting": True, "loss_type": ["sigmoid", "apo_zero"], "loss_weights": [1.0, 0.5]},
+    "precomputed": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
+    "sync": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "beta": {"beta": 0.5},
+    "padded": {"pad_to_multiple_of": 64},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, tmp_path, tokenizer):
+    *_, loss = same_as_trl(agent_rows(8), tmp_path, tokenizer, **OPTIONS[name])
+    plain = trainer_of(DPOTrainer, agent_rows(8), tmp_path, tokenizer)
+    if name not in ("precomputed", "sync", "accumulation", "checkpointing", "padded"):  # these change no first loss
+        assert loss != pytest.approx(loss_and_gradients(plain, next(iter(plain.get_train_dataloader())))[0].item())
+
+
+def lora_models(tokenizer):
+    return tiny_llama(tokenizer, seed=0), None
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}])
+def test_lora_from_a_config(options, tmp_path, tokenizer):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    models = lambda: lora_models(tokenizer)  # noqa: E731
+    same_as_trl(agent_rows(8), tmp_path, tokenizer, models=models, peft_config=lora, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}])
+def test_peft_model_with_its_own_adapter_as_reference(options, tmp_path, tokenizer):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+    def models():
+        torch.manual_seed(3)
+        return get_peft_model(tiny_llama(tokenizer, seed=0), lora), None
+
+    ours, _, loss = same_as_trl(agent_rows(8), tmp_path, tokenizer, models=models, **options)
+    assert loss == pytest.approx(math.log(2), abs=1e-6)  # its own copy, not the model without the adapter
+    frozen = {n: p for n, p in ours.model.named_parameters() if ".ref." in n}
+    assert frozen and not any(p.requires_grad for p in frozen.values())
+
+
+def test_peft_model_with_an_explicit_reference(tmp_path, tokenizer):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+    def models():
+        torch.manual_seed(3)
+        return get_peft_model(tiny_llama(tokenizer, seed=0), lora), tiny_llama(tokenizer, seed=1)
+
+    same_as_trl(agent_rows(8), tmp_path, tokenizer, models=models)
+
+
+def test_prompt_tuning(tmp_path, tokenizer):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    models = lambda: lora_models(tokenizer)  # noqa: E731
+    same_as_trl(agent_rows(8), tmp_path, tokenizer, models=models, peft_config=tuning)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])
+def test_mixture_of_experts(coefficient, tmp_path, tokenizer):
+    models = lambda: (tiny_mixtral(tokenizer, 0), tiny_mixtral(tokenizer, 1))  # noqa: E731
+    options = {} if coefficient is None else {"router_aux_loss_coef": coefficient}
+    ours, *_ = same_as_trl(agent_rows(8), tmp_path, tokenizer, models=models, **options)
+    assert ("aux_loss" in ours.state.log_history[0]) == (coefficient != 0.0)
+
+
+def test_several_evaluation_sets_and_a_new_one(tmp_path, tokenizer):
+    """TRL logs the figures of every set under the same names; here each has its own, and they are those that TRL finds
+    for the set alone. The sets are new ones, of another format, and the reference's log-probs are made for them too."""
+    ours, theirs = (
+        trainer_of(cls, agent_rows(4), tmp_path, tokenizer, precompute_ref_log_probs=True)
+        for cls in (DPOTrainer, trl.DPOTrainer)
+    )
+    new = Dataset.from_list(explicit(agent_rows(8)))
+    sets = {"a": new.select(range(4)), "b": new}
+    together = ours.evaluate(sets)
+    compare_metrics(ours.evaluate(new), theirs.evaluate(new), "eval_")
+    for name, rows in sets.items():
+        alone = {k: v for k, v in theirs.evaluate(rows).items() if "runtime" not in k and "per_second" not in k}
+        wanted = {k.replace("eval_", f"eval_{name}_", 1): v for k, v in alone.items() if k != "epoch"}
+        compare_metrics(together, wanted, f"eval_{name}_")
+
+
+@pytest.mark.parametrize("reshape", [explicit, plain, lambda rows: rows], ids=["explicit", "plain", "implicit"])
+def test_streams(reshape, tmp_path, tokenizer, capsys):
+    rows = reshape(agent_rows(8))
+    same_as_trl(Dataset.from_list(rows).to_iterable_dataset(), tmp_path, tokenizer, max_steps=2)
+    assert "rows read" in capsys.readouterr().out
+
+
+def test_compute_metrics(tmp_path, tokenizer):
+    shapes = []
+    for cls in (DPOTrainer, trl.DPOTrainer):
+        trainer = trainer_of(cls, agent_rows(4), tmp_path, tokenizer)
+        trainer.compute_metrics = lambda p: {"sum": float(abs(p.predictions).sum()), "ids": int(p.label_ids.sum())}
+        shapes.append(trainer.evaluate())
+    assert shapes[0]["eval_sum"] == pytest.approx(shapes[1]["eval_sum"], rel=1e-5)
+    assert shapes[0]["eval_ids"] == shapes[1]["eval_ids"]
 
 
 def compare_metrics(got, wanted, prefix=""):

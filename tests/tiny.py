@@ -83,13 +83,37 @@ def tiny_llama(tokenizer, seed: int = 0, layers: int = 2, **config):
         vocab_size=len(tokenizer),
         num_hidden_layers=layers,
         max_position_embeddings=512,
-        initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **{**sizes, **config},
+        **{"initializer_range": 0.3, **sizes, **config},
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_mixtral(tokenizer, seed: int = 0):
+    """A random Mixtral with 4 experts, 2 of them for each token."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        router_aux_loss_coef=0.02,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return MixtralForCausalLM(config).eval()
 
 
 def agent_rows(n: int = 8) -> list[dict]:

@@ -1,0 +1,105 @@
+"""Options of the trainer that contradict each other or would do nothing, said before anything is loaded."""
+
+from dataclasses import fields
+from typing import Any
+
+from peft import PeftConfig
+from trl import DPOConfig
+
+from mdpo.config import MDPOConfig
+from mdpo.objective import LOSSES, OF_TRL
+from mdpo.types import UserError
+
+# Losses of the difference of rewards: another f-divergence's normaliser cancels in them alone.
+OF_DIFFERENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+TOWARDS_MARGIN = {"kl", "rev_kl", "tv", "hellinger"}
+# Options that only some losses look at.
+ONLY_WITH = {
+    "label_smoothing": {"robust", "exo_pair", "aot", "aot_unpaired"},
+    "discopop_tau": {"discopop"},
+    "margin_scale": {"sigmoid", "hinge", *TOWARDS_MARGIN},
+    "length_penalty": {"sigmoid"},
+    "ld_alpha": set(LOSSES) - {"sft", "raft"},
+}
+# Options that are not offered, with the value that they have to keep and what to use instead.
+INSTEAD = {
+    "padding_free": "leave it out; the LM head already skips everything but supervised tokens",
+    "use_liger_kernel": "leave it out; the LM head already runs in chunks",
+    "activation_offloading": "use gradient_checkpointing, which is on by default",
+}
+
+
+def check_options(args: DPOConfig, peft_config: PeftConfig | None = None) -> list[str]:
+    """Raises UserError for what no run could honour. Options without effect are errors under MDPOConfig, which recipes
+    use; under a plain trl.DPOConfig, which TRL lets pass, they are returned, a line each."""
+    own = isinstance(args, MDPOConfig)
+    _check_losses(args, own)
+    for key, advice in INSTEAD.items():
+        if getattr(args, key):
+            raise UserError(f"{key}: is not supported; {advice}.")
+    modes = ("drop", "keep_start") if own else ("keep_start",)
+    if args.truncation_mode not in modes:
+        raise UserError(f"truncation_mode: {args.truncation_mode!r} is not one of {', '.join(modes)}.")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise UserError("sync_ref_model: moves the reference, precompute_ref_log_probs fixes it. Choose one.")
+    without_effect = list(_without_effect(args))
+    if own and without_effect:
+        raise UserError(without_effect[0])
+    dropout = getattr(peft_config, "lora_dropout", 0.0)  # not an error: 0.05 is trl.ModelConfig's default
+    if args.disable_dropout and dropout:
+        without_effect.append(f"lora_dropout: {dropout} has no effect with disable_dropout, which is on.")
+    return without_effect
+
+
+def _check_losses(args: DPOConfig, own: bool) -> None:
+    known, types = LOSSES if own else OF_TRL, args.loss_type
+    for name in types:
+        if name not in known:
+            needs = " needs MDPOConfig" if name in LOSSES else f" is not one of {', '.join(known)}"
+            raise UserError(f"loss_type: {name!r}{needs}.")
+    if len(set(types)) < len(types):
+        raise UserError("loss_type: names a loss twice; add their loss_weights up.")
+    if args.f_divergence_type not in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"):
+        raise UserError(f"f_divergence_type: {args.f_divergence_type!r} is not known.")
+    if args.f_divergence_type != "reverse_kl" and not set(types) <= OF_DIFFERENCE:
+        raise UserError(
+            f"f_divergence_type: {args.f_divergence_type} has no meaning for {', '.join(set(types) - OF_DIFFERENCE)}; "
+            f"it works with {', '.join(sorted(OF_DIFFERENCE))}."
+        )
+    if args.use_weighting and {"aot", "aot_unpaired"} & set(types):
+        raise UserError("use_weighting: aot losses sort the batch, and weights would meet other pairs. Leave one out.")
+    if not 0 <= args.label_smoothing < (0.5 if "robust" in types else 1):
+        raise UserError(
+            f"label_smoothing: {args.label_smoothing} is out of range; robust takes [0, 0.5), others [0, 1)."
+        )
+    if "exo_pair" in types and not args.label_smoothing:
+        raise UserError("label_smoothing: exo_pair needs more than 0; its paper takes 1e-3.")
+    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
+        raise UserError(f"ld_alpha: {args.ld_alpha} is out of range; give a number in [0, 1].")
+    if TOWARDS_MARGIN & set(types) and not getattr(args, "margin_scale", 0.0):
+        raise UserError(
+            f"margin_scale: {', '.join(TOWARDS_MARGIN & set(types))} pulls the preference towards σ(margin_scale · "
+            "margin); with 0 that is a coin's. Set it, and give each row a `margin`."
+        )
+
+
+def _without_effect(args: DPOConfig):
+    """Yields a sentence for each option that is set and changes nothing."""
+    defaults = {f.name: f.default for f in fields(args)}
+
+    def is_set(key: str) -> Any:
+        return key in defaults and getattr(args, key) != defaults[key]
+
+    for key, losses in ONLY_WITH.items():
+        if is_set(key) and not losses & set(args.loss_type):
+            types, takes = ", ".join(args.loss_type), ", ".join(sorted(losses))
+            yield f"{key}: has no effect with loss_type {types}; it takes {takes}."
+    needs = {
+        "f_alpha_divergence_coef": args.f_divergence_type == "alpha_divergence" or "f_divergence_type alpha_divergence",
+        "ref_model_mixup_alpha": args.sync_ref_model or "sync_ref_model: true",
+        "ref_model_sync_steps": args.sync_ref_model or "sync_ref_model: true",
+        "precompute_ref_batch_size": args.precompute_ref_log_probs or "precompute_ref_log_probs: true",
+    }
+    for key, met in needs.items():
+        if is_set(key) and met is not True:
+            yield f"{key}: has no effect without {met}."
