@@ -1,0 +1,40 @@
+"""Run by test_processes.py, in one process or by torchrun in two: two steps of 4 pairs with every loss; writes
+weights and logs. Arguments: an output folder, a JSON object {name: options}, a JSON list of rows."""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from test_trl_parity import trainer_of
+from tiny import CHATML, tiny_llama, tokenizer_for
+
+from dpo_trainer import DPOTrainer
+from mdpo.config import MDPOConfig
+from mdpo.startup import run
+
+
+def main(argv: list[str]) -> None:
+    folder, runs, rows = Path(argv[0]), json.loads(argv[1]), json.loads(argv[2])
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    for name, options in runs.items():
+        trainer = trainer_of(
+            DPOTrainer,
+            rows,
+            folder,
+            tokenizer,
+            config=MDPOConfig,
+            models=lambda: [tiny_llama(tokenizer, seed=n, initializer_range=0.1) for n in (0, 1)],
+            optim="sgd",
+            learning_rate=1e-2,
+            **options,
+        )
+        trainer.train()
+        if trainer.is_world_process_zero():
+            weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+            save_file(weights, folder / f"{name}.safetensors")
+            (folder / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
