@@ -260,8 +260,10 @@ class DPOTrainer(Trainer):
         return precompute(self.ref_model, self.model, dataset, self.data_collator, size, self.accelerator, name)
 
     def _refuse_sync(self) -> None:
-        if self.ref_model is None:
-            raise UserError("sync_ref_model: a PEFT policy is its own reference, which cannot move.")
+        if isinstance(self.model, PeftModel):
+            raise UserError(
+                "sync_ref_model: an adapter's weights cannot be mixed into a whole reference. Leave one out."
+            )
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -294,6 +296,8 @@ class DPOTrainer(Trainer):
         terms = PairTerms(policy, reference, own, self.loss_settings)
         ############## MODIFICATION 5: margins from the data.
         if self.loss_settings.margin_scale:
+            if "margin" not in batch:
+                raise UserError("margin_scale: a pair of this batch has no `margin`.")
             terms.margin = batch["margin"]
         ############## MODIFICATION 5 END
         ############## MODIFICATION 6: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.

@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
     after = trainer.evaluate() if eval_dataset is not None else {}
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card()
 
     ################
     # Report

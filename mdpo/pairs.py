@@ -7,8 +7,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
-from mdpo.data import hold_out, load_sets, mix
 from mdpo.render import RenderSettings
+from mdpo.sets import hold_out, load_sets, mix
 from mdpo.startup import is_main_process, say
 from mdpo.tokens import DropCounts, length_summary, tokenize_dataset
 from mdpo.types import UserError
@@ -37,7 +37,7 @@ def prepare_pairs(recipe, tokenizer) -> tuple[Dataset, Dataset | None, dict[str,
         train = tokenised([p for p in parts if "train" in p[0]], "train")
         evals = tokenised([p for p in parts if "train" not in p[0]], "eval")
         if data.eval_dataset_mixer:
-            evals += tokenised(load_sets(data.eval_dataset_mixer, ["train", "test", "validation"]), "eval")
+            evals += tokenised(load_sets(data.eval_dataset_mixer, splits=None), "eval")
     if not train:
         raise UserError(f"dataset_splits: no set has a split to train on among {data.dataset_splits}.")
     train, held_out = mix(train, args.seed), mix(evals, args.seed) if evals else None

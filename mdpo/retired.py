@@ -71,7 +71,7 @@ _REFUSED = {
     "use gradient_checkpointing_kwargs, as {use_reentrant: false}": "gradient_checkpointing_use_reentrant",
     "the reference is the policy at the start, or ref_model_name_or_path": """reference_free force_use_ref_model
         ref_model_init_kwargs ref_adapter_name model_adapter_name""",
-    "use length_penalty; the sign of len_penalty was the wrong way round": "len_penalty",
+    "use length_penalty; the sign of the old one was the wrong way round": "len_penalty",
     "nothing takes its place; leave it out": """generate_during_eval use_liger_loss use_num_logits_to_keep past_index
         use_logits_to_keep use_legacy_prediction_loop base_model_attribute_name ignore_bias_buffers
         padding_value label_pad_token_id is_encoder_decoder eos_padding""",

@@ -6,8 +6,9 @@ import pytest
 from datasets import Dataset
 from tiny import CHATML, agent_rows, tokenizer_for
 
-from mdpo.data import hold_out, load_sets, mix, normalise_messages, row_to_pair
+from mdpo.data import normalise_messages, row_to_pair
 from mdpo.render import RenderSettings
+from mdpo.sets import hold_out, load_sets, mix
 from mdpo.tokens import tokenize_dataset
 from mdpo.types import DropPair, UserError
 

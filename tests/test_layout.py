@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ORDER = [
     {"types"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses"},
-    {"template", "data", "settings", "tokenizer", "objective", "packing"},
+    {"template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options"},
     {"tokens", "sums"},
     {"reference", "metrics", "pairs", "report", "card"},

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from test_trainer import mdpo_trainer, tokenizer  # noqa: F401
 from test_trl_parity import close, loss_and_gradients, trainer_of
 from tiny import agent_rows
@@ -283,6 +284,24 @@ def test_bad_weights_drop_the_pair_by_name(reason, tmp_path, tokenizer):  # noqa
     rows[1] = {side: [BAD_WEIGHTS[reason](m) for m in messages] for side, messages in rows[1].items()}
     trainer = mdpo_trainer(tmp_path, tokenizer, rows)
     assert trainer.drop_counts["train"].reasons == {reason: ["row:2"]}
+
+
+def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):  # noqa: F811
+    """Context is not supervised: a weight there would do nothing."""
+    first = agent_rows(1)[0]
+    prompt = [{"role": "assistant", "content": "Hello.", "weight": 0.5}, first["chosen"][0]]
+    rows = [{"prompt": prompt, "chosen": first["chosen"][1:], "rejected": first["rejected"][1:]}] * 2
+    with pytest.raises(UserError, match="a weight in the prompt"):
+        mdpo_trainer(tmp_path, tokenizer, rows)
+    rows[1] = {**rows[1], "prompt": [{**prompt[0], "weight": None}, prompt[1]]}
+    assert len(mdpo_trainer(tmp_path, tokenizer, rows).train_dataset) == 1
+
+
+def test_a_stream_without_margins_is_an_error(tmp_path, tokenizer):  # noqa: F811
+    stream = Dataset.from_list(agent_rows(4)).to_iterable_dataset()
+    trainer = mdpo_trainer(tmp_path, tokenizer, stream, margin_scale=1.0, max_steps=1)
+    with pytest.raises(UserError, match="no `margin`"):
+        trainer.train()
 
 
 def test_weights_need_turn_masks(tmp_path, tokenizer):  # noqa: F811

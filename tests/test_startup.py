@@ -119,7 +119,7 @@ def recipe(tmp_path):
         ("--max_length=20", "no pair is left to train on"),
         ("--test_split_size=8", "leaves no row of 8 to train on"),
         ("--resume_from_checkpoint=true", "holds no checkpoint"),
-        ("--loss_type=hinge", "loss_type"),
+        ("--loss_type=hinge2", "loss_type"),
     ],
 )
 def test_errors_of_a_run_before_the_weights(recipe, flag, message, capsys):

@@ -218,7 +218,7 @@ def test_refusals_name_what_to_do(tmp_path, tokenizer):
     with pytest.raises(UserError, match="Give one of the two"):
         own(tmp_path, tokenizer, model, tiny_llama(tokenizer), ref_model_name_or_path="elsewhere")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(UserError, match="cannot move"):
+    with pytest.raises(UserError, match="cannot be mixed"):
         own(tmp_path, tokenizer, model, peft_config=lora, sync_ref_model=True)
     with pytest.raises(UserError, match="Use trl.DPOTrainer for vision"):
         own(tmp_path, tokenizer, tiny_llama(tokenizer), rows=[{**row, "images": []} for row in agent_rows(2)])
