@@ -29,6 +29,7 @@ from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options
 from mdpo.packing import REFERENCE, PairCollator, score_list
 from mdpo.reference import (
+    OWN_ADAPTER,
     MoveReference,
     build_reference,
     keep_own_adapter,
@@ -228,10 +229,14 @@ class DPOTrainer(Trainer):
         """The frozen model that log ratios are taken against. None where the policy is its own reference: a PEFT model,
         or, with precomputed log-probs, any model that has not been trained yet."""
         ref_model, quantization_config = self._reference_source
-        path = _reference_name(self.args)
-        fresh = self.args.precompute_ref_log_probs and self.state.global_step == 0 and not self.is_deepspeed_enabled
-        if ref_model is None and not path and (isinstance(self.model, PeftModel) or fresh):
-            return None
+        path, ahead = _reference_name(self.args), self.args.precompute_ref_log_probs
+        if ref_model is None and not path:
+            if isinstance(self.model, PeftModel):  # DeepSpeed places it only when training begins: too late for `ahead`
+                own = OWN_ADAPTER in self.model.peft_config or not (ahead and self.is_deepspeed_enabled)
+            else:
+                own = ahead and self.state.global_step == 0 and not self.is_deepspeed_enabled
+            if own:
+                return None
         if ref_model is None:
             kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
             if quantization_config is not None:
@@ -246,7 +251,10 @@ class DPOTrainer(Trainer):
     def _precompute_all(self) -> None:
         """The reference's log-probs of all sets; then it leaves memory."""
         if self.is_deepspeed_enabled and self.ref_model is None:
-            raise UserError("precompute_ref_log_probs: a PEFT policy under DeepSpeed needs ref_model_name_or_path.")
+            raise UserError(
+                "precompute_ref_log_probs: under DeepSpeed a PEFT model with an adapter of its own cannot be its own "
+                "reference before training. Leave it out."
+            )
         self.train_dataset = self._precompute(self.train_dataset, "train", self.args.per_device_train_batch_size)
         size = self.args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, dict):

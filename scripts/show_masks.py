@@ -7,10 +7,11 @@ Without --json the first N pairs (default 2) are printed in colour; where there 
 stand in for it: «supervised text⟦end of turn⟧». ┊ stands behind the shared prefix. With --json stdout holds one object
 a line for every training pair, and everything else goes to stderr:
 
-    {"chosen": {"ids": [...], "tokens": [text], "mask": [0/1], "ends": [...]}, "rejected": {...}, "key", "shared_len"}
+    {"key", "shared_len", "chosen": {"ids", "tokens", "mask", "ends", "weights": a list each}, "rejected": {the same}}
 
 `tokens` join to the text that the chat template rendered, but for a character that is split between tokens (each part
 shows as U+FFFD) and for the space some Metaspace tokenizers put behind a special token. `ends`: end-of-turn positions.
+`weights`: turn weights, a number a token; empty where all are 1.
 """
 
 import argparse
@@ -50,8 +51,7 @@ def main(argv: list[str]) -> None:
         pairs = training_pairs(rest)
     if not args.json:
         return show(islice(pairs, args.pairs), Console())
-    for pair in pairs:
-        print(json.dumps(pair))
+    sys.stdout.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -61,10 +61,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
     try:
         args, rest = parser.parse_known_args(argv)
-        if args.pairs < 1:
-            raise argparse.ArgumentError(None, f"argument --pairs: {args.pairs} is out of range; it has to be >= 1.")
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
+    if args.pairs < 1:
+        raise UserError(f"argument --pairs: {args.pairs} is out of range; it has to be >= 1.")
     return args, rest
 
 
@@ -88,13 +88,13 @@ def training_pairs(argv: list[str]):
 
 def as_object(row: dict, text_of, specials: set[int]) -> dict:
     """One tokenised pair as --json prints it. `ends`: where special tokens close a supervised span."""
-    out = {}
+    out = {"key": row["key"], "shared_len": row["shared_len"]}
     for name in SIDES:
         ids, mask = row[f"{name}_ids"], row[f"{name}_mask"]
         tokens = [text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
         ends = [t for t, token in enumerate(ids) if mask[t : t + 2] in ([1], [1, 0]) and token in specials]
-        out[name] = {"ids": ids, "tokens": tokens, "mask": mask, "ends": ends}
-    return out | {"key": row["key"], "shared_len": row["shared_len"]}
+        out[name] = {"ids": ids, "tokens": tokens, "mask": mask, "ends": ends, "weights": row[f"{name}_weights"]}
+    return out
 
 
 def token_text(tokenizer):
@@ -112,7 +112,7 @@ def token_text(tokenizer):
 
 def token_kinds(side: dict, shared_len: int) -> list[str]:
     """SUPERVISED, END, SHARED or CONTEXT for each token; a supervised one may stand in the shared prefix as well."""
-    rest = [SHARED] * shared_len + [CONTEXT] * (len(side["mask"]) - shared_len)
+    rest = [SHARED if t < shared_len else CONTEXT for t in range(len(side["mask"]))]
     return [END if t in side["ends"] else SUPERVISED if bit else rest[t] for t, bit in enumerate(side["mask"])]
 
 
@@ -123,8 +123,7 @@ def show(pairs, console: Console) -> None:
     console.print(Text.assemble("\n", *legend, f"\n┊ end of the {SHARED}   ↵ line break"), soft_wrap=True)
     for pair in pairs:
         console.print(Text(f"\n{pair['key']}, {SHARED} of {pair['shared_len']} tokens", "bold"))
-        for name in SIDES:
-            mask = pair[name]["mask"]
+        for name, mask in ((name, pair[name]["mask"]) for name in SIDES):
             console.print(Text(f"\n{name}: {len(mask)} tokens, {sum(mask)} supervised", "bold"))
             console.print(side_text(pair, name, plain), soft_wrap=True, end="")
     console.print()

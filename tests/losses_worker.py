@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from datasets import Dataset
 from safetensors.torch import save_file
 from test_trl_parity import trainer_of
 from tiny import CHATML, tiny_llama, tokenizer_for
@@ -18,9 +19,10 @@ def main(argv: list[str]) -> None:
     folder, runs, rows = Path(argv[0]), json.loads(argv[1]), json.loads(argv[2])
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     for name, options in runs.items():
+        stream = options.pop("stream", False)
         trainer = trainer_of(
             DPOTrainer,
-            rows,
+            Dataset.from_list(rows).to_iterable_dataset() if stream else rows,
             folder,
             tokenizer,
             config=MDPOConfig,

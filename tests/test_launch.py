@@ -145,8 +145,10 @@ def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_lora_under_zero(stage, workshop, extensions, tmp_path):
-    flags = ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj", "--lora_dropout=0.0"]
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_lora_under_zero(stage, ahead, workshop, extensions, tmp_path):
+    flags = [f"--precompute_ref_log_probs={ahead}"]
+    flags += ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj", "--lora_dropout=0.0"]
     recipe = (workshop / "recipe.yaml").read_text().replace("ref_model_name_or_path", "# ref_model_name_or_path")
     (workshop / "lora.yaml").write_text(recipe)
     outs = {}

@@ -25,7 +25,7 @@ RUNS = {
     for name in LOSSES
 }
 RUNS |= {"weighted": {"use_weighting": True}, "verbose": {"ld_alpha": 0.3}, "nll": {"nll_coefficient": 0.5}}
-RUNS["precomputed"] = {"precompute_ref_log_probs": True}
+RUNS |= {"precomputed": {"precompute_ref_log_probs": True}, "stream": {"stream": True, "max_steps": 2}}
 
 
 @pytest.fixture(scope="module")
