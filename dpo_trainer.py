@@ -4,13 +4,14 @@ With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; with `mdpo.config.M
 departure stands between two MODIFICATION lines. The mathematics is in `mdpo/losses.py`, masks are in `mdpo/render.py`.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -22,12 +23,14 @@ from trl import DPOConfig
 from mdpo.card import write_card
 from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
+from mdpo.identity import cached_length, default_folder, named_digest, reference_identity, weights_digest
+from mdpo.layout import Layout, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
 from mdpo.metrics import evaluated_once, mean_over_steps, pair_table, summarise
 from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options
-from mdpo.packing import REFERENCE, PairCollator, score_list
+from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
 from mdpo.reference import (
     OWN_ADAPTER,
     MoveReference,
@@ -36,10 +39,10 @@ from mdpo.reference import (
     load_model,
     load_moved,
     place_reference,
-    precompute,
     save_moved,
     score_reference,
 )
+from mdpo.reference_cache import ReferenceCache, precompute
 from mdpo.render import RenderSettings
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
@@ -81,6 +84,7 @@ class DPOTrainer(Trainer):
             _say(args, line)
 
         set_seed(args.seed)  # before the model: new adapters start at random
+        self._policy_name = model if isinstance(model, str) else None
         model = self._load_policy(model, args, quantization_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
@@ -107,7 +111,7 @@ class DPOTrainer(Trainer):
         if isinstance(train_dataset, IterableDataset):
             args.accelerator_config.dispatch_batches = False  # batches of several ranks differ in length
         data = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
-        data["data_collator"] = data_collator or PairCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+        data["data_collator"] = data_collator or self._collator(model, processing_class.pad_token_id, args)
 
         hooks = {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(model, args, processing_class=processing_class, **data, **hooks)
@@ -116,10 +120,13 @@ class DPOTrainer(Trainer):
         self.model.add_model_tags(self._tag_names)
         if args.disable_dropout:
             _disable_dropout(self.model)
-        self._reference_source = (ref_model, quantization_config)
-        self.ref_model = self._make_reference()
+        self.layout = Layout(self.accelerator, processing_class.pad_token_id)
+        self._reference_source, self._reference_made = (ref_model, quantization_config), False
+        self.ref_model = None
         if args.precompute_ref_log_probs:
             self._precompute_all()
+        else:
+            self.ref_model = self._make_reference()
         if args.sync_ref_model:
             self._refuse_sync()
             self.add_callback(MoveReference(self.ref_model, self.accelerator))
@@ -191,6 +198,17 @@ class DPOTrainer(Trainer):
                 args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
         return model
 
+    @staticmethod
+    def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
+        ############## MODIFICATION 8: the tokens that both sides share are computed once, in rows without padding.
+        if getattr(args, "shared_prefix", False):
+            why = packing_refused(model)
+            if why is None:
+                return PackedCollator()
+            _say(args, f"shared_prefix: off for {type(model).__name__}: {why}.")
+        ############## MODIFICATION 8 END
+        return PairCollator(pad_token_id, args.pad_to_multiple_of)
+
     def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
         """Both sets tokenised; several evaluation sets stay a dict."""
         train = self._prepare_dataset(train, tokenizer, args, "train")
@@ -230,13 +248,20 @@ class DPOTrainer(Trainer):
         or, with precomputed log-probs, any model that has not been trained yet."""
         ref_model, quantization_config = self._reference_source
         path, ahead = _reference_name(self.args), self.args.precompute_ref_log_probs
-        if ref_model is None and not path:
-            if isinstance(self.model, PeftModel):  # DeepSpeed places it only when training begins: too late for `ahead`
-                own = OWN_ADAPTER in self.model.peft_config or not (ahead and self.is_deepspeed_enabled)
-            else:
-                own = ahead and self.state.global_step == 0 and not self.is_deepspeed_enabled
-            if own:
-                return None
+        if ref_model is None and not path and self._policy_is_reference():
+            if ahead and self.is_deepspeed_enabled:
+                raise UserError(
+                    "precompute_ref_log_probs: under DeepSpeed a PEFT model with an adapter of its own cannot be its "
+                    "own reference before training. Leave it out."
+                )
+            return None
+        if ref_model is None and not path and ahead and self.state.global_step:
+            path = self.model.config._name_or_path
+            if not path:
+                raise UserError(
+                    "precompute_ref_log_probs: the policy has been trained, and was given as an object: the reference "
+                    "for this new set is gone. Give the set to the trainer at its start, or a ref_model."
+                )
         if ref_model is None:
             kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
             if quantization_config is not None:
@@ -248,24 +273,74 @@ class DPOTrainer(Trainer):
             _disable_dropout(ref_model)
         return place_reference(ref_model, self.accelerator)
 
+    def _policy_is_reference(self) -> bool:
+        """Without another one: a PEFT model, and before training, where log-probs are computed ahead, any model.
+        DeepSpeed places a model only when training begins, too late for the latter."""
+        ahead = self.args.precompute_ref_log_probs
+        if isinstance(self.model, PeftModel):
+            return OWN_ADAPTER in self.model.peft_config or not (ahead and self.is_deepspeed_enabled)
+        return ahead and self.state.global_step == 0 and not self.is_deepspeed_enabled
+
     def _precompute_all(self) -> None:
-        """The reference's log-probs of all sets; then it leaves memory."""
-        if self.is_deepspeed_enabled and self.ref_model is None:
-            raise UserError(
-                "precompute_ref_log_probs: under DeepSpeed a PEFT model with an adapter of its own cannot be its own "
-                "reference before training. Leave it out."
-            )
+        """The reference's log-probs of all sets, from disk or from a model that leaves memory again."""
         self.train_dataset = self._precompute(self.train_dataset, "train", self.args.per_device_train_batch_size)
         size = self.args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._precompute(d, name, size) for name, d in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self._precompute(self.eval_dataset, "eval", size)
-        self.ref_model = None
+        self._free_reference()
 
     def _precompute(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        size = self.args.precompute_ref_batch_size or batch_size
-        return precompute(self.ref_model, self.model, dataset, self.data_collator, size, self.accelerator, name)
+        """The set with the reference's log-probs. The reference is made when the first pair is missing on disk, and
+        stays until `_free_reference`."""
+
+        def score(batch) -> torch.Tensor:
+            if not self._reference_made:
+                self.ref_model, self._reference_made = self._make_reference(), True
+            return score_reference(self.ref_model, self.model, self.accelerator, batch, self.layout).logps
+
+        identity, training = self._reference_identity(), self.model.training
+        cache = ReferenceCache(self._cache_dir / identity if identity else None, self.args.process_index)
+        size, longest = self.args.precompute_ref_batch_size or batch_size, cached_length(self.model.config)
+        self.model.eval()
+        dataset = precompute(
+            dataset, score, self.data_collator, size, self.accelerator, cache, name, identity or "", longest
+        )
+        self.model.train(training)
+        return dataset
+
+    @property
+    def _cache_dir(self) -> Path:
+        return Path(getattr(self.args, "reference_cache_dir", None) or default_folder())
+
+    def _free_reference(self) -> None:
+        given, _ = self._reference_source
+        self.ref_model, self._reference_made = None, False
+        if given is not None and not self.is_deepspeed_enabled:
+            given.to("cpu")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _reference_identity(self) -> str | None:
+        """What the reference's log-probs are kept under on disk; None where its weights cannot be told."""
+        ref_model, quantization_config = self._reference_source
+        name, revision = _reference_name(self.args), None
+        if not name and ref_model is None and OWN_ADAPTER not in getattr(self.model, "peft_config", {}):
+            name, revision = self._policy_name, (self.args.model_init_kwargs or {}).get("revision")
+            if name is None and not self._policy_is_reference():
+                name = self.model.config._name_or_path or None
+        if name:
+            digest = [named_digest(name, revision, self._cache_dir) if self.is_world_process_zero() else None]
+            digest = broadcast_object_list(digest)[0]
+        else:
+            digest = weights_digest(self.model if ref_model is None else ref_model)
+        if digest is None:
+            _say(self.args, "reference log-probs: not kept on disk, as ZeRO-3 has partitioned a model without files.")
+            return None
+        packed, precision = isinstance(self.data_collator, PackedCollator), self.accelerator.mixed_precision
+        return reference_identity(digest, self.model, quantization_config, precision, packed)
 
     def _refuse_sync(self) -> None:
         if isinstance(self.model, PeftModel):
@@ -291,15 +366,17 @@ class DPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of this rank's pairs, a scalar; with `return_outputs` also their PairLogps."""
         batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
-        n_pairs = batch["input_ids"].size(0) // 2
-        scores = score_tokens(model, batch, self.args.use_weighting, bool(self.aux_loss_coef))
+        n = n_pairs(batch)
+        scores = score_tokens(
+            model, self.layout.fit(model, batch), self.args.use_weighting, aux_loss=bool(self.aux_loss_coef)
+        )
         reference_logps = self._reference_logps(model, batch)
 
-        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, n_pairs, self.args.ld_alpha)
+        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, n, self.args.ld_alpha)
         ############## MODIFICATION 7: turn weights. `score_weight` of the batch multiplies both models' log-probs.
-        policy = sum_by_pair(scores.logps, batch, n_pairs, weights)
-        own = sum_by_pair(scores.logps, batch, n_pairs)
-        reference = sum_by_pair(reference_logps, batch, n_pairs, weights)
+        policy = sum_by_pair(scores.logps, batch, n, weights)
+        own = sum_by_pair(scores.logps, batch, n)
+        reference = sum_by_pair(reference_logps, batch, n, weights)
         ############## MODIFICATION 7 END
         terms = PairTerms(policy, reference, own, self.loss_settings)
         ############## MODIFICATION 5: margins from the data.
@@ -314,7 +391,7 @@ class DPOTrainer(Trainer):
         ############## MODIFICATION 6 END
         losses = pair_losses(terms)
         if self.args.use_weighting:
-            losses = losses * policy_weights(scores, batch, n_pairs)
+            losses = losses * policy_weights(scores, batch, n)
         ############## MODIFICATION 2: the RPO term, added to each pair's loss.
         nll = nll_loss(own.chosen, own.chosen_tokens)
         if self.loss_settings.nll_coefficient:
@@ -326,7 +403,7 @@ class DPOTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         self._tables[mode].append(pair_table(batch, scores, losses, terms, nll))
         if mode == "train":
-            self._train_tokens += int(batch["attention_mask"].sum())
+            self._train_tokens += n_tokens(batch)
         return (losses.mean(), policy) if return_outputs else losses.mean()
 
     def _reference_logps(self, model, batch) -> torch.Tensor:
@@ -337,7 +414,7 @@ class DPOTrainer(Trainer):
                 "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
             )
         kwargs = self.args.gradient_checkpointing_kwargs
-        return score_reference(self.ref_model, model, self.accelerator, batch, kwargs).logps
+        return score_reference(self.ref_model, model, self.accelerator, batch, self.layout, kwargs).logps
 
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of (B,) over the pairs of all ranks, a scalar without gradient."""
@@ -352,8 +429,9 @@ class DPOTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
                 return loss, None, None
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        return loss, logits, inputs["input_ids"]
+            padded = unpacked(inputs, self.layout.pad_token_id) if "segments" in inputs else inputs
+            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
+        return loss, logits, padded["input_ids"]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """On the given sets, raw or tokenised, or on the trainer's own."""
@@ -361,9 +439,8 @@ class DPOTrainer(Trainer):
             name = metric_key_prefix
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, name)
             if self.args.precompute_ref_log_probs and REFERENCE["chosen"] not in eval_dataset.column_names:
-                self.ref_model = self._make_reference()
                 eval_dataset = self._precompute(eval_dataset, name, self.args.per_device_eval_batch_size)
-                self.ref_model = None
+                self._free_reference()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ------------------------------------------------------------------------------------------------ metrics

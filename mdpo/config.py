@@ -138,6 +138,16 @@ class MDPOConfig(DPOConfig):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model, where it is not the policy that training starts from."}
     )
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute tokens that both sides of a pair share once, in rows without padding. Same numbers."
+        },
+    )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where precomputed reference log-probs are kept; by default beside the hub's models."},
+    )
     sanity_check: bool = field(
         default=False, metadata={"help": "Train on a few pairs only, to see that a recipe runs end to end."}
     )

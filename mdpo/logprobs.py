@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
 from transformers.utils import ModelOutput
 
+from mdpo.attention import Segments, switch
 from mdpo.types import UserError
 
 CHUNK_BYTES = 1 << 27  # of float32 logits held at a time
@@ -144,6 +145,8 @@ def enable_scoring(model) -> None:
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
     def forward(*args, score_index=None, score_target=None, score_length=None, score_collision=False, **kwargs):
+        segments = kwargs.get("segments")
+        switch(model, packed=segments is not None)
         if score_index is None:
             return own_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes labels=None
@@ -155,8 +158,9 @@ def enable_scoring(model) -> None:
         with _chunked(head, score_target.to(hidden.device), transform, chunk, score_collision):
             scores = TokenScores(*head(hidden))
         if kwargs.get("output_router_logits"):
+            counts = kwargs.get("attention_mask") if segments is None else segments.counts.to(hidden.device)
             scores.aux_loss = load_balancing_loss_func(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+                outputs.router_logits, config.num_experts, config.num_experts_per_tok, counts
             )
         return scores
 
@@ -193,8 +197,14 @@ def _chunked(head, target, transform, chunk, collision):
 
 
 def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_loss=False) -> TokenScores:
-    """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare)."""
+    """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare). Of a packed
+    batch shared tokens are computed once and returned for each side."""
     names = ("input_ids", "attention_mask", "position_ids", "score_index", "score_target")
     asked = {"score_collision": collision, "output_router_logits": aux_loss}
-    inputs = {name: batch[name] for name in names if name in batch}
-    return model(**inputs, score_length=batch["input_ids"].size(1), **{name: True for name in asked if asked[name]})
+    inputs = {name: batch[name] for name in names if name in batch} | {name: True for name in asked if asked[name]}
+    if "segments" not in batch:
+        return model(**inputs, score_length=batch["input_ids"].size(1))
+    segments = Segments(batch["segments"].tolist())
+    once = model(**inputs, score_length=batch["input_ids"].size(1), segments=segments)
+    both = {name: x if name == "aux_loss" else x[batch["score_source"]] for name, x in once.items()}
+    return TokenScores(**both)

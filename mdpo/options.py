@@ -23,7 +23,7 @@ ONLY_WITH = {
 }
 # Options that are not offered, with the value that they have to keep and what to use instead.
 INSTEAD = {
-    "padding_free": "leave it out; the LM head already skips everything but supervised tokens",
+    "padding_free": "leave it out; shared_prefix, on by default in recipes, pads nothing",
     "use_liger_kernel": "leave it out; the LM head already runs in chunks",
     "activation_offloading": "use gradient_checkpointing, which is on by default",
 }
@@ -98,8 +98,13 @@ def _without_effect(args: DPOConfig):
         "f_alpha_divergence_coef": args.f_divergence_type == "alpha_divergence" or "f_divergence_type alpha_divergence",
         "ref_model_mixup_alpha": args.sync_ref_model or "sync_ref_model: true",
         "ref_model_sync_steps": args.sync_ref_model or "sync_ref_model: true",
-        "precompute_ref_batch_size": args.precompute_ref_log_probs or "precompute_ref_log_probs: true",
+        **dict.fromkeys(
+            ("precompute_ref_batch_size", "reference_cache_dir"),
+            args.precompute_ref_log_probs or "precompute_ref_log_probs: true",
+        ),
     }
     for key, met in needs.items():
         if is_set(key) and met is not True:
             yield f"{key}: has no effect without {met}."
+    if args.pad_to_multiple_of and getattr(args, "shared_prefix", False):
+        yield "pad_to_multiple_of: has no effect with shared_prefix, which pads nothing; set one of the two off."

@@ -1,8 +1,12 @@
-"""B tokenised pairs → one batch for the model. The padded layout; every position to be scored stands in a list."""
+"""B tokenised pairs → one batch for the model: packed in one row, each shared prefix once, or padded, its slow twin.
+
+In both, every position to be scored stands in a list, and the lists of both layouts name the same tokens in one order.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,19 +42,10 @@ class PairCollator:
         attention = self._pad([[1] * len(ids) for ids, _ in sides], 0)
         batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
         batch |= score_list(ids, completion)
-        batch["row"] = torch.tensor([row.get("row", -1) for row in rows])
-        if any(row.get(f"{side}_weights") for side in SIDES for row in rows):
-            weights = [row[f"{side}_weights"] or [1.0] * len(row[f"{side}_ids"]) for side in SIDES for row in rows]
-            batch["score_weight"] = self._pad(weights, 1.0, torch.float32).flatten()[batch["score_index"] + 1]
-        if REFERENCE["chosen"] in rows[0]:
-            logps = [torch.tensor(row[REFERENCE[side]], dtype=torch.float32) for side in SIDES for row in rows]
-            batch["score_reference"] = torch.cat(logps)
-        if all(row.get("margin") is not None for row in rows):
-            batch["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
-        return batch
+        return batch | of_rows(rows)
 
-    def _pad(self, lists: list[list], value: float, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        padded = pad_sequence([torch.tensor(x, dtype=dtype) for x in lists], True, value)
+    def _pad(self, lists: list[list[int]], value: int) -> torch.Tensor:
+        padded = pad_sequence([torch.tensor(x, dtype=torch.long) for x in lists], True, value)
         extra = -padded.size(1) % (self.pad_to_multiple_of or 1)
         return torch.nn.functional.pad(padded, (0, extra), value=value)
 
@@ -66,3 +61,127 @@ def score_list(input_ids: torch.Tensor, completion_mask: torch.Tensor) -> dict[s
         "score_pair": rows % pairs,
         "score_side": rows // pairs,
     }
+
+
+@dataclass
+class PackedCollator:
+    """Rows of a tokenised set → one row of N tokens without padding, as a dict of tensors (int64):
+
+    input_ids, position_ids (1, N): for each pair its shared prefix, the rest of chosen, the rest of rejected; positions
+        of both rests go on where the prefix ends
+    segments (B, 3): the lengths of those three. The prefix ends at the latest before the last token of a side
+    score_index, score_target (U,): predecessor's place in the row, and id, of each token that is scored; supervised
+        tokens of the prefix stand there once
+    score_source (S,): for each supervised token of a side, in PairCollator's order, its place among those U
+    score_column (S,): its predecessor's place in its own side
+    and PairCollator's score_pair, score_side, score_weight, score_reference (S,), margin and row (B,)
+
+    Example: chosen [5, 6, 7, 8], rejected [5, 6, 9] with masks [0, 1, 1, 1] and [0, 1, 1], so the prefix is [5, 6]:
+    input_ids [5, 6, 7, 8, 9], position_ids [0, 1, 2, 3, 2], segments [2, 2, 1]; 6 and 7 of chosen are read from places
+    0 and 1, 8 from 2, and 9 from 1 again: score_index [0, 1, 2, 1], score_target [6, 7, 8, 9],
+    score_source [0, 1, 2, 0, 3].
+    """
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, positions, segments, sides = [], [], [], ([], [])
+        for row in rows:
+            chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+            start, shared = len(ids), min(row["shared_len"], len(chosen) - 1, len(rejected) - 1)
+            apart = len(chosen) - shared  # by how much rejected's own tokens stand further back in the row
+            ids += chosen + rejected[shared:]
+            positions += [*range(len(chosen)), *range(shared, len(rejected))]
+            segments.append([shared, apart, len(rejected) - shared])
+            for found, mask, jump in zip(sides, (row["chosen_mask"], row["rejected_mask"]), (0, apart), strict=True):
+                t = np.flatnonzero(np.asarray(mask[1:])) + 1
+                found.append({"t": t, "read": start + t - 1 + jump * (t > shared), "shared": t < shared})
+                found[-1]["target"] = start + t + jump * (t >= shared)
+        lists = _score_lists(*sides)
+        batch = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        batch |= {"segments": torch.tensor(segments), **{name: torch.from_numpy(x) for name, x in lists.items()}}
+        batch["score_target"] = batch["input_ids"][0, batch["score_target"]]
+        return batch | of_rows(rows)
+
+
+def _score_lists(chosen: list[dict], rejected: list[dict]) -> dict[str, np.ndarray]:
+    """The score_* lists of PackedCollator, with score_target as places in the row. Of the rejected sides those tokens
+    are scored that stand behind the prefix; the others are the first entries of the pair's chosen side."""
+    first = np.cumsum([0, *(len(side["t"]) for side in chosen)])  # of each pair, among the chosen sides' entries
+    own = [~side["shared"] for side in rejected]
+    n_own = np.cumsum([first[-1], *(mask.sum() for mask in own)])
+    source = [np.arange(first[-1])]
+    for begin, own_begin, mask in zip(first, n_own, own, strict=False):
+        source.append(np.where(mask, own_begin + np.cumsum(mask) - 1, begin + np.arange(len(mask))))
+    every = [*chosen, *rejected]
+    entries = {
+        name: [side[name] for side in chosen] + [side[name][mask] for side, mask in zip(rejected, own, strict=True)]
+        for name in ("read", "target")
+    }
+    counts, pairs = [len(side["t"]) for side in every], np.tile(np.arange(len(chosen)), 2)
+    return {
+        "score_index": np.concatenate(entries["read"]),
+        "score_target": np.concatenate(entries["target"]),
+        "score_source": np.concatenate(source),
+        "score_pair": np.repeat(pairs, counts),
+        "score_side": np.repeat(np.repeat([CHOSEN, REJECTED], len(chosen)), counts),
+        "score_column": np.concatenate([side["t"] - 1 for side in every]),
+    }
+
+
+def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What both layouts take from the rows beside the tokens: row, and where there are any, margin and score_*."""
+    found = {"row": torch.tensor([row.get("row", -1) for row in rows])}
+    if any(row.get(f"{side}_weights") for side in SIDES for row in rows):
+        sides = [(row[f"{side}_mask"], row[f"{side}_weights"]) for side in SIDES for row in rows]
+        weights = [weights[t] if weights else 1.0 for mask, weights in sides for t in range(1, len(mask)) if mask[t]]
+        found["score_weight"] = torch.tensor(weights, dtype=torch.float32)
+    if REFERENCE["chosen"] in rows[0]:
+        logps = [torch.tensor(row[REFERENCE[side]], dtype=torch.float32) for side in SIDES for row in rows]
+        found["score_reference"] = torch.cat(logps)
+    if all(row.get("margin") is not None for row in rows):
+        found["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+    return found
+
+
+def unpacked(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A packed batch in the padded layout: what the slow twin makes of the same pairs."""
+    segments = batch["segments"].tolist()
+    chosen, rejected, at = [], [], 0
+    for prefix, c, r in segments:
+        row = batch["input_ids"][0, at : at + prefix + c + r]
+        chosen.append(row[: prefix + c])
+        rejected.append(torch.cat([row[:prefix], row[prefix + c :]]))
+        at += prefix + c + r
+    ids = pad_sequence(chosen + rejected, True, pad_token_id)
+    lengths = torch.tensor([len(side) for side in chosen + rejected], device=ids.device)
+    attention = (torch.arange(ids.size(1), device=ids.device)[None] < lengths[:, None]).long()
+    places = batch["score_side"] * len(segments) + batch["score_pair"]
+    kept = ("score_pair", "score_side", "score_weight", "score_reference", "margin", "row")
+    return {name: batch[name] for name in kept if name in batch} | {
+        "input_ids": ids,
+        "attention_mask": attention,
+        "score_index": places * ids.size(1) + batch["score_column"],
+        "score_target": batch["score_target"][batch["score_source"]],
+    }
+
+
+def first_pairs(batch: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
+    """The first `n` pairs of a packed batch, packed; without what the rows hold beside their tokens."""
+    segments = batch["segments"][:n]
+    kept = batch["score_pair"] < n
+    used, source = batch["score_source"][kept].unique(return_inverse=True)
+    lists = {name: batch[name][kept] for name in ("score_pair", "score_side", "score_column")}
+    lists |= {name: batch[name][used] for name in ("score_index", "score_target")}
+    row = {name: batch[name][:, : int(segments.sum())] for name in ("input_ids", "position_ids")}
+    return {**row, **lists, "score_source": source, "segments": segments}
+
+
+def n_pairs(batch: dict[str, torch.Tensor]) -> int:
+    """B of a batch in either layout."""
+    return len(batch["segments"]) if "segments" in batch else batch["input_ids"].size(0) // 2
+
+
+def n_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of both sides of all pairs, the shared ones counted for each side, padding not."""
+    if "segments" in batch:
+        return int((batch["segments"] * torch.tensor([2, 1, 1], device=batch["segments"].device)).sum())
+    return int(batch["attention_mask"].sum())

@@ -5,16 +5,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset, List, Value
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from mdpo.attention import own_attention
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
-from mdpo.packing import REFERENCE, SIDES
-from mdpo.sums import token_places
 from mdpo.types import UserError
 
 OWN_ADAPTER = "ref"  # the frozen copy of a PEFT policy's own adapter
@@ -40,7 +35,8 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict):
     if path:
         if name_or_path:  # the revision is the policy's
             init_kwargs = {k: v for k, v in init_kwargs.items() if k != "revision"}
-        kwargs = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation, **init_kwargs}
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        kwargs = {"dtype": inner.dtype, "attn_implementation": own_attention(inner), **init_kwargs}
         return load_model(path, **kwargs)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise UserError("Under ZeRO-3 the reference needs a path: set ref_model_name_or_path, or pass ref_model.")
@@ -78,7 +74,7 @@ def _without_checkpointing(model, kwargs):
             model.gradient_checkpointing_enable(kwargs)
 
 
-def score_reference(reference, policy, accelerator, batch, checkpointing_kwargs=None) -> TokenScores:
+def score_reference(reference, policy, accelerator, batch, layout, checkpointing_kwargs=None) -> TokenScores:
     """The reference's scores of the batch's supervised tokens, without gradient, in the policy's precision.
     `reference` None means that the policy is its own: a PEFT model, or any before training. `policy` is then called as
     it was wrapped for training."""
@@ -89,7 +85,8 @@ def score_reference(reference, policy, accelerator, batch, checkpointing_kwargs=
         as_reference(unwrapped) if own else nullcontext(),
         _without_checkpointing(unwrapped, checkpointing_kwargs) if own else nullcontext(),
     ):
-        return score_tokens(policy if own else reference, batch)
+        model = policy if own else reference
+        return score_tokens(model, layout.fit(model, batch))
 
 
 @contextmanager
@@ -119,34 +116,6 @@ def keep_own_adapter(model) -> None:
         if copy_name != name and copy_name in weights:
             weights[copy_name].data.copy_(weight.data)
             weights[copy_name].requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------ computed before training
-
-
-def precompute(reference, policy, dataset: Dataset, collator, batch_size: int, accelerator, name: str) -> Dataset:
-    """The set with the reference's log-prob of every scored token, float32 lists in the columns REFERENCE."""
-    loader = DataLoader(dataset, batch_size, collate_fn=collator)
-    found: dict[int, list] = {}
-    training = policy.training
-    policy.eval()
-    for batch in tqdm(
-        accelerator.prepare_data_loader(loader),
-        desc=f"reference log-probs of {name}",
-        disable=not accelerator.is_main_process,
-    ):
-        n = len(batch["row"])
-        logps = score_reference(reference, policy, accelerator, batch).logps.float().cpu()
-        # Tokens of one sequence follow each other, chosen sides first, as the collator lists them.
-        parts = logps.split(torch.bincount(token_places(batch, n), minlength=2 * n).tolist())
-        found |= {row: (parts[i].tolist(), parts[n + i].tolist()) for i, row in enumerate(batch["row"].tolist())}
-    policy.train(training)
-    for part in gather_object([found]):
-        found |= part
-    for i, side in enumerate(SIDES):
-        column = [found[row][i] for row in dataset["row"]]
-        dataset = dataset.add_column(REFERENCE[side], column, feature=List(Value("float32")))
-    return dataset
 
 
 # --------------------------------------------------------------------------------------------- a reference that moves

@@ -1,7 +1,8 @@
 """The real thing: `accelerate launch` with DeepSpeed ZeRO-2 and ZeRO-3, two CPU processes, against one process.
 
 Same rows, same global batch of 4 pairs, float32. Batches hold pairs of very different lengths, so the two ranks score
-unequal numbers of tokens and the LM head works in unequal numbers of chunks.
+unequal numbers of tokens and the LM head works in unequal numbers of chunks. The one process takes padded batches, the
+others packed ones.
 """
 
 import json
@@ -35,7 +36,7 @@ def extensions(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
-    """A tiny model with tokenizer, pairs and a recipe on disk."""
+    """A tiny model with tokenizer, pairs and a recipe on disk; half of the rejected sides leave chosen's path late."""
     folder = tmp_path_factory.mktemp("workshop")
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     tiny_llama(tokenizer, seed=0).save_pretrained(folder / "model")
@@ -44,6 +45,7 @@ def workshop(tmp_path_factory):
     rows = agent_rows(16)
     for i, row in enumerate(rows):  # every other pair much longer
         row["chosen"][3]["content"] += " It is right." * (8 if i % 2 else 0)
+        row["rejected"] = row["rejected"] if i % 4 < 2 else [*row["chosen"][:3], row["rejected"][3]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(
         f"""
@@ -88,7 +90,7 @@ def launch(config, workshop, extensions, out, *flags, recipe="recipe.yaml", env=
 @pytest.fixture(scope="session")
 def one_process(workshop, extensions, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "out"
-    code, text = launch("cpu", workshop, extensions, out, "--per_device_train_batch_size=4")
+    code, text = launch("cpu", workshop, extensions, out, "--per_device_train_batch_size=4", "--shared_prefix=false")
     assert code == 0, text[-4000:]
     return out
 

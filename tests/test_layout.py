@@ -17,11 +17,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types"},
-    {"marks", "config", "retired", "startup", "checkpoints", "losses"},
-    {"template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention"},
+    {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options"},
-    {"tokens", "sums"},
-    {"reference", "metrics", "pairs", "report", "card"},
+    {"tokens", "sums", "layout"},
+    {"reference", "reference_cache", "metrics", "pairs", "report", "card"},
 ]
 
 

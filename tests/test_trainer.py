@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from test_trl_parity import close, explicit, loss_and_gradients, trainer_of
-from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from peft import LoraConfig, PromptTuningConfig
+from test_trl_parity import close, compare_metrics, explicit, loss_and_gradients, trainer_of
+from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
+from mdpo.objective import LOSSES
+from mdpo.options import TOWARDS_MARGIN
 from mdpo.types import UserError
 
 
@@ -40,6 +42,77 @@ def own(tmp_path, tokenizer, model, ref_model=None, rows=None, config=MDPOConfig
     )
     data = Dataset.from_list(rows or agent_rows(8))
     return DPOTrainer(model, ref_model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+
+
+SAME_IN_BOTH = {
+    **{loss: {"loss_type": [loss]} for loss in LOSSES},
+    "nll": {"nll_coefficient": 0.5},
+    "length penalty": {"length_penalty": 0.05},
+    "ld_alpha": {"ld_alpha": 0.3},
+    "use_weighting": {"use_weighting": True},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", SAME_IN_BOTH)
+def test_shared_prefix_changes_no_number(name, tmp_path, tokenizer):
+    """Loss, gradients, every logged and evaluated figure; rows with margins and turn weights that leave each other's path
+    at the last turn."""
+    options = {"beta": 0.05, **SAME_IN_BOTH[name]}
+    loss = options.get("loss_type", ["sigmoid"])[0]
+    options |= {"margin_scale": 2.0} if loss in TOWARDS_MARGIN | {"sigmoid", "hinge"} else {}
+    options |= {"label_smoothing": 0.1} if loss in ("robust", "exo_pair", "aot", "aot_unpaired") else {}
+    rows = [{"chosen": row["chosen"], "rejected": [*row["chosen"][:3], row["rejected"][3]], "margin": 0.1 * i}
+            for i, row in enumerate(agent_rows(8))]  # fmt: skip
+    for row in rows[::2]:
+        row["chosen"] = [{**m, "weight": 0.5 if m["role"] == "assistant" else None} for m in row["chosen"]]
+        row["rejected"] = [*row["chosen"][:3], row["rejected"][3]]
+    packed, padded = (mdpo_trainer(tmp_path, tokenizer, rows, shared_prefix=on, **options) for on in (True, False))
+    batches = [next(iter(trainer.get_train_dataloader())) for trainer in (packed, padded)]
+    assert "segments" in batches[0] and batches[0]["input_ids"].numel() < 0.7 * batches[1]["input_ids"].numel()
+    (loss, gradients), (wanted, wanted_gradients) = (
+        loss_and_gradients(trainer, batch) for trainer, batch in zip((packed, padded), batches, strict=True)
+    )
+    close(loss, wanted)
+    for parameter, gradient in wanted_gradients.items():
+        close(gradients[parameter], gradient, parameter)
+    for trainer in (packed, padded):
+        trainer.train()
+    for got, log in zip(packed.state.log_history[:-1], padded.state.log_history[:-1], strict=True):
+        assert set(got) == set(log) and got["num_tokens"] == log["num_tokens"]
+        compare_metrics(got, log)
+    compare_metrics(packed.evaluate(), padded.evaluate(), "eval_")
+
+
+def test_shared_prefix_with_a_mixture_of_experts(tmp_path, tokenizer):
+    models = lambda: (tiny_mixtral(tokenizer, 0), tiny_mixtral(tokenizer, 1))  # noqa: E731
+    packed, padded = (mdpo_trainer(tmp_path, tokenizer, models=models, shared_prefix=on) for on in (True, False))
+    for trainer in (packed, padded):
+        trainer.train()
+    for got, log in zip(packed.state.log_history[:-1], padded.state.log_history[:-1], strict=True):
+        compare_metrics(got, log)
+    assert "aux_loss" in log
+
+
+def test_shared_prefix_off_where_it_cannot_be(tmp_path, tokenizer, capsys):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    trainer = own(tmp_path, tokenizer, tiny_llama(tokenizer), peft_config=tuning, learning_rate=1e-2)
+    assert "shared_prefix: off for PeftModelForCausalLM: prompt-learning PEFT" in capsys.readouterr().out
+    assert "segments" not in next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(UserError, match="pad_to_multiple_of: has no effect with shared_prefix"):
+        mdpo_trainer(tmp_path, tokenizer, pad_to_multiple_of=8)
+
+
+def test_compute_metrics_gets_padded_logits_of_packed_batches(tmp_path, tokenizer):
+    shapes = []
+    for packed in (True, False):
+        trainer = mdpo_trainer(tmp_path, tokenizer, agent_rows(4), shared_prefix=packed)
+        trainer.compute_metrics = lambda p: {"sum": float(abs(p.predictions).sum()), "ids": int(p.label_ids.sum())}
+        shapes.append(trainer.evaluate())
+    assert shapes[0]["eval_sum"] == pytest.approx(shapes[1]["eval_sum"], rel=1e-5)
+    assert shapes[0]["eval_ids"] == shapes[1]["eval_ids"]
 
 
 def test_nll_term_is_added_per_pair(tmp_path, tokenizer):
@@ -290,12 +363,15 @@ def test_precomputed_reference_leaves_memory_and_is_counted_on(tmp_path, tokeniz
         trainer.compute_loss(trainer.model, batch)
 
 
-def test_all_masked_side_is_a_differentiable_zero(tmp_path, tokenizer):
-    trainer = mdpo_trainer(tmp_path, tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    batch = {k: batch[k] for k in ("input_ids", "attention_mask")} | {
-        "completion_mask": torch.zeros_like(batch["completion_mask"])
-    }
+@pytest.mark.parametrize("packed", [True, False])
+def test_all_masked_side_is_a_differentiable_zero(packed, tmp_path, tokenizer):
+    trainer = mdpo_trainer(tmp_path, tokenizer, shared_prefix=packed)
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    rows = [
+        {**row, **{f"{side}_mask": [0] * len(row[f"{side}_mask"]) for side in ("chosen", "rejected")}} for row in rows
+    ]
+    batch = trainer.data_collator(rows)
+    assert ("segments" in batch) == packed
     loss, gradients = loss_and_gradients(trainer, batch)
     assert loss.item() == pytest.approx(math.log(2))
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients.values())

@@ -1,0 +1,377 @@
+"""The packed layout against the padded one, its slow twin: lists by hand, log-probs, loss and gradients on eleven
+architectures and awkward lengths. Wrong twins (a boundary removed, positions continued) must differ."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import CHATML, tokenizer_for
+
+import mdpo.attention
+from mdpo.attention import NAME, Segments
+from mdpo.layout import Layout, disagreement, packing_refused
+from mdpo.logprobs import enable_scoring, score_tokens
+from mdpo.objective import LossSettings, PairTerms, pair_losses
+from mdpo.packing import PackedCollator, PairCollator, first_pairs, n_pairs, n_tokens, unpacked
+from mdpo.sums import sum_by_pair
+from mdpo.types import UserError, common_prefix
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+    "Gemma": {"head_dim": 8},
+    "Gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, **WINDOW},
+    "Gemma3": {"head_dim": 8, **WINDOW},
+    "Mistral": {"sliding_window": 5},
+    "Phi3": {"sliding_window": None},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 24},
+    "Qwen3Moe": {**EXPERTS, "head_dim": 8},
+}
+
+
+def tiny(family: str, **config):
+    """A random model of a family; eager attention, as every family has it, soft-caps included."""
+    name = "Gemma3Text" if family == "Gemma3" else family
+    settings = getattr(transformers, f"{name}Config")(**{**SIZES, **FAMILIES.get(family, {}), **config})
+    settings._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(settings).eval()
+    enable_scoring(model)
+    return model
+
+
+def pair(shared: int, chosen: int, rejected: int, seed: int = 0, supervised_from: int = 1) -> dict:
+    """A pair of the given lengths, whose own tokens differ from the first one on; half of its tokens supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB - 1, (shared + chosen + rejected,), generator=generator).tolist()
+    sides = [ids[: shared + chosen], ids[:shared] + ids[shared + chosen :]]
+    if min(chosen, rejected) and shared < min(map(len, sides)):
+        sides[1][shared] = sides[0][shared] + 1
+    masks = [[int(t >= supervised_from and (t % 4 < 2 or t == len(s) - 1)) for t in range(len(s))] for s in sides]
+    both = [list(zip(s, m, strict=True)) for s, m in zip(sides, masks, strict=True)]
+    return {
+        **{"chosen_ids": sides[0], "chosen_mask": masks[0], "rejected_ids": sides[1], "rejected_mask": masks[1]},
+        "shared_len": common_prefix(*both),
+        "row": seed,
+    }
+
+
+AWKWARD = {
+    "seven": [pair(n, m, k, seed) for seed, (n, m, k) in enumerate(
+        [(9, 7, 5), (0, 4, 6), (1, 5, 3), (12, 1, 9), (6, 8, 1), (20, 3, 3), (2, 30, 4)])],
+    "one": [pair(9, 7, 5)],
+    "no prefix": [pair(0, 4, 6)],
+    "prefix of one": [pair(1, 4, 6, supervised_from=1)],
+    "suffixes of one": [pair(9, 1, 1)],
+    "rejected is chosen's beginning": [pair(9, 5, 0)],
+    "chosen is rejected's beginning": [pair(9, 0, 5)],
+    "nothing supervised before the branch": [pair(9, 7, 5, supervised_from=9)],
+    "one side of two tokens": [pair(1, 1, 12)],
+}  # fmt: skip
+
+
+def batches(rows):
+    return PackedCollator()(rows), PairCollator(0)(rows)
+
+
+def loss_and_gradients(model, batch, aux_loss=False):
+    """DPO's loss of a batch against fixed reference values, its log-probs, and every gradient."""
+    scores = score_tokens(model, batch, aux_loss=aux_loss)
+    n = n_pairs(batch)
+    policy = sum_by_pair(scores.logps, batch, n)
+    reference = sum_by_pair(scores.logps.detach() + torch.linspace(-0.1, 0.1, len(scores.logps)), batch, n)
+    loss = pair_losses(PairTerms(policy, reference, policy, LossSettings(loss_type=["sigmoid", "ipo"]))).mean()
+    loss = loss + scores.aux_loss if aux_loss else loss
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), scores, gradients
+
+
+def compare(model, rows, aux_loss=False):
+    packed, padded = (loss_and_gradients(model, batch, aux_loss) for batch in batches(rows))
+    for name in ("logps", "entropy", "mean_logit", "top1"):
+        close(packed[1][name], padded[1][name], name)
+    close(packed[0], padded[0], "loss")
+    assert set(packed[2]) == set(padded[2])
+    largest = max(g.norm() for g in padded[2].values())
+    assert largest > 1e-3
+    for name, wanted in padded[2].items():  # sums that cancel, such as a key's bias, have no digits of their own
+        assert (packed[2][name] - wanted).norm() <= 1e-5 * max(wanted.norm(), 1e-2 * largest), name
+
+
+def close(got, wanted, name):
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm() + 1e-12, name
+
+
+# ------------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_packed_row_by_hand():
+    """The example of PackedCollator's docstring."""
+    row = {
+        "chosen_ids": [5, 6, 7, 8],
+        "chosen_mask": [0, 1, 1, 1],
+        "rejected_ids": [5, 6, 9],
+        "rejected_mask": [0, 1, 1],
+    }
+    batch = PackedCollator()([{**row, "shared_len": 2, "row": 3}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
+    assert batch["segments"].tolist() == [[2, 2, 1]]
+    assert batch["score_index"].tolist() == [0, 1, 2, 1]
+    assert batch["score_target"].tolist() == [6, 7, 8, 9]
+    assert batch["score_source"].tolist() == [0, 1, 2, 0, 3]
+    assert batch["score_pair"].tolist() == [0] * 5
+    assert batch["score_side"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["score_column"].tolist() == [0, 1, 2, 0, 1]
+    assert (n_pairs(batch), n_tokens(batch), batch["row"].tolist()) == (1, 7, [3])
+
+
+def test_two_pairs_by_hand():
+    """The second pair has no prefix; its rejected side begins after its chosen side."""
+    first = {"chosen_ids": [5, 6], "chosen_mask": [0, 1], "rejected_ids": [5, 7], "rejected_mask": [0, 1]}
+    second = {"chosen_ids": [1, 2], "chosen_mask": [0, 1], "rejected_ids": [3, 4, 2], "rejected_mask": [0, 0, 1]}
+    batch = PackedCollator()([{**first, "shared_len": 1}, {**second, "shared_len": 0}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 2, 3, 4, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 1, 0, 1, 0, 1, 2]]
+    assert batch["segments"].tolist() == [[1, 1, 1], [0, 2, 3]]
+    # chosen 0: 6 from place 0; chosen 1: 2 from place 3; rejected 0: 7 from place 0 again; rejected 1: 2 from place 6
+    assert batch["score_index"].tolist() == [0, 3, 0, 6]
+    assert batch["score_target"].tolist() == [6, 2, 7, 2]
+    assert batch["score_source"].tolist() == [0, 1, 2, 3]
+    assert batch["score_pair"].tolist() == [0, 1, 0, 1]
+    segments = Segments(batch["segments"].tolist())
+    assert segments.sizes == [2, 1, 2, 3] and segments.key_sizes == [2, 2, 2, 3]
+    assert segments.key_index == [0, 1, 0, 2, 3, 4, 5, 6, 7]
+    assert segments.counts.tolist() == [[2, 1, 1, 1, 1, 1, 1, 1]]
+
+
+def test_mask_of_a_rejected_segment_by_hand():
+    inf = float("-inf")
+    like = torch.zeros(1)
+    assert Segments([]).mask(2, 4, None, like).tolist() == [[0, 0, 0, inf], [0, 0, 0, 0]]
+    assert Segments([]).mask(2, 4, 2, like).tolist() == [[inf, 0, 0, inf], [inf, inf, 0, 0]]  # itself and one before
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_unpacked_is_the_padded_layout(name):
+    packed, padded = batches(AWKWARD[name])
+    back = unpacked(packed, 0)
+    assert set(back) == set(padded) - {"completion_mask"}
+    for key, value in back.items():
+        assert torch.equal(value, padded[key]), key
+    assert n_tokens(packed) == n_tokens(padded) == int(padded["attention_mask"].sum())
+    assert packed["input_ids"].size(1) == int(packed["segments"].sum())
+
+
+def test_first_pairs_are_the_batch_of_the_first_rows():
+    rows = AWKWARD["seven"]
+    wanted = PackedCollator()(rows[:2])
+    for key, value in first_pairs(PackedCollator()(rows), 2).items():
+        assert torch.equal(value, wanted[key]), key
+
+
+def test_weights_references_and_margins_reach_both_layouts():
+    rows = [{**p, "margin": 0.5 * i, **{f"{side}_weights": [0.5 * (t % 3) for t in range(len(p[f"{side}_ids"]))]
+                                        for side in ("chosen", "rejected")}}
+            for i, p in enumerate(AWKWARD["seven"])]  # fmt: skip
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"reference_{side}_logps"] = [-float(t) for t in range(sum(row[f"{side}_mask"]))]
+    packed, padded = batches(rows)
+    for key in ("score_weight", "score_reference", "score_pair", "score_side", "margin", "row"):
+        assert torch.equal(packed[key], padded[key]), key
+
+
+# ------------------------------------------------------------------------------------------- packed = padded, by family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    model = tiny(family)
+    compare(model, AWKWARD["seven"])
+    assert model.config._attn_implementation == "eager"  # the padded batch came last
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_lengths(name):
+    compare(tiny("Llama"), AWKWARD[name])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(family, reentrant):
+    model = tiny(family).train()
+    wanted = loss_and_gradients(model, PairCollator(0)(AWKWARD["seven"]))[2]
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    got = loss_and_gradients(model, PackedCollator()(AWKWARD["seven"]))[2]
+    for name, gradient in wanted.items():
+        close(got[name], gradient, name)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_lora(implementation):
+    model = tiny("Llama")
+    model.set_attn_implementation(implementation)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model, lora)
+    compare(model, AWKWARD["seven"])
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_auxiliary_loss_counts_shared_tokens_for_both_sides(family):
+    model = tiny(family, output_router_logits=True)
+    compare(model, AWKWARD["seven"], aux_loss=True)
+    packed, padded = batches(AWKWARD["seven"])
+    wrong = {**packed, "segments": packed["segments"]}
+    wanted = score_tokens(model, padded, aux_loss=True).aux_loss
+    counts = Segments.counts
+    try:
+        Segments.counts = property(lambda self: torch.ones(1, sum(map(sum, self.lengths))))  # each shared token once
+        assert (score_tokens(model, wrong, aux_loss=True).aux_loss - wanted).abs() > 1e-4 * wanted
+    finally:
+        Segments.counts = counts
+
+
+def test_soft_caps_windows_and_grouped_heads_matter():
+    """Without them the families of the tests above would be all alike."""
+    batch = PackedCollator()(AWKWARD["seven"])
+    for family, plain in (("Gemma2", {"attn_logit_softcapping": None}), ("Mistral", {"sliding_window": None})):
+        with_it, without = (score_tokens(tiny(family, **config), batch).logps for config in ({}, plain))
+        assert (with_it - without).norm() > 1e-3 * without.norm(), family
+
+
+# -------------------------------------------------------------------------------------------------------- wrong twins
+
+
+def differs(model, batch, rows):
+    wanted = score_tokens(model, PairCollator(0)(rows)).logps
+    found = score_tokens(model, batch).logps
+    assert disagreement(found, wanted, torch.float32) and disagreement(found, wanted, torch.bfloat16)
+
+
+def test_without_segment_boundaries_log_probs_differ(monkeypatch):
+    model, rows = tiny("Llama"), AWKWARD["seven"]
+
+    def one_sequence(module, query, key, value, attention_mask, segments, scaling=None, **kwargs):
+        options = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
+
+    monkeypatch.setitem(mdpo.attention.ALL_ATTENTION_FUNCTIONS, NAME, one_sequence)
+    differs(model, PackedCollator()(rows), rows)
+
+
+def test_with_positions_continued_log_probs_differ():
+    rows = AWKWARD["seven"]
+    batch = PackedCollator()(rows)
+    differs(tiny("Llama"), {**batch, "position_ids": torch.arange(batch["input_ids"].size(1))[None]}, rows)
+
+
+def test_with_a_boundary_moved_log_probs_differ():
+    rows = AWKWARD["one"]
+    batch = PackedCollator()(rows)
+    assert batch["segments"].tolist() == [[9, 7, 5]]
+    wrong = score_tokens(tiny("Llama"), {**batch, "segments": torch.tensor([[9, 8, 4]])}).logps
+    assert disagreement(wrong, score_tokens(tiny("Llama"), PairCollator(0)(rows)).logps, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- what takes the padded path
+
+REFUSED = {
+    "Mamba": ({"state_size": 8, "expand": 2}, "linear_attention"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "conv"),
+    "Qwen3Next": ({"layer_types": ["linear_attention", "full_attention"], **EXPERTS}, "linear_attention"),
+    "FalconH1": ({}, "hybrid"),
+    "GPTJ": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 8}, "interface"),
+    "Llama4": ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_state_space_and_hybrid_models_are_refused_by_name(family):
+    config, words = REFUSED[family]
+    settings = getattr(transformers, "Llama4TextConfig" if family == "Llama4" else f"{family}Config")(
+        **{**SIZES, **config}
+    )
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    assert words in packing_refused(model)
+
+
+class Alone:
+    """What Layout asks of an accelerator, for one process."""
+
+    device = torch.device("cpu")
+    unwrap_model = staticmethod(lambda model: model)
+    reduce = staticmethod(lambda value, how: value)
+    autocast = staticmethod(torch.no_grad)
+
+
+def test_prompt_tuning_is_refused_by_name():
+    model = get_peft_model(tiny("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert "prompt-learning" in packing_refused(model)
+    assert packing_refused(get_peft_model(tiny("Llama"), LoraConfig(task_type="CAUSAL_LM"))) is None
+
+
+def test_self_check_keeps_the_packed_batch_where_both_layouts_agree(capsys):
+    model, batch = tiny("Llama"), PackedCollator()(AWKWARD["seven"])
+    layout = Layout(Alone, 0)
+    assert layout.fit(model, batch) is batch and layout.fit(model, batch) is batch
+    padded = PairCollator(0)(AWKWARD["seven"])
+    assert layout.fit(model, padded) is padded
+    assert capsys.readouterr().out == ""
+
+
+def test_self_check_falls_back_on_an_unknown_attention_keyword(capsys):
+    """gpt-oss hands its sinks to attention as `s_aux`."""
+    model = tiny("GptOss", **WINDOW, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    rows = AWKWARD["seven"]
+    batch = PackedCollator()(rows)
+    fitted = Layout(Alone, 0).fit(model, batch)
+    assert fitted["input_ids"].shape == PairCollator(0)(rows)["input_ids"].shape
+    assert capsys.readouterr().out == "shared_prefix: off for GptOssForCausalLM: its attention takes s_aux.\n"
+    with pytest.raises(UserError, match="s_aux. Set shared_prefix: false"):
+        score_tokens(model, batch)
+    assert torch.isfinite(score_tokens(model, fitted).logps).all()
+
+
+def test_self_check_falls_back_where_log_probs_differ(capsys, monkeypatch):
+    monkeypatch.setattr(Segments, "mask", lambda self, q, k, window, like: like.new_zeros(q, k))  # not causal
+    fitted = Layout(Alone, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
+    assert "segments" not in fitted
+    assert "shared_prefix: off for LlamaForCausalLM: its log-probs differ" in capsys.readouterr().out
+
+
+def test_not_a_number_is_a_disagreement():
+    assert disagreement(torch.tensor([float("nan")]), torch.tensor([1.0]), torch.bfloat16)
+
+
+def test_generation_uses_the_models_own_attention():
+    tokenizer_for(CHATML)
+    model = tiny("Llama")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    wanted = model.generate(ids, max_new_tokens=5, do_sample=False)
+    score_tokens(model, PackedCollator()(AWKWARD["seven"]))
+    assert model.config._attn_implementation == NAME
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
+    assert model.config._attn_implementation == "eager"
