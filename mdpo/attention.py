@@ -45,7 +45,7 @@ class Segments:
 
     @cached_property
     def key_index(self) -> list[int]:
-        """Of each segment the places of the keys that it sees: prefix and chosen, then prefix and rejected, per pair."""
+        """The places of the keys that each segment sees: prefix and chosen, then prefix and rejected, of each pair."""
         index, start = [], 0
         for prefix, chosen, rejected in self.lengths:
             end = start + prefix + chosen

@@ -1,4 +1,4 @@
-"""Which layout a model is given. A packed batch goes to it as it is once one real batch has shown that both layouts give
+"""Which layout a model is given. A packed batch goes to it as it is once a real one has shown that both layouts give
 the same log-probs, and padded, as the slow twin has it, where they do not."""
 
 from weakref import WeakKeyDictionary

@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mdpo.render import RenderSettings
 from mdpo.sets import hold_out, load_sets, mix
 from mdpo.startup import is_main_process, say
-from mdpo.tokens import DropCounts, length_summary, tokenize_dataset
+from mdpo.tokens import DropCounts, length_summary, rank_imbalance, tokenize_dataset
 from mdpo.types import UserError
 
 SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
@@ -48,6 +48,9 @@ def prepare_pairs(recipe, tokenizer) -> tuple[Dataset, Dataset | None, dict[str,
     train = _first(train, data.max_training_samples)
     held_out = _first(held_out, data.max_eval_samples)
     say(*(line for c in counts.values() for line in c.lines()), *_summary("training", train))
+    pairs = args.per_device_train_batch_size
+    if imbalance := rank_imbalance(train, pairs, seed=args.seed):
+        say(f"8 ranks of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
     if held_out is not None:
         say(*_summary("held-out", held_out))
         both = set(train["prompt_key"]) & set(held_out["prompt_key"])

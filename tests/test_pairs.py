@@ -9,6 +9,7 @@ from tiny import CHATML, tokenizer_for
 from mdpo.pairs import prepare_pairs
 from mdpo.recipe import load_recipe
 from mdpo.tokenizer import load_tokenizer
+from mdpo.tokens import rank_imbalance
 from mdpo.types import UserError
 
 BASE = "model_name_or_path: model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"
@@ -174,3 +175,14 @@ def test_a_configuration_for_what_has_none_is_refused(prepare):
     with pytest.raises(UserError, match='dataset_configs: a.jsonl has no configurations; give "" for it'):
         prepare("--dataset_configs=[small]")
     assert len(prepare("--dataset_configs=['']")[0]) == 8
+
+
+def test_imbalance_of_ranks_by_hand():
+    """Ids of 3 + 2 tokens, 1 shared: 4 a pair. One pair of 12 among 8 ranks: 12 over (7 · 4 + 12) / 8 = 5."""
+
+    def row(n):
+        return {"chosen_ids": [0] * (n - 1), "rejected_ids": [0] * 2, "shared_len": 1}
+
+    assert rank_imbalance(Dataset.from_list([row(4)] * 16), 2) == 1.0
+    assert rank_imbalance(Dataset.from_list([row(4)] * 7 + [row(12)]), 1) == pytest.approx(12 / 5)
+    assert rank_imbalance(Dataset.from_list([row(4)] * 15), 2) is None

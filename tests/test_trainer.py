@@ -58,8 +58,8 @@ SAME_IN_BOTH = {
 
 @pytest.mark.parametrize("name", SAME_IN_BOTH)
 def test_shared_prefix_changes_no_number(name, tmp_path, tokenizer):
-    """Loss, gradients, every logged and evaluated figure; rows with margins and turn weights that leave each other's path
-    at the last turn."""
+    """Loss, gradients, every logged and evaluated figure; rows have margins and turn weights, and share all but
+    the last turn."""
     options = {"beta": 0.05, **SAME_IN_BOTH[name]}
     loss = options.get("loss_type", ["sigmoid"])[0]
     options |= {"margin_scale": 2.0} if loss in TOWARDS_MARGIN | {"sigmoid", "hinge"} else {}
