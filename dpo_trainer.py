@@ -23,6 +23,7 @@ from trl import DPOConfig
 from mdpo.card import write_card
 from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
+from mdpo.fused import fuse
 from mdpo.identity import cached_length, default_folder, named_digest, reference_identity, weights_digest
 from mdpo.layout import Layout, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
@@ -95,7 +96,7 @@ class DPOTrainer(Trainer):
         self._set_pad_token(processing_class, model, args.pad_token)
         self._refuse_small_vocabulary(processing_class, model)
         model = self._wrap_peft(model, peft_config, ref_model, args)
-        enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         self.loss_settings = LossSettings.of(args)
 
@@ -146,6 +147,18 @@ class DPOTrainer(Trainer):
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         return load_model(model, **kwargs)
+
+    @staticmethod
+    def _enable_scoring(model, args: DPOConfig) -> bool:
+        """Gives the model its scoring head; whether its elementwise work is compiled."""
+        fused = False
+        ############## MODIFICATION 9: elementwise work compiled, one pass over memory each.
+        if getattr(args, "fused_ops", False):
+            fused, line = fuse(model, args.device)
+            _say(args, *([line] if line else []))
+        ############## MODIFICATION 9 END
+        enable_scoring(model, fused)
+        return fused
 
     @staticmethod
     def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, wanted: str | None) -> None:
@@ -271,7 +284,7 @@ class DPOTrainer(Trainer):
             ############## MODIFICATION 3 END
         if self.args.disable_dropout:
             _disable_dropout(ref_model)
-        return place_reference(ref_model, self.accelerator)
+        return place_reference(ref_model, self.accelerator, self._fused)
 
     def _policy_is_reference(self) -> bool:
         """Without another one: a PEFT model, and before training, where log-probs are computed ahead, any model.

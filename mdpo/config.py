@@ -144,6 +144,10 @@ class MDPOConfig(DPOConfig):
             "help": "Compute tokens that both sides of a pair share once, in rows without padding. Same numbers."
         },
     )
+    fused_ops: bool = field(
+        default=True,
+        metadata={"help": "Compile norms, gated activations and the LM head's softmax. Same numbers, less memory."},
+    )
     reference_cache_dir: str | None = field(
         default=None,
         metadata={"help": "Where precomputed reference log-probs are kept; by default beside the hub's models."},

@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import ModelOutput
 
 from mdpo.attention import Segments, switch
+from mdpo.fused import compiled
 from mdpo.types import UserError
 
 CHUNK_BYTES = 1 << 27  # of float32 logits held at a time
@@ -68,76 +69,113 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     Returns (logps, entropy, mean_logit, top1, log_collision), each float32 (S,), the last one None unless `collision`;
     only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over chunks in
-    float32.
+    float32. `fused` compiles what is done to each chunk's logits.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, transform, chunk, collision=False):
+    def forward(ctx, hidden, weight, bias, target, transform, chunk, collision=False, fused=False):
         on_device = hidden.device.type
         ctx.compute = torch.get_autocast_dtype(on_device) if torch.is_autocast_enabled(on_device) else weight.dtype
-        ctx.transform, ctx.chunk = transform, chunk
+        ctx.transform, ctx.chunk, ctx.fused = transform, chunk, fused
+        found = hidden.new_empty((6, hidden.size(0)), dtype=torch.float32)
+        with torch.autocast(on_device, enabled=False):
+            head = _Head(weight, bias, ctx.compute, min(chunk, hidden.size(0)))
+            reduce = compiled(chunk_statistics) if fused else chunk_statistics
+            for at in _slices(hidden.size(0), chunk):
+                raw = head(hidden[at].to(ctx.compute))
+                found[:, at] = reduce(raw, target[at], transform.scale, transform.softcap, collision)
+        logps, lse, entropy, mean, top1, twice = found.unbind()
         # Saved, not copied: ZeRO-3 swaps the parameter's storage between forward and backward.
-        ctx.save_for_backward(hidden, weight, bias, target)
-        logps, entropy, mean, top1, twice = (hidden.new_empty(hidden.size(0), dtype=torch.float32) for _ in range(5))
-        w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
-        for at in _slices(hidden.size(0), chunk):
-            logits = transform(F.linear(hidden[at].to(ctx.compute), w, b).float())
-            picked = logits.gather(1, target[at, None]).squeeze(1)
-            lse = logits.logsumexp(-1)
-            logps[at] = picked - lse
-            mean[at] = logits.mean(-1)
-            top1[at] = (picked >= logits.amax(-1)).float()
-            if collision:
-                twice[at] = (2 * (logits - lse[:, None])).logsumexp(-1)
-            probs = (logits - lse[:, None]).exp_()
-            entropy[at] = lse - probs.mul_(logits).sum(-1)  # H = lse − Σ p·x
+        ctx.save_for_backward(hidden, weight, bias, target, lse)
         ctx.mark_non_differentiable(entropy, mean, top1, twice)
-        return logps, entropy, mean, top1, twice if collision else None
+        return logps.clone(), entropy, mean, top1, twice if collision else None
 
     @staticmethod
     def backward(ctx, grad, *_):
-        hidden, weight, bias, target = ctx.saved_tensors
+        hidden, weight, bias, target, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
+        d_weight = d_bias = None
+        head = _Head(weight, bias, ctx.compute, min(ctx.chunk, hidden.size(0)))
+        scale, softcap = ctx.transform.scale, ctx.transform.softcap
         for at in _slices(hidden.size(0), ctx.chunk):
             h = hidden[at].to(ctx.compute)
-            d_logits = _logits_gradient(F.linear(h, w, b), target[at], grad[at], ctx.transform)
+            derive = compiled(logits_gradient) if ctx.fused else logits_gradient
+            d_logits = derive(head(h), target[at], grad[at], lse[at], scale, softcap)
             if need_bias:
-                d_bias += d_logits.sum(0)
+                d_bias = _plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(ctx.compute)
             if need_hidden:
-                d_hidden[at] = (d_logits @ w).to(hidden.dtype)
+                d_hidden[at] = (d_logits @ head.weight).to(hidden.dtype)
             if need_weight:
-                d_weight += d_logits.T @ h
-        cast = [None if d is None else d.to(like.dtype) for d, like in ((d_weight, weight), (d_bias, bias))]
-        return d_hidden, *cast, None, None, None, None
+                d_weight = _plus_product(d_weight, d_logits.T, h)
+        gradients = []
+        for needed, d, like in ((need_weight, d_weight, weight), (need_bias, d_bias, bias)):
+            gradients.append((torch.zeros_like(like) if d is None else d.to(like.dtype)) if needed else None)
+        return d_hidden, *gradients, None, None, None, None, None
 
 
-def _logits_gradient(raw, target, grad, transform: HeadTransform) -> torch.Tensor:
-    """d logp / d raw head output, times grad: (1[v = target] − softmax(x)_v) · dx/d raw. (C, V), float32."""
-    logits = transform(raw.float())
-    out = logits.softmax(-1).neg_()
-    out[torch.arange(len(target), device=target.device), target] += 1.0
-    out *= grad[:, None].float()
-    if transform.softcap:
-        out *= 1 - (logits / transform.softcap) ** 2
-    return out.mul_(transform.scale) if transform.scale != 1.0 else out
+class _Head:
+    """The head in the dtype that it computes in; its output is one buffer, written over by each chunk."""
+
+    def __init__(self, weight, bias, dtype: torch.dtype, rows: int):
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.buffer = self.weight.new_empty(rows, self.weight.size(0))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = self.buffer[: hidden.size(0)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return part.float() if total is None else total.add_(part)
+
+
+def _plus_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in float32, in place where there is a total."""
+    if total is None or a.dtype != torch.float32:
+        return _plus(total, a @ b)
+    return total.addmm_(a, b)
+
+
+def chunk_statistics(raw, target, scale: float, softcap: float | None, collision: bool) -> torch.Tensor:
+    """(6, C), float32, of raw head outputs (C, V): logp of the target, log-sum-exp, entropy H = lse − Σ p·x, mean
+    logit, whether the target is the likeliest, and log Σ p² (0 unless `collision`)."""
+    logits = HeadTransform(scale, softcap)(raw.float())
+    picked = logits.gather(1, target[:, None]).squeeze(1)
+    highest = logits.amax(-1)
+    odds = torch.exp(logits - highest[:, None])
+    total = odds.sum(-1)
+    lse = highest + total.log()
+    entropy = lse - (odds * logits).sum(-1) / total
+    twice = (odds * odds).sum(-1).log() - 2 * total.log() if collision else torch.zeros_like(lse)
+    return torch.stack([picked - lse, lse, entropy, logits.mean(-1), (picked >= highest).float(), twice])
+
+
+def logits_gradient(raw, target, grad, lse, scale: float, softcap: float | None) -> torch.Tensor:
+    """d logp / d raw head output, times grad (C,): (1[v = target] − softmax(x)_v) · dx/d raw. (C, V), float32."""
+    logits = HeadTransform(scale, softcap)(raw.float())
+    hit = torch.arange(logits.size(1), device=target.device)[None] == target[:, None]
+    out = (hit.float() - torch.exp(logits - lse[:, None])) * grad[:, None].float()
+    if softcap:
+        out = out * (1 - (logits / softcap) ** 2)
+    return out * scale if scale != 1.0 else out
 
 
 def _slices(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def enable_scoring(model) -> None:
+def enable_scoring(model, fused: bool = False) -> None:
     """Lets `model(input_ids=…, score_index=…, score_target=…)` return TokenScores. Called without `score_index` the
     model's own forward runs, so generation and saving are unchanged. Give the model before any PEFT wrapping, or its
     `get_base_model()`. Raises UserError for an LM head that carries its own adapter.
 
     `score_length` is T, the tokens of a row: what stands before the last T hidden states comes from prompt-learning
-    PEFT. `score_collision` asks for log_collision, `output_router_logits` for aux_loss."""
+    PEFT. `score_collision` asks for log_collision, `output_router_logits` for aux_loss. `fused` as in
+    ChunkedLogProbs."""
     _plain_head(model)
     own_forward = model.forward
     config = model.config.get_text_config()
@@ -155,7 +193,7 @@ def enable_scoring(model) -> None:
         hidden = outputs.last_hidden_state[:, -score_length:]
         hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
         head = _plain_head(model)
-        with _chunked(head, score_target.to(hidden.device), transform, chunk, score_collision):
+        with _chunked(head, score_target.to(hidden.device), transform, chunk, score_collision, fused):
             scores = TokenScores(*head(hidden))
         if kwargs.get("output_router_logits"):
             counts = kwargs.get("attention_mask") if segments is None else segments.counts.to(hidden.device)
@@ -178,13 +216,12 @@ def _plain_head(model) -> torch.nn.Module:
 
 
 @contextmanager
-def _chunked(head, target, transform, chunk, collision):
+def _chunked(head, *settings):
     """Within it, calling `head(hidden)` runs ChunkedLogProbs inside the module call, where its weight is gathered."""
     before = head.__dict__.get("forward")
 
     def forward(hidden):
-        bias = getattr(head, "bias", None)
-        return ChunkedLogProbs.apply(hidden, head.weight, bias, target, transform, chunk, collision)
+        return ChunkedLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), *settings)
 
     head.forward = forward
     try:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mdpo.attention import own_attention
+from mdpo.fused import fuse
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
 from mdpo.types import UserError
 
@@ -43,10 +44,10 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict):
     return copy.deepcopy(model)
 
 
-def place_reference(model, accelerator):
+def place_reference(model, accelerator, fused: bool = False):
     """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else."""
     model.requires_grad_(False).eval()
-    enable_scoring(model)
+    enable_scoring(model, fused and fuse(model, accelerator.device)[0])
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return model.to(accelerator.device)
