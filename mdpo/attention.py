@@ -135,7 +135,7 @@ def packed_attention(
         out.append(_attend(q[both], k[both], v[both], segments, scaling, window, softcap, dropout))
         keys, values = (torch.cat([x[both][:, :, :prefix], x[rejected]], 2) if prefix else x[rejected] for x in (k, v))
         out.append(_attend(q[rejected], keys, values, segments, scaling, window, softcap, dropout))
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+    return torch.cat([part.transpose(1, 2) for part in out], 1), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)

@@ -30,7 +30,24 @@ def _gate(activation: type[nn.Module]) -> Callable:
 
 
 def _gated_forward(self, x):
-    return self.down_proj(_gate(type(self.act_fn))(self.gate_proj(x), self.up_proj(x)))
+    """Of what backward needs, gate and up are kept, and their product is computed again."""
+    product, gate, up = _gate(type(self.act_fn)), self.gate_proj(x), self.up_proj(x)
+    inner = product(gate, up)
+    version, address = inner._version, inner.data_ptr()
+
+    def pack(tensor):
+        whole = tensor.data_ptr() == address and tensor.numel() == inner_size and tensor._version == version
+        return tensor.shape if whole else tensor
+
+    def unpack(kept):
+        if isinstance(kept, torch.Tensor):
+            return kept
+        with torch.no_grad():
+            return product(gate.detach(), up.detach()).view(kept)
+
+    inner_size = inner.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return self.down_proj(inner)
 
 
 def fuse(model, device) -> tuple[bool, str | None]:
@@ -44,8 +61,8 @@ def fuse(model, device) -> tuple[bool, str | None]:
         if is_norm(module) or is_gated(module):
             kinds.setdefault(type(module), []).append(module)
     for kind, modules in kinds.items():
-        forward = compiled(kind.forward) if is_norm(modules[0]) else _gated_forward
         try:
+            forward = compiled(kind.forward) if is_norm(modules[0]) else _gated_forward
             same = agrees(modules[0], forward, device)
         except Exception as error:  # no compiler, or a compiler's own trouble: training goes on without it
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]

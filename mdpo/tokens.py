@@ -145,8 +145,8 @@ def length_summary(rows: Dataset) -> dict[str, float]:
 
 
 def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
-    """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a rank
-    over the mean, shared ones once, in shuffled batches of `pairs` a rank; None where there is not one such step."""
+    """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
+    rank over the mean, shared ones once, in shuffled batches of `pairs` a rank; None where there is no such step."""
     tokens = [len(row["chosen_ids"]) + len(row["rejected_ids"]) - row["shared_len"] for row in rows]
     steps = len(tokens) // (ranks * pairs)
     if not steps:

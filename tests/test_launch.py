@@ -139,6 +139,7 @@ def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_p
     code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
     assert code == 0, text[-4000:]
     assert "2 pairs per device × 1 accumulation × 2 processes" in text
+    assert "shared_prefix: off" not in text
     compare(out, one_process, workshop)
     report = json.loads((out / "run_report.json").read_text())
     assert report["after"]["eval_pairs"] == 16
@@ -156,8 +157,9 @@ def test_lora_under_zero(stage, ahead, workshop, extensions, tmp_path):
     outs = {}
     for config, pairs in (("cpu", 4), (f"zero{stage}_cpu", 2)):
         outs[config] = tmp_path / config
+        cache = [f"--reference_cache_dir={tmp_path}/cache-{config}"] if ahead == "true" else []
         code, text = launch(
-            config, workshop, extensions, outs[config], *flags, f"--per_device_train_batch_size={pairs}",
+            config, workshop, extensions, outs[config], *flags, *cache, f"--per_device_train_batch_size={pairs}",
             recipe="lora.yaml",
         )  # fmt: skip
         assert code == 0, text[-4000:]
@@ -181,14 +183,21 @@ def test_accumulation_and_checkpointing_under_zero(stage, workshop, extensions, 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_precomputed_reference_under_zero(stage, workshop, extensions, one_process, tmp_path):
-    """The same weights as with the reference in memory."""
-    out = tmp_path / "out"
+    """The same weights as with the reference in memory. Both ranks write shards; with one of them damaged a second run
+    computes its pairs alone, and again ends with the same weights."""
     flags = ["--per_device_train_batch_size=2", "--precompute_ref_log_probs", "--precompute_ref_batch_size=3"]
     flags.append(f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}")
-    code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
-    assert code == 0, text[-4000:]
-    compare(out, one_process, workshop)
-    assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+    flags.append(f"--reference_cache_dir={tmp_path}/cache")
+    for run, known in (("first", 0), ("second", 7)):
+        out = tmp_path / run
+        code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+        assert code == 0, text[-4000:]
+        assert f"reference log-probs of train: {known} of 16 from {tmp_path}/cache" in text
+        assert "reference log-probs of eval: 16 of 16" in text
+        compare(out, one_process, workshop)
+        assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+        shards = {path.name.split("-")[1]: path for path in (tmp_path / "cache").glob("*/*.safetensors")}
+        os.truncate(shards["0"], 100)  # of rank 0: batches 0, 2 and 4 of 3, 3, 3, 3, 3 and 1 pairs
 
 
 @pytest.mark.slow
@@ -243,7 +252,11 @@ def test_zero3_gathers_the_head_once_each_way_whatever_the_counts(extensions, tm
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    ranks = json.loads((tmp_path / "found.json").read_text())
+    everyone = json.loads((tmp_path / "found.json").read_text())
+    assert [rank["packed"]["tokens"] for rank in everyone] == [55, 24]
+    for rank in everyone:
+        assert rank["packed"]["fused"] and rank["packed"]["error"] <= 1e-5
+    ranks = [rank["steps"] for rank in everyone]
     assert [[step["tokens"] for step in steps] for steps in ranks] == [[78, 78, 0], [0, 10, 0]]
     for steps in ranks:
         for step in steps:

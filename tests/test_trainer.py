@@ -105,6 +105,18 @@ def test_shared_prefix_off_where_it_cannot_be(tmp_path, tokenizer, capsys):
         mdpo_trainer(tmp_path, tokenizer, pad_to_multiple_of=8)
 
 
+def test_a_hybrid_model_trains_on_padded_batches_by_itself(tmp_path, tokenizer, capsys):
+    """Convolutions carry a state from token to token: a packed row would mix pairs."""
+    from test_packing import tiny
+
+    models = lambda: [tiny("Lfm2", vocab_size=len(tokenizer), layer_types=["conv", "full_attention"]) for _ in "pr"]  # noqa: E731
+    trainer = mdpo_trainer(tmp_path, tokenizer, models=models, learning_rate=1e-2)
+    assert "shared_prefix: off for Lfm2ForCausalLM: it has layers of the kind conv" in capsys.readouterr().out
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.state.log_history[1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_compute_metrics_gets_padded_logits_of_packed_batches(tmp_path, tokenizer):
     shapes = []
     for packed in (True, False):

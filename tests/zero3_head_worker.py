@@ -1,5 +1,6 @@
 """Run by test_launch.py on two ranks: ZeRO-3, no persistent parameters, rank 1 scores no token at all. Counts how
-often the LM head's weight is gathered, and prints loss and gradient norms. Argument: an output file."""
+often the LM head's weight is gathered, and prints loss and gradient norms. Then packed rows and compiled modules
+against padded rows and plain modules in one process. Argument: an output file."""
 
 import json
 import sys
@@ -11,9 +12,11 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_grad
 from tiny import CHATML, tiny_llama, tokenizer_for
 
+import mdpo.fused
 import mdpo.logprobs
+from mdpo.fused import fuse
 from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.packing import PairCollator
+from mdpo.packing import PackedCollator, PairCollator
 from mdpo.startup import run
 
 CONFIG = {
@@ -36,6 +39,35 @@ def pair(n: int) -> dict:
     ids = [(7 * i) % 90 + 5 for i in range(40)]
     mask = [0] * (40 - n) + [1] * n
     return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": ids[::-1], "rejected_mask": mask}
+
+
+def branching(n: int, length: int) -> dict:
+    """A pair that shares `n` tokens, of `length` a side; on rank 1 (n = 0, length 12) it is a short one."""
+    ids = [(7 * i) % 90 + 5 for i in range(length)]
+    other = ids[:n] + [(t + 3) % 90 + 5 for t in ids[n:]]
+    mask = [0] + [1] * (length - 1)
+    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": other, "rejected_mask": mask, "shared_len": n}
+
+
+def packed_and_fused(rank: int) -> dict[str, float]:
+    """The largest difference of a gradient under ZeRO-3 from one process's, relative to its norm."""
+    mdpo.fused.MIN_WIDTH = 1
+    rows = [branching(25, 40), branching(0, 12)]
+    model = tiny_llama(tokenizer_for(CHATML))
+    fused = fuse(model, torch.device("cpu"))
+    enable_scoring(model, fused[0])
+    engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+    batch = PackedCollator()([rows[rank]])
+    engine.backward(-score_tokens(engine, batch).logps.sum())
+    plain = tiny_llama(tokenizer_for(CHATML))
+    enable_scoring(plain)
+    for row in rows:
+        (-score_tokens(plain, PairCollator(0)([row])).logps.sum() / 2).backward()  # ZeRO takes the mean of ranks
+    errors = []
+    for weight, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        got = safe_get_full_grad(weight)
+        errors.append(((got - wanted.grad).norm() / wanted.grad.norm()).item())
+    return {"fused": fused == (True, None), "tokens": batch["input_ids"].numel(), "error": max(errors)}
 
 
 def main(argv: list[str]) -> None:
@@ -73,7 +105,8 @@ def main(argv: list[str]) -> None:
         )
         engine.step()
     everyone = [None, None]
-    dist.all_gather_object(everyone, found)
+    setattr(PartitionedParameterCoordinator, name, gather)
+    dist.all_gather_object(everyone, {"steps": found, "packed": packed_and_fused(rank)})
     if rank == 0:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(everyone, file)

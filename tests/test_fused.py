@@ -1,0 +1,171 @@
+"""Compiled norms, activations and the head's softmax against their slow twins; what happens where they cannot be."""
+
+import types
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_packing import AWKWARD, loss_and_gradients, tiny
+from test_trl_parity import trainer_of
+from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from torch import nn
+
+import mdpo.fused
+from dpo_trainer import DPOTrainer
+from mdpo.config import MDPOConfig
+from mdpo.fused import agrees, compiled, fuse, is_gated, is_norm
+from mdpo.logprobs import ChunkedLogProbs, HeadTransform, chunk_statistics, enable_scoring, full_log_probs, score_tokens
+from mdpo.packing import PackedCollator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def any_width(monkeypatch):
+    monkeypatch.setattr(mdpo.fused, "MIN_WIDTH", 1)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen3", "Mixtral"])
+def test_a_fused_model_gives_the_same_loss_and_gradients(family, any_width):
+    """Gemma's norm adds 1 to its weight and its activation is a GELU; Mixtral's experts stay as they are."""
+    plain, model = tiny(family), tiny(family)
+    assert fuse(model, CPU) == (True, None)
+    enable_scoring(model, fused=True)
+    batch = PackedCollator()(AWKWARD["seven"])
+    (loss, scores, gradients), (wanted, plain_scores, wanted_gradients) = (
+        loss_and_gradients(m, batch) for m in (model, plain)
+    )
+    for got, value in ((loss, wanted), *((scores[k], plain_scores[k]) for k in ("logps", "entropy", "mean_logit"))):
+        assert (got - value).norm() <= 1e-5 * value.norm()
+    for name, gradient in wanted_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    swapped = [type(m).__name__ for m in model.modules() if "forward" in vars(m) and m is not model]
+    assert sum(name.endswith("RMSNorm") for name in swapped) >= 5
+    assert sum(name.endswith("MLP") for name in swapped) == (0 if family == "Mixtral" else 2)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("transform", [HeadTransform(), HeadTransform(0.25), HeadTransform(2.0, softcap=5.0)])
+@pytest.mark.parametrize("collision", [True, False])
+def test_compiled_head_equals_the_plain_one_and_the_slow_twin(transform, collision):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
+    target, upstream = torch.randint(0, 31, (13,)), torch.randn(13)
+    plain, fused = (
+        ChunkedLogProbs.apply(hidden, weight, None, target, transform, 5, collision, on) for on in (False, True)
+    )
+    for a, b in zip(plain, fused, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(full_log_probs(hidden, weight, None, target, transform), [hidden, weight], upstream)
+    for logps, *_ in (plain, fused):
+        for g, w in zip(torch.autograd.grad(logps, [hidden, weight], upstream), wanted, strict=True):
+            assert (g - w).norm() <= 1e-5 * w.norm()
+
+
+def test_statistics_of_a_certain_token_are_finite():
+    """Logits of ±1000: one token has all the mass."""
+    raw = torch.tensor([[1000.0, -1000.0, 0.0]])
+    found = chunk_statistics(raw, torch.tensor([0]), 1.0, None, True)[:, 0].tolist()
+    assert found == pytest.approx([0.0, 1000.0, 0.0, 0.0, 1.0, 0.0])
+
+
+def test_small_models_stay_as_they_are():
+    model = tiny("Llama")
+    assert fuse(model, CPU) == (False, None)
+    assert not any("forward" in vars(m) for m in model.model.modules())
+
+
+class Halved(nn.Module):
+    """Looks like a gated MLP and is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(48, 32, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) / 2
+
+
+def test_a_module_that_computes_something_else_keeps_its_own_forward(any_width):
+    assert is_gated(Halved()) and not agrees(Halved(), mdpo.fused._gated_forward, CPU)
+    model = tiny("Llama")
+    model.model.layers[0].mlp = Halved()
+    done, line = fuse(model, CPU)
+    assert not done and line == "fused_ops: off for Halved: compiled, it does not give the same numbers."
+    assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_a_norm_that_gives_other_numbers_is_noticed():
+    norm = tiny("Llama").model.norm
+    assert is_norm(norm) and agrees(norm, compiled(type(norm).forward), CPU)
+    assert not agrees(norm, lambda self, x: type(self).forward(self, x) * 1.001, CPU)
+
+
+def test_no_compiler_is_one_line(any_width, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(mdpo.fused, "compiled", broken)
+    done, line = fuse(tiny("Llama"), CPU)
+    assert not done and line == "fused_ops: off for LlamaRMSNorm: no C++ compiler found"
+
+
+def test_weights_that_zero3_has_partitioned_are_looked_at_by_their_whole_shape():
+    norm = tiny("Llama").model.norm
+    norm.weight = nn.Parameter(torch.empty(0))
+    norm.weight.ds_shape = torch.Size([32])
+    assert agrees(norm, compiled(type(norm).forward), CPU)
+    assert norm.weight.numel() == 0 and not isinstance(norm.forward, types.FunctionType)
+
+
+def test_the_product_of_a_gated_mlp_is_not_kept_for_backward(any_width, monkeypatch):
+    """It is gone when forward has ended, and backward, with LoRA's adapter too, computes the same gradients without."""
+    products = []
+
+    def watched(activation):
+        def product(gate, up):
+            out = torch.nn.functional.silu(gate) * up
+            products.append(weakref.ref(out))
+            return out
+
+        return product
+
+    monkeypatch.setattr(mdpo.fused, "_gate", watched)
+    lora = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    for adapted in (False, True):
+        plain, model = tiny("Llama"), tiny("Llama")
+        assert fuse(model, CPU) == (True, None)
+        if adapted:
+            torch.manual_seed(1)
+            model = get_peft_model(model, lora)
+            torch.manual_seed(1)
+            plain = get_peft_model(plain, lora)
+        products.clear()
+        batch = PackedCollator()(AWKWARD["seven"])
+        scores = score_tokens(model, batch)
+        assert len(products) == 2 and all(p() is None for p in products)
+        scores.logps.sum().backward()
+        assert len(products) >= 4  # computed again
+        score_tokens(plain, batch).logps.sum().backward()
+        for got, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (got.grad is None) == (wanted.grad is None)
+            assert got.grad is None or (got.grad - wanted.grad).norm() <= 1e-5 * wanted.grad.norm() + 1e-9
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_key_switches_policy_and_reference(peft, any_width, tmp_path):
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    losses = []
+    for on in (True, False):
+        lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") if peft else None
+        models = lambda: (tiny_llama(tokenizer, 0), None if peft else tiny_llama(tokenizer, 1))  # noqa: E731
+        options = {"config": MDPOConfig, "models": models, "peft_config": lora, "fused_ops": on}
+        trainer = trainer_of(DPOTrainer, agent_rows(8), tmp_path, tokenizer, gradient_checkpointing=True, **options)
+        for model in [trainer.model, *([] if peft else [trainer.ref_model])]:
+            swapped = [m for m in model.modules() if type(m).__name__ in ("LlamaRMSNorm", "LlamaMLP")]
+            assert len(swapped) == 7 and all(("forward" in vars(m)) == on for m in swapped)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
