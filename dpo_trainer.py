@@ -313,6 +313,8 @@ class DPOTrainer(Trainer):
                 self.ref_model, self._reference_made = self._make_reference(), True
             return score_reference(self.ref_model, self.model, self.accelerator, batch, self.layout).logps
 
+        ############## MODIFICATION 10: kept for each token and by content, so that only new pairs are ever scored; TRL
+        # keeps sums of a whole set, under a key that changes with unrelated settings.
         identity, training = self._reference_identity(), self.model.training
         cache = ReferenceCache(self._cache_dir / identity if identity else None, self.args.process_index)
         size, longest = self.args.precompute_ref_batch_size or batch_size, cached_length(self.model.config)
@@ -320,6 +322,7 @@ class DPOTrainer(Trainer):
         dataset = precompute(
             dataset, score, self.data_collator, size, self.accelerator, cache, name, identity or "", longest
         )
+        ############## MODIFICATION 10 END
         self.model.train(training)
         return dataset
 
