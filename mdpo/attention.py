@@ -181,7 +181,15 @@ def _gathered(query, key, value, segments: Segments):
     begin, and the longest segments."""
     index, q_begins, k_begins = segments.on(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return q, k[index], v[index], q_begins, k_begins, max(segments.sizes), max(segments.key_sizes)
+    return (
+        q,
+        k.index_select(0, index),
+        v.index_select(0, index),
+        q_begins,
+        k_begins,
+        max(segments.sizes),
+        max(segments.key_sizes),
+    )
 
 
 def _flash(query, key, value, segments, scaling, window, softcap, dropout):

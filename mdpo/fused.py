@@ -33,11 +33,11 @@ def _gated_forward(self, x):
     """Of what backward needs, gate and up are kept, and their product is computed again."""
     product, gate, up = _gate(type(self.act_fn)), self.gate_proj(x), self.up_proj(x)
     inner = product(gate, up)
-    version, address = inner._version, inner.data_ptr()
+    version, address, size = inner._version, inner.data_ptr(), inner.numel()
 
     def pack(tensor):
-        whole = tensor.data_ptr() == address and tensor.numel() == inner_size and tensor._version == version
-        return tensor.shape if whole else tensor
+        same = tensor.data_ptr() == address and tensor.numel() == size and tensor._version == version
+        return tensor.shape if same and tensor.is_contiguous() else tensor
 
     def unpack(kept):
         if isinstance(kept, torch.Tensor):
@@ -45,7 +45,6 @@ def _gated_forward(self, x):
         with torch.no_grad():
             return product(gate.detach(), up.detach()).view(kept)
 
-    inner_size = inner.numel()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return self.down_proj(inner)
 

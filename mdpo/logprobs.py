@@ -243,5 +243,5 @@ def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_los
         return model(**inputs, score_length=batch["input_ids"].size(1))
     segments = Segments(batch["segments"].tolist())
     once = model(**inputs, score_length=batch["input_ids"].size(1), segments=segments)
-    both = {name: x if name == "aux_loss" else x[batch["score_source"]] for name, x in once.items()}
+    both = {name: x if name == "aux_loss" else x.index_select(0, batch["score_source"]) for name, x in once.items()}
     return TokenScores(**both)

@@ -1,6 +1,9 @@
 """The packed layout against the padded one, its slow twin: lists by hand, log-probs, loss and gradients on eleven
 architectures and awkward lengths. Wrong twins (a boundary removed, positions continued) must differ."""
 
+import sys
+import types
+
 import pytest
 import torch
 import transformers
@@ -375,3 +378,68 @@ def test_generation_uses_the_models_own_attention():
     assert model.config._attn_implementation == NAME
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
     assert model.config._attn_implementation == "eager"
+
+
+def test_one_rank_that_disagrees_decides_for_all(capsys):
+    class Two(Alone):
+        reduce = staticmethod(lambda value, how: value + 1)
+
+    fitted = Layout(Two, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
+    assert "segments" not in fitted
+    assert "shared_prefix: off for LlamaForCausalLM: another rank found a difference." in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- varlen kernels, with stand-ins for a GPU's
+
+
+def slow_varlen(q, k, v, q_begins, k_begins, scale, window, softcap=0.0):
+    """What varlen kernels compute, token by token: segments' queries are the last ones of their keys; a query sees
+    `window[0]` keys before itself, all where that is −1."""
+    out = []
+    for (a, b), (c, d) in zip(*(zip(x[:-1].tolist(), x[1:].tolist(), strict=True) for x in (q_begins, k_begins)),
+                              strict=True):  # fmt: skip
+        for i in range(a, b):
+            last = d - (b - i)
+            first = c if window[0] == -1 else max(c, last - window[0])
+            scores = torch.einsum("hd,khd->hk", q[i], repeat(k[first : last + 1], q)) * scale
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), repeat(v[first : last + 1], q)))
+    return torch.stack(out)
+
+
+def repeat(x, like):
+    return x.repeat_interleave(like.size(1) // x.size(1), dim=1)
+
+
+def flash_stand_in(q, k, v, q_begins, k_begins, max_q, max_k, softmax_scale, causal, dropout_p, softcap, window_size):
+    assert causal and dropout_p == 0.0
+    assert (max_q, max_k) == tuple(int((x[1:] - x[:-1]).max()) for x in (q_begins, k_begins))
+    return slow_varlen(q, k, v, q_begins, k_begins, softmax_scale, window_size, softcap)
+
+
+def torch_stand_in(q, k, v, q_begins, k_begins, max_q, max_k, scale, window_size, enable_gqa):
+    assert enable_gqa and window_size[1] == 0 and q_begins.dtype == k_begins.dtype == torch.int32
+    return slow_varlen(q, k, v, q_begins, k_begins, scale, window_size)
+
+
+VARLEN = [(kernel, family) for kernel in ("_flash", "_torch_varlen") for family in ("Llama", "Mistral")]
+
+
+@pytest.mark.parametrize(("kernel", "family"), [*VARLEN, ("_flash", "Gemma2")])  # torch's has no soft-caps
+def test_varlen_calls_say_what_the_padded_twin_computes(kernel, family, monkeypatch):
+    """With the keyword names, windows, caps and alignment of flash-attn 2 and of torch.nn.attention.varlen."""
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash_stand_in))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_stand_in)
+    monkeypatch.setattr(mdpo.attention, "_varlen", lambda *_: getattr(mdpo.attention, kernel))
+    compare(tiny(family), AWKWARD["seven"])
+
+
+def test_varlen_is_for_half_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(mdpo.attention.importlib.util, "find_spec", lambda name: None)  # no flash-attn
+    on_cpu = torch.empty(1, 4, 5, 8, dtype=torch.bfloat16)
+    assert mdpo.attention._varlen(on_cpu, 0.0, None) is None
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=lambda dim: 8)
+    assert mdpo.attention._varlen(on_gpu, 0.0, None) is mdpo.attention._torch_varlen
+    assert mdpo.attention._varlen(on_gpu, 0.0, 30.0) is None  # a soft-cap
+    on_gpu.dtype = torch.float32
+    assert mdpo.attention._varlen(on_gpu, 0.0, None) is None
