@@ -65,7 +65,7 @@ def place_reference(model, accelerator, fused: bool = False):
 @contextmanager
 def _without_checkpointing(model, kwargs):
     """Gradient checkpointing recomputes nothing without gradients, and warns when it is asked to."""
-    on = model.is_gradient_checkpointing
+    on = model.is_activation_checkpointing
     if on:
         model.gradient_checkpointing_disable()
     try:

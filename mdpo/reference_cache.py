@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from mdpo.packing import REFERENCE, SIDES
 from mdpo.startup import say
 from mdpo.sums import token_places
+from mdpo.tokens import side_lengths
 from mdpo.types import UserError
 
 SHARD_S = 30  # seconds of work that a killed pass loses at most
@@ -154,9 +155,9 @@ def _computed(
 ) -> dict[bytes, Sides]:
     """Log-probs of the rows `todo`, from all ranks. Longest first, so that memory runs out at once or never; sides over
     `longest_cached` in batches of their own, which are not kept."""
-    lengths = np.array([max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset.select(todo)])
-    order = np.argsort(-lengths, kind="stable")
-    groups = [[todo[i] for i in order if (lengths[i] > longest_cached) == long] for long in (True, False)]
+    lengths = side_lengths(dataset).max(1)
+    order = sorted(todo, key=lambda row: -lengths[row])
+    groups = [[row for row in order if (lengths[row] > longest_cached) == long] for long in (True, False)]
     batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
     ranks, new = accelerator.num_processes, {}
     steps = range(math.ceil(len(batches) / ranks))
@@ -178,7 +179,7 @@ def _computed(
             parts = logps.split(torch.bincount(token_places(batch, n), minlength=2 * n).tolist())
             for j, row in enumerate(rows):
                 new[keys[row]] = (parts[j].numpy(), parts[n + j].numpy())
-                if max(len(dataset[row][f"{side}_ids"]) for side in SIDES) <= longest_cached:
+                if lengths[row] <= longest_cached:
                     cache.add(keys[row], new[keys[row]])
     finally:
         cache.flush()

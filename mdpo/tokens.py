@@ -131,6 +131,15 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
     return tokenised.filter(keep).remove_columns("drop_reason"), counts
 
 
+def side_lengths(rows: Dataset) -> np.ndarray:
+    """(n, 2): tokens of the chosen and of the rejected side of each row, int64."""
+    columns, parts = ["chosen_ids", "rejected_ids"], []
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        offsets = [np.asarray(table.column(name).combine_chunks().offsets, np.int64) for name in columns]
+        parts.append(np.stack([np.diff(x) for x in offsets], axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
+
+
 def length_summary(rows: Dataset) -> dict[str, float]:
     """Tokens of a tokenised set, means per pair: both sides, supervised, shared; and the longest side."""
     total = Counter()
@@ -147,7 +156,7 @@ def length_summary(rows: Dataset) -> dict[str, float]:
 def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
     """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
     rank over the mean, shared ones once, in shuffled batches of `pairs` a rank; None where there is no such step."""
-    tokens = [len(row["chosen_ids"]) + len(row["rejected_ids"]) - row["shared_len"] for row in rows]
+    tokens = side_lengths(rows).sum(1) - np.asarray(rows["shared_len"])
     steps = len(tokens) // (ranks * pairs)
     if not steps:
         return None

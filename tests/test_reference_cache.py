@@ -376,3 +376,23 @@ def test_recipes_compute_the_reference_ahead():
     assert recipes
     for path in recipes:
         assert load_recipe([str(path)]).training.precompute_ref_log_probs, path
+
+
+def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folders, tokenizer, monkeypatch):  # noqa: F811
+    limit, batches = 75, []
+    score = dpo_trainer.score_reference
+
+    def watched(reference, policy, accelerator, batch, *args):
+        segments = batch["segments"]
+        batches.append((segments[:, 0] + segments[:, 1:].max(1).values).tolist())
+        return score(reference, policy, accelerator, batch, *args)
+
+    monkeypatch.setattr(dpo_trainer, "score_reference", watched)
+    monkeypatch.setattr(dpo_trainer, "cached_length", lambda config: limit)
+    run(folders, tokenizer)
+    assert all(len({length > limit for length in batch}) == 1 for batch in batches)
+    first = sorted(length for batch in batches for length in batch)
+    assert len(first) == 8 and first[0] <= limit < first[-1]
+    batches.clear()
+    run(folders, tokenizer)
+    assert sorted(length for batch in batches for length in batch) == [n for n in first if n > limit]
