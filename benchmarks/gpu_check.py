@@ -28,14 +28,19 @@ from mdpo.packing import PackedCollator, PairCollator, n_tokens  # noqa: E402
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 # billions of weights: hidden, intermediate, layers, heads, key heads
-SIZES = {8: (4096, 14336, 32, 32, 8), 3: (3072, 8192, 28, 24, 8), 1: (2048, 8192, 16, 32, 8), 0: (64, 128, 2, 4, 2)}
+SIZES = {8: (4096, 14336, 32, 32, 8), 3: (3072, 8192, 28, 24, 8), 1: (2048, 8192, 16, 32, 8), 0: (256, 512, 2, 4, 2)}
 GB_A_BILLION = 26  # bfloat16 weights, gradients and AdamW's two moments, float32 log-probs and activations, both sides
 
 
 def config(billions: int, vocabulary: int) -> LlamaConfig:
     hidden, intermediate, layers, heads, key_heads = SIZES[billions]
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "max_position_embeddings": 8192}
+    sizes |= {
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.06,
+    }
     return LlamaConfig(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
 
 
@@ -161,17 +166,17 @@ def against_trl(billions: int, vocabulary: int, dtype: str) -> None:
 def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    special = ["<pad>", "<s>", "<end>", "<unk>"]
+    special = ["<pad>", "<s>", "<end>", "<unk>", "<sep>"]
     ids = {word: i for i, word in enumerate([*special, "user", "assistant", *words])}
     raw = Tokenizer(models.WordLevel(ids, "<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = (
-        "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' <end> ' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
+        "{% for m in messages %}{{ '<s>' + m['role'] + '<sep>' + m['content'] + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant<sep>' }}{% endif %}"
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
-        additional_special_tokens=["<s>"], chat_template=template,
+        additional_special_tokens=["<s>", "<sep>"], chat_template=template,
     )  # fmt: skip
 
 

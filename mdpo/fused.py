@@ -78,8 +78,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_gated(module: nn.Module) -> bool:
-    parts = ("gate_proj", "up_proj", "down_proj")
-    if not all(isinstance(getattr(module, part, None), nn.Linear) for part in parts):
+    """Also where the projections carry an adapter already."""
+    parts = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(part, nn.Module) and hasattr(part, "weight") for part in parts):
         return False
     return isinstance(getattr(module, "act_fn", None), nn.Module) and not list(module.act_fn.parameters())
 
