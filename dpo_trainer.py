@@ -87,12 +87,7 @@ class DPOTrainer(Trainer):
         set_seed(args.seed)  # before the model: new adapters start at random
         self._policy_name = model if isinstance(model, str) else None
         model = self._load_policy(model, args, quantization_config)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model.config._name_or_path,
-                revision=(args.model_init_kwargs or {}).get("revision"),
-                trust_remote_code=args.trust_remote_code,
-            )
+        processing_class = processing_class or self._load_tokenizer(model, args)
         self._set_pad_token(processing_class, model, args.pad_token)
         self._refuse_small_vocabulary(processing_class, model)
         model = self._wrap_peft(model, peft_config, ref_model, args)
@@ -123,14 +118,7 @@ class DPOTrainer(Trainer):
             _disable_dropout(self.model)
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
         self._reference_source, self._reference_made = (ref_model, quantization_config), False
-        self.ref_model = None
-        if args.precompute_ref_log_probs:
-            self._precompute_all()
-        else:
-            self.ref_model = self._make_reference()
-        if args.sync_ref_model:
-            self._refuse_sync()
-            self.add_callback(MoveReference(self.ref_model, self.accelerator))
+        self._set_up_reference()
         self._tables: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._train_tokens = 0  # since the start, this rank
 
@@ -159,6 +147,13 @@ class DPOTrainer(Trainer):
         ############## MODIFICATION 9 END
         enable_scoring(model, fused)
         return fused
+
+    @staticmethod
+    def _load_tokenizer(model, args: DPOConfig) -> PreTrainedTokenizerBase:
+        revision = (args.model_init_kwargs or {}).get("revision")
+        return AutoTokenizer.from_pretrained(
+            model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
+        )
 
     @staticmethod
     def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, wanted: str | None) -> None:
@@ -255,6 +250,16 @@ class DPOTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         sides = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("ids", "mask", "weights")]
         self._signature_columns = [*sides, "shared_len", "margin", "row", *REFERENCE.values()]
+
+    def _set_up_reference(self) -> None:
+        self.ref_model = None
+        if self.args.precompute_ref_log_probs:
+            self._precompute_all()
+        else:
+            self.ref_model = self._make_reference()
+        if self.args.sync_ref_model:
+            self._refuse_sync()
+            self.add_callback(MoveReference(self.ref_model, self.accelerator))
 
     def _make_reference(self):
         """The frozen model that log ratios are taken against. None where the policy is its own reference: a PEFT model,

@@ -32,19 +32,9 @@ WARM = 2  # steps of each side that are not counted: the first pairs are the lon
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 37, "MALLOC_TOP_PAD_": 1 << 26}
 
 
-def worker(pipe, side: str, options: dict) -> None:
-    """One trainer. For each "go" of the parent it trains one step and answers with seconds; at the end with memory."""
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import DPOConfig
-
-    from dpo_trainer import DPOTrainer
-    from mdpo.config import MDPOConfig
-
-    torch.set_num_threads(options["threads"])
-    cuda = torch.cuda.is_available()
-    settings = {
+def common_settings(options: dict, cuda: bool) -> dict:
+    """What both sides train with."""
+    return {
         "per_device_train_batch_size": options["pairs"],
         "max_steps": options["steps"] + WARM,
         "train_sampling_strategy": "sequential",
@@ -61,6 +51,21 @@ def worker(pipe, side: str, options: dict) -> None:
         "logging_steps": 1,
         "seed": 1,
     }
+
+
+def worker(pipe, side: str, options: dict) -> None:
+    """One trainer. For each "go" of the parent it trains one step and answers with seconds; at the end with memory."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DPOConfig
+
+    from dpo_trainer import DPOTrainer
+    from mdpo.config import MDPOConfig
+
+    torch.set_num_threads(options["threads"])
+    cuda = torch.cuda.is_available()
+    settings = common_settings(options, cuda)
     began = None
 
     class Turns(TrainerCallback):

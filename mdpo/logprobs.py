@@ -96,12 +96,13 @@ class ChunkedLogProbs(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = d_bias = None
-        head = _Head(weight, bias, ctx.compute, min(ctx.chunk, hidden.size(0)))
-        scale, softcap = ctx.transform.scale, ctx.transform.softcap
-        for at in _slices(hidden.size(0), ctx.chunk):
+        # A shared token that both sides count alike cancels in the DPO logit: its gradient is exactly 0, its row idle.
+        rows = grad.nonzero().squeeze(1)
+        head = _Head(weight, bias, ctx.compute, min(ctx.chunk, rows.numel()))
+        derive = compiled(logits_gradient) if ctx.fused else logits_gradient
+        for at in rows.split(ctx.chunk) if rows.numel() else ():
             h = hidden[at].to(ctx.compute)
-            derive = compiled(logits_gradient) if ctx.fused else logits_gradient
-            d_logits = derive(head(h), target[at], grad[at], lse[at], scale, softcap)
+            d_logits = derive(head(h), target[at], grad[at], lse[at], ctx.transform.scale, ctx.transform.softcap)
             if need_bias:
                 d_bias = _plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(ctx.compute)

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import CHATML, tiny_llama, tokenizer_for
 
+import mdpo.logprobs
 from mdpo.logprobs import (
     ChunkedLogProbs,
     HeadTransform,
@@ -53,6 +54,21 @@ def test_chunks_equal_the_slow_twin_in_values_and_gradients(transform, bias, chu
     fast = ChunkedLogProbs.apply(hidden, weight, b, target, transform, chunk)[0]
     got = torch.autograd.grad(fast, [x for x in (hidden, weight, b) if x is not None], upstream)
     torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-6)
+    for g, w in zip(got, wanted, strict=True):
+        assert (g - w).norm() <= 1e-5 * w.norm()
+
+
+@pytest.mark.parametrize("idle", [[0, 5, 6, 12], list(range(13))], ids=["some", "all"])
+def test_tokens_without_gradient_are_left_out_of_backward(idle, monkeypatch):
+    hidden, weight, b, target = head_inputs()
+    upstream = torch.randn(13, generator=torch.Generator().manual_seed(1)).index_fill(0, torch.tensor(idle), 0.0)
+    slow = full_log_probs(hidden, weight, b, target)
+    wanted = torch.autograd.grad(slow, [hidden, weight, b], upstream)
+    rows, derive = [], mdpo.logprobs.logits_gradient
+    monkeypatch.setattr(mdpo.logprobs, "logits_gradient", lambda raw, *a: (rows.append(len(raw)), derive(raw, *a))[1])
+    fast = ChunkedLogProbs.apply(hidden, weight, b, target, HeadTransform(), 4)[0]
+    got = torch.autograd.grad(fast, [hidden, weight, b], upstream)
+    assert sum(rows) == 13 - len(idle)
     for g, w in zip(got, wanted, strict=True):
         assert (g - w).norm() <= 1e-5 * w.norm()
 

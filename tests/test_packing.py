@@ -11,6 +11,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CHATML, tokenizer_for
 
 import mdpo.attention
+import mdpo.logprobs
 from mdpo.attention import NAME, Segments
 from mdpo.layout import Layout, disagreement, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
@@ -218,6 +219,21 @@ def test_families(family):
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_lengths(name):
     compare(tiny("Llama"), AWKWARD[name])
+
+
+@pytest.mark.parametrize(("coefficient", "shared_rows"), [(0.0, 0), (0.5, 4)], ids=["dpo", "with NLL"])
+def test_shared_tokens_cost_the_head_a_backward_only_where_the_loss_has_one(coefficient, shared_rows, monkeypatch):
+    # Of 9 shared tokens 1, 4, 5 and 8 are supervised; of the chosen side's 9 … 15 also 9, 12, 13, 15, of the rejected
+    # side's 9 … 13 also 9, 12, 13. In β·(chosen − rejected) the shared ones cancel, in the chosen side's NLL they stay.
+    rows, derive = [], mdpo.logprobs.logits_gradient
+    monkeypatch.setattr(mdpo.logprobs, "logits_gradient", lambda raw, *a: (rows.append(len(raw)), derive(raw, *a))[1])
+    batch = PackedCollator()([pair(9, 7, 5)])
+    scores = score_tokens(tiny("Llama"), batch)
+    policy = sum_by_pair(scores.logps, batch, 1)
+    reference = sum_by_pair(scores.logps.detach() * 1.1, batch, 1)
+    loss = pair_losses(PairTerms(policy, reference, policy, LossSettings())) - coefficient * policy.chosen
+    loss.sum().backward()
+    assert sum(rows) == 4 + 3 + shared_rows
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
