@@ -1,0 +1,49 @@
+"""Seconds from the command to the first training step, with an empty reference cache and with a filled one.
+
+python benchmarks/warm_start.py [--pairs 80] [--recipe recipes/smollm2-135m/dpo/config_quickstart.yaml]
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# In a process of its own: the run as `run_dpo.py` does it, which ends when its first step begins.
+CHILD = """
+import os, sys, time
+import run_dpo
+def first_step(*args, **kwargs):
+    print(f"FIRST {time.time()}", flush=True)
+    os._exit(0)
+run_dpo.StepTimer.on_step_begin = first_step
+run_dpo.main(sys.argv[1:])
+"""
+
+
+def seconds_to_first_step(recipe: str, *options: str) -> float:
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", CHILD, recipe, *options], cwd=ROOT, capture_output=True, text=True)
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FIRST")]
+    if not found:
+        raise SystemExit(done.stdout + done.stderr)
+    return float(found[0]) - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/smollm2-135m/dpo/config_quickstart.yaml")
+    parser.add_argument("--pairs", type=int, default=80)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"--max_training_samples={args.pairs}", "--eval_on_start=false", "--eval_dataset_mixer=null"]
+        options += [f"--output_dir={folder}/run", f"--reference_cache_dir={folder}/cache"]
+        for name in ("empty", "filled", "filled, another beta and learning rate"):
+            other = ["--beta=0.3", "--learning_rate=1e-6"] if "another" in name else []
+            print(f"{name:40} {seconds_to_first_step(args.recipe, *options, *other):6.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
