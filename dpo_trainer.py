@@ -46,6 +46,7 @@ from mdpo.reference import (
 from mdpo.reference_cache import ReferenceCache, precompute
 from mdpo.render import RenderSettings
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
+from mdpo.tokenizer import refuse_pad_token, refuse_small_vocabulary
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.types import UserError
 
@@ -89,7 +90,7 @@ class DPOTrainer(Trainer):
         model = self._load_policy(model, args, quantization_config)
         processing_class = processing_class or self._load_tokenizer(model, args)
         self._set_pad_token(processing_class, model, args.pad_token)
-        self._refuse_small_vocabulary(processing_class, model)
+        refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
         self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
@@ -158,10 +159,7 @@ class DPOTrainer(Trainer):
     @staticmethod
     def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, wanted: str | None) -> None:
         """Padding is masked everywhere, so the end-of-sequence token will do where a tokenizer has none."""
-        if wanted is not None and wanted not in tokenizer.get_vocab():
-            raise UserError(
-                f"pad_token: {wanted!r} is not in the tokenizer's vocabulary. Leave it out, or name another."
-            )
+        refuse_pad_token(tokenizer, wanted)
         tokenizer.pad_token = wanted or tokenizer.pad_token or tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if model.generation_config is not None:
@@ -176,15 +174,6 @@ class DPOTrainer(Trainer):
                 raise UserError(f"router_aux_loss_coef: {type(model).__name__} is no mixture of experts. Leave it out.")
             return 0.0
         return getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
-
-    @staticmethod
-    def _refuse_small_vocabulary(tokenizer: PreTrainedTokenizerBase, model) -> None:
-        size = model.config.get_text_config().vocab_size
-        if len(tokenizer) > size:
-            raise UserError(
-                f"The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. "
-                "Use the model's own tokenizer, or resize the model's embeddings."
-            )
 
     @staticmethod
     def _wrap_peft(model, peft_config, ref_model, args: DPOConfig):
@@ -272,6 +261,7 @@ class DPOTrainer(Trainer):
                     "precompute_ref_log_probs: under DeepSpeed a PEFT model with an adapter of its own cannot be its "
                     "own reference before training. Leave it out."
                 )
+            self._place_policy()
             return None
         if ref_model is None and not path and ahead and self.state.global_step:
             path = self.model.config._name_or_path
@@ -290,6 +280,11 @@ class DPOTrainer(Trainer):
         if self.args.disable_dropout:
             _disable_dropout(ref_model)
         return place_reference(ref_model, self.accelerator, self._fused)
+
+    def _place_policy(self) -> None:
+        """Trainer leaves it to its training loop with bf16_full_eval and fp16_full_eval."""
+        if not (self.place_model_on_device or self.is_deepspeed_enabled or getattr(self.model, "hf_device_map", None)):
+            self.model.to(self.args.device)
 
     def _policy_is_reference(self) -> bool:
         """Without another one: a PEFT model, and before training, where log-probs are computed ahead, any model.
@@ -352,16 +347,29 @@ class DPOTrainer(Trainer):
             name, revision = self._policy_name, (self.args.model_init_kwargs or {}).get("revision")
             if name is None and not self._policy_is_reference():
                 name = self.model.config._name_or_path or None
+        kwargs = self.args.model_init_kwargs or {}
         if name:
-            digest = [named_digest(name, revision, self._cache_dir) if self.is_world_process_zero() else None]
-            digest = broadcast_object_list(digest)[0]
+            digest = self._named_digest(name, revision, kwargs.get("subfolder", ""))
         else:
             digest = weights_digest(self.model if ref_model is None else ref_model)
         if digest is None:
-            _say(self.args, "reference log-probs: not kept on disk, as ZeRO-3 has partitioned a model without files.")
+            _say(self.args, "reference log-probs: not kept on disk, as no weight file tells which reference it is.")
             return None
         packed, precision = isinstance(self.data_collator, PackedCollator), self.accelerator.mixed_precision
-        return reference_identity(digest, self.model, quantization_config, precision, packed)
+        return reference_identity(digest, self.model, quantization_config, precision, packed, self._fused, kwargs)
+
+    def _named_digest(self, name: str, revision: str | None, subfolder: str) -> str | None:
+        """The main process reads the files, and all learn what it found, an error too."""
+        found = [None, None]
+        if self.is_world_process_zero():
+            try:
+                found[0] = named_digest(name, revision, self._cache_dir, subfolder)
+            except OSError as error:
+                found[1] = str(error).strip().splitlines()[0]
+        digest, error = broadcast_object_list(found)
+        if error:
+            raise UserError(f"reference {name!r} cannot be had: {error}")
+        return digest
 
     def _refuse_sync(self) -> None:
         if isinstance(self.model, PeftModel):
@@ -523,7 +531,7 @@ class DPOTrainer(Trainer):
 
 
 def _say(args: DPOConfig, *lines: str) -> None:
-    if args.process_index == 0:
+    if lines and args.process_index == 0:
         print(*lines, sep="\n", flush=True)
 
 

@@ -15,8 +15,8 @@ from dpo_trainer import DPOTrainer
 from mdpo.pairs import model_init_kwargs, prepare_output_dir, prepare_pairs
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, StepTimer, peak_memory_gb, show_result, write_report
-from mdpo.startup import clear_stale_build_locks, run, say
-from mdpo.tokenizer import load_tokenizer, refuse_missing_folder
+from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
+from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
 
 
 def main(argv: list[str]) -> None:
@@ -29,9 +29,11 @@ def main(argv: list[str]) -> None:
     say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
 
     ################
-    # Tokenizer: before the data, whose rows it renders, and before the weights
+    # Tokenizer: before the data, whose rows it renders
     ################
+    refuse_missing_login(args)
     tokenizer = load_tokenizer(recipe.model, data, args.trust_remote_code)
+    check_model(tokenizer, recipe.model, args)
     if args.ref_model_name_or_path:
         refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)
 
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> None:
     # Pairs → tokens: every check that needs no weights
     ################
     resume = prepare_output_dir(args)
-    train_dataset, eval_dataset, counts = prepare_pairs(recipe, tokenizer)
+    train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
+    data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
 
     ################
     # Trainer
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> None:
     figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
     figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
     if trainer.is_world_process_zero():
-        report = write_report(args.output_dir, figures, trainer.state.log_history, counts)
+        report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict())
         show_result(report)
         say(
             f"model   {args.output_dir}", f"report  {args.output_dir}/{REPORT}", f"recipe  {args.output_dir}/{RESOLVED}"

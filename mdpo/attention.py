@@ -6,7 +6,7 @@ rejected, and no token sees another pair. Registered with transformers under NAM
 
 import importlib.util
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +84,18 @@ def refused(model) -> str | None:
     return None
 
 
+def remember_attention(model) -> None:
+    """Before any `switch`: two models may share a configuration."""
+    current = model.config.get_text_config()._attn_implementation
+    model._own_attention = getattr(model, "_own_attention", "sdpa") if current == NAME else current
+
+
 def switch(model, packed: bool) -> None:
     """Packed attention for the calls that follow, gradient checkpointing's second forward included, or the model's own
     again. `model` is the one without wrappers."""
     config = model.config.get_text_config()
     if packed == (config._attn_implementation == NAME):
         return
-    if packed:
-        model._own_attention = config._attn_implementation
     config._attn_implementation = NAME if packed else model._own_attention
 
 
@@ -119,13 +123,18 @@ def packed_attention(
     """(1, N, heads, D) from query (1, heads, N, D), key and value (1, key heads, N, D)."""
     window, softcap = (kwargs.pop(name, None) for name in ("sliding_window", "softcap"))
     unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
+    if window is None and _window_in_mask_only(module):
+        unknown.append("a window that only its mask has")
     if unknown and _refusals is None:
         raise UserError(f"shared_prefix: {type(module).__name__} takes {unknown[0]}. Set shared_prefix: false.")
     if unknown:
         _refusals.extend(unknown)
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
-    varlen = _varlen(query, dropout, softcap)
+    if torch.is_autocast_enabled(query.device.type):  # as its products would; RoPE may have promoted queries and keys
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    varlen = _varlen(query, value, dropout, softcap)
     if varlen is not None:
         return varlen(query, key, value, segments, scaling, window, softcap, dropout), None
     out = []
@@ -141,6 +150,15 @@ def packed_attention(
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
 
 
+def _window_in_mask_only(module) -> bool:
+    """Whether a layer that hands over no window has one by its configuration: then only its mask knew (PhiMoE)."""
+    config = getattr(module, "config", None)
+    layers = getattr(config, "layer_types", None)
+    if layers and getattr(module, "layer_idx", None) is not None:
+        return layers[module.layer_idx] == "sliding_attention"
+    return bool(getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
 def _attend(q, k, v, segments: Segments, scaling, window, softcap, dropout) -> torch.Tensor:
     """Causal attention of the last Q of K tokens, (1, heads, Q, D)."""
     queries, keys = q.size(2), k.size(2)
@@ -152,6 +170,9 @@ def _attend(q, k, v, segments: Segments, scaling, window, softcap, dropout) -> t
     if queries == keys and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     mask = None if queries == 1 and window is None else segments.mask(queries, keys, window, q)
+    if mask is not None and options["enable_gqa"] and q.device.type == "cuda":  # else torch takes its slowest kernel
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        options["enable_gqa"] = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
@@ -166,14 +187,22 @@ def _capped(q, k, v, segments: Segments, scaling, window, softcap, dropout) -> t
 # --------------------------------------------------------------------------------------------------- varlen, on a GPU
 
 
-def _varlen(query, dropout: float, softcap):
+def _varlen(query, value, dropout: float, softcap):
     """One call for all segments where there is a kernel for it, else None: flash-attn where it is installed, else
-    torch's own, which knows neither soft-caps nor dropout."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.size(-1) > 256:
+    torch's own, which knows neither soft-caps nor dropout. Both want an Ampere GPU or a newer one."""
+    size = query.size(-1)
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if importlib.util.find_spec("flash_attn") is not None:
+    if size > 256 or size % 8 or value.size(-1) != size or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    if _flash_attn_installed():
         return _flash
     return _torch_varlen if softcap is None and not dropout else None
+
+
+@cache
+def _flash_attn_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _gathered(query, key, value, segments: Segments):

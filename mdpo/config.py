@@ -66,6 +66,19 @@ class DataArguments:
     chat_template_kwargs: dict | None = field(
         default=None, metadata={"help": "Variables passed to the chat template, such as {enable_thinking: false}."}
     )
+    allow_different_prompts: bool = field(
+        default=False, metadata={"help": "Keep pairs whose two sides begin with different prompts."}
+    )
+    on_bad_rows: str = field(
+        default="drop",
+        metadata={
+            "help": "A row that cannot be trained on is dropped and counted ('drop') or ends the run ('error').",
+            "choices": ["drop", "error"],
+        },
+    )
+    max_bad_fraction: float = field(
+        default=0.2, metadata={"help": "The run ends before training where more than this share of a set is dropped."}
+    )
 
     def __post_init__(self):
         """Turn lists of sets into shares of 1.0. Raises UserError for values that no run could use."""
@@ -87,6 +100,8 @@ class DataArguments:
             {
                 "max_training_samples": (_at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
                 "max_eval_samples": (_at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
+                "on_bad_rows": (lambda what: what in ("drop", "error"), "drop or error"),
+                "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
                 "test_split_size": (
                     lambda size: size >= 1 if isinstance(size, int) else 0 < size < 1,
                     "a whole number of rows >= 1 or a share between 0 and 1",

@@ -7,64 +7,128 @@ from typing import Any
 from mdpo.types import DropPair, Message, Pair, UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# What other formats call a role: ShareGPT, Gemma, Llama 3's tool output, OpenAI's first function calls.
+ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",  # ShareGPT: its text is the call as JSON
+    "ipython": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
+           "score_chosen", "score_rejected", "key")  # fmt: skip
 
 
-def row_to_pair(row: dict[str, Any], mask_turns: bool = True) -> Pair:
-    """One row in TRL's preference form, messages or plain strings, with or without `prompt`. Raises DropPair.
+def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False) -> Pair:
+    """One row in TRL's preference form or ShareGPT's, messages or plain strings, with or without `prompt`
+    (`conversations` in ShareGPT's). Raises DropPair.
 
     With a `prompt`, its assistant turns are context. Without one the prompt is everything before the first assistant
-    turn; with `mask_turns` False it is TRL's: the turns (or characters) that both sides begin with.
+    turn, the same on both sides or, with `different_prompts`, each side's own; with `mask_turns` False it is TRL's: the
+    turns (or characters) that both sides begin with.
     """
-    prompt, sides = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+    prompt = row.get("conversations") if row.get("prompt") is None else row["prompt"]
+    sides = [row.get("chosen"), row.get("rejected")]
     if not all(sides):
         raise DropPair("not a pair")
-    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
+        return _strings(prompt, sides, _margin(row))
+    tools = _parsed(row["tools"], "tools") if isinstance(row.get("tools"), str) else row.get("tools")
     extra = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs") or {}, "margin": _margin(row)}
-    if all(isinstance(side, str) for side in sides):
-        if isinstance(prompt, str):
-            return Pair(prompt + sides[0], prompt + sides[1], len(prompt), margin=extra["margin"])
-        n = _common_start(*sides)
-        return Pair(*sides, n - 1 if n and sides[0][n - 1] == " " else n, margin=extra["margin"])
-    if not all(isinstance(side, list) for side in sides):
-        raise DropPair("not a pair")
+    sides = [_as_messages(side, isinstance(prompt, list)) for side in sides]
+    if isinstance(prompt, str):
+        prompt = _question(prompt, sides)
     chosen, rejected = (normalise_messages(side) for side in sides)
-    weights = [_weights(side) for side in sides]
-    prompt_messages = prompt if isinstance(prompt, list) else []
-    if isinstance(prompt, list):
-        prompt = normalise_messages(prompt)
+    weights = [_weights(raw, side) for raw, side in zip(sides, (chosen, rejected), strict=True)]
+    raw_prompt = prompt if isinstance(prompt, list) else []
+    if raw_prompt or (isinstance(prompt, list) and not mask_turns):
+        prompt = normalise_messages(raw_prompt)
         if not (mask_turns and all(side[: len(prompt)] == prompt for side in (chosen, rejected))):
             chosen, rejected = prompt + chosen, prompt + rejected
             weights = [[1.0] * len(prompt) + side if side else [] for side in weights]
         n = len(prompt)
     elif mask_turns:
-        n = _first_assistant(chosen)
-        if chosen[:n] != rejected[: _first_assistant(rejected)]:
+        n = min(_first_assistant(side) for side in (chosen, rejected))
+        same = chosen[: _first_assistant(chosen)] == rejected[: _first_assistant(rejected)]
+        if not same and not different_prompts:
             raise DropPair("prompt mismatch")
     else:
         n = _common_start(chosen, rejected)
     if mask_turns and not all(side[-1]["role"] == "assistant" for side in (chosen, rejected)):
         raise DropPair("last turn not from the assistant")
-    if any(w != 1 for side in weights for w in side[:n]) or any(m.get("weight") is not None for m in prompt_messages):
+    if any(w != 1 for side in weights for w in side[:n]) or any(m.get("weight") is not None for m in raw_prompt):
         raise DropPair("a weight in the prompt, which is not supervised")
     if any(weights) and not mask_turns:
         raise UserError(
             "Messages have a `weight`, which multiplies a turn's log-ratios: it needs mask_user_turns: true."
         )
+    if row.get("system") and not any(side[0]["role"] == "system" for side in (chosen, rejected)):
+        first = {"role": "system", "content": row["system"]}
+        chosen, rejected, n = [first, *chosen], [first, *rejected], n + 1
+        weights = [[1.0, *side] if side else [] for side in weights]
     return Pair(chosen, rejected, n, weights=tuple(weights), **extra)
 
 
+def _strings(prompt: str | None, sides: list[str], margin: float | None) -> Pair:
+    if not all(side.strip() for side in sides):
+        raise DropPair("empty or missing content")
+    if isinstance(prompt, str):
+        return Pair(prompt + sides[0], prompt + sides[1], len(prompt), margin=margin)
+    n = _common_start(*sides)
+    return Pair(*sides, n - 1 if n and sides[0][n - 1] == " " else n, margin=margin)
+
+
+def _as_messages(side: Any, after_prompt: bool) -> list[Message]:
+    """A side as a list: one message stands for itself, a text after a prompt of messages for the answer."""
+    if isinstance(side, str) and after_prompt:
+        return [{"role": "assistant", "content": side}]
+    if isinstance(side, dict):
+        return [side]
+    if not isinstance(side, list):
+        raise DropPair("not a pair")
+    return side
+
+
+def _question(prompt: str, sides: list[list[Message]]) -> list[Message] | None:
+    """What a prompt that is a text stands for, beside conversations: None where it is their first user message (as in
+    UltraFeedback), that message where they begin with the assistant."""
+    first = [next((m for m in normalise_messages(side[:2]) if m["role"] != "system"), None) for side in sides]
+    if all(m and m["role"] == "assistant" for m in first):
+        return [{"role": "user", "content": prompt}]
+    if not all(m and m["role"] == "user" and m["content"].strip() == prompt.strip() for m in first):
+        raise DropPair("prompt mismatch")
+    return None
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text or "null")
+    except json.JSONDecodeError as e:
+        raise DropPair(f"{what} are not JSON") from e
+
+
 def _margin(row: dict[str, Any]) -> float | None:
-    margin = row.get("margin")
-    if margin is None:
-        return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DropPair("margin is not a finite number")
-    return float(margin)
+    """`margin`, else by how much the chosen side's score is higher, where both have one."""
+    given = {name: row.get(name) for name in ("margin", "score_chosen", "score_rejected")}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DropPair(f"{name} is not a finite number")
+    margin, better, worse = given.values()
+    if margin is None and better is not None and worse is not None:
+        return float(better - worse)
+    return None if margin is None else float(margin)
 
 
-def _weights(messages: list[Message]) -> list[float]:
-    """The `weight` of each message, 1 where there is none; an empty list where all are 1. DropPair for a bad one."""
-    weights = [m.get("weight") for m in messages]
+def _weights(raw: list[Message], messages: list[Message]) -> list[float]:
+    """The `weight` of each raw message, 1 where there is none; an empty list where all are 1. DropPair for a bad one,
+    or one on a message that is not the assistant's."""
+    weights = [m.get("weight") for m in raw]
     if any(
         w is not None and (isinstance(w, bool) or not (isinstance(w, int | float) and 0 <= w < math.inf))
         for w in weights
@@ -93,15 +157,12 @@ def normalise_messages(messages: list[Message]) -> list[Message]:
 
 
 def _normalise(message: Message) -> Message:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else type(message).__name__
-        raise DropPair(f"unknown role: {role}")
-    message = {k: v for k, v in message.items() if v is not None and k != "weight"}
+    message = _named(message)
     content = message.get("content", "")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise DropPair("content is not text")
-        content = "".join(part["text"] for part in content)
+        content = "".join(_part_text(part) for part in content)
+    if not isinstance(content, str):
+        raise DropPair("content is not text")
     message["content"] = content
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
@@ -112,16 +173,42 @@ def _normalise(message: Message) -> Message:
     return message
 
 
+def _named(message: Message) -> Message:
+    """The message without null fields, with today's names: role and content, tool_calls. Raises DropPair."""
+    if not isinstance(message, dict):
+        raise DropPair(f"unknown role: {type(message).__name__}")
+    message = {k: v for k, v in message.items() if v is not None and k != "weight"}
+    if "from" in message and "role" not in message:
+        message |= {"role": message.pop("from"), "content": message.pop("value", "")}
+    role = str(message.get("role"))
+    if role == "function_call":
+        calls = _parsed(message.pop("content", ""), "tool call arguments")
+        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    if isinstance(message.get("function_call"), dict):  # OpenAI's before tool_calls
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    message["role"] = ALIASES.get(role, role)
+    if message["role"] not in ROLES:
+        raise DropPair(f"unknown role: {role}")
+    return message
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+        raise DropPair("content is not text")
+    return part["text"]
+
+
 def _normalise_call(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call in the OpenAI form, its arguments parsed: as a string they would be encoded twice."""
+    if not isinstance(call, dict):
+        raise DropPair("tool call without a name")
     call = {k: v for k, v in call.items() if v is not None}
     function = {k: v for k, v in (call.get("function") or call).items() if v is not None}
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except json.JSONDecodeError as e:
-            raise DropPair("tool call arguments are not JSON") from e
+        arguments = _parsed(arguments or "{}", "tool call arguments")
     if "name" not in function:
         raise DropPair("tool call without a name")
     function = {"name": function["name"], "arguments": arguments}

@@ -30,9 +30,12 @@ def _gate(activation: type[nn.Module]) -> Callable:
 
 
 def _gated_forward(self, x):
-    """Of what backward needs, gate and up are kept, and their product is computed again."""
+    """Of what backward needs, gate and up are kept, and their product is computed again. Inside non-reentrant gradient
+    checkpointing nothing is kept anyway, and hooks of ours would take the place of its own."""
     product, gate, up = _gate(type(self.act_fn)), self.gate_proj(x), self.up_proj(x)
     inner = product(gate, up)
+    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return self.down_proj(inner)
     version, address, size = inner._version, inner.data_ptr(), inner.numel()
 
     def pack(tensor):

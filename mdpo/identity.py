@@ -5,16 +5,20 @@ import os
 from pathlib import Path
 
 import torch
+import transformers
 import xxhash
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants
 from tqdm.auto import tqdm
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mdpo.attention import own_attention
 
-WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+BESIDE = ("config.json", "adapter_config.json", "*.py")  # remote code counts too
 DIGESTS = "digests.json"  # of weight files by path, size and time of change, so that they are read once
 BLOCK = 1 << 24  # bytes
-VERSION = 1  # raised by one when the same reference gives other numbers
+OWN_ADAPTER = "ref"  # the frozen copy of a PEFT policy's own adapter
+VERSION = 2  # raised by one when the same reference gives other numbers
 
 
 def default_folder() -> Path:
@@ -22,21 +26,39 @@ def default_folder() -> Path:
     return Path(constants.HF_HOME, "mdpo-reference")
 
 
-def named_digest(name_or_path: str, revision: str | None, cache: Path) -> str:
-    """Of a model on disk or in the hub's cache: its weight files and configuration, by content. An adapter's base
-    counts too. Reads every file once; `cache` keeps the digests."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True, allow_patterns=WEIGHTS))
-    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
-    known = _read(cache / DIGESTS)
-    digests = {path.name: _file_digest(path, known) for path in files}
-    _write(cache / DIGESTS, known)
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        digests["base"] = named_digest(base, None, cache)
+def named_digest(name_or_path: str, revision: str | None, cache: Path, subfolder: str = "") -> str | None:
+    """Of a model in a folder: its weight files, configuration and code, by content, None where there is no weight file.
+    Reads every file once; `cache` keeps the digests. Of a model on the hub: its commit. An adapter's base counts too.
+    Raises OSError where the hub is needed and cannot be reached."""
+    folder, digests = Path(name_or_path), {}
+    if folder.is_dir():
+        folder = folder / subfolder
+        files = sorted(path for pattern in (*WEIGHTS, *BESIDE) for path in folder.glob(pattern))
+        if not any(path.match(pattern) for path in files for pattern in WEIGHTS):
+            return None
+        known = _read(cache / DIGESTS)
+        digests = {path.name: _file_digest(path, known) for path in files}
+        _write(cache / DIGESTS, known)
+        adapter = folder / "adapter_config.json"
+    else:
+        found = {name: _on_hub(name_or_path, name, revision, subfolder) for name in ("config.json", *BESIDE[1:2])}
+        adapter, config = found["adapter_config.json"], found["config.json"]
+        commit = extract_commit_hash(str(adapter or config), None) if adapter or config else None
+        if commit is None:
+            return None
+        digests = {"hub": name_or_path, "commit": commit, "subfolder": subfolder}
+    if adapter and Path(adapter).is_file():
+        settings = json.loads(Path(adapter).read_text(encoding="utf-8"))
+        digests["base"] = named_digest(settings["base_model_name_or_path"], settings.get("revision"), cache)
+        if digests["base"] is None:
+            return None
     return xxhash.xxh3_128_hexdigest(json.dumps(digests, sort_keys=True).encode())
+
+
+def _on_hub(name: str, file: str, revision: str | None, subfolder: str) -> str | None:
+    """Where a small file of a hub model lies in the cache, downloaded if need be; None where the model has none."""
+    options = {"revision": revision, "subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
+    return cached_file(name, file, **options)
 
 
 def _file_digest(path: Path, known: dict[str, list]) -> str:
@@ -63,10 +85,13 @@ def _read(path: Path) -> dict[str, list]:
 
 
 def _write(path: Path, known: dict[str, list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(known, indent=0), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(known, indent=0), encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:  # a convenience: the files are read again next time
+        draft.unlink(missing_ok=True)
 
 
 def weights_digest(model) -> str | None:
@@ -81,13 +106,30 @@ def weights_digest(model) -> str | None:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    if OWN_ADAPTER in getattr(model, "peft_config", {}):
+        config["adapter"] = model.peft_config[OWN_ADAPTER].to_dict()  # its scaling is no weight
+    digest.update(_canonical(config))
     return digest.hexdigest()
 
 
-def reference_identity(weights: str, model, quantization, precision: str, packed: bool) -> str:
-    """The digest that a reference's log-probs are kept under; `model` is the policy, whose dtype and attention the
-    reference has."""
+def _canonical(settings: dict) -> bytes:
+    def plain(value):
+        return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+    return json.dumps(settings, sort_keys=True, default=plain).encode()
+
+
+def reference_identity(
+    weights: str,
+    model,
+    quantization,
+    precision: str,
+    packed: bool,
+    fused: bool = False,
+    init_kwargs: dict | None = None,
+) -> str:
+    """The digest that a reference's log-probs are kept under; `model` is the policy, whose dtype and attention a
+    reference by name has, `init_kwargs` what it is loaded with."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     parts = {
         "version": VERSION,
@@ -97,8 +139,11 @@ def reference_identity(weights: str, model, quantization, precision: str, packed
         "quantization": None if quantization is None else str(quantization),
         "attention": own_attention(inner),
         "shared_prefix": packed,
+        "fused_ops": fused,
+        "init_kwargs": {k: v for k, v in (init_kwargs or {}).items() if k not in ("dtype", "attn_implementation")},
+        "versions": [torch.__version__, transformers.__version__],
     }
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(_canonical(parts))
 
 
 def cached_length(config) -> float:

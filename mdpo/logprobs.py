@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
 from transformers.utils import ModelOutput
 
-from mdpo.attention import Segments, switch
+from mdpo.attention import Segments, remember_attention, switch
 from mdpo.fused import compiled
 from mdpo.types import UserError
 
@@ -180,6 +180,7 @@ def enable_scoring(model, fused: bool = False) -> None:
     _plain_head(model)
     own_forward = model.forward
     config = model.config.get_text_config()
+    remember_attention(model)
     transform, chunk = HeadTransform.of(config), max(64, CHUNK_BYTES // (4 * config.vocab_size))
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
@@ -198,9 +199,9 @@ def enable_scoring(model, fused: bool = False) -> None:
             scores = TokenScores(*head(hidden))
         if kwargs.get("output_router_logits"):
             counts = kwargs.get("attention_mask") if segments is None else segments.counts.to(hidden.device)
-            scores.aux_loss = load_balancing_loss_func(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, counts
-            )
+            experts = getattr(config, "num_experts", None) or config.num_local_experts
+            router = (outputs.router_logits, experts, config.num_experts_per_tok, counts)
+            scores.aux_loss = load_balancing_loss_func(*router)
         return scores
 
     model.forward = forward

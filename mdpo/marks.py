@@ -111,6 +111,11 @@ class Marks:
             raise DropPair(LEFT_OUT)
         return [(self.unmarked(start), self.unmarked(end)) for start, end in found]
 
+    def contents(self) -> list[tuple[int, int, int]]:
+        """(start, end, message) of each piece of content that the template wrote, in unmarked characters."""
+        found = [(self.start(s), self.end(s), slot.owner) for s, slot in enumerate(self.slots)]
+        return [(self.unmarked(a), self.unmarked(b), i) for a, b, i in found if a is not None and b is not None]
+
     def opening(self, i: int) -> int | None:
         """Where message `i` begins to show its content."""
         return min((p for s in self.of(i) if (p := self.start(s)) is not None), default=None)

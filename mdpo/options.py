@@ -1,5 +1,6 @@
 """Options of the trainer that contradict each other or would do nothing, said before anything is loaded."""
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -37,6 +38,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None) -> lis
     for key, advice in INSTEAD.items():
         if getattr(args, key):
             raise UserError(f"{key}: is not supported; {advice}.")
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise UserError("fsdp: is not supported; training_configs/zero3_for_dpo.yaml shards the same with DeepSpeed.")
     modes = ("drop", "keep_start") if own else ("keep_start",)
     if args.truncation_mode not in modes:
         raise UserError(f"truncation_mode: {args.truncation_mode!r} is not one of {', '.join(modes)}.")

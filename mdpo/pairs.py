@@ -7,37 +7,38 @@ from pathlib import Path
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
+from mdpo.data import COLUMNS
+from mdpo.data_report import DATA_REPORT, DataReport, describe
 from mdpo.render import RenderSettings
-from mdpo.sets import hold_out, load_sets, mix
+from mdpo.sets import Part, hold_out, load_sets, mix
 from mdpo.startup import is_main_process, say
-from mdpo.tokens import DropCounts, length_summary, rank_imbalance, tokenize_dataset
+from mdpo.tokens import DropCounts, rank_imbalance, tokenize_dataset
 from mdpo.types import UserError
 
 SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
-LEFT_BY_A_RUN = ("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
+LEFT_BY_A_RUN = (
+    "checkpoint-*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "run_report.json",
+    "trainer_state.json",
+    DATA_REPORT,
+)
 
 
-def prepare_pairs(recipe, tokenizer) -> tuple[Dataset, Dataset | None, dict[str, DropCounts]]:
-    """(training pairs, held-out pairs or None, counts of each set), tokenised once by the main process."""
+def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset, Dataset | None, DataReport]:
+    """(training pairs, held-out pairs or None, what became of all rows), tokenised once by the main process, which
+    shows the report, and writes it into `folder` where one is given. Whether too many rows are bad is for the caller
+    to ask the report. Raises UserError."""
     args, data = recipe.training, recipe.data
-    settings = render_settings(recipe)
-    counts: dict[str, DropCounts] = {}
-
-    def tokenised(parts: list[tuple[str, Dataset]], kind: str) -> list[Dataset]:
-        done = []
-        for split, rows in parts:
-            name = f"{rows[0]['key'].rpartition(':')[0]} ({split}, {kind})"
-            rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
-            rows, counts[name] = tokenize_dataset(rows, tokenizer, settings, name, args.dataset_num_proc)
-            done.append(rows)
-        return done
-
+    report = DataReport({}, args.max_length)
     with args.main_process_first(desc="preparing pairs"):
         parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
-        train = tokenised([p for p in parts if "train" in p[0]], "train")
-        evals = tokenised([p for p in parts if "train" not in p[0]], "eval")
+        train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
+        evals = [p for p in parts if "train" not in p.split]
         if data.eval_dataset_mixer:
-            evals += tokenised(load_sets(data.eval_dataset_mixer, splits=None), "eval")
+            evals += load_sets(data.eval_dataset_mixer, splits=None)
+        evals = _tokenised(evals, "eval", recipe, tokenizer, report)
     if not train:
         raise UserError(f"dataset_splits: no set has a split to train on among {data.dataset_splits}.")
     train, held_out = mix(train, args.seed), mix(evals, args.seed) if evals else None
@@ -45,38 +46,70 @@ def prepare_pairs(recipe, tokenizer) -> tuple[Dataset, Dataset | None, dict[str,
         if held_out is not None:
             raise UserError("test_split_size: there already are pairs to evaluate on. Leave one of the two out.")
         train, held_out = hold_out(train, data.test_split_size, args.seed)
-    train = _first(train, data.max_training_samples)
-    held_out = _first(held_out, data.max_eval_samples)
-    say(*(line for c in counts.values() for line in c.lines()), *_summary("training", train))
-    pairs = args.per_device_train_batch_size
-    if imbalance := rank_imbalance(train, pairs, seed=args.seed):
-        say(f"8 ranks of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
+    train, held_out = _first(train, data.max_training_samples), _first(held_out, data.max_eval_samples)
+    if is_main_process():
+        _tell(report, train, held_out, folder)
+        if imbalance := rank_imbalance(train, pairs := args.per_device_train_batch_size, seed=args.seed):
+            say(f"8 ranks of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
+    return train, held_out, report
+
+
+def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataReport) -> list[Dataset]:
+    """The kept rows of each part, without what an earlier row of any part repeats; `place` is the order of all."""
+    args, settings = recipe.training, render_settings(recipe)
+    done, seen, place = [], set(), 0
+    for part in parts:
+        rows, name = part.rows, f"{part.name} ({part.split}, {kind})"
+        rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
+        if unused := sorted(set(rows.column_names) - set(COLUMNS)):
+            report.unused[name] = unused
+        workers = args.dataset_num_proc or os.cpu_count()
+        rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers)
+        rows = without_repeated(rows, counts, seen)
+        report.counts[name] = counts
+        done.append(rows.add_column("place", list(range(place, place + len(rows)))))
+        place += len(rows)
+    return done
+
+
+def without_repeated(rows: Dataset, counts: DropCounts, seen: set[str]) -> Dataset:
+    """The rows whose ids and masks are not in `seen`, which grows by theirs. The others are counted."""
+    first, repeated = [], set()
+    for i, (digest, key) in enumerate(zip(rows["digest"], rows["key"], strict=True)):
+        if digest in seen:
+            repeated.add(key)
+        else:
+            seen.add(digest)
+            first.append(i)
+    if repeated:
+        counts.drop(repeated, "duplicate")
+    return rows.select(first) if repeated else rows
+
+
+def _tell(report: DataReport, train: Dataset, held_out: Dataset | None, folder: str | None) -> None:
+    report.training = describe(train)
     if held_out is not None:
-        say(*_summary("held-out", held_out))
-        both = set(train["prompt_key"]) & set(held_out["prompt_key"])
-        if both:
-            say(f"warning: {len(both)} prompts stand both in the training and in the held-out pairs.")
-    return train, held_out, counts
+        report.held_out = describe(held_out)
+        if both := set(train["prompt_key"]) & set(held_out["prompt_key"]):
+            report.notes.append(f"{len(both)} prompts stand both in the training and in the held-out pairs.")
+    report.show()
+    if folder:
+        report.write(folder)
 
 
 def render_settings(recipe) -> RenderSettings:
     args = recipe.training
     return RenderSettings(
-        args.max_length, args.truncation_mode, args.mask_user_turns, recipe.data.chat_template_kwargs or {}
+        args.max_length,
+        args.truncation_mode,
+        args.mask_user_turns,
+        recipe.data.chat_template_kwargs or {},
+        recipe.data.allow_different_prompts,
     )
 
 
 def _first(rows: Dataset | None, limit: int | None) -> Dataset | None:
     return rows if rows is None or limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def _summary(name: str, rows: Dataset) -> list[str]:
-    mean = length_summary(rows)
-    return [
-        f"{name}: {len(rows)} pairs; a pair has on average {mean['tokens']:.0f} tokens on both sides, "
-        f"{mean['shared']:.0f} of them shared by each side, {mean['supervised']:.0f} supervised; "
-        f"longest side {mean['longest']}"
-    ]
 
 
 def prepare_output_dir(args) -> str | None:

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mdpo.attention import own_attention
 from mdpo.fused import fuse
+from mdpo.identity import OWN_ADAPTER
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
 from mdpo.types import UserError
 
-OWN_ADAPTER = "ref"  # the frozen copy of a PEFT policy's own adapter
 MOVED = "reference"  # folder inside a checkpoint
 
 
@@ -47,7 +47,8 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict):
 def place_reference(model, accelerator, fused: bool = False):
     """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else."""
     model.requires_grad_(False).eval()
-    enable_scoring(model, fused and fuse(model, accelerator.device)[0])
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    enable_scoring(inner, fused and fuse(inner, accelerator.device)[0])
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return model.to(accelerator.device)
@@ -108,15 +109,26 @@ def as_reference(model):
 
 
 def keep_own_adapter(model) -> None:
-    """Gives a PEFT policy a frozen copy of the adapter that it came with; that copy is the reference."""
-    trained = model.active_adapter
+    """Gives a PEFT policy a frozen copy of the adapter that it came with; that copy is the reference. Raises UserError
+    where the copy would not be whole."""
+    trained, before = model.active_adapter, {name for name, _ in model.named_parameters()}
     model.add_adapter(OWN_ADAPTER, model.peft_config[trained])
     weights = dict(model.named_parameters())
-    for name, weight in weights.items():
-        copy_name = name.replace(f".{trained}.", f".{OWN_ADAPTER}.")
-        if copy_name != name and copy_name in weights:
-            weights[copy_name].data.copy_(weight.data)
-            weights[copy_name].requires_grad_(False)
+    copies = set(weights) - before
+    for name in before:
+        parts = name.split(".")
+        # The adapter's name is one part, the last one of parameters that PEFT keeps in a dict; others may be like it.
+        places = [i for i, part in enumerate(parts) if part == trained]
+        for copy_name in (".".join([*parts[:i], OWN_ADAPTER, *parts[i + 1 :]]) for i in places):
+            if copy_name in copies:
+                weights[copy_name].data.copy_(weights[name].data)
+                weights[copy_name].requires_grad_(False)
+                copies.remove(copy_name)
+    if copies:
+        raise UserError(
+            f"The policy's adapter {trained!r} cannot be copied as its own reference ({sorted(copies)[0]} has no "
+            "counterpart). Merge it into the model, or set ref_model_name_or_path."
+        )
 
 
 # --------------------------------------------------------------------------------------------- a reference that moves

@@ -40,13 +40,19 @@ class ReferenceCache:
         self._written = time.monotonic()
 
     def load(self, wanted: set[bytes]) -> tuple[dict[bytes, Sides], list[str]]:
-        """(log-probs of those wanted keys that are there, a line for each damaged shard, which is removed)."""
+        """(log-probs of those wanted keys that are there, a line for each shard that is damaged, and removed, or cannot
+        be read)."""
         found: dict[bytes, Sides] = {}
         damaged = []
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             try:
                 shard = read_shard(path)
-            except (OSError, ValueError, SafetensorError) as error:
+            except OSError as error:  # the disk's trouble, not the shard's
+                damaged.append(
+                    f"reference log-probs: {path} cannot be read now ({error}); its pairs are computed again."
+                )
+                continue
+            except (ValueError, SafetensorError) as error:
                 path.unlink(missing_ok=True)
                 damaged.append(f"reference log-probs: {path} is damaged ({error}); its pairs are computed again.")
                 continue

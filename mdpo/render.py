@@ -25,6 +25,7 @@ class RenderSettings:
     truncation_mode: str = "drop"  # drop: over-long pairs are dropped; keep_start: cut at the end, as TRL does
     mask_turns: bool = True
     template_kwargs: dict = field(default_factory=dict)
+    different_prompts: bool = False  # also pairs whose sides have a prompt each
 
 
 def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:
@@ -35,14 +36,25 @@ def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) 
     else:
         both = zip((pair.chosen, pair.rejected), pair.weights, strict=True)
         sides = [_turn_side(messages, weights, pair, template) for messages, weights in both]
-    sides = _truncate(sides, settings)
+    try:
+        return _trained(sides, settings)
+    except DropPair as reason:
+        reason.longest = max(len(ids) for ids, *_ in sides)
+        raise
+
+
+def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
+    sides = _truncate(whole, settings)
     for _, mask, weights in sides:
         if not any(m and w for m, w in zip(mask, weights, strict=True)) and any(mask):
             raise DropPair("every turn of a side has weight 0")
     shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
     (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
     weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
-    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights)
+    longest = max(len(ids) for ids, *_ in whole)
+    masks = [(mask, uncut) for (_, mask, _), (_, uncut, _) in zip(sides, whole, strict=True)]
+    cut = any(len(mask) < len(uncut) and mask[-1] and uncut[len(mask)] for mask, uncut in masks)
+    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights, longest, cut)
 
 
 def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
@@ -176,6 +188,9 @@ def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
         raise DropPair("last turn lost" if too_long else "no assistant turn")
     if settings.mask_turns and sides[0][:2] == sides[1][:2]:
         raise DropPair("equal after truncation" if too_long else "chosen equals rejected")
+    said = [[t for t, m in zip(ids, mask, strict=True) if m] for ids, mask, _ in sides]
+    if settings.mask_turns and said[0] == said[1]:
+        raise DropPair("diverges only in user or tool text")
     return sides
 
 

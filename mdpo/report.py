@@ -4,15 +4,12 @@ import json
 import platform
 import resource
 import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
-
-from mdpo.tokens import DropCounts
 
 REPORT, RESOLVED = "run_report.json", "recipe_resolved.yaml"
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "numpy")
@@ -57,14 +54,14 @@ class StepTimer(TrainerCallback):
         }
 
 
-def write_report(folder: str | Path, figures: dict, history: list[dict], counts: dict[str, DropCounts]) -> dict:
+def write_report(folder: str | Path, figures: dict, history: list[dict], data: dict) -> dict:
     """Writes `run_report.json` into the output folder and returns it: figures, the evaluation before the first step if
     there was one, the first loss, what became of every row, versions and machine."""
     report = {
         **figures,
         "before": next((log for log in history if "eval_loss" in log and log["step"] == 0), {}),
         "first_loss": next((log["loss"] for log in history if "loss" in log), None),
-        "data": {name: asdict(c) for name, c in counts.items()},
+        "data": data,
         "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
         "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine()},
     }

@@ -50,7 +50,9 @@ _REFUSED = {
     "use dataset_configs": "dataset_config",
     "use dataset_splits, as [train, test]": "dataset_train_split dataset_test_split",
     "rows are pairs of conversations, complete in the columns chosen and rejected": """dataset_text_field text_column
-        dataset_kwargs dataset_streaming tools auto_insert_empty_system_msg choose_type""",
+        dataset_kwargs tools auto_insert_empty_system_msg choose_type""",
+    """rows of a stream can be neither counted, reported nor scored before training; sets are read from disk as they are
+    needed, so they may be larger than memory""": "dataset_streaming streaming",
     "the chat template decides it; another one is given with chat_template": "eot_token",
     "a prompt is never supervised": "mask_prompt",
     "use truncation_mode": "truncation_side",

@@ -1,25 +1,40 @@
 """The sets that a recipe names → rows: loaded, mixed, held out."""
 
-import json
+import glob
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_split_names, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
+from mdpo.files import first_line, kind_of, number_rows, read_files
 from mdpo.types import UserError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+@dataclass
+class Part:
+    """One split of one set: the set as the recipe names it, with [split] behind it where it has several."""
+
+    name: str
+    split: str
+    rows: Dataset
 
 
-def load_sets(
-    mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None
-) -> list[tuple[str, Dataset]]:
-    """[(split, rows)] of every set in the mix: the first `fraction` of the rows of splits to train on, and all rows of
-    the others. With `splits` None all splits are taken, and the fraction is of each.
+def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None) -> list[Part]:
+    """Every set in the mix: the first `fraction` of the rows of splits to train on, and all rows of the others. With
+    `splits` None all splits are taken, and the fraction is of each.
 
-    A set is a local .jsonl/.json/.parquet/.arrow file, a folder of them, a saved `datasets` folder, or a hub name. What
-    has no splits is "train". Each row gets a `key`: the set as the recipe names it and the row's number, from 1.
-    Raises UserError."""
+    A set is a local file (JSON Lines, JSON, compressed or not, Parquet, Arrow), several by a pattern with *, a folder
+    of them, a saved `datasets` folder, or a hub name. What has no splits is "train". Each row gets a `key` that says
+    where it stands: FILE:LINE for JSON, else the part's name and the row's number, from 1. Raises UserError."""
     parts = []
     for i, (name, fraction) in enumerate(mixer.items()):
         found = _load(name, splits, configs[i] if configs else None)
@@ -30,78 +45,64 @@ def load_sets(
                 raise UserError(f"dataset {name!r}, split {split!r}: no rows in it.")
             missing = {"chosen", "rejected"} - set(rows.column_names)
             if missing:
+                columns = [column for column in rows.column_names if column != "key"]
                 raise UserError(
                     f"dataset {name!r}, split {split!r}: no column {' or '.join(sorted(missing))}. "
-                    f"It has: {', '.join(rows.column_names)}."
+                    f"It has: {', '.join(columns)}."
                 )
-            source = name if len(found) == 1 else f"{name}[{split}]"
-            keys = [f"{source}:{n + 1}" for n in range(len(rows))]
-            rows = rows.remove_columns([c for c in ("key",) if c in rows.column_names]).add_column("key", keys)
             if splits is None or "train" in split:
                 kept = int(fraction * len(rows) + 1e-9)  # 0.29 of 100 is 28.999999999999996
                 if not kept:
                     raise UserError(f"dataset {name!r}: a share of {fraction} of its {len(rows)} rows is no row.")
                 rows = rows.select(range(kept))
-            parts.append((split, rows))
+            parts.append(Part(_part_name(name, split, found), split, rows))
     return parts
 
 
+def _part_name(name: str, split: str, found) -> str:
+    return name if len(found) == 1 else f"{name}[{split}]"
+
+
 def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, Dataset]:
+    """{split: rows, each with a `key`}, of the splits that are wanted and there."""
     path, config = Path(name).expanduser(), config or None
-    saved = any((path / f).exists() for f in ("state.json", "dataset_dict.json"))
-    if config and (path.is_file() or saved):
+    pattern, saved = glob.has_magic(name), any((path / f).exists() for f in ("state.json", "dataset_dict.json"))
+    if config and (path.is_file() or saved or pattern):
         raise UserError(f'dataset_configs: {name} has no configurations; give "" for it.')
+    if pattern:
+        files = sorted(found for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        if not files:
+            raise UserError(f"dataset files {name}: none matches (looked in {Path.cwd()}).")
+        return {"train": read_files(files)}
+    if path.is_file():
+        return {"train": read_files([str(path)])}
+    if not path.is_dir() and (kind_of(path) or name.startswith((".", "/", "~"))):
+        raise UserError(f"dataset file {name} does not exist (looked in {Path.cwd()}).")
     try:
-        if path.is_file():
-            if path.stat().st_size == 0:
-                raise UserError(f"dataset file {name} is empty.")
-            if broken := _broken_line(path):  # the loader lets broken lines and wrong encodings pass
-                raise UserError(f"dataset file {name}: {broken}")
-            return {"train": _load_file(path)}
-        if path.is_dir():
-            found = load_from_disk(str(path)) if saved else load_dataset(str(path), config)
-            if not isinstance(found, DatasetDict):
-                return {"train": found}
-            return {split: rows for split, rows in found.items() if splits is None or split in splits}
-        if path.suffix in BUILDERS or name.startswith((".", "/", "~")):
-            raise UserError(f"dataset file {name} does not exist (looked in {Path.cwd()}).")
-        there = get_dataset_split_names(name, config)
-        wanted = there if splits is None else [split for split in splits if split in there]
-        return {split: load_dataset(name, config, split=split) for split in wanted}
+        if path.is_dir() and not saved:
+            return _load_folder(path, name, splits, config)
+        if saved and not isinstance(found := load_from_disk(str(path)), DatasetDict):
+            return {"train": number_rows(found, name)}
+        there = list(found) if saved else get_dataset_split_names(name, config)
+        wanted = [split for split in there if splits is None or split in splits]
+        found = {split: found[split] if saved else load_dataset(name, config, split=split) for split in wanted}
     except (OSError, ValueError, RuntimeError) as e:
-        if path.is_file():
-            raise UserError(f"dataset file {name}: {_first_line(e)}") from e
         raise UserError(
-            f"dataset {name!r} cannot be had: {_first_line(e)}. Where the hub cannot be reached, put the data into a "
+            f"dataset {name!r} cannot be had: {first_line(e)}. Where the hub cannot be reached, put the data into a "
             "local file and name that file in dataset_mixer."
         ) from e
+    return {split: number_rows(rows, _part_name(name, split, found)) for split, rows in found.items()}
 
 
-def _load_file(path: Path) -> Dataset:
-    suffixes = [s for s in path.suffixes if s in BUILDERS]
-    if not suffixes:
-        raise UserError(f"dataset file {path}: unknown ending {path.suffix!r}; known are {', '.join(BUILDERS)}.")
-    return load_dataset(BUILDERS[suffixes[-1]], data_files=str(path), split="train")
-
-
-def _broken_line(path: Path) -> str | None:
-    """For a .jsonl file: which line is not UTF-8, not JSON or not an object, and why."""
-    if path.suffix != ".jsonl":
-        return None
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line.decode("utf-8")), dict):
-                    return f"line {number} is not a JSON object."
-            except (UnicodeDecodeError, json.JSONDecodeError) as e:
-                return f"line {number} cannot be read: {e}."
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _load_folder(path: Path, name: str, splits: list[str] | None, config: str | None) -> dict[str, Dataset]:
+    """A folder of files, whose splits `datasets` tells from their names or from the folder's README.md."""
+    builder = load_dataset_builder(str(path), config)
+    found = {}
+    for split, files in (builder.config.data_files or {}).items():
+        if splits is None or str(split) in splits:
+            inside = [Path(name, Path(file).relative_to(path.resolve())) for file in files]
+            found[str(split)] = read_files([str(file.expanduser()) for file in inside])
+    return found
 
 
 def mix(parts: list[Dataset], seed: int, limit: int | None = None) -> Dataset:

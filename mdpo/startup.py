@@ -23,7 +23,7 @@ def is_main_process() -> bool:
 
 def say(*lines: str) -> None:
     """Prints lines on the main process only."""
-    if is_main_process():
+    if lines and is_main_process():
         print(*lines, sep="\n", flush=True)
 
 
@@ -64,6 +64,22 @@ def _in_use(lock: Path) -> bool:
         except OSError:  # gone meanwhile, or another user's
             continue
     return False
+
+
+def refuse_missing_login(args) -> None:
+    """Raises UserError where wandb would ask for a login, or fail, after everything else has been loaded."""
+    if "wandb" not in (args.report_to or []) or not is_main_process():
+        return
+    import wandb
+    from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
+
+    settings = wandb.setup().settings
+    known = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
+    if settings.mode in (None, "online", "run", "shared") and not known:
+        raise UserError(
+            f"report_to: wandb, but no login for {settings.base_url} is there. Type `wandb login`, keep the run's log "
+            "on disk with WANDB_MODE=offline (`wandb sync` sends it later), or set report_to: none."
+        )
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -35,12 +35,12 @@ class Span:
 
 @dataclass
 class Rendered:
-    """A rendered conversation: its text, the spans of assistant messages from `n_prompt` on, and the character ranges
-    that hold the content of all other messages."""
+    """A rendered conversation: its text, the spans of assistant messages from `n_prompt` on, and (start, end, message)
+    of all pieces of content."""
 
     text: str
     spans: list[Span]
-    foreign: list[tuple[int, int]]
+    contents: list[tuple[int, int, int]]
 
 
 class ChatTemplate:
@@ -96,7 +96,7 @@ class ChatTemplate:
         for span in spans:
             if span.start >= span.end or any(a < span.end and span.start < b for a, b in foreign):
                 raise DropPair(NOT_DERIVABLE)
-        return Rendered(text, spans, foreign)
+        return Rendered(text, spans, marks.contents())
 
     def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], Marker, Marks]:
         """Messages with sentinels, and the marked text: without its sentinels it has to be the template's own text."""

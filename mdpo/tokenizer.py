@@ -1,8 +1,9 @@
-"""The tokenizer of a recipe, with its chat template."""
+"""The tokenizer of a recipe, with its chat template, and whether the model goes with it."""
 
+from functools import lru_cache, partial
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from mdpo.types import UserError
 
@@ -31,6 +32,42 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
     return tokenizer
 
 
+def check_model(tokenizer, model, args) -> None:
+    """What a tokenizer and a model's configuration tell before any weight is loaded. Raises UserError."""
+    name = model.model_name_or_path
+    refuse_missing_folder("model_name_or_path", name)
+    refuse_pad_token(tokenizer, args.pad_token)
+    if "gguf_file" in (args.model_init_kwargs or {}) or Path(name, "adapter_config.json").is_file():
+        return  # no configuration of its own
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(f"model_name_or_path: {name!r} cannot be had: {reason}") from e
+    refuse_small_vocabulary(tokenizer, config)
+
+
+def refuse_pad_token(tokenizer, wanted: str | None) -> None:
+    if wanted is not None and wanted not in tokenizer.get_vocab():
+        raise UserError(f"pad_token: {wanted!r} is not in the tokenizer's vocabulary. Leave it out, or name another.")
+    if not (wanted or tokenizer.pad_token or tokenizer.eos_token):
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token. Set "
+            "pad_token in the recipe to a token of its vocabulary."
+        )
+
+
+def refuse_small_vocabulary(tokenizer, config) -> None:
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. "
+            "Use the model's own tokenizer, or resize the model's embeddings."
+        )
+
+
 def refuse_missing_folder(key: str, name: str) -> None:
     """A name that can only be a folder is not asked for at the hub, which takes a while to say no. Raises UserError."""
     path = Path(name).expanduser()
@@ -38,3 +75,16 @@ def refuse_missing_folder(key: str, name: str) -> None:
     if local and not path.is_dir():
         hint = " `python scripts/prepare_quickstart.py` makes it." if "smollm2-135m-instruct" in name else ""
         raise UserError(f"{key}: there is no folder {name} (looked in {Path.cwd()}).{hint}")
+
+
+def token_text(tokenizer):
+    """A function (id before, if any; id) -> text. Decoded behind the token before, because a Metaspace decoder drops
+    the space of its first token: "▁is" alone is "is", and behind "It" it is " is"."""
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @lru_cache(maxsize=1 << 18)
+    def text_of(before: tuple[int, ...], token: int) -> str:
+        head, both = decode(list(before)), decode([*before, token])
+        return both[len(head) :] if both.startswith(head) and len(both) > len(head) else decode([token])
+
+    return text_of

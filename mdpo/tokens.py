@@ -1,20 +1,23 @@
 """A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
 
-from collections import Counter
+import json
 from dataclasses import astuple, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+import xxhash
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.fingerprint import Hasher
 
-from mdpo.data import row_to_pair
+from mdpo.data import COLUMNS, row_to_pair
 from mdpo.render import RenderSettings, special_tokens_in_context, tokenize_pair
 from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, TokenizedPair, UserError
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 2
+VERSION = 3
+SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in ("chosen", "rejected")},
@@ -24,31 +27,73 @@ FEATURES = Features(
         "margin": Value("float64"),
         "key": Value("string"),
         "prompt_key": Value("string"),
+        "digest": Value("string"),  # of ids, masks and weights
+        "longest": Value("int32"),
+        "cut": Value("bool"),
         "special_in_context": Value("int32"),
         "drop_reason": Value("string"),
     }
 )
 
 
+SPECIAL, CUT, LOWER = "special tokens inside user or tool text", "a turn cut in its middle", "a margin below 0"
+FIRST_KEYS = 5  # of each reason, in reports
+
+
 @dataclass
 class DropCounts:
-    """What became of the rows of one set: `reasons` maps a drop reason to the keys of its rows."""
+    """What became of the rows of one set: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to
+    the keys of kept rows. `longest` holds the tokens of the longer side of every row that came to have any."""
 
     name: str
     read: int = 0
     kept: int = 0
-    special_in_context: int = 0  # kept pairs whose user or tool text holds special tokens
     streamed: bool = False  # counted while the set is read, an epoch after the other
     reasons: dict[str, list[str]] = field(default_factory=dict)
+    kept_with: dict[str, list[str]] = field(default_factory=dict)
+    longest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Counts a row as FEATURES has it."""
+        self.read += 1
+        if row["drop_reason"]:
+            self.reasons.setdefault(row["drop_reason"], []).append(row["key"])
+            return
+        self.kept += 1
+        margin = row["margin"]
+        remarks = {SPECIAL: row["special_in_context"], CUT: row["cut"], LOWER: margin is not None and margin < 0}
+        for remark in (name for name, true in remarks.items() if true):
+            self.kept_with.setdefault(remark, []).append(row["key"])
+
+    def drop(self, keys: set[str], reason: str) -> None:
+        """Kept rows that are dropped after all."""
+        self.kept -= len(keys)
+        self.reasons.setdefault(reason, []).extend(sorted(keys))
+        self.kept_with = {name: [k for k in of if k not in keys] for name, of in self.kept_with.items()}
+
+    @property
+    def dropped(self) -> int:
+        return self.read - self.kept
 
     def lines(self) -> list[str]:
-        """The table for the terminal: a line for the set, and one for each reason with its first keys."""
-        lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.read - self.kept} dropped"]
+        """For the terminal: a line for the set, and one for each reason and remark with its first keys."""
+        lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.dropped} dropped"]
         for reason, keys in sorted(self.reasons.items(), key=lambda item: -len(item[1])):
-            lines.append(f"  dropped {len(keys)}: {reason} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})")
-        if self.special_in_context:
-            lines.append(f"  kept {self.special_in_context} with special tokens inside user or tool text")
+            lines.append(f"  dropped {len(keys)}: {reason} {_some(keys)}")
+        lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
         return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports, the first keys only."""
+        both = {"dropped": self.reasons, "kept_with": self.kept_with}
+        out = {
+            what: {name: {"rows": len(k), "first": k[:FIRST_KEYS]} for name, k in d.items()} for what, d in both.items()
+        }
+        return {"read": self.read, "kept": self.kept, **out}
+
+
+def _some(keys: list[str]) -> str:
+    return f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
 
 
 class PlainText:
@@ -57,21 +102,53 @@ class PlainText:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
+    def locate(self, *_, **__):
+        raise DropPair("a conversation among plain texts")
 
-def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings) -> dict[str, Any]:
-    """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists."""
+    render = locate
+
+
+def _template_for(rows, tokenizer, settings: RenderSettings):
+    """By the first rows: a set of plain strings does with a tokenizer that has no chat template."""
+    sides = (row.get(name) for row in islice(rows, 100) for name in ("chosen", "rejected", "prompt", "conversations"))
+    conversational = any(isinstance(side, list | dict) for side in sides)
+    return ChatTemplate(tokenizer, settings.template_kwargs) if conversational else PlainText(tokenizer)
+
+
+def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings, filled=()) -> dict[str, Any]:
+    """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists. `filled` names
+    columns of Arrow structs, where each message has the keys of all, null where it has none of its own."""
     key = str(row.get("key") or f"row:{index + 1}")
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": key, "prompt_key": "", "special_in_context": 0}
-    out["margin"] = None
+    out |= {"margin": None, "digest": ""}
+    row = {**row, **{name: without_nulls(row[name]) for name in filled}}
     try:
-        pair = row_to_pair(row, settings.mask_turns)
-        out |= vars(tokenize_pair(pair, template, settings))
+        pair = row_to_pair(row, settings.mask_turns, settings.different_prompts)
+        tokenised = vars(tokenize_pair(pair, template, settings))
+        out |= tokenised
         out["margin"] = pair.margin
-        out["prompt_key"] = Hasher.hash(pair.chosen[: pair.n_prompt])
+        out["prompt_key"] = _digest(pair.chosen[: pair.n_prompt])
+        out["digest"] = _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")])
         out["special_in_context"] = special_tokens_in_context(pair, template)
     except DropPair as e:
-        return {**out, "drop_reason": str(e)}
+        return {**out, "drop_reason": str(e), "longest": e.longest}
     return {**out, "drop_reason": ""}
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without dictionary entries that are None, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _filled(rows: Dataset | IterableDataset) -> tuple[str, ...]:
+    features = rows.features or {}
+    return tuple(name for name in COLUMNS if name in features and not isinstance(features[name], Json))
 
 
 def tokenize_dataset(
@@ -80,55 +157,47 @@ def tokenize_dataset(
     """The kept rows of `rows` as FEATURES (less `drop_reason`), and the counts.
 
     Cached by content: rows, tokenizer, template and settings. Raises UserError when no row is left."""
-    conversational = any(isinstance(rows[0].get(side), list) for side in ("chosen", "rejected"))
-    template = ChatTemplate(tokenizer, settings.template_kwargs) if conversational else PlainText(tokenizer)
+    template = _template_for(rows, tokenizer, settings)
     identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token)
     done = rows.map(
         tokenize_row,
         with_indices=True,
-        fn_kwargs={"template": template, "settings": settings},
+        fn_kwargs={"template": template, "settings": settings, "filled": _filled(rows)},
         remove_columns=rows.column_names,
         features=FEATURES,
         num_proc=num_proc if len(rows) > 1000 else None,
         new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), VERSION)),
         desc=f"Tokenising {name}",
     )
-    counts = DropCounts(name, read=len(done))
-    for key, reason in zip(done["key"], done["drop_reason"], strict=True):
-        if reason:
-            counts.reasons.setdefault(reason, []).append(key)
+    counts = DropCounts(name)
+    light = done.select_columns(["key", "drop_reason", "margin", "special_in_context", "cut", "longest"])
+    for batch in light.iter(batch_size=10_000):
+        for values in zip(*batch.values(), strict=True):
+            counts.add(dict(zip(batch, values, strict=True)))
+    counts.longest = np.asarray(done["longest"], np.int64)
     kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
-    counts.kept = len(kept)
-    counts.special_in_context = sum(n > 0 for n in kept["special_in_context"])
     if not counts.kept:
         raise UserError("no pair is left to train on.\n" + "\n".join(counts.lines()))
-    return kept.remove_columns("drop_reason"), counts
+    return kept.remove_columns(["drop_reason", "longest"]), counts
 
 
 def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, name: str):
     """As `tokenize_dataset`, row by row while the stream is read: (IterableDataset, counts that grow meanwhile).
 
     The first row that is dropped for a reason is named at once; counts of dataloader workers stay in the workers."""
-    first = next(iter(rows))
-    conversational = any(isinstance(first.get(side), list) for side in ("chosen", "rejected"))
-    template = ChatTemplate(tokenizer, settings.template_kwargs) if conversational else PlainText(tokenizer)
+    first, template = next(iter(rows)), _template_for(rows, tokenizer, settings)
     counts = DropCounts(name, streamed=True)
 
     def keep(row: dict[str, Any]) -> bool:
-        counts.read += 1
         reason = row["drop_reason"]
-        if not reason:
-            counts.kept += 1
-            counts.special_in_context += row["special_in_context"] > 0
-        elif reason not in counts.reasons:
+        if reason and reason not in counts.reasons:
             print(f"{name}: dropped {row['key']}: {reason} (further ones are counted)", flush=True)
-        if reason:
-            counts.reasons.setdefault(reason, []).append(row["key"])
+        counts.add(row)
         return not reason
 
-    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
+    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings, "filled": _filled(rows)}}
     tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
-    return tokenised.filter(keep).remove_columns("drop_reason"), counts
+    return tokenised.filter(keep).remove_columns(["drop_reason", "longest"]), counts
 
 
 def side_lengths(rows: Dataset) -> np.ndarray:
@@ -138,19 +207,6 @@ def side_lengths(rows: Dataset) -> np.ndarray:
         offsets = [np.asarray(table.column(name).combine_chunks().offsets, np.int64) for name in columns]
         parts.append(np.stack([np.diff(x) for x in offsets], axis=1))
     return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
-
-
-def length_summary(rows: Dataset) -> dict[str, float]:
-    """Tokens of a tokenised set, means per pair: both sides, supervised, shared; and the longest side."""
-    total = Counter()
-    longest = 0
-    for row in rows:
-        sides = len(row["chosen_ids"]), len(row["rejected_ids"])
-        total["tokens"] += sum(sides)
-        total["supervised"] += sum(row["chosen_mask"]) + sum(row["rejected_mask"])
-        total["shared"] += row["shared_len"]
-        longest = max(longest, *sides)
-    return {**{k: v / len(rows) for k, v in total.items()}, "longest": longest}
 
 
 def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:

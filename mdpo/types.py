@@ -13,7 +13,10 @@ class UserError(Exception):
 
 
 class DropPair(Exception):
-    """One pair cannot be trained on; `str(e)` is the reason under which it is counted."""
+    """One pair cannot be trained on; `str(e)` is the reason under which it is counted, `longest` the tokens of its
+    longer side before any cut, 0 where there are none yet."""
+
+    longest = 0
 
 
 @dataclass
@@ -39,7 +42,8 @@ class TokenizedPair:
     """Token ids and masks of one pair. `mask[t] == 1` where token t is supervised; `weights[t]` multiplies its log
     ratio, and the whole list is empty where all are 1.
 
-    `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens.
+    `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens. `longest` is the longer
+    side before any cut; `cut` says that a turn ends in its middle.
     Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
     """
 
@@ -50,6 +54,8 @@ class TokenizedPair:
     shared_len: int
     chosen_weights: list[float] = field(default_factory=list)
     rejected_weights: list[float] = field(default_factory=list)
+    longest: int = 0
+    cut: bool = False
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Show which tokens a recipe trains on: python scripts/show_masks.py RECIPE.yaml [--key=value ...] [--pairs N] [--json]
+"""Show which tokens a recipe trains on: python scripts/show_masks.py RECIPE.yaml [--key=value ...] [--pairs N]
+[--json | --html FILE]
 
 Tokenises the training pairs as run_dpo.py does (same recipes, same keys), with the tokenizer alone: no weights, no
 output folder. Pairs come in the order of the recipe's sets and of their rows, without held-out and dropped ones.
@@ -12,6 +13,8 @@ a line for every training pair, and everything else goes to stderr:
 `tokens` join to the text that the chat template rendered, but for a character that is split between tokens (each part
 shows as U+FFFD) and for the space some Metaspace tokenizers put behind a special token. `ends`: end-of-turn positions.
 `weights`: turn weights, a number a token; empty where all are 1.
+
+With --html one page that opens from disk is written: the first N pairs (default 100), and some of each drop reason.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import contextlib
 import json
 import signal
 import sys
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -46,42 +49,51 @@ VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | dict.fromkeys(range(0x7F, 0x
 
 def main(argv: list[str]) -> None:
     args, rest = parse(argv)
+    if args.html:
+        from mask_page import write_page
+
+        shown = write_page(args.html, *recipe_and_tokenizer(rest), args.pairs or 100)
+        return say(f"{args.html}: " + ", ".join(f"{n} {what}" for what, n in shown.items()))
     # The libraries write to stdout too, DeepSpeed's log already while it is imported.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         pairs = training_pairs(rest)
     if not args.json:
-        return show(islice(pairs, args.pairs), Console())
+        return show(islice(pairs, args.pairs or 2), Console())
     sys.stdout.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This script's options, and the rest for load_recipe. Raises UserError."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--pairs", type=int, default=2, metavar="N", help="how many pairs to print")
+    parser.add_argument("--pairs", type=int, metavar="N", help="how many pairs to print")
     parser.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that opens in a browser")
     try:
         args, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if args.pairs < 1:
+    if args.pairs is not None and args.pairs < 1:
         raise UserError(f"argument --pairs: {args.pairs} is out of range; it has to be >= 1.")
     return args, rest
 
 
-def training_pairs(argv: list[str]):
-    """An iterator over the training pairs of a command line, as --json prints them. Raises UserError."""
-    from mdpo.pairs import prepare_pairs
+def recipe_and_tokenizer(argv: list[str]):
     from mdpo.recipe import load_recipe
     from mdpo.tokenizer import load_tokenizer
 
     recipe = load_recipe(argv)
     say(f"recipe {recipe.path}", *recipe.notes)
-    tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+    return recipe, load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+
+
+def training_pairs(argv: list[str]):
+    """An iterator over the training pairs of a command line, as --json prints them. Raises UserError."""
+    from mdpo.pairs import prepare_pairs
+    from mdpo.tokenizer import token_text
+
+    recipe, tokenizer = recipe_and_tokenizer(argv)
     rows, _, _ = prepare_pairs(recipe, tokenizer)
-    keys = [key.rpartition(":") for key in rows["key"]]  # NAME:ROW, or NAME[SPLIT]:ROW
-    place = {name: n for n, name in enumerate(recipe.data.dataset_mixer)}
-    sets = [place.get(name, place.get(name.rpartition("[")[0])) for name, _, _ in keys]
-    order = sorted(range(len(keys)), key=lambda i: (sets[i], keys[i][0], int(keys[i][2])))
+    order = sorted(range(len(rows)), key=rows["place"].__getitem__)
     specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return map(partial(as_object, text_of=token_text(tokenizer), specials=specials), rows.select(order))
 
@@ -95,19 +107,6 @@ def as_object(row: dict, text_of, specials: set[int]) -> dict:
         ends = [t for t, token in enumerate(ids) if mask[t : t + 2] in ([1], [1, 0]) and token in specials]
         out[name] = {"ids": ids, "tokens": tokens, "mask": mask, "ends": ends, "weights": row[f"{name}_weights"]}
     return out
-
-
-def token_text(tokenizer):
-    """A function (id before, if any; id) -> text. Decoded behind the token before, because a Metaspace decoder drops
-    the space of its first token: "▁is" alone is "is", and behind "It" it is " is"."""
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    @lru_cache(maxsize=1 << 18)
-    def text_of(before: tuple[int, ...], token: int) -> str:
-        head, both = decode(list(before)), decode([*before, token])
-        return both[len(head) :] if both.startswith(head) and len(both) > len(head) else decode([token])
-
-    return text_of
 
 
 def token_kinds(side: dict, shared_len: int) -> list[str]:

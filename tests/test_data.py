@@ -1,6 +1,11 @@
 """Rows → pairs: formats, drop reasons, sets on disk, fractions, hold-out by prompt."""
 
+import bz2
+import gzip
 import json
+import lzma
+import os
+import zipfile
 
 import pytest
 from datasets import Dataset
@@ -9,7 +14,7 @@ from tiny import CHATML, agent_rows, tokenizer_for
 from mdpo.data import normalise_messages, row_to_pair
 from mdpo.render import RenderSettings
 from mdpo.sets import hold_out, load_sets, mix
-from mdpo.tokens import tokenize_dataset
+from mdpo.tokens import tokenize_dataset, without_nulls
 from mdpo.types import DropPair, UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -44,9 +49,90 @@ def test_plain_strings():
     assert pair(chosen="2+2= 4", rejected="2+2= 5") == ("2+2= 4", "2+2= 5", 4)
 
 
+def test_sharegpt():
+    """`conversations` is the prompt, in from and value; roles by their other names; one message as a side."""
+    conversations = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Two?"},
+        {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "Three?"},
+    ]
+    good, bad = {"from": "gpt", "value": "3"}, {"from": "model", "value": "4"}
+    prompt = [SYSTEM, U1, A1, U2]
+    wanted = ([*prompt, A2], [*prompt, A3], 4)
+    assert pair(conversations=conversations, chosen=good, rejected=bad) == wanted
+    assert pair(conversations=conversations, chosen=[good], rejected=[bad]) == wanted
+    assert pair(conversations=conversations, chosen="3", rejected="4") == wanted
+    assert pair(conversations=conversations[1:], system="Be brief.", chosen=good, rejected=bad) == wanted
+    assert pair(conversations=conversations, system="Be long.", chosen=good, rejected=bad) == wanted
+    both = [[*conversations[1:], side] for side in (good, bad)]
+    assert pair(chosen=both[0], rejected=both[1]) == ([U1, A1, U2, A2], [U1, A1, U2, A3], 1)
+    assert pair(chosen=both[0], rejected=both[1], system="Be brief.") == ([*prompt, A2], [*prompt, A3], 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("human", "user"), ("gpt", "assistant"), ("model", "assistant"), ("ipython", "tool"), ("observation", "tool"),
+     ("function", "tool"), ("developer", "developer"), ("tool", "tool")],
+)  # fmt: skip
+def test_other_names_of_roles(name, role):
+    assert normalise_messages([{"role": name, "content": "x"}]) == [{"role": role, "content": "x"}]
+
+
+def test_tool_calls_of_other_formats():
+    call = {"name": "f", "arguments": {"x": 1}}
+    wanted = [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
+    assert normalise_messages([{"from": "function_call", "value": json.dumps(call)}]) == wanted
+    assert normalise_messages([{"from": "function_call", "value": json.dumps([call])}]) == wanted
+    old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    wanted[0]["tool_calls"][0]["type"] = "function"
+    assert normalise_messages([old]) == wanted
+
+
+def test_a_prompt_that_is_a_text_beside_messages():
+    """UltraFeedback repeats it as the first user message; where sides are answers alone, it becomes that message."""
+    wanted = ([U1, A1], [U1, A2], 1)
+    assert pair(prompt="Two?", chosen=[A1], rejected=[A2]) == wanted
+    assert pair(prompt="Two?", chosen=A1, rejected=A2) == wanted
+    assert pair(prompt="Two? ", chosen=[U1, A1], rejected=[U1, A2]) == wanted
+    assert pair(prompt="Two?", chosen=[SYSTEM, U1, A1], rejected=[SYSTEM, U1, A2]) == (
+        [SYSTEM, U1, A1],
+        [SYSTEM, U1, A2],
+        2,
+    )
+
+
+def test_scores_make_a_margin_where_there_is_none():
+    row = {"chosen": [U1, A1], "rejected": [U1, A2]}
+    assert row_to_pair({**row, "score_chosen": 8, "score_rejected": 6.5}).margin == 1.5
+    assert row_to_pair({**row, "score_chosen": 8, "score_rejected": 6.5, "margin": 3}).margin == 3.0
+    assert row_to_pair({**row, "score_chosen": 8}).margin is None
+
+
+def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
+    row = {"chosen": [SYSTEM, U1, A1], "rejected": [U2, A2]}
+    found = row_to_pair(row, different_prompts=True)
+    assert (found.chosen, found.rejected, found.n_prompt) == ([SYSTEM, U1, A1], [U2, A2], 1)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]}, "prompt mismatch"),
+        ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "empty or missing content"),
+        ({"chosen": "text", "rejected": "  "}, "empty or missing content"),
+        ({"chosen": "text", "rejected": ""}, "not a pair"),
+        ({"chosen": 1, "rejected": 2}, "not a pair"),
+        ({"chosen": ["text"], "rejected": [A1]}, "unknown role: str"),
+        ({"chosen": [{"role": ["user"], "content": "x"}], "rejected": [A1]}, "unknown role: ['user']"),
+        ({"chosen": [U1, {"role": "assistant", "content": 5}], "rejected": [U1, A1]}, "content is not text"),
+        ({"chosen": [U1, A1], "rejected": [U1, A2], "tools": "{"}, "tools are not JSON"),
+        ({"chosen": [U1, A1], "rejected": [U1, A2], "score_chosen": "8"}, "score_chosen is not a finite number"),
+        (
+            {"chosen": [U1, {"from": "function_call", "value": "f(1)"}], "rejected": [U1, A2]},
+            "tool call arguments are not JSON",
+        ),
+        ({"chosen": [U1, {"from": "function_call", "value": "3"}], "rejected": [U1, A2]}, "tool call without a name"),
         ({"chosen": [U1, A1], "rejected": None}, "not a pair"),
         ({"chosen": [U1, A1], "rejected": []}, "not a pair"),
         ({"chosen": [U1, A1], "rejected": "text"}, "not a pair"),
@@ -110,6 +196,13 @@ def files(tmp_path):
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = (tmp_path / "pairs.jsonl").read_bytes()
+    (tmp_path / "lines.json").write_bytes(lines)  # JSON Lines under another ending
+    (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": rows}))
+    for ending, pack in PACKERS.items():
+        (tmp_path / f"pairs.jsonl{ending}").write_bytes(pack(lines))
+    with zipfile.ZipFile(tmp_path / "pairs.jsonl.zip", "w") as packed:
+        packed.writestr("pairs.jsonl", lines)
     folder = tmp_path / "folder"
     folder.mkdir()
     for split, part in (("train", rows[:7]), ("test", rows[7:])):
@@ -117,20 +210,73 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["pairs.parquet", "saved", "pairs.json", "pairs.jsonl"])
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+LOCAL = ["pairs.parquet", "saved", "pairs.json", "pairs.jsonl", "lines.json", "wrapped.json",
+         *(f"pairs.jsonl{ending}" for ending in (*PACKERS, ".zip"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOCAL)
 def test_local_sets_hold_the_same_rows(name, files):
-    [(split, rows)] = load_sets({str(files / name): 1.0}, ["train", "test"])
-    assert split == "train"
-    assert rows[3]["chosen"] == agent_rows(10)[3]["chosen"]
-    assert rows[3]["key"] == f"{files / name}:4"
+    [part] = load_sets({str(files / name): 1.0}, ["train", "test"])
+    assert (part.name, part.split) == (str(files / name), "train")
+    assert part.rows[3]["chosen"] == agent_rows(10)[3]["chosen"]
+    assert part.rows[3]["key"] == f"{files / name}:4"
 
 
 def test_a_folder_with_splits_and_fractions(files):
     mixer = {str(files / "folder"): 0.5, str(files / "pairs.jsonl"): 0.3}
     parts = load_sets(mixer, ["train", "test"])
     # The share of each set's training rows; rows to evaluate on are not shared out.
-    assert [(split, len(rows)) for split, rows in parts] == [("train", 3), ("test", 3), ("train", 3)]
-    assert parts[0][1]["key"] == [f"{files / 'folder'}[train]:{n}" for n in (1, 2, 3)]
+    assert [(part.split, len(part.rows)) for part in parts] == [("train", 3), ("test", 3), ("train", 3)]
+    assert parts[0].name == f"{files / 'folder'}[train]"
+    assert list(parts[0].rows["key"]) == [f"{files / 'folder' / 'train.jsonl'}:{n}" for n in (1, 2, 3)]
+
+
+def test_several_files_by_a_pattern(files):
+    [part] = load_sets({str(files / "folder" / "t*.jsonl"): 1.0}, ["train"])
+    assert [key.rpartition("/")[2] for key in part.rows["key"]] == [
+        *(f"test.jsonl:{n}" for n in (1, 2, 3)),
+        *(f"train.jsonl:{n}" for n in range(1, 8)),
+    ]
+    with pytest.raises(UserError, match="none matches"):
+        load_sets({str(files / "*.nothing"): 1.0}, ["train"])
+    with pytest.raises(UserError, match="several kinds"):
+        load_sets({str(files / "pairs.[jp]*[nt]"): 1.0}, ["train"])
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    row = json.dumps({"chosen": "a", "rejected": "b"})
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{row}\n\n{row}\n")
+    [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+    assert list(part.rows["key"]) == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 3)]
+
+
+def test_rows_of_other_keys_and_types_keep_their_own(tmp_path):
+    """A table of columns would give each call the arguments of all calls, null where it has none of its own."""
+    calls = [{"city": "Paris"}, {"query": "x", "n": None}]
+    rows = [
+        {
+            "chosen": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": a}}]}],
+            "rejected": "b",
+        }
+        for a in calls
+    ] + [{"chosen": "text", "rejected": ["b"], "id": 1}, {"chosen": "text", "rejected": "b", "id": "two"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+    assert [row["chosen"][0]["tool_calls"][0]["function"]["arguments"] for row in list(part.rows)[:2]] == calls
+    assert [row["rejected"] for row in list(part.rows)[2:]] == [["b"], "b"]
+    table = Dataset.from_list([{"chosen": row["chosen"]} for row in rows[:2]])
+    assert None in table[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"].values()
+    assert without_nulls(table[0])["chosen"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for text in ("one", "two"):
+        path.write_text(json.dumps({"chosen": text, "rejected": "b"}) + "\n")
+        os.utime(path, ns=(0, len(text) if text == "one" else 99))
+        [part] = load_sets({str(path): 1.0}, ["train"])
+        assert part.rows[0]["chosen"] == text
 
 
 @pytest.mark.parametrize(
@@ -142,6 +288,13 @@ def test_a_folder_with_splits_and_fractions(files):
         ("latin.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"chosen": "\xe9"}\n', "line 2 cannot be read"),
         ("columns.jsonl", '{"chosen": "a", "good": "b"}\n', "no column rejected"),
         ("rows.txt", "hello", "unknown ending '.txt'"),
+        ("broken.json", '[{"chosen": 1},\n{]', "line 2 column 2"),
+        ("numbers.json", "[1, 2]", "entry 1 is not a JSON object"),
+        ("nothing.json", "[]", "no rows in it"),
+        ("blank.jsonl", "\n\n", "no rows in it"),
+        ("list.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 100)[:-12], "cannot be read"),
+        ("not.jsonl.gz", "hello", "cannot be read"),
     ],
 )
 def test_unreadable_files_are_named_with_their_line(name, text, message, tmp_path):

@@ -188,3 +188,29 @@ def test_gpu_check_runs_through_on_a_cpu():
     for *_, logps, gradients in rows:
         assert float(logps) <= 1e-5 and float(gradients) <= 1e-5
     assert "half shared" in done.stdout
+
+
+def test_non_reentrant_checkpointing_keeps_no_activation_of_a_gated_mlp(any_width, monkeypatch):
+    """Its own hooks drop what backward needs; hooks of ours on top of them would hold each layer's gate."""
+    model, alive = tiny("Llama"), []
+    make = mdpo.fused._gate
+
+    def watched(activation):
+        product = make(activation)
+        return lambda gate, up: (alive.append(weakref.ref(gate)), product(gate, up))[1]
+
+    monkeypatch.setattr(mdpo.fused, "_gate", watched)
+    assert fuse(model, CPU) == (True, None)
+    model.train()
+    batch = PackedCollator()(AWKWARD["seven"])
+    held = []
+    for kwargs in ({"use_reentrant": False}, None):
+        if kwargs:
+            model.gradient_checkpointing_enable(kwargs)
+        else:
+            model.gradient_checkpointing_disable()
+        alive.clear()
+        scores = score_tokens(model, batch)
+        held.append([gate() is not None for gate in alive])
+        scores.logps.sum().backward()
+    assert held == [[False, False], [True, True]]

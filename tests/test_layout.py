@@ -17,11 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types"},
-    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options"},
     {"tokens", "sums", "layout"},
-    {"reference", "reference_cache", "metrics", "pairs", "report", "card"},
+    {"reference", "reference_cache", "metrics", "data_report", "report", "card"},
+    {"pairs"},
 ]
 
 

@@ -48,6 +48,7 @@ FAMILIES = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 24},
     "Qwen3Moe": {**EXPERTS, "head_dim": 8},
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 3.0},
 }
 
 
@@ -257,7 +258,7 @@ def test_lora(implementation):
     compare(model, AWKWARD["seven"])
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "GraniteMoe"])
 def test_auxiliary_loss_counts_shared_tokens_for_both_sides(family):
     model = tiny(family, output_router_logits=True)
     compare(model, AWKWARD["seven"], aux_loss=True)
@@ -381,6 +382,45 @@ def test_self_check_falls_back_where_log_probs_differ(capsys, monkeypatch):
     assert "shared_prefix: off for LlamaForCausalLM: its log-probs differ" in capsys.readouterr().out
 
 
+def test_self_check_falls_back_where_only_the_mask_knows_a_window(capsys, monkeypatch):
+    """As in PhiMoE; the batch's sides are all shorter than the window, so that no log-prob would tell."""
+    model = tiny("Mistral", sliding_window=200)
+    batch = PackedCollator()(AWKWARD["seven"])
+    assert Layout(Alone, 0).fit(model, batch) is batch
+    attend = mdpo.attention.packed_attention
+
+    def without_window(module, *args, sliding_window=None, **kwargs):
+        return attend(types.SimpleNamespace(config=model.config, training=False), *args, **kwargs)
+
+    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, NAME, without_window)
+    assert "segments" not in Layout(Alone, 0).fit(model, batch)
+    assert "its attention takes a window that only its mask has" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("collator", [PackedCollator(), PairCollator(0)], ids=["packed", "padded"])
+def test_a_head_that_does_more_to_its_logits_is_an_error(collator):
+    class Halved(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits / 2
+            return outputs
+
+    torch.manual_seed(0)
+    model = Halved(tiny("Llama").config).eval()
+    enable_scoring(model)
+    with pytest.raises(UserError, match="Halved are not those of its own logits"):
+        Layout(Alone, 0).fit(model, collator(AWKWARD["seven"]))
+
+
+def test_two_models_of_one_configuration_switch_back(monkeypatch):
+    policy = tiny("Llama")
+    reference = transformers.LlamaForCausalLM(policy.config).eval()
+    enable_scoring(reference)
+    packed, padded = batches(AWKWARD["seven"])
+    score_tokens(policy, packed)
+    close(score_tokens(reference, packed).logps, score_tokens(reference, padded).logps, "logps")
+
+
 def test_not_a_number_is_a_disagreement():
     assert disagreement(torch.tensor([float("nan")]), torch.tensor([1.0]), torch.bfloat16)
 
@@ -398,10 +438,14 @@ def test_generation_uses_the_models_own_attention():
 
 def test_one_rank_that_disagrees_decides_for_all(capsys):
     class Two(Alone):
-        reduce = staticmethod(lambda value, how: value + 1)
+        elsewhere = iter([0, 1])  # the other rank's heads agree, its layouts do not
+        reduce = staticmethod(lambda value, how: value + next(Two.elsewhere))
 
     fitted = Layout(Two, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
     assert "segments" not in fitted
+    Two.elsewhere = iter([1])
+    with pytest.raises(UserError, match="seen on another rank"):
+        Layout(Two, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
     assert "shared_prefix: off for LlamaForCausalLM: another rank found a difference." in capsys.readouterr().out
 
 
@@ -453,9 +497,19 @@ def test_varlen_calls_say_what_the_padded_twin_computes(kernel, family, monkeypa
 def test_varlen_is_for_half_precision_on_a_gpu(monkeypatch):
     monkeypatch.setattr(mdpo.attention.importlib.util, "find_spec", lambda name: None)  # no flash-attn
     on_cpu = torch.empty(1, 4, 5, 8, dtype=torch.bfloat16)
-    assert mdpo.attention._varlen(on_cpu, 0.0, None) is None
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=lambda dim: 8)
-    assert mdpo.attention._varlen(on_gpu, 0.0, None) is mdpo.attention._torch_varlen
-    assert mdpo.attention._varlen(on_gpu, 0.0, 30.0) is None  # a soft-cap
-    on_gpu.dtype = torch.float32
-    assert mdpo.attention._varlen(on_gpu, 0.0, None) is None
+    assert mdpo.attention._varlen(on_cpu, on_cpu, 0.0, None) is None
+
+    def on_gpu(size=8, dtype=torch.bfloat16):
+        return types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, size=lambda dim: size)
+
+    def varlen(query, value, softcap=None):
+        return mdpo.attention._varlen(query, value, 0.0, softcap)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert varlen(on_gpu(), on_gpu()) is mdpo.attention._torch_varlen
+    assert varlen(on_gpu(), on_gpu(), 30.0) is None  # a soft-cap
+    assert varlen(on_gpu(24), on_gpu(16)) is None  # DeepSeek's values are shorter than its keys
+    assert varlen(on_gpu(12), on_gpu(12)) is None
+    assert varlen(on_gpu(dtype=torch.float32), on_gpu()) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert varlen(on_gpu(), on_gpu()) is None

@@ -13,17 +13,17 @@ from mdpo.tokens import rank_imbalance
 from mdpo.types import UserError
 
 BASE = "model_name_or_path: model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"
-FIRST_TEXT = "<|im_start|>user\nAsk 0<|im_end|>\n<|im_start|>assistant\nyyyy<|im_end|>\n"  # chosen side of row 1
+FIRST_TEXT = "<|im_start|>user\nAsk 0<|im_end|>\n<|im_start|>assistant\na000<|im_end|>\n"  # chosen side of row 1
 
 
-def pairs(n: int) -> Dataset:
+def pairs(n: int, letter: str = "a") -> Dataset:
     """Rows of 5 characters to ask, 4 chosen (row 2: 5) and 2 rejected; rows 1 and 2 share a prompt, 3 and 4 the next,
-    and so on."""
+    and so on. No row of one letter is another's."""
 
     def side(i, text):
         return [{"role": "user", "content": f"Ask {i // 2 % 10}"}, {"role": "assistant", "content": text}]
 
-    rows = [{"chosen": side(i, "yyyyy" if i == 1 else "yyyy"), "rejected": side(i, "no")} for i in range(n)]
+    rows = [{"chosen": side(i, f"{letter}{i:03d}" + "+" * (i == 1)), "rejected": side(i, "no")} for i in range(n)]
     return Dataset.from_list(rows)
 
 
@@ -38,7 +38,7 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     tokenizer_for(CHATML, "letters", eos="<|im_end|>").save_pretrained("model")
     pairs(8).to_json("a.jsonl")
-    pairs(4).to_json("b.jsonl")
+    pairs(4, "b").to_json("b.jsonl")
     Path("recipe.yaml").write_text(BASE)
 
     def run(*flags):
@@ -64,7 +64,7 @@ def test_dataset_configs(prepare, config, rows):
     configs = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("small", "large")]
     Path("set/README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
     train, _ = prepare("--dataset_mixer={set: 1.0}", f"--dataset_configs=[{config}]")
-    assert sorted(train["key"]) == numbered("set", rows)
+    assert sorted(train["key"]) == numbered(f"set/{config}.jsonl", rows)
 
 
 def test_fractions_of_dataset_mixer_take_the_first_rows_of_each_set(prepare):
@@ -77,14 +77,14 @@ def test_eval_dataset_mixer(prepare):
     assert sorted(train["key"]) == numbered("a.jsonl", 8) and sorted(held_out["key"]) == numbered("b.jsonl", 4)
     assert sorted(prepare("--eval_dataset_mixer={b.jsonl: 0.5}")[1]["key"]) == numbered("b.jsonl", 2)
     pairs(3).to_json("set/train.jsonl")
-    pairs(2).to_json("set/test.jsonl")
+    pairs(2, "b").to_json("set/test.jsonl")
     held_out = prepare("--eval_dataset_mixer=[set]")[1]
-    assert sorted(held_out["key"]) == numbered("set[test]", 2) + numbered("set[train]", 3)
+    assert sorted(held_out["key"]) == numbered("set/test.jsonl", 2) + numbered("set/train.jsonl", 3)
 
 
 def test_share_of_a_test_split_in_eval_dataset_mixer(prepare):
     pairs(4).to_json("set/test.jsonl")
-    assert sorted(prepare("--eval_dataset_mixer={set: 0.5}")[1]["key"]) == numbered("set", 2)
+    assert sorted(prepare("--eval_dataset_mixer={set: 0.5}")[1]["key"]) == numbered("set/test.jsonl", 2)
 
 
 def test_max_training_samples_and_max_eval_samples(prepare):
@@ -124,7 +124,7 @@ def test_chat_template_and_its_kwargs(prepare):
         "{{ tone | default('') }}{% for m in messages %}{{ '<|im_start|>' + m.role[0] + m.content + '<|im_end|>' }}"
         "{% endfor %}{{ '<|im_start|>a' if add_generation_prompt }}"
     )
-    short = "<|im_start|>uAsk 0<|im_end|><|im_start|>ayyyy<|im_end|>"
+    short = "<|im_start|>uAsk 0<|im_end|><|im_start|>aa000<|im_end|>"
     runs = {(): FIRST_TEXT, ("--chat_template=short.jinja",): short}
     runs["--chat_template=short.jinja", "--chat_template_kwargs={tone: calm}"] = f"calm{short}"
     for flags, text in runs.items():
@@ -133,7 +133,7 @@ def test_chat_template_and_its_kwargs(prepare):
 
 def test_sanity_check_takes_the_first_pairs_of_each_set(prepare):
     for name, rows in (("a", 33), ("b", 40), ("c", 9), ("d", 10)):
-        pairs(rows).to_json(f"{name}.jsonl")
+        pairs(rows, name).to_json(f"{name}.jsonl")
     sets = "--dataset_mixer=[a.jsonl, b.jsonl]", "--eval_dataset_mixer=[c.jsonl, d.jsonl]"
     assert [len(rows) for rows in prepare(*sets)] == [73, 19]
     train, held_out = prepare(*sets, "--sanity_check")
@@ -166,7 +166,7 @@ def test_a_share_is_not_rounded_down_by_float_error_and_never_empty(prepare):
 
 
 def test_every_split_of_an_evaluation_set_is_taken(prepare):
-    DatasetDict({"test_prefs": pairs(3), "train_prefs": pairs(2)}).save_to_disk("saved")
+    DatasetDict({"test_prefs": pairs(3), "train_prefs": pairs(2, "b")}).save_to_disk("saved")
     held_out = prepare("--eval_dataset_mixer={saved: 1.0}")[1]
     assert sorted(held_out["key"]) == numbered("saved[test_prefs]", 3) + numbered("saved[train_prefs]", 2)
 

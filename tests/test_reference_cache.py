@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from test_packing import tiny
 from test_trainer import own, tokenizer  # noqa: F401
 from test_trl_parity import trainer_of
@@ -21,6 +21,7 @@ from dpo_trainer import DPOTrainer
 from mdpo import reference_cache
 from mdpo.identity import cached_length, named_digest, reference_identity, weights_digest
 from mdpo.recipe import load_recipe
+from mdpo.reference import as_reference, keep_own_adapter
 from mdpo.reference_cache import ReferenceCache, precompute, read_shard, row_keys, write_shard
 from mdpo.settings import ROOT
 from mdpo.types import UserError
@@ -141,13 +142,89 @@ def test_digest_of_weights_in_memory(tokenizer):  # noqa: F811
     assert weights_digest(model) is None
 
 
+def test_only_weight_files_tell_a_model(tmp_path, tokenizer):  # noqa: F811
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert named_digest(str(tmp_path / "a"), None, tmp_path) is None
+    (tmp_path / "a" / "m.gguf").write_text("1")
+    (tmp_path / "b" / "m.gguf").write_text("2")
+    digests = [named_digest(str(tmp_path / name), None, tmp_path) for name in ("a", "b")]
+    (tmp_path / "b" / "modeling_own.py").write_text("x = 1")
+    assert len({*digests, named_digest(str(tmp_path / "b"), None, tmp_path)}) == 3
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    def cached(name, file, revision, subfolder, **_):
+        if file != "config.json":
+            return None
+        return str(tmp_path / f"models--org--m/snapshots/{revision * 40}/config.json")
+
+    monkeypatch.setattr("mdpo.identity.cached_file", cached)
+    one, again, other = (named_digest("org/m", revision, tmp_path) for revision in "aab")
+    assert one == again != other
+    monkeypatch.setattr("mdpo.identity.cached_file", lambda *_, **__: None)
+    assert named_digest("org/m", "a", tmp_path) is None
+
+
+def test_scaling_of_an_own_adapter_counts(tokenizer):  # noqa: F811
+    digests = []
+    for alpha in (4, 8):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(tiny_llama(tokenizer, seed=0), lora)
+        keep_own_adapter(model)
+        digests.append(weights_digest(model))
+    assert digests[0] != digests[1]
+
+
+ADAPTERS = {
+    "LoRA": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "LoRA on embeddings": LoraConfig(
+        r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    ),
+    "IA3": IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM",
+        init_ia3_weights=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["default", "model", "layers"])  # parts of other names, too
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_own_adapter_is_copied_whole(kind, adapter, tokenizer):  # noqa: F811
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(tokenizer, seed=0), ADAPTERS[kind], adapter_name=adapter).eval()
+    ids = torch.arange(3, 12)[None]
+    before = model(ids).logits
+    with model.disable_adapter():
+        assert (model(ids).logits - before).abs().max() > 1e-3
+    keep_own_adapter(model)
+    torch.testing.assert_close(model(ids).logits, before)
+    with torch.no_grad():  # what training does
+        for weight in (p for p in model.parameters() if p.requires_grad):
+            weight += 0.1
+    assert (model(ids).logits - before).abs().max() > 1e-3
+    with as_reference(model):
+        torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_a_shard_that_the_disk_does_not_give_stays(tmp_path, monkeypatch):
+    write_shard(tmp_path / "1.safetensors", {b"k" * 16: (np.zeros(1, np.float32), np.zeros(1, np.float32))})
+    monkeypatch.setattr(reference_cache, "read_shard", lambda path: (_ for _ in ()).throw(OSError("stale handle")))
+    found, lines = ReferenceCache(tmp_path).load({b"k" * 16})
+    assert found == {} and "cannot be read now (stale handle)" in lines[0]
+    assert (tmp_path / "1.safetensors").exists()
+
+
 def test_identity_changes_with_all_that_changes_numbers():
     model, half = tiny("Llama"), tiny("Llama").half()
     sdpa = tiny("Llama")
     sdpa.set_attn_implementation("sdpa")
     settings = [("w", model, None, "no", True), ("v", model, None, "no", True), ("w", half, None, "no", True),
                 ("w", sdpa, None, "no", True), ("w", model, {"bits": 4}, "no", True), ("w", model, None, "bf16", True),
-                ("w", model, None, "no", False)]  # fmt: skip
+                ("w", model, None, "no", False), ("w", model, None, "no", True, True),
+                ("w", model, None, "no", True, False, {"rope_scaling": 2})]  # fmt: skip
     assert len({reference_identity(*s) for s in settings}) == len(settings)
 
 

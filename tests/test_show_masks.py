@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import draw_masks
 import show_masks
 
+from mdpo.tokenizer import token_text
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 USER, CALL, OUTPUT, ANSWER = (
@@ -216,7 +218,7 @@ def test_token_text_keeps_the_spaces(kind):
     tokenizer = tokenizer_for(CHATML, kind)
     text = "<|im_start|>user\nLet us compute it  with Python.\n    print(3)<|im_end|>\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    text_of = show_masks.token_text(tokenizer)
+    text_of = token_text(tokenizer)
     pieces = [text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
     assert "".join(pieces) == text and all(pieces)
     assert kind == "byte" or "".join(tokenizer.decode([token]) for token in ids) != text  # what a decode alone gives

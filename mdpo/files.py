@@ -1,0 +1,129 @@
+"""Local files of rows → sets. JSON is read as it stands: keys and types may differ from row to row, and none is filled
+up, as a table of columns would do with the arguments of tool calls."""
+
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterator
+from lzma import LZMAError
+from pathlib import Path
+from zipfile import BadZipFile
+
+import fsspec
+from datasets import Dataset, Features, Json, Value, concatenate_datasets, load_dataset
+
+from mdpo.types import UserError
+
+KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+DAMAGED = (OSError, EOFError, LZMAError, BadZipFile, zlib.error)
+
+
+def kind_of(path: Path) -> str | None:
+    """A value of KINDS by the file's ending, one for compression aside; None where the ending is unknown."""
+    endings = [s.lower() for s in path.suffixes]
+    return KINDS.get(endings[-2] if len(endings) > 1 and endings[-1] in PACKED else endings[-1] if endings else "")
+
+
+def read_files(paths: list[str]) -> Dataset:
+    """The rows of all files, in order, each with a `key`: PATH:LINE of JSON Lines, else PATH:ROW, from 1. Raises
+    UserError that names the file, and the line where there is one."""
+    kinds = {path: kind_of(Path(path)) for path in paths}
+    for path, kind in kinds.items():
+        if kind is None:
+            known = ", ".join([*KINDS, *(f".jsonl{p}" for p in PACKED)])
+            raise UserError(f"dataset file {path}: unknown ending {Path(path).suffix!r}; known are {known}.")
+        if Path(path).stat().st_size == 0:
+            raise UserError(f"dataset file {path} is empty.")
+        if Path(path).suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
+            raise UserError(f"dataset file {path}: `pip install zstandard` to read it, or decompress it.")
+    if all(kind.startswith("json") for kind in kinds.values()):
+        return _read_json(paths)
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"dataset files {paths[0]}, …: they are of several kinds: {', '.join(set(kinds.values()))}.")
+    try:
+        builder = next(iter(kinds.values()))
+        sets = [(path, load_dataset(builder, data_files=path, split="train")) for path in paths]
+        return concatenate_datasets([number_rows(rows, path) for path, rows in sets])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"dataset file {paths[0]}: {first_line(error)}") from error
+
+
+def number_rows(rows: Dataset, name: str) -> Dataset:
+    """With the column `key`, NAME:ROW, in place of one that may be there."""
+    keys = [f"{name}:{n + 1}" for n in range(len(rows))]
+    return rows.remove_columns([c for c in ("key",) if c in rows.column_names]).add_column("key", keys)
+
+
+def _read_json(paths: list[str]) -> Dataset:
+    columns: dict[str, None] = {}
+    for path in paths:  # all of it, so that every mistake has its line before anything is written
+        rows = 0
+        for _, row in json_rows(path):
+            columns |= dict.fromkeys(row)
+            rows += 1
+        if not rows:
+            raise UserError(f"dataset file {path}: no rows in it.")
+    columns.pop("key", None)
+    features = Features({**{name: Json() for name in columns}, "key": Value("string")})
+    stamps = [(Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]  # a changed file is new
+    given = {"paths": paths, "columns": tuple(columns), "stamps": stamps}
+    return Dataset.from_generator(_with_keys, features=features, gen_kwargs=given)
+
+
+def _with_keys(paths: list[str], columns: tuple[str, ...], stamps) -> Iterator[dict]:
+    for path in paths:
+        for number, row in json_rows(path):
+            yield {**{name: row.get(name) for name in columns}, "key": f"{path}:{number}"}
+
+
+def json_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """(line, row) of JSON Lines, (place from 1, row) of a JSON array. Raises UserError."""
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            if kind_of(Path(path)) == "json lines":
+                yield from _lines(path, file)
+            else:
+                yield from _document(path, file.read())
+    except DAMAGED as error:
+        raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
+
+
+def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = json.loads(text) if text.strip() else None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"dataset file {path}: line {number} cannot be read: {error}.") from error
+        if isinstance(row, dict):
+            yield number, row
+        elif text.strip():
+            raise UserError(f"dataset file {path}: line {number} is not a JSON object.")
+
+
+def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
+    """Of a .json file: an array of rows, an object that holds one such array, or JSON Lines after all."""
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
+        yield from _lines(path, raw.splitlines())
+        return
+    if isinstance(found, dict) and "chosen" not in found:
+        arrays = [value for value in found.values() if isinstance(value, list)]
+        found = arrays[0] if len(arrays) == 1 else None
+    for place, row in enumerate([found] if isinstance(found, dict) else found or [], start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"dataset file {path}: entry {place} is not a JSON object.")
+        yield place, row
+
+
+def first_line(error: Exception) -> str:
+    """What the innermost cause of an error says, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,105 @@
+"""One page of pairs, token by token, that opens from disk: python scripts/show_masks.py RECIPE.yaml --html masks.html
+
+Kept pairs come first, then some of every drop reason, as far as their template renders them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from show_masks import CONTEXT, END, SHARED, SIDES, SUPERVISED
+
+from mdpo.data import row_to_pair
+from mdpo.pairs import prepare_pairs, render_settings
+from mdpo.render import tokenize
+from mdpo.sets import load_sets
+from mdpo.template import ChatTemplate
+from mdpo.tokenizer import token_text
+from mdpo.types import DropPair, UserError
+
+PAGE = Path(__file__).with_name("mask_page.html")
+KINDS = [CONTEXT, SHARED, SUPERVISED, END, "cut off"]
+OF_A_REASON = 20  # pairs
+
+
+def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
+    """Writes the page: the first `pairs` kept pairs and up to OF_A_REASON of each drop reason. Returns how many of
+    each. Raises UserError."""
+    try:
+        kept, _, report = prepare_pairs(recipe, tokenizer)
+        order = sorted(range(len(kept)), key=kept["place"].__getitem__)[:pairs]
+        kept = {row["key"]: row for row in kept.select(order)}
+        reasons = {
+            key: reason
+            for c in report.counts.values()
+            for reason, keys in c.reasons.items()
+            for key in keys[:OF_A_REASON]
+        }
+    except UserError as error:
+        raise UserError(f"{error}\nThere is nothing to show.") from error
+    wanted = list(kept) + [key for key in reasons if key not in kept]
+    data = recipe.data
+    parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
+    raw = {}
+    for part in parts:
+        places = {key: i for i, key in enumerate(part.rows["key"])}
+        raw |= {key: part.rows[places[key]] for key in wanted if key in places}
+    explain = Explainer(tokenizer, render_settings(recipe))
+    shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in wanted if key in raw]
+    content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
+    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
+    path.write_text(PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", text), encoding="utf-8")
+    counts: dict[str, int] = {}
+    for pair in shown:
+        counts[pair["reason"] or "kept"] = counts.get(pair["reason"] or "kept", 0) + 1
+    return counts
+
+
+class Explainer:
+    """Raw rows → what the page shows of them."""
+
+    def __init__(self, tokenizer, settings):
+        self.tokenizer, self.settings, self.text_of = tokenizer, settings, token_text(tokenizer)
+        self.template = ChatTemplate(tokenizer, settings.template_kwargs) if tokenizer.chat_template else None
+        self.specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def __call__(self, row: dict[str, Any], kept: dict[str, Any] | None, reason: str) -> dict[str, Any]:
+        """{"key", "reason" ("" where kept), "sides": two lists of [text, id, role, kind], or "raw": the row's JSON}."""
+        out = {"key": row["key"], "reason": reason}
+        try:
+            pair = row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts)
+            shared = kept["shared_len"] if kept else 0
+            sides = [self._side(pair, name, kept, shared) for name in SIDES]
+        except DropPair:
+            return {
+                **out,
+                "raw": json.dumps({k: v for k, v in row.items() if k != "key"}, indent=1, ensure_ascii=False),
+            }
+        return {**out, "sides": sides}
+
+    def _side(self, pair, name: str, kept, shared: int) -> list[list]:
+        messages = getattr(pair, name)
+        if isinstance(messages, str) or self.template is None:
+            ids = kept[f"{name}_ids"] if kept else self.tokenizer(messages)["input_ids"]
+            roles, mask = ["text"] * len(ids), [0] * len(ids)
+        else:
+            rendered = self.template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
+            ids, ranges = tokenize(rendered.text, self.tokenizer)
+            spans = [(s.start, s.end, "assistant") for s in rendered.spans]
+            contents = [(a, b, messages[i]["role"]) for a, b, i in rendered.contents]
+            roles = [next((role for a, b, role in spans + contents if a <= start and end <= b), "template")
+                     for start, end in ranges]  # fmt: skip
+            mask = [int(any(a <= start and end <= b for a, b, _ in spans)) for start, end in ranges]
+        if kept:
+            mask = kept[f"{name}_mask"]  # the very one that is trained on
+        tokens = []
+        for t, (token, role) in enumerate(zip(ids, roles, strict=True)):
+            kind = CONTEXT if t >= shared else SHARED
+            if t >= len(mask):
+                kind = "cut off"
+            elif mask[t]:
+                ends = token in self.specials and (t + 1 == len(mask) or not mask[t + 1])
+                kind = END if ends else SUPERVISED
+            text = self.text_of(tuple(ids[max(t - 1, 0) : t]), token)
+            tokens.append([text, token, role, KINDS.index(kind)])
+        return tokens
