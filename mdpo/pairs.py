@@ -59,7 +59,7 @@ def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataRepo
     args, settings = recipe.training, render_settings(recipe)
     done, seen, place = [], set(), 0
     for part in parts:
-        rows, name = part.rows, f"{part.name} ({part.split}, {kind})"
+        rows, name = part.rows, f"{part.name} ({kind})"
         rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
         if unused := sorted(set(rows.column_names) - set(COLUMNS)):
             report.unused[name] = unused

@@ -4,6 +4,7 @@ Kept pairs come first, then some of every drop reason, as far as their template 
 """
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Explainer:
         self.specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def __call__(self, row: dict[str, Any], kept: dict[str, Any] | None, reason: str) -> dict[str, Any]:
-        """{"key", "reason" ("" where kept), "sides": two lists of [text, id, role, kind], or "raw": the row's JSON}."""
+        """{"key", "reason" ("" where kept), "shared": tokens, "sides": two lists of [text, id, role, kind]}, or
+        "raw", the row's JSON, in place of the last two."""
         out = {"key": row["key"], "reason": reason}
         try:
             pair = row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts)
@@ -75,16 +77,20 @@ class Explainer:
                 **out,
                 "raw": json.dumps({k: v for k, v in row.items() if k != "key"}, indent=1, ensure_ascii=False),
             }
-        return {**out, "sides": sides}
+        return {**out, "shared": shared, "sides": sides}
 
     def _side(self, pair, name: str, kept, shared: int) -> list[list]:
         messages = getattr(pair, name)
         if isinstance(messages, str) or self.template is None:
             ids = kept[f"{name}_ids"] if kept else self.tokenizer(messages)["input_ids"]
             roles, mask = ["text"] * len(ids), [0] * len(ids)
+            texts = [self.text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
         else:
             rendered = self.template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
             ids, ranges = tokenize(rendered.text, self.tokenizer)
+            # A character that is split between tokens is the first one's.
+            reached = [0, *accumulate((end for _, end in ranges), max)]
+            texts = [rendered.text[max(start, seen) : end] for (start, end), seen in zip(ranges, reached, strict=False)]
             spans = [(s.start, s.end, "assistant") for s in rendered.spans]
             contents = [(a, b, messages[i]["role"]) for a, b, i in rendered.contents]
             roles = [next((role for a, b, role in spans + contents if a <= start and end <= b), "template")
@@ -100,6 +106,5 @@ class Explainer:
             elif mask[t]:
                 ends = token in self.specials and (t + 1 == len(mask) or not mask[t + 1])
                 kind = END if ends else SUPERVISED
-            text = self.text_of(tuple(ids[max(t - 1, 0) : t]), token)
-            tokens.append([text, token, role, KINDS.index(kind)])
+            tokens.append([texts[t], token, role, KINDS.index(kind)])
         return tokens

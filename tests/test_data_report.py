@@ -83,7 +83,7 @@ def test_every_dropped_row_is_named_and_counted(recipe, tmp_path):
         reason: [f"a.jsonl:{n}"] for n, (_, reason) in enumerate(BAD, start=3)
     }
     assert counts.kept_with == {"special tokens inside user or tool text": ["a.jsonl:2"]}
-    written = json.loads((tmp_path / "data_report.json").read_text())["sets"]["a.jsonl (train, train)"]
+    written = json.loads((tmp_path / "data_report.json").read_text())["sets"]["a.jsonl (train)"]
     assert (written["read"], written["kept"]) == (12, 2)
     assert written["dropped"]["over-long"] == {"rows": 1, "first": ["a.jsonl:10"]}
     assert sum(what["rows"] for what in written["dropped"].values()) == 10
@@ -165,7 +165,7 @@ def test_margins_below_zero_and_unused_columns_are_named(recipe):
     _, _, report = prepared(recipe())
     [counts] = report.counts.values()
     assert counts.kept_with["a margin below 0"] == ["a.jsonl:1"]
-    assert report.as_dict()["columns_not_used"] == {"a.jsonl (train, train)": ["id"]}
+    assert report.as_dict()["columns_not_used"] == {"a.jsonl (train)": ["id"]}
 
 
 def test_prompts_that_differ_are_kept_where_the_recipe_allows_it(recipe):

@@ -87,7 +87,7 @@ def printed(recipe):
     command = [sys.executable, ROOT / "scripts" / "show_masks.py", recipe, "--json", "--max_length=1000"]
     done = subprocess.run(command, capture_output=True, cwd=recipe.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr.decode()
-    assert b"b.jsonl (train, train): 2 rows read, 1 kept" in done.stderr
+    assert b"b.jsonl (train): 2 rows read, 1 kept" in done.stderr
     return done.stdout.decode()
 
 
