@@ -30,7 +30,7 @@ from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
 from mdpo.metrics import evaluated_once, mean_over_steps, pair_table, summarise
 from mdpo.objective import LossSettings, PairTerms, pair_losses
-from mdpo.options import check_options
+from mdpo.options import check_options, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
 from mdpo.reference import (
     OWN_ADAPTER,
@@ -46,7 +46,7 @@ from mdpo.reference import (
 from mdpo.reference_cache import ReferenceCache, precompute
 from mdpo.render import RenderSettings
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
-from mdpo.tokenizer import refuse_pad_token, refuse_small_vocabulary
+from mdpo.tokenizer import refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.types import UserError
 
@@ -169,9 +169,8 @@ class DPOTrainer(Trainer):
     def _aux_loss_coefficient(model, wanted: float | None) -> float:
         """Weight of a mixture of experts' load-balancing loss: `wanted`, else the model's own; 0 for other models."""
         config = model.config.get_text_config()
+        refuse_router_loss(wanted, config)
         if not hasattr(config, "output_router_logits"):
-            if wanted:
-                raise UserError(f"router_aux_loss_coef: {type(model).__name__} is no mixture of experts. Leave it out.")
             return 0.0
         return getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
 
@@ -228,9 +227,7 @@ class DPOTrainer(Trainer):
                 )
             _say(args, *self.drop_counts[name].lines())
         ############## MODIFICATION 5: margins from the data.
-        if self.loss_settings.margin_scale and any(missing := [m is None for m in dataset["margin"]]):
-            first = dataset["key"][missing.index(True)]
-            raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")
+        refuse_missing_margins(args, dataset, name)
         ############## MODIFICATION 5 END
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))

@@ -12,6 +12,7 @@ from pathlib import Path
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
+from mdpo.options import check_options
 from mdpo.pairs import model_init_kwargs, prepare_output_dir, prepare_pairs
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, StepTimer, peak_memory_gb, show_result, write_report
@@ -29,8 +30,9 @@ def main(argv: list[str]) -> None:
     say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
 
     ################
-    # Tokenizer: before the data, whose rows it renders
+    # Options, tokenizer, the model's configuration: before the data
     ################
+    check_options(args, get_peft_config(recipe.model))
     refuse_missing_login(args)
     tokenizer = load_tokenizer(recipe.model, data, args.trust_remote_code)
     check_model(tokenizer, recipe.model, args)

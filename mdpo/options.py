@@ -54,6 +54,13 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None) -> lis
     return without_effect
 
 
+def refuse_missing_margins(args: DPOConfig, rows, name: str) -> None:
+    """Raises UserError where `margin_scale` is set and a row of the tokenised set has no margin."""
+    if getattr(args, "margin_scale", 0.0) and any(missing := [margin is None for margin in rows["margin"]]):
+        first = rows["key"][missing.index(True)]
+        raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")
+
+
 def _check_losses(args: DPOConfig, own: bool) -> None:
     known, types = LOSSES if own else OF_TRL, args.loss_type
     for name in types:

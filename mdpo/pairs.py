@@ -9,6 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mdpo.data import COLUMNS
 from mdpo.data_report import DATA_REPORT, DataReport, describe
+from mdpo.options import refuse_missing_margins
 from mdpo.render import RenderSettings
 from mdpo.sets import Part, hold_out, load_sets, mix
 from mdpo.startup import is_main_process, say
@@ -65,6 +66,7 @@ def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataRepo
             report.unused[name] = unused
         workers = args.dataset_num_proc or os.cpu_count()
         rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers)
+        refuse_missing_margins(args, rows, name)
         rows = without_repeated(rows, counts, seen)
         report.counts[name] = counts
         done.append(rows.add_column("place", list(range(place, place + len(rows)))))

@@ -85,5 +85,5 @@ RETIRED_KEYS: dict[str, Retired] = {
     "use_flash_attention_2": Retired("attn_implementation", _switch("flash_attention_2", None)),
     "adafactor": Retired("optim", _switch("adafactor", "adamw_torch_fused")),
     "include_inputs_for_metrics": Retired("include_for_metrics", _switch(["inputs"], [])),
-    **{key: Retired(advice=advice) for advice, keys in _REFUSED.items() for key in keys.split()},
+    **{key: Retired(advice=" ".join(advice.split())) for advice, keys in _REFUSED.items() for key in keys.split()},
 }

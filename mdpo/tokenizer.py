@@ -47,6 +47,12 @@ def check_model(tokenizer, model, args) -> None:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(f"model_name_or_path: {name!r} cannot be had: {reason}") from e
     refuse_small_vocabulary(tokenizer, config)
+    refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())
+
+
+def refuse_router_loss(wanted: float | None, config) -> None:
+    if wanted and not hasattr(config, "output_router_logits"):
+        raise UserError(f"router_aux_loss_coef: {config.model_type} is no mixture of experts. Leave it out.")
 
 
 def refuse_pad_token(tokenizer, wanted: str | None) -> None:
