@@ -188,7 +188,7 @@ def _named(message: Message) -> Message:
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     message["role"] = ALIASES.get(role, role)
     if message["role"] not in ROLES:
-        raise DropPair(f"unknown role: {role}")
+        raise DropPair(f"unknown role: {role[:40]}")
     return message
 
 

@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 
 import fsspec
 from datasets import Dataset, Features, Json, Value, concatenate_datasets, load_dataset
+from tqdm.auto import tqdm
 
 from mdpo.types import UserError
 
@@ -59,7 +60,7 @@ def _read_json(paths: list[str]) -> Dataset:
     columns: dict[str, None] = {}
     for path in paths:  # all of it, so that every mistake has its line before anything is written
         rows = 0
-        for _, row in json_rows(path):
+        for _, row in tqdm(json_rows(path), desc=f"reading {path}", unit=" rows", delay=3):
             columns |= dict.fromkeys(row)
             rows += 1
         if not rows:

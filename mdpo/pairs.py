@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from mdpo.data import COLUMNS
-from mdpo.data_report import DATA_REPORT, DataReport, describe
+from mdpo.data_report import DataReport, describe
 from mdpo.options import refuse_missing_margins
 from mdpo.render import RenderSettings
 from mdpo.sets import Part, hold_out, load_sets, mix
@@ -17,14 +17,7 @@ from mdpo.tokens import DropCounts, rank_imbalance, tokenize_dataset
 from mdpo.types import UserError
 
 SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
-LEFT_BY_A_RUN = (
-    "checkpoint-*",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "run_report.json",
-    "trainer_state.json",
-    DATA_REPORT,
-)
+LEFT_BY_A_RUN = ("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
 
 
 def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset, Dataset | None, DataReport]:
@@ -118,23 +111,17 @@ def prepare_output_dir(args) -> str | None:
     """The checkpoint to resume from, or None. A folder that already holds a run is never mixed with a new one: it is
     resumed, or cleared with overwrite_output_dir, or refused. Raises UserError."""
     folder = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        if isinstance(args.resume_from_checkpoint, str):
-            if not Path(args.resume_from_checkpoint).is_dir():
-                raise UserError(f"resume_from_checkpoint: {args.resume_from_checkpoint} is not a folder.")
-            return args.resume_from_checkpoint
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None:
-            raise UserError(f"resume_from_checkpoint: {folder} holds no checkpoint.")
-        return last
+    resumed = _checkpoint(args.resume_from_checkpoint, folder) if args.resume_from_checkpoint else None
     if not is_main_process():  # it may already see what the main process writes
-        return None
+        return resumed
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"output_dir: {folder} cannot be made: {e.strerror}.") from e
     if not os.access(folder, os.W_OK):
         raise UserError(f"output_dir: {folder} is not writable.")
+    if resumed:
+        return resumed
     left = [p for pattern in LEFT_BY_A_RUN for p in sorted(folder.glob(pattern))]
     if left and not args.overwrite_output_dir:
         raise UserError(
@@ -146,6 +133,17 @@ def prepare_output_dir(args) -> str | None:
     if left:
         say(f"overwrite_output_dir: removed {len(left)} files and folders of an earlier run from {folder}.")
     return None
+
+
+def _checkpoint(asked: str | bool, folder: Path) -> str:
+    if isinstance(asked, str):
+        if not Path(asked).is_dir():
+            raise UserError(f"resume_from_checkpoint: {asked} is not a folder.")
+        return asked
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None:
+        raise UserError(f"resume_from_checkpoint: {folder} holds no checkpoint.")
+    return last
 
 
 def model_init_kwargs(model, args) -> dict:

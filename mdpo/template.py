@@ -77,9 +77,9 @@ class ChatTemplate:
                 as_json = [_json_arguments(m) for m in messages]
                 return self.tokenizer.apply_chat_template(as_json, tokenize=False, **kwargs)
             except Exception:
-                raise DropPair(f"template refuses the conversation: {first}") from first
+                raise DropPair(_refusal(first)) from first
         except Exception as e:  # jinja errors of every kind, raise_exception() included
-            raise DropPair(f"template refuses the conversation: {e}") from e
+            raise DropPair(_refusal(e)) from e
 
     def locate(self, messages: list[Message], n_prompt: int, tools=None, **kwargs) -> Rendered:
         """Renders `messages` and finds the spans of every assistant message from index `n_prompt` on.
@@ -219,6 +219,11 @@ class ChatTemplate:
         prompt = THINK_OPENER.sub("", prompt)
         specials = list(self._special_re.finditer(prompt))
         return prompt[specials[-1].start() :] if specials else ""
+
+
+def _refusal(error: Exception) -> str:
+    """A drop reason: the template's own words, but no row's whole text."""
+    return f"template refuses the conversation: {(str(error).strip().splitlines() or [type(error).__name__])[0][:120]}"
 
 
 def _as_text_parts(message: Message) -> Message:

@@ -37,7 +37,7 @@ FEATURES = Features(
 
 
 SPECIAL, CUT, LOWER = "special tokens inside user or tool text", "a turn cut in its middle", "a margin below 0"
-FIRST_KEYS = 5  # of each reason, in reports
+FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on the terminal
 
 
 @dataclass
@@ -78,8 +78,10 @@ class DropCounts:
     def lines(self) -> list[str]:
         """For the terminal: a line for the set, and one for each reason and remark with its first keys."""
         lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.dropped} dropped"]
-        for reason, keys in sorted(self.reasons.items(), key=lambda item: -len(item[1])):
-            lines.append(f"  dropped {len(keys)}: {reason} {_some(keys)}")
+        by_rows = sorted(self.reasons.items(), key=lambda item: -len(item[1]))
+        lines += [f"  dropped {len(keys)}: {reason} {_some(keys)}" for reason, keys in by_rows[:MOST_REASONS]]
+        if rest := by_rows[MOST_REASONS:]:
+            lines.append(f"  dropped {sum(len(keys) for _, keys in rest)}: {len(rest)} further reasons")
         lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
         return lines
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import zipfile
 
 import pytest
@@ -196,6 +197,8 @@ def files(tmp_path):
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "saved.arrow")
+    Dataset.from_list(rows).to_parquet(tmp_path / "tables" / "part.parquet")
     lines = (tmp_path / "pairs.jsonl").read_bytes()
     (tmp_path / "lines.json").write_bytes(lines)  # JSON Lines under another ending
     (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": rows}))
@@ -211,7 +214,7 @@ def files(tmp_path):
 
 
 PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-LOCAL = ["pairs.parquet", "saved", "pairs.json", "pairs.jsonl", "lines.json", "wrapped.json",
+LOCAL = ["pairs.parquet", "saved", "saved.arrow", "tables", "pairs.json", "pairs.jsonl", "lines.json", "wrapped.json",
          *(f"pairs.jsonl{ending}" for ending in (*PACKERS, ".zip"))]  # fmt: skip
 
 
@@ -220,7 +223,7 @@ def test_local_sets_hold_the_same_rows(name, files):
     [part] = load_sets({str(files / name): 1.0}, ["train", "test"])
     assert (part.name, part.split) == (str(files / name), "train")
     assert part.rows[3]["chosen"] == agent_rows(10)[3]["chosen"]
-    assert part.rows[3]["key"] == f"{files / name}:4"
+    assert part.rows[3]["key"] == (f"{files}/tables/part.parquet:4" if name == "tables" else f"{files / name}:4")
 
 
 def test_a_folder_with_splits_and_fractions(files):
@@ -287,6 +290,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("broken.jsonl", '{"chosen": 1}\n{"chosen": \n', "line 2 cannot be read"),
         ("latin.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"chosen": "\xe9"}\n', "line 2 cannot be read"),
         ("columns.jsonl", '{"chosen": "a", "good": "b"}\n', "no column rejected"),
+        ("rows.jsonl.zst", "hello", "pip install zstandard"),
         ("rows.txt", "hello", "unknown ending '.txt'"),
         ("broken.json", '[{"chosen": 1},\n{]', "line 2 column 2"),
         ("numbers.json", "[1, 2]", "entry 1 is not a JSON object"),
