@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     ################
     # Options, tokenizer, the model's configuration: before the data
     ################
-    check_options(args, get_peft_config(recipe.model))
+    check_options(args, get_peft_config(recipe.model), recipe.values)
     refuse_missing_login(args)
     tokenizer = load_tokenizer(recipe.model, data, args.trust_remote_code)
     check_model(tokenizer, recipe.model, args)

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mdpo.tokens import SIDES, DropCounts
 from mdpo.types import UserError
@@ -112,7 +113,7 @@ def _rows_table(counts: dict[str, DropCounts]) -> Table:
         table.add_column(column, justify="right")
     for c in counts.values():
         table.add_row(
-            c.name, f"{c.read:,}", f"{c.kept:,}", f"{c.dropped:,}", style="" if c.kept == c.read else "yellow"
+            Text(c.name), f"{c.read:,}", f"{c.kept:,}", f"{c.dropped:,}", style="" if c.kept == c.read else "yellow"
         )
     return table
 
@@ -131,8 +132,9 @@ def _lengths_table(name: str, found: dict[str, Any]) -> Table:
 
 def _sentences(found: dict[str, Any], costs: dict[int, int]) -> str:
     lines = [
-        f"{found['share_supervised']:.0%} of the tokens are supervised; "
-        f"the chosen side is the longer one in {found['longer_is_chosen']:.0%} of the pairs"
+        f"{found['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is the "
+        f"longer one in {found['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
+        f"{found['longer_wins']:.0%} (ties one half)"
     ]
     if costs:
         lines.append(

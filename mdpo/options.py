@@ -22,6 +22,12 @@ ONLY_WITH = {
     "length_penalty": {"sigmoid"},
     "ld_alpha": set(LOSSES) - {"sft", "raft"},
 }
+# Keys of trl.ModelConfig that nothing looks at without another one.
+ONLY_BESIDE = {
+    "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
+                 "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
+    "load_in_4bit": ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"),
+}  # fmt: skip
 # Options that are not offered, with the value that they have to keep and what to use instead.
 INSTEAD = {
     "padding_free": "leave it out; shared_prefix, on by default in recipes, pads nothing",
@@ -30,10 +36,14 @@ INSTEAD = {
 }
 
 
-def check_options(args: DPOConfig, peft_config: PeftConfig | None = None) -> list[str]:
+def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe: dict | None = None) -> list[str]:
     """Raises UserError for what no run could honour. Options without effect are errors under MDPOConfig, which recipes
-    use; under a plain trl.DPOConfig, which TRL lets pass, they are returned, a line each."""
+    use; under a plain trl.DPOConfig, which TRL lets pass, they are returned, a line each. `recipe` holds the keys that
+    were set and their values."""
     own = isinstance(args, MDPOConfig)
+    for switch, keys in ONLY_BESIDE.items():
+        for key in (key for key in keys if key in (recipe or {}) and not recipe.get(switch)):
+            raise UserError(f"{key}: has no effect without {switch}: true.")
     _check_losses(args, own)
     for key, advice in INSTEAD.items():
         if getattr(args, key):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import DPOConfig, ModelConfig
+from trl import DPOConfig, ModelConfig, get_peft_config
 
 from mdpo import recipe as recipe_module
 from mdpo.config import DataArguments, MDPOConfig
+from mdpo.options import check_options
 from mdpo.recipe import DEFAULT_RECIPE, fit_to_machine, load_recipe, precision_note
 from mdpo.retired import RETIRED_KEYS
 from mdpo.settings import FIELDS, PARTS, ROOT
@@ -565,7 +566,9 @@ def test_every_recipe_loads():
     paths = sorted((ROOT / "recipes").rglob("config_*.yaml"))
     assert DEFAULT_RECIPE in paths
     for path in paths:
-        assert load_recipe([str(path)]).training.output_dir
+        recipe = load_recipe([str(path)])
+        assert recipe.training.output_dir
+        assert check_options(recipe.training, get_peft_config(recipe.model), recipe.values) == []
 
 
 def test_every_key_has_one_home_and_a_help():

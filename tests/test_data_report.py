@@ -206,3 +206,19 @@ def test_one_broken_set_of_a_mix_is_noticed(recipe):
     _, _, report = prepared(recipe("--dataset_mixer=[a.jsonl, b.jsonl]", "--max_length=500"))
     with pytest.raises(UserError, match="max_bad_fraction: 3 of 4 rows"):
         report.refuse_bad_rows("drop", 0.2)
+
+
+def test_the_table_shows_names_with_brackets_and_all_reasons(recipe, capsys):
+    """`[train]` is no markup of rich's."""
+    counts = DropCounts("saved[train] (train)", read=1234, kept=1233, reasons={"not a pair": ["saved[train]:7"]})
+    DataReport({counts.name: counts}, None).show()
+    out = capsys.readouterr().out
+    assert "│ saved[train] (train) │ 1,234 │ 1,233 │       1 │" in out
+    assert "  dropped 1: not a pair (saved[train]:7)" in out
+
+
+def test_a_flood_of_reasons_is_counted_in_one_line():
+    reasons = {f"unknown role: {i}": [f"a:{i}"] * (1 + (i == 3)) for i in range(25)}
+    lines = DropCounts("a", read=26, reasons=reasons).lines()
+    assert lines[1] == "  dropped 2: unknown role: 3 (a:3, a:3)"
+    assert len(lines) == 1 + 20 + 1 and lines[-1] == "  dropped 5: 5 further reasons"
