@@ -32,12 +32,7 @@ def main(argv: list[str]) -> None:
     ################
     # Options, tokenizer, the model's configuration: before the data
     ################
-    check_options(args, get_peft_config(recipe.model), recipe.values)
-    refuse_missing_login(args)
-    tokenizer = load_tokenizer(recipe.model, data, args.trust_remote_code)
-    check_model(tokenizer, recipe.model, args)
-    if args.ref_model_name_or_path:
-        refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)
+    tokenizer = _checked_tokenizer(recipe)
 
     ################
     # Pairs → tokens: every check that needs no weights
@@ -84,6 +79,18 @@ def main(argv: list[str]) -> None:
         say(
             f"model   {args.output_dir}", f"report  {args.output_dir}/{REPORT}", f"recipe  {args.output_dir}/{RESOLVED}"
         )
+
+
+def _checked_tokenizer(recipe):
+    """The tokenizer, after every check that needs neither data nor weights."""
+    args = recipe.training
+    check_options(args, get_peft_config(recipe.model), recipe.values)
+    refuse_missing_login(args)
+    tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
+    check_model(tokenizer, recipe.model, args)
+    if args.ref_model_name_or_path:
+        refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)
+    return tokenizer
 
 
 def _batch_line(args) -> str:
