@@ -1,24 +1,11 @@
 """One row → one pair of conversations in one form of messages. Nothing here knows a tokenizer."""
 
-import json
 import math
 from typing import Any
 
+from mdpo.messages import normalise_messages, parsed, same_message
 from mdpo.types import DropPair, Message, Pair, UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# What other formats call a role: ShareGPT, Gemma, Llama 3's tool output, OpenAI's first function calls.
-ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",  # ShareGPT: its text is the call as JSON
-    "ipython": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
            "score_chosen", "score_rejected", "key")  # fmt: skip
 
@@ -31,26 +18,23 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     turn, the same on both sides or, with `different_prompts`, each side's own; with `mask_turns` False it is TRL's: the
     turns (or characters) that both sides begin with.
     """
-    prompt = row.get("conversations") if row.get("prompt") is None else row["prompt"]
-    sides = [row.get("chosen"), row.get("rejected")]
+    prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
     if not all(sides):
         raise DropPair("not a pair")
     if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
-        return _strings(prompt, sides, _margin(row))
-    tools = _parsed(row["tools"], "tools") if isinstance(row.get("tools"), str) else row.get("tools")
-    extra = {"tools": tools or None, "template_kwargs": row.get("chat_template_kwargs") or {}, "margin": _margin(row)}
+        return _strings(row, prompt, sides)
+    extra = {**_for_template(row), "margin": _margin(row)}
     sides = [_as_messages(side, isinstance(prompt, list)) for side in sides]
     if isinstance(prompt, str):
-        prompt = _question(prompt, sides)
+        prompt = _question(prompt, sides) if prompt.strip() else None
     chosen, rejected = (normalise_messages(side) for side in sides)
     weights = [_weights(raw, side) for raw, side in zip(sides, (chosen, rejected), strict=True)]
-    raw_prompt = prompt if isinstance(prompt, list) else []
-    if raw_prompt or (isinstance(prompt, list) and not mask_turns):
-        prompt = normalise_messages(raw_prompt)
-        if not (mask_turns and all(side[: len(prompt)] == prompt for side in (chosen, rejected))):
-            chosen, rejected = prompt + chosen, prompt + rejected
-            weights = [[1.0] * len(prompt) + side if side else [] for side in weights]
-        n = len(prompt)
+    raw_prompt = prompt or []
+    if raw_prompt or (prompt is not None and not mask_turns):
+        prompt, n = normalise_messages(raw_prompt), len(raw_prompt)
+        both = zip((chosen, rejected), weights, strict=True)
+        (chosen, w), (rejected, v) = (_behind(prompt, side, of, once=mask_turns) for side, of in both)
+        weights = [w, v]
     elif mask_turns:
         n = min(_first_assistant(side) for side in (chosen, rejected))
         same = chosen[: _first_assistant(chosen)] == rejected[: _first_assistant(rejected)]
@@ -67,19 +51,55 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
             "Messages have a `weight`, which multiplies a turn's log-ratios: it needs mask_user_turns: true."
         )
     if row.get("system") and not any(side[0]["role"] == "system" for side in (chosen, rejected)):
-        first = {"role": "system", "content": row["system"]}
-        chosen, rejected, n = [first, *chosen], [first, *rejected], n + 1
+        first = normalise_messages([{"role": "system", "content": row["system"]}])
+        chosen, rejected, n = first + chosen, first + rejected, n + 1
         weights = [[1.0, *side] if side else [] for side in weights]
     return Pair(chosen, rejected, n, weights=tuple(weights), **extra)
 
 
-def _strings(prompt: str | None, sides: list[str], margin: float | None) -> Pair:
+def _prompt(row: dict[str, Any]) -> str | list[Message] | None:
+    given = [row[name] for name in ("prompt", "conversations") if row.get(name) not in (None, [], {})]
+    if len(given) > 1 and given[0] != given[1]:
+        raise DropPair("both prompt and conversations, which differ")
+    prompt = given[0] if given else row.get("prompt")
+    if prompt is not None and not isinstance(prompt, str | list | dict):
+        raise DropPair("prompt is neither text nor messages")
+    return ([prompt] if prompt else None) if isinstance(prompt, dict) else prompt
+
+
+def _for_template(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row has for the chat template: tools, and variables of its own."""
+    tools, kwargs = (parsed(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DropPair("tools is not a list of objects")
+    if kwargs and (not isinstance(kwargs, dict) or {"tools", "messages", "add_generation_prompt"} & set(kwargs)):
+        raise DropPair("chat_template_kwargs is not an object of the template's own variables")
+    return {"tools": tools or None, "template_kwargs": kwargs or {}}
+
+
+def _behind(prompt: list[Message], side: list[Message], weights: list[float], once: bool):
+    """(whole conversation, its weights): the prompt and the side, which with `once` may begin with the prompt itself.
+    Raises DropPair where it begins with the prompt's question and goes on otherwise."""
+    n = len(prompt)
+    if once and len(side) >= n and all(map(same_message, side, prompt)):
+        return prompt + side[n:], weights
+    asked = next((m for m in prompt if m["role"] == "user"), None)
+    again = next((m for m in side[:2] if m["role"] != "system"), None)
+    if once and asked and again and same_message(asked, again):
+        raise DropPair("prompt mismatch")
+    return prompt + side, [1.0] * n + weights if weights else []
+
+
+def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
+    if any(row.get(name) for name in ("system", "tools", "chat_template_kwargs")):
+        raise DropPair("system, tools or chat_template_kwargs beside plain texts")
     if not all(side.strip() for side in sides):
         raise DropPair("empty or missing content")
     if isinstance(prompt, str):
-        return Pair(prompt + sides[0], prompt + sides[1], len(prompt), margin=margin)
+        return Pair(prompt + sides[0], prompt + sides[1], len(prompt), margin=_margin(row))
     n = _common_start(*sides)
-    return Pair(*sides, n - 1 if n and sides[0][n - 1] == " " else n, margin=margin)
+    n = n - 1 if n and sides[0][n - 1] == " " else n
+    return Pair(*sides, n, margin=_margin(row), prompt_given=False)
 
 
 def _as_messages(side: Any, after_prompt: bool) -> list[Message]:
@@ -104,35 +124,30 @@ def _question(prompt: str, sides: list[list[Message]]) -> list[Message] | None:
     return None
 
 
-def _parsed(text: str, what: str) -> Any:
-    try:
-        return json.loads(text or "null")
-    except json.JSONDecodeError as e:
-        raise DropPair(f"{what} are not JSON") from e
-
-
 def _margin(row: dict[str, Any]) -> float | None:
     """`margin`, else by how much the chosen side's score is higher, where both have one."""
-    given = {name: row.get(name) for name in ("margin", "score_chosen", "score_rejected")}
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    given = [row.get(name) for name in ("margin", "score_chosen", "score_rejected")]
+    for name, value in zip(("margin", "score_chosen", "score_rejected"), given, strict=True):
+        if value is not None and not _finite(value):
             raise DropPair(f"{name} is not a finite number")
-    margin, better, worse = given.values()
+    margin, better, worse = given
     if margin is None and better is not None and worse is not None:
-        return float(better - worse)
+        margin = float(better) - float(worse)
+        if not math.isfinite(margin):
+            raise DropPair("margin is not a finite number")
     return None if margin is None else float(margin)
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
 
 
 def _weights(raw: list[Message], messages: list[Message]) -> list[float]:
     """The `weight` of each raw message, 1 where there is none; an empty list where all are 1. DropPair for a bad one,
     or one on a message that is not the assistant's."""
     weights = [m.get("weight") for m in raw]
-    if any(
-        w is not None and (isinstance(w, bool) or not (isinstance(w, int | float) and 0 <= w < math.inf))
-        for w in weights
-    ):
+    if any(w is not None and not (_finite(w) and w >= 0) for w in weights):
         raise DropPair("a message's weight is not a number >= 0")
     if any(w is not None and m["role"] != "assistant" for m, w in zip(messages, weights, strict=True)):
         raise DropPair("a weight on a message that is not the assistant's")
@@ -148,68 +163,3 @@ def _common_start(a, b) -> int:
 
 def _first_assistant(messages: list[Message]) -> int:
     return next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-
-
-def normalise_messages(messages: list[Message]) -> list[Message]:
-    """Messages as templates want them: string content, tool-call arguments as objects, no null fields.
-    Raises DropPair for an unknown role, missing content, or arguments that are not JSON."""
-    return [_normalise(message) for message in messages]
-
-
-def _normalise(message: Message) -> Message:
-    message = _named(message)
-    content = message.get("content", "")
-    if isinstance(content, list):
-        content = "".join(_part_text(part) for part in content)
-    if not isinstance(content, str):
-        raise DropPair("content is not text")
-    message["content"] = content
-    if not message.get("tool_calls"):
-        message.pop("tool_calls", None)
-        if not content.strip() and message["role"] != "tool":  # a tool may print nothing
-            raise DropPair("empty or missing content")
-        return message
-    message["tool_calls"] = [_normalise_call(call) for call in message["tool_calls"]]
-    return message
-
-
-def _named(message: Message) -> Message:
-    """The message without null fields, with today's names: role and content, tool_calls. Raises DropPair."""
-    if not isinstance(message, dict):
-        raise DropPair(f"unknown role: {type(message).__name__}")
-    message = {k: v for k, v in message.items() if v is not None and k != "weight"}
-    if "from" in message and "role" not in message:
-        message |= {"role": message.pop("from"), "content": message.pop("value", "")}
-    role = str(message.get("role"))
-    if role == "function_call":
-        calls = _parsed(message.pop("content", ""), "tool call arguments")
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-    if isinstance(message.get("function_call"), dict):  # OpenAI's before tool_calls
-        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
-    message["role"] = ALIASES.get(role, role)
-    if message["role"] not in ROLES:
-        raise DropPair(f"unknown role: {role[:40]}")
-    return message
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-        raise DropPair("content is not text")
-    return part["text"]
-
-
-def _normalise_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call in the OpenAI form, its arguments parsed: as a string they would be encoded twice."""
-    if not isinstance(call, dict):
-        raise DropPair("tool call without a name")
-    call = {k: v for k, v in call.items() if v is not None}
-    function = {k: v for k, v in (call.get("function") or call).items() if v is not None}
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments or "{}", "tool call arguments")
-    if "name" not in function:
-        raise DropPair("tool call without a name")
-    function = {"name": function["name"], "arguments": arguments}
-    return {**{k: v for k, v in call.items() if k in ("id", "type")}, "function": function}

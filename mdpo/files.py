@@ -1,4 +1,4 @@
-"""Local files of rows → sets. JSON is read as it stands: keys and types may differ from row to row, and none is filled
+"""Local files of rows → sets. JSON is kept as it stands: keys and types may differ from row to row, and none is filled
 up, as a table of columns would do with the arguments of tool calls."""
 
 import importlib.util
@@ -7,17 +7,21 @@ import zlib
 from collections.abc import Iterator
 from lzma import LZMAError
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import fsspec
-from datasets import Dataset, Features, Json, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
 
 from mdpo.types import UserError
 
 KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-DAMAGED = (OSError, EOFError, LZMAError, BadZipFile, zlib.error)
+DAMAGED = (OSError, EOFError, LZMAError, BadZipFile, zlib.error, RuntimeError)  # the last one: an encrypted archive
+NOT_JSON = (ValueError, RecursionError)  # wrong encodings too, numbers of thousands of digits, nesting beyond reason
+ROW = "row as JSON"  # the column of a set from JSON files, beside `key`
 
 
 def kind_of(path: Path) -> str | None:
@@ -26,28 +30,60 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(endings[-2] if len(endings) > 1 and endings[-1] in PACKED else endings[-1] if endings else "")
 
 
-def read_files(paths: list[str]) -> Dataset:
-    """The rows of all files, in order, each with a `key`: PATH:LINE of JSON Lines, else PATH:ROW, from 1. Raises
-    UserError that names the file, and the line where there is one."""
+def read_files(paths: list[str]) -> tuple[Dataset, list[str]]:
+    """The rows of all files, in order, each with a `key`: PATH:LINE of JSON Lines, else PATH:ROW, from 1; and the names
+    of their columns. Rows of JSON files are texts in the column ROW. Raises UserError that names the file, and the line
+    where there is one."""
     kinds = {path: kind_of(Path(path)) for path in paths}
     for path, kind in kinds.items():
-        if kind is None:
-            known = ", ".join([*KINDS, *(f".jsonl{p}" for p in PACKED)])
-            raise UserError(f"dataset file {path}: unknown ending {Path(path).suffix!r}; known are {known}.")
-        if Path(path).stat().st_size == 0:
-            raise UserError(f"dataset file {path} is empty.")
-        if Path(path).suffix == ".zst" and importlib.util.find_spec("zstandard") is None:
-            raise UserError(f"dataset file {path}: `pip install zstandard` to read it, or decompress it.")
+        _refuse_unreadable(path, kind)
     if all(kind.startswith("json") for kind in kinds.values()):
         return _read_json(paths)
     if len(set(kinds.values())) > 1:
         raise UserError(f"dataset files {paths[0]}, …: they are of several kinds: {', '.join(set(kinds.values()))}.")
-    try:
-        builder = next(iter(kinds.values()))
-        sets = [(path, load_dataset(builder, data_files=path, split="train")) for path in paths]
-        return concatenate_datasets([number_rows(rows, path) for path, rows in sets])
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"dataset file {paths[0]}: {first_line(error)}") from error
+    sets = []
+    for path, kind in kinds.items():
+        try:
+            sets.append(number_rows(load_dataset(kind, data_files=path, split="train"), path))
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise UserError(f"dataset file {path}: {first_line(error)}") from error
+    rows = concatenate_datasets(sets)
+    return rows, rows.column_names
+
+
+def _refuse_unreadable(path: str, kind: str | None) -> None:
+    ending = Path(path).suffix
+    if kind is None:
+        known = ", ".join([*KINDS, *(f".jsonl{p}" for p in PACKED)])
+        raise UserError(f"dataset file {path}: unknown ending {ending!r}; known are {known}.")
+    if Path(path).stat().st_size == 0:
+        raise UserError(f"dataset file {path} is empty.")
+    if ending == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise UserError(f"dataset file {path}: `pip install zstandard` to read it, or decompress it.")
+    if ending == ".zip":
+        try:
+            inside = [name for name in ZipFile(path).namelist() if not name.endswith("/")]
+        except DAMAGED as error:
+            raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
+        if len(inside) != 1:
+            raise UserError(f"dataset file {path}: holds {len(inside)} files, not one. Unpack it and name the folder.")
+
+
+def whole_row(row: dict[str, Any], index: int = 0) -> dict[str, Any]:
+    """A row of any set as it was written, with its `key`. Arrow's structs give each message the keys of all, null where
+    it has none of its own: nulls are taken out there."""
+    if ROW in row:
+        found = {**json.loads(row[ROW]), "key": row["key"]}
+    else:
+        found = {name: without_nulls(value) for name, value in row.items()}
+    return {**found, "key": str(found.get("key") or f"row:{index + 1}")}
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without dictionary entries that are None, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def number_rows(rows: Dataset, name: str) -> Dataset:
@@ -56,7 +92,7 @@ def number_rows(rows: Dataset, name: str) -> Dataset:
     return rows.remove_columns([c for c in ("key",) if c in rows.column_names]).add_column("key", keys)
 
 
-def _read_json(paths: list[str]) -> Dataset:
+def _read_json(paths: list[str]) -> tuple[Dataset, list[str]]:
     columns: dict[str, None] = {}
     for path in paths:  # all of it, so that every mistake has its line before anything is written
         rows = 0
@@ -65,17 +101,16 @@ def _read_json(paths: list[str]) -> Dataset:
             rows += 1
         if not rows:
             raise UserError(f"dataset file {path}: no rows in it.")
-    columns.pop("key", None)
-    features = Features({**{name: Json() for name in columns}, "key": Value("string")})
     stamps = [(Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]  # a changed file is new
-    given = {"paths": paths, "columns": tuple(columns), "stamps": stamps}
-    return Dataset.from_generator(_with_keys, features=features, gen_kwargs=given)
+    features = Features({ROW: Value("string"), "key": Value("string")})
+    rows = Dataset.from_generator(_as_texts, features=features, gen_kwargs={"paths": paths, "stamps": stamps})
+    return rows, list(columns)
 
 
-def _with_keys(paths: list[str], columns: tuple[str, ...], stamps) -> Iterator[dict]:
+def _as_texts(paths: list[str], stamps) -> Iterator[dict]:
     for path in paths:
         for number, row in json_rows(path):
-            yield {**{name: row.get(name) for name in columns}, "key": f"{path}:{number}"}
+            yield {ROW: json.dumps(row), "key": f"{path}:{number}"}
 
 
 def json_rows(path: str) -> Iterator[tuple[int, dict]]:
@@ -95,7 +130,7 @@ def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             row = json.loads(text) if text.strip() else None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except NOT_JSON as error:
             raise UserError(f"dataset file {path}: line {number} cannot be read: {error}.") from error
         if isinstance(row, dict):
             yield number, row
@@ -107,17 +142,21 @@ def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
     """Of a .json file: an array of rows, an object that holds one such array, or JSON Lines after all."""
     try:
         found = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
+    except NOT_JSON as error:
+        if getattr(error, "msg", "") != "Extra data":
             raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
         yield from _lines(path, raw.splitlines())
         return
     if isinstance(found, dict) and "chosen" not in found:
-        arrays = [value for value in found.values() if isinstance(value, list)]
-        found = arrays[0] if len(arrays) == 1 else None
-    for place, row in enumerate([found] if isinstance(found, dict) else found or [], start=1):
+        arrays = {name: value for name, value in found.items() if isinstance(value, list)}
+        if len(arrays) != 1:
+            raise UserError(
+                f"dataset file {path}: an object with {len(arrays)} arrays ({', '.join(arrays)}), not one of rows."
+            )
+        [found] = arrays.values()
+    if not isinstance(found, dict | list):
+        raise UserError(f"dataset file {path}: holds {type(found).__name__}, no rows.")
+    for place, row in enumerate([found] if isinstance(found, dict) else found, start=1):
         if not isinstance(row, dict):
             raise UserError(f"dataset file {path}: entry {place} is not a JSON object.")
         yield place, row

@@ -58,9 +58,9 @@ def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataRepo
     for part in parts:
         rows, name = part.rows, f"{part.name} ({kind})"
         rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
-        if unused := sorted(set(rows.column_names) - set(COLUMNS)):
+        if unused := sorted(set(part.columns) - set(COLUMNS)):
             report.unused[name] = unused
-        workers = args.dataset_num_proc or os.cpu_count()
+        workers = args.dataset_num_proc or len(os.sched_getaffinity(0))
         rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers)
         refuse_missing_margins(args, rows, name)
         rows = without_repeated(rows, counts, seen)

@@ -34,8 +34,7 @@ def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) 
     if isinstance(pair.chosen, str) or not settings.mask_turns:
         sides = _completion_sides(pair, template)
     else:
-        both = zip((pair.chosen, pair.rejected), pair.weights, strict=True)
-        sides = [_turn_side(messages, weights, pair, template) for messages, weights in both]
+        sides = _turn_sides(pair, template, settings)
     try:
         return _trained(sides, settings)
     except DropPair as reason:
@@ -66,11 +65,24 @@ def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
     return sum(len(template.find_special(text)) for text in texts)
 
 
-def _turn_side(messages, turn_weights, pair: Pair, template: ChatTemplate) -> Side:
-    rendered = template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
+def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> list[Side]:
+    both = (pair.chosen, pair.rejected)
+    texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
+    encoded = [tokenize(text, template.tokenizer) for text in texts]
+    longest = max(len(ids) for ids, _ in encoded)
+    if settings.truncation_mode == "drop" and settings.max_length is not None and longest > settings.max_length:
+        reason = DropPair("over-long")  # before its turns are located: long conversations are the most work
+        reason.longest = longest
+        raise reason
+    given = zip(both, pair.weights, texts, encoded, strict=True)
+    return [_turn_side(*side, pair, template) for side in given]
+
+
+def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template: ChatTemplate) -> Side:
+    rendered = template.locate(messages, pair.n_prompt, pair.tools, text, **pair.template_kwargs)
     if not rendered.spans:
         raise DropPair("no assistant turn")
-    ids, ranges = tokenize(rendered.text, template.tokenizer)
+    ids, ranges = encoded
     mask = span_mask(ranges, [(s.start, s.end) for s in rendered.spans])
     _verify(rendered, ids, ranges, template)
     weights = [1.0] * len(ids)
@@ -81,13 +93,17 @@ def _turn_side(messages, turn_weights, pair: Pair, template: ChatTemplate) -> Si
     return ids, mask, weights
 
 
+def refuse_slow(tokenizer) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast one: it cannot report positions.")
+
+
 def tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a rendered text and the characters [start, end) behind each token.
 
     Tokens tile the text: characters between two reported ranges belong to the later token.
     """
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast one: it cannot report positions.")
+    refuse_slow(tokenizer)
     encoded = _untrimmed(tokenizer).encode(text, add_special_tokens=False)
     ranges, previous = [], 0
     for start, end in encoded.offsets:
@@ -164,6 +180,8 @@ def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
 
     if isinstance(pair.chosen, str):
         eos = tokenizer.eos_token
+        if not eos:
+            raise UserError("Plain texts end with the end-of-sequence token, and the tokenizer has none.")
         prompt, sides = pair.chosen[:n], [s if s.endswith(eos) else s + eos for s in (pair.chosen, pair.rejected)]
     else:
         prompt = template.render(pair.chosen[:n], pair.tools, generation=True, **pair.template_kwargs)

@@ -14,6 +14,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.exceptions import DatasetsError
 
 from mdpo.files import first_line, kind_of, number_rows, read_files
 from mdpo.types import UserError
@@ -25,7 +26,8 @@ class Part:
 
     name: str
     split: str
-    rows: Dataset
+    rows: Dataset  # `mdpo.files.whole_row` makes a row of each
+    columns: list[str]
 
 
 def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None) -> list[Part]:
@@ -40,12 +42,12 @@ def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[s
         found = _load(name, splits, configs[i] if configs else None)
         if not found:
             raise UserError(f"dataset {name!r} has none of the splits {splits}. Set dataset_splits in the recipe.")
-        for split, rows in found.items():
+        for split, (rows, columns) in found.items():
             if len(rows) == 0:
                 raise UserError(f"dataset {name!r}, split {split!r}: no rows in it.")
-            missing = {"chosen", "rejected"} - set(rows.column_names)
+            columns = [column for column in columns if column != "key"]
+            missing = {"chosen", "rejected"} - set(columns)
             if missing:
-                columns = [column for column in rows.column_names if column != "key"]
                 raise UserError(
                     f"dataset {name!r}, split {split!r}: no column {' or '.join(sorted(missing))}. "
                     f"It has: {', '.join(columns)}."
@@ -55,7 +57,11 @@ def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[s
                 if not kept:
                     raise UserError(f"dataset {name!r}: a share of {fraction} of its {len(rows)} rows is no row.")
                 rows = rows.select(range(kept))
-            parts.append(Part(_part_name(name, split, found), split, rows))
+            if {"image", "images"} & set(columns):
+                raise UserError(
+                    f"dataset {name!r}: its rows have images, and this trainer takes text. Use trl.DPOTrainer for them."
+                )
+            parts.append(Part(_part_name(name, split, found), split, rows, columns))
     return parts
 
 
@@ -63,10 +69,13 @@ def _part_name(name: str, split: str, found) -> str:
     return name if len(found) == 1 else f"{name}[{split}]"
 
 
-def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, Dataset]:
-    """{split: rows, each with a `key`}, of the splits that are wanted and there."""
+def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, tuple[Dataset, list[str]]]:
+    """{split: (rows, each with a `key`; their columns)}, of the splits that are wanted and there."""
     path, config = Path(name).expanduser(), config or None
-    pattern, saved = glob.has_magic(name), any((path / f).exists() for f in ("state.json", "dataset_dict.json"))
+    pattern, saved = (
+        glob.has_magic(name) and not path.exists(),
+        any((path / f).exists() for f in ("state.json", "dataset_dict.json")),
+    )
     if config and (path.is_file() or saved or pattern):
         raise UserError(f'dataset_configs: {name} has no configurations; give "" for it.')
     if pattern:
@@ -82,19 +91,20 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
         if path.is_dir() and not saved:
             return _load_folder(path, name, splits, config)
         if saved and not isinstance(found := load_from_disk(str(path)), DatasetDict):
-            return {"train": number_rows(found, name)}
+            return {"train": (number_rows(found, name), found.column_names)}
         there = list(found) if saved else get_dataset_split_names(name, config)
         wanted = [split for split in there if splits is None or split in splits]
         found = {split: found[split] if saved else load_dataset(name, config, split=split) for split in wanted}
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         raise UserError(
             f"dataset {name!r} cannot be had: {first_line(e)}. Where the hub cannot be reached, put the data into a "
             "local file and name that file in dataset_mixer."
         ) from e
-    return {split: number_rows(rows, _part_name(name, split, found)) for split, rows in found.items()}
+    numbered = {split: number_rows(rows, _part_name(name, split, found)) for split, rows in found.items()}
+    return {split: (rows, rows.column_names) for split, rows in numbered.items()}
 
 
-def _load_folder(path: Path, name: str, splits: list[str] | None, config: str | None) -> dict[str, Dataset]:
+def _load_folder(path: Path, name: str, splits: list[str] | None, config: str | None):
     """A folder of files, whose splits `datasets` tells from their names or from the folder's README.md."""
     builder = load_dataset_builder(str(path), config)
     found = {}

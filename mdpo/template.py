@@ -81,10 +81,11 @@ class ChatTemplate:
         except Exception as e:  # jinja errors of every kind, raise_exception() included
             raise DropPair(_refusal(e)) from e
 
-    def locate(self, messages: list[Message], n_prompt: int, tools=None, **kwargs) -> Rendered:
+    def locate(self, messages: list[Message], n_prompt: int, tools=None, rendered: str | None = None, **kwargs):
         """Renders `messages` and finds the spans of every assistant message from index `n_prompt` on.
-        Raises DropPair when the template refuses the conversation or a position cannot be derived."""
-        text = self.render(messages, tools, **kwargs)
+        `rendered` is what `render` made of them, where that is known. Raises DropPair when the template refuses the
+        conversation or a position cannot be derived."""
+        text = self.render(messages, tools, **kwargs) if rendered is None else rendered
         marked, marker, marks = self._mark(messages, text, tools, kwargs)
         spans = []
         for i, message in enumerate(messages):

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
-from mdpo.data import COLUMNS, row_to_pair
-from mdpo.render import RenderSettings, special_tokens_in_context, tokenize_pair
+from mdpo.data import row_to_pair
+from mdpo.files import whole_row
+from mdpo.render import RenderSettings, refuse_slow, special_tokens_in_context, tokenize_pair
 from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, TokenizedPair, UserError
 
@@ -110,47 +111,55 @@ class PlainText:
     render = locate
 
 
-def _template_for(rows, tokenizer, settings: RenderSettings):
-    """By the first rows: a set of plain strings does with a tokenizer that has no chat template."""
-    sides = (row.get(name) for row in islice(rows, 100) for name in ("chosen", "rejected", "prompt", "conversations"))
+def _template_for(tokenizer, settings: RenderSettings, rows):
+    """Plain strings do with a tokenizer whose chat template is missing or of no use."""
+    rows = (whole_row(row) for row in islice(rows, 100))
+    sides = (row.get(name) for row in rows for name in ("chosen", "rejected", "prompt", "conversations"))
     conversational = any(isinstance(side, list | dict) for side in sides)
-    return ChatTemplate(tokenizer, settings.template_kwargs) if conversational else PlainText(tokenizer)
+    try:
+        return ChatTemplate(tokenizer, settings.template_kwargs)
+    except UserError:
+        if conversational:
+            raise
+        return PlainText(tokenizer)
 
 
-def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings, filled=()) -> dict[str, Any]:
-    """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists. `filled` names
-    columns of Arrow structs, where each message has the keys of all, null where it has none of its own."""
-    key = str(row.get("key") or f"row:{index + 1}")
-    out = {**vars(TokenizedPair([], [], [], [], 0)), "key": key, "prompt_key": "", "special_in_context": 0}
+def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings) -> dict[str, Any]:
+    """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists."""
+    row = whole_row(row, index)
+    out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
     out |= {"margin": None, "digest": ""}
-    row = {**row, **{name: without_nulls(row[name]) for name in filled}}
     try:
         pair = row_to_pair(row, settings.mask_turns, settings.different_prompts)
         tokenised = vars(tokenize_pair(pair, template, settings))
-        out |= tokenised
-        out["margin"] = pair.margin
-        out["prompt_key"] = _digest(pair.chosen[: pair.n_prompt])
-        out["digest"] = _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")])
-        out["special_in_context"] = special_tokens_in_context(pair, template)
+        out |= {
+            **tokenised,
+            "margin": pair.margin,
+            "prompt_key": _digest(_question_of(pair)),
+            "digest": _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
+            "special_in_context": special_tokens_in_context(pair, template),
+        }
     except DropPair as e:
         return {**out, "drop_reason": str(e), "longest": e.longest}
+    except UserError:
+        raise
+    except Exception as e:  # one odd row does not end a run
+        return {**out, "drop_reason": f"unexpected {type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"}
     return {**out, "drop_reason": ""}
+
+
+def _question_of(pair) -> Any:
+    """What stands before the first answer: rows with the same one are held out together."""
+    if isinstance(pair.chosen, str):
+        start = pair.chosen[: pair.n_prompt]
+        # Without a prompt the common start may run into the answers: it is cut where a line begins.
+        return start if pair.prompt_given or "\n" not in start else start[: start.rindex("\n")]
+    first = next((i for i, m in enumerate(pair.chosen) if m["role"] == "assistant"), len(pair.chosen))
+    return pair.chosen[:first]
 
 
 def _digest(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without dictionary entries that are None, at any depth."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _filled(rows: Dataset | IterableDataset) -> tuple[str, ...]:
-    features = rows.features or {}
-    return tuple(name for name in COLUMNS if name in features and not isinstance(features[name], Json))
 
 
 def tokenize_dataset(
@@ -159,12 +168,14 @@ def tokenize_dataset(
     """The kept rows of `rows` as FEATURES (less `drop_reason`), and the counts.
 
     Cached by content: rows, tokenizer, template and settings. Raises UserError when no row is left."""
-    template = _template_for(rows, tokenizer, settings)
-    identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token)
+    refuse_slow(tokenizer)
+    template = _template_for(tokenizer, settings, rows)
+    specials = tokenizer.special_tokens_map  # templates write them
+    identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)
     done = rows.map(
         tokenize_row,
         with_indices=True,
-        fn_kwargs={"template": template, "settings": settings, "filled": _filled(rows)},
+        fn_kwargs={"template": template, "settings": settings},
         remove_columns=rows.column_names,
         features=FEATURES,
         num_proc=num_proc if len(rows) > 1000 else None,
@@ -179,7 +190,7 @@ def tokenize_dataset(
     counts.longest = np.asarray(done["longest"], np.int64)
     kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
     if not counts.kept:
-        raise UserError("no pair is left to train on.\n" + "\n".join(counts.lines()))
+        raise UserError("no pair is left.\n" + "\n".join(counts.lines()))
     return kept.remove_columns(["drop_reason", "longest"]), counts
 
 
@@ -187,7 +198,7 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
     """As `tokenize_dataset`, row by row while the stream is read: (IterableDataset, counts that grow meanwhile).
 
     The first row that is dropped for a reason is named at once; counts of dataloader workers stay in the workers."""
-    first, template = next(iter(rows)), _template_for(rows, tokenizer, settings)
+    first, template = next(iter(rows)), _template_for(tokenizer, settings, rows)
     counts = DropCounts(name, streamed=True)
 
     def keep(row: dict[str, Any]) -> bool:
@@ -197,7 +208,7 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
         counts.add(row)
         return not reason
 
-    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings, "filled": _filled(rows)}}
+    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
     tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
     return tokenised.filter(keep).remove_columns(["drop_reason", "longest"]), counts
 

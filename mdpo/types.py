@@ -35,6 +35,7 @@ class Pair:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     weights: tuple[list[float], list[float]] = ([], [])
     margin: float | None = None
+    prompt_given: bool = True  # in plain strings; else the prompt is what both sides begin with
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 from show_masks import CONTEXT, END, SHARED, SIDES, SUPERVISED
 
 from mdpo.data import row_to_pair
+from mdpo.files import whole_row
 from mdpo.pairs import prepare_pairs, render_settings
 from mdpo.render import tokenize
 from mdpo.sets import load_sets
@@ -26,9 +27,11 @@ OF_A_REASON = 20  # pairs
 def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     """Writes the page: the first `pairs` kept pairs and up to OF_A_REASON of each drop reason. Returns how many of
     each. Raises UserError."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--html: there is no folder {path.absolute().parent}.")
     try:
         kept, _, report = prepare_pairs(recipe, tokenizer)
-        order = sorted(range(len(kept)), key=kept["place"].__getitem__)[:pairs]
+        order = sorted(range(len(kept)), key=list(kept["place"]).__getitem__)[:pairs]
         kept = {row["key"]: row for row in kept.select(order)}
         reasons = {
             key: reason
@@ -41,10 +44,11 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     wanted = list(kept) + [key for key in reasons if key not in kept]
     data = recipe.data
     parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
+    parts += load_sets(data.eval_dataset_mixer, splits=None) if data.eval_dataset_mixer else []
     raw = {}
     for part in parts:
         places = {key: i for i, key in enumerate(part.rows["key"])}
-        raw |= {key: part.rows[places[key]] for key in wanted if key in places}
+        raw |= {key: whole_row(part.rows[places[key]]) for key in wanted if key in places}
     explain = Explainer(tokenizer, render_settings(recipe))
     shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in wanted if key in raw]
     content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
@@ -73,15 +77,15 @@ class Explainer:
             shared = kept["shared_len"] if kept else 0
             sides = [self._side(pair, name, kept, shared) for name in SIDES]
         except DropPair:
-            return {
-                **out,
-                "raw": json.dumps({k: v for k, v in row.items() if k != "key"}, indent=1, ensure_ascii=False),
-            }
+            given = {k: v for k, v in row.items() if k != "key"}
+            return {**out, "raw": json.dumps(given, indent=1, ensure_ascii=False, default=str)}
         return {**out, "shared": shared, "sides": sides}
 
     def _side(self, pair, name: str, kept, shared: int) -> list[list]:
         messages = getattr(pair, name)
-        if isinstance(messages, str) or self.template is None:
+        if self.template is None and not isinstance(messages, str):
+            raise DropPair("no chat template")
+        if isinstance(messages, str):
             ids = kept[f"{name}_ids"] if kept else self.tokenizer(messages)["input_ids"]
             roles, mask = ["text"] * len(ids), [0] * len(ids)
             texts = [self.text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
@@ -97,6 +101,10 @@ class Explainer:
                      for start, end in ranges]  # fmt: skip
             mask = [int(any(a <= start and end <= b for a, b, _ in spans)) for start, end in ranges]
         if kept:
+            trained = kept[f"{name}_ids"]
+            assert ids[: len(trained)] == trained, (
+                f"{kept['key']}: the page would show other tokens than are trained on"
+            )
             mask = kept[f"{name}_mask"]  # the very one that is trained on
         tokens = []
         for t, (token, role) in enumerate(zip(ids, roles, strict=True)):

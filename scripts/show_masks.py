@@ -93,7 +93,7 @@ def training_pairs(argv: list[str]):
 
     recipe, tokenizer = recipe_and_tokenizer(argv)
     rows, _, _ = prepare_pairs(recipe, tokenizer)
-    order = sorted(range(len(rows)), key=rows["place"].__getitem__)
+    order = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)
     specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return map(partial(as_object, text_of=token_text(tokenizer), specials=specials), rows.select(order))
 

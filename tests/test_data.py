@@ -12,10 +12,12 @@ import pytest
 from datasets import Dataset
 from tiny import CHATML, agent_rows, tokenizer_for
 
-from mdpo.data import normalise_messages, row_to_pair
+from mdpo.data import row_to_pair
+from mdpo.files import whole_row, without_nulls
+from mdpo.messages import normalise_messages
 from mdpo.render import RenderSettings
 from mdpo.sets import hold_out, load_sets, mix
-from mdpo.tokens import tokenize_dataset, without_nulls
+from mdpo.tokens import tokenize_dataset
 from mdpo.types import DropPair, UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -82,12 +84,16 @@ def test_other_names_of_roles(name, role):
 
 def test_tool_calls_of_other_formats():
     call = {"name": "f", "arguments": {"x": 1}}
-    wanted = [{"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
+    wanted = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}]
+    assert normalise_messages([{"from": "function_call", "value": call}]) == wanted
     assert normalise_messages([{"from": "function_call", "value": json.dumps(call)}]) == wanted
     assert normalise_messages([{"from": "function_call", "value": json.dumps([call])}]) == wanted
     old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
-    wanted[0]["tool_calls"][0]["type"] = "function"
     assert normalise_messages([old]) == wanted
+    assert normalise_messages([{**old, "function_call": json.dumps(call)}]) == wanted
+    for other in ("parameters", "input", "args"):
+        named = {"type": "function", "name": "f", other: {"x": 1}}
+        assert normalise_messages([{"role": "assistant", "tool_calls": [named]}]) == wanted
 
 
 def test_a_prompt_that_is_a_text_beside_messages():
@@ -222,7 +228,8 @@ LOCAL = ["pairs.parquet", "saved", "saved.arrow", "tables", "pairs.json", "pairs
 def test_local_sets_hold_the_same_rows(name, files):
     [part] = load_sets({str(files / name): 1.0}, ["train", "test"])
     assert (part.name, part.split) == (str(files / name), "train")
-    assert part.rows[3]["chosen"] == agent_rows(10)[3]["chosen"]
+    assert whole_row(part.rows[3])["chosen"] == agent_rows(10)[3]["chosen"]
+    assert set(part.columns) == {"chosen", "rejected"}
     assert part.rows[3]["key"] == (f"{files}/tables/part.parquet:4" if name == "tables" else f"{files / name}:4")
 
 
@@ -266,8 +273,12 @@ def test_rows_of_other_keys_and_types_keep_their_own(tmp_path):
     ] + [{"chosen": "text", "rejected": ["b"], "id": 1}, {"chosen": "text", "rejected": "b", "id": "two"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
-    assert [row["chosen"][0]["tool_calls"][0]["function"]["arguments"] for row in list(part.rows)[:2]] == calls
-    assert [row["rejected"] for row in list(part.rows)[2:]] == [["b"], "b"]
+    assert [
+        row["chosen"][0]["tool_calls"][0]["function"]["arguments"]
+        for row in map(whole_row, part.rows)
+        if isinstance(row["chosen"], list)
+    ] == calls
+    assert [row["rejected"] for row in map(whole_row, part.rows)][2:] == [["b"], "b"]
     table = Dataset.from_list([{"chosen": row["chosen"]} for row in rows[:2]])
     assert None in table[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"].values()
     assert without_nulls(table[0])["chosen"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
@@ -279,7 +290,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
         path.write_text(json.dumps({"chosen": text, "rejected": "b"}) + "\n")
         os.utime(path, ns=(0, len(text) if text == "one" else 99))
         [part] = load_sets({str(path): 1.0}, ["train"])
-        assert part.rows[0]["chosen"] == text
+        assert whole_row(part.rows[0])["chosen"] == text
 
 
 @pytest.mark.parametrize(
@@ -295,6 +306,13 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("broken.json", '[{"chosen": 1},\n{]', "line 2 column 2"),
         ("numbers.json", "[1, 2]", "entry 1 is not a JSON object"),
         ("nothing.json", "[]", "no rows in it"),
+        ("two.json", '{"train": [], "test": []}', "2 arrays (train, test)"),
+        ("number.json", "5", "holds int, no rows"),
+        ("deep.jsonl", '{"a": ' + "[" * 100_000 + "\n", "line 1 cannot be read"),
+        ("digits.jsonl", '{"a": ' + "1" * 5000 + "}\n", "line 1 cannot be read"),
+        ("cut.arrow", b"ARROW1\0\0" + b"x" * 50, "dataset file"),
+        ("cut.parquet", b"PAR1" + b"x" * 50, "dataset file"),
+        ("bad.jsonl.zip", "hello", "cannot be read"),
         ("blank.jsonl", "\n\n", "no rows in it"),
         ("list.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("cut.jsonl.gz", gzip.compress(b"x" * 100)[:-12], "cannot be read"),

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types"},
-    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options"},
     {"tokens", "sums", "layout"},

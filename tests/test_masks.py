@@ -18,7 +18,7 @@ from tiny import CHATML, TRL_TEMPLATES, tokenizer_for, trl_template
 from tokenizers import processors
 from transformers import tokenization_utils_base
 
-from mdpo.data import normalise_messages
+from mdpo.messages import normalise_messages
 from mdpo.render import RenderSettings, special_tokens_in_context, tokenize_pair
 from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, Pair
