@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mdpo.messages import normalise_messages, parsed, same_message
+from mdpo.messages import is_text, normalise_messages, parsed, same_message
 from mdpo.types import DropPair, Message, Pair, UserError
 
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
@@ -93,6 +93,8 @@ def _behind(prompt: list[Message], side: list[Message], weights: list[float], on
 def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
     if any(row.get(name) for name in ("system", "tools", "chat_template_kwargs")):
         raise DropPair("system, tools or chat_template_kwargs beside plain texts")
+    if not all(map(is_text, (prompt or "", *sides))):
+        raise DropPair("content is not text")
     if not all(side.strip() for side in sides):
         raise DropPair("empty or missing content")
     if isinstance(prompt, str):

@@ -37,6 +37,14 @@ def parsed(value: Any, what: str) -> Any:
         raise DropPair(f"{what} are not JSON") from e
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that has bytes: half of a surrogate pair, a cut emoji, has none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def same_message(a: Message, b: Message) -> bool:
     """Whether two normalised messages say the same, white space around it and other fields aside."""
     return (a["role"], a["content"].strip(), a.get("tool_calls")) == (
@@ -51,7 +59,7 @@ def _normalise(message: Message) -> Message:
     content = message.get("content", "")
     if isinstance(content, list):
         content = "".join(_part_text(part) for part in content)
-    if not isinstance(content, str):
+    if not is_text(content):
         raise DropPair("content is not text")
     message["content"] = content
     if not message.get("tool_calls"):

@@ -77,6 +77,7 @@ def check(name: str, code: int, said: str, before: dict[str, bytes], folder: Pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mistake_ends_in_one_message(name, place, tmp_path, monkeypatch, capsys):
+    assert len(NAMES) > 50
     argv, before = place(name), contents(tmp_path)
     monkeypatch.chdir(tmp_path)
     for key, value in environment(tmp_path).items():

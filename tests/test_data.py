@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import os
 import shutil
 import zipfile
@@ -12,12 +13,13 @@ import pytest
 from datasets import Dataset
 from tiny import CHATML, agent_rows, tokenizer_for
 
-from mdpo.data import row_to_pair
-from mdpo.files import whole_row, without_nulls
+from mdpo.data import COLUMNS, row_to_pair
+from mdpo.files import ROW, whole_row, without_nulls
 from mdpo.messages import normalise_messages
 from mdpo.render import RenderSettings
 from mdpo.sets import hold_out, load_sets, mix
-from mdpo.tokens import tokenize_dataset
+from mdpo.template import ChatTemplate
+from mdpo.tokens import PlainText, tokenize_dataset, tokenize_row
 from mdpo.types import DropPair, UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -282,6 +284,116 @@ def test_rows_of_other_keys_and_types_keep_their_own(tmp_path):
     table = Dataset.from_list([{"chosen": row["chosen"]} for row in rows[:2]])
     assert None in table[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"].values()
     assert without_nulls(table[0])["chosen"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
+def test_texts_that_look_like_json_stay_texts(tmp_path):
+    rows = [
+        {"chosen": '"Yes."', "rejected": "42", "prompt": "2024"},
+        {"chosen": '{"city": "Paris"}', "rejected": "true", "prompt": "null"},
+        {"chosen": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"eps": 1e-12, "n": 2**70}}]}]},
+        {"margin": 0.123456789012345, "chosen": "\ud83d"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"rejected": "b", **row}) + "\n" for row in rows))
+    [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+    found = [{k: v for k, v in whole_row(row).items() if k != "key"} for row in part.rows]
+    assert found == [{"rejected": "b", **row} for row in rows]
+    assert math.isnan(whole_row({ROW: '{"margin": NaN}', "key": "a:1"})["margin"])
+
+
+def test_an_archive_of_several_files_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as packed:
+        packed.writestr("a.jsonl", "{}")
+        packed.writestr("b.jsonl", "{}")
+    with pytest.raises(UserError, match="holds 2 files, not one"):
+        load_sets({str(tmp_path / "a.jsonl.zip"): 1.0}, ["train"])
+
+
+def test_brackets_in_the_name_of_a_file_that_is_there(tmp_path):
+    for name in ("pairs[12].jsonl", "pairs1.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"chosen": name, "rejected": "b"}) + "\n")
+    [part] = load_sets({str(tmp_path / "pairs[12].jsonl"): 1.0}, ["train"])
+    assert [whole_row(row)["chosen"] for row in part.rows] == ["pairs[12].jsonl"]
+
+
+def test_rows_with_images_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b", "images": ["x.png"]}) + "\n")
+    with pytest.raises(UserError, match="its rows have images"):
+        load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+
+
+def test_a_prompt_that_sides_repeat_is_written_once():
+    """On one side only, with white space or other fields around it; begun and not continued it is a mismatch."""
+    wanted = ([SYSTEM, U1, A1], [SYSTEM, U1, A2], 2)
+    prompt = [SYSTEM, U1]
+    assert pair(prompt=prompt, chosen=[*prompt, A1], rejected=[A2]) == wanted
+    spaced = [SYSTEM, {**U1, "content": " Two?\n"}]
+    assert pair(prompt=prompt, chosen=[*spaced, A1], rejected=[*prompt, A2]) == wanted
+    assert pair(prompt=prompt, chosen=[SYSTEM, {**U1, "id": 1}, A1], rejected=[A2]) == wanted
+    for side in ([U1, A1], [SYSTEM, U1, A1]):
+        with pytest.raises(DropPair, match="prompt mismatch"):
+            pair(prompt=[*prompt, A3, U2], chosen=side, rejected=[A2])
+    with pytest.raises(DropPair, match="prompt mismatch"):
+        pair(prompt=prompt, chosen=[U1, A1], rejected=[A2])
+
+
+def test_a_prompt_of_one_message_and_prompts_that_are_none():
+    assert pair(prompt=U1, chosen=[A1], rejected=[A2]) == ([U1, A1], [U1, A2], 1)
+    assert pair(conversations={"from": "human", "value": "Two?"}, chosen="2", rejected="3") == ([U1, A1], [U1, A2], 1)
+    assert pair(prompt=[], conversations=[U1], chosen=[A1], rejected=[A2]) == ([U1, A1], [U1, A2], 1)
+    with pytest.raises(DropPair, match="which differ"):
+        pair(prompt=[U1], conversations=[U2], chosen=[A1], rejected=[A2])
+    with pytest.raises(DropPair, match="neither text nor messages"):
+        pair(prompt=42, chosen=[A1], rejected=[A2])
+
+
+# Values that real sets have held, and worse, for every field of a row and of its messages.
+ODD = [None, "", " ", "x", 5, 10**400, -1, float("nan"), True, [], {}, ["x"], [5], {"x": 1}, [[]], [{}], [None], "{",
+       "[[1]]", "null", "\ud83d", [{"role": "user"}], {"role": "assistant", "content": "x"}, [{"name": "f"}],
+       "9" * 5000, "[" * 5000, [{"function": "f"}], [{"function": {"name": 5}}], {"tools": []}, b"x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask_turns", [True, False])
+@pytest.mark.parametrize("strings", [True, False])
+def test_no_odd_row_ends_a_run(strings, mask_turns):
+    """Each field of a good row in turn holds each odd value: kept, or dropped under a name."""
+    template, settings = ChatTemplate(tokenizer_for(CHATML)), RenderSettings(None, mask_turns=mask_turns)
+    good = {"chosen": "2", "rejected": "3"} if strings else {"chosen": [U1, A1], "rejected": [U1, A2]}
+    rows = [{**good, name: odd} for odd in ODD for name in COLUMNS]
+    fields = ("role", "content", "from", "value", "tool_calls", "function_call", "name", "weight", "tool_call_id")
+    rows += [{**good, "chosen": [U1, {**A1, name: odd}]} for odd in ODD for name in fields]
+    calls = ("function", "name", "arguments", "parameters", "id", "type")
+    call = {"name": "f", "arguments": {"x": 1}}
+    rows += [{**good, "chosen": [U1, {**A1, "tool_calls": [{**call, k: odd}]}]} for odd in ODD for k in calls]
+    reasons = []
+    for n, row in enumerate(rows):
+        try:
+            reasons.append(tokenize_row(row, n, template, settings)["drop_reason"])
+        except UserError as error:
+            assert "weight" in str(error) and not mask_turns
+    odd = {reason for reason in reasons if "unexpected" in reason}
+    assert odd <= {"unexpected TypeError: TextInputSequence must be str"}, odd  # half an emoji in a template's variable
+    assert "" in reasons and len(set(reasons)) > (3 if strings else 10)
+
+
+def test_an_error_that_nobody_thought_of_drops_its_row(monkeypatch):
+    monkeypatch.setattr("mdpo.tokens.row_to_pair", lambda *_: 1 / 0)
+    out = tokenize_row({"chosen": "a", "rejected": "b"}, 0, None, RenderSettings(None))
+    assert out["drop_reason"] == "unexpected ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("answers", [("4", "5"), ("four", "five"), ("4", "fish")])
+def test_rows_of_one_question_are_held_out_together(answers):
+    """In plain texts without a prompt the sides' common start runs into the answers."""
+    template, settings = PlainText(tokenizer_for(CHATML)), RenderSettings(None)
+    keys = set()
+    for good, bad in (answers, ("fourteen", "fifteen"), ("yes", "no")):
+        row = {side: f"Human: 2+2?\n\nAssistant: {text}" for side, text in (("chosen", good), ("rejected", bad))}
+        keys.add(tokenize_row(row, 0, template, settings)["prompt_key"])
+    assert len(keys) == 1
+    turns = [U1, A1, U2]
+    keys = {tokenize_row({"prompt": prompt, "chosen": [A2], "rejected": [A3]}, 0, ChatTemplate(tokenizer_for(CHATML)),
+                         settings)["prompt_key"] for prompt in ([U1], turns)}  # fmt: skip
+    assert len(keys) == 1  # another branch of one conversation
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
