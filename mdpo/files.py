@@ -3,6 +3,7 @@ up, as a table of columns would do with the arguments of tool calls."""
 
 import importlib.util
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from lzma import LZMAError
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
+import datasets
 import fsspec
+import xxhash
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from tqdm.auto import tqdm
@@ -93,18 +96,39 @@ def number_rows(rows: Dataset, name: str) -> Dataset:
 
 
 def _read_json(paths: list[str]) -> tuple[Dataset, list[str]]:
-    columns: dict[str, None] = {}
-    for path in paths:  # all of it, so that every mistake has its line before anything is written
-        rows = 0
-        for _, row in tqdm(json_rows(path), desc=f"reading {path}", unit=" rows", delay=3):
-            columns |= dict.fromkeys(row)
-            rows += 1
-        if not rows:
-            raise UserError(f"dataset file {path}: no rows in it.")
     stamps = [(Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]  # a changed file is new
+    columns: list[str] = []
+    for path, stamp in zip(paths, stamps, strict=True):
+        columns += _known_columns(path, stamp)
     features = Features({ROW: Value("string"), "key": Value("string")})
     rows = Dataset.from_generator(_as_texts, features=features, gen_kwargs={"paths": paths, "stamps": stamps})
-    return rows, list(columns)
+    return rows, list(dict.fromkeys(columns))
+
+
+def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
+    """The columns of a JSON file, which is read to its end for them once, so that every mistake has its line before
+    anything is written; kept beside `datasets`' own cache, for other ranks and later starts."""
+    name = xxhash.xxh3_64_hexdigest(json.dumps([str(Path(path).resolve()), *stamp]).encode())
+    kept = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-columns", f"{name}.json")
+    try:
+        return json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pass
+    columns: dict[str, None] = {}
+    rows = 0
+    for _, row in tqdm(json_rows(path), desc=f"reading {path}", unit=" rows", delay=3):
+        columns |= dict.fromkeys(row)
+        rows += 1
+    if not rows:
+        raise UserError(f"dataset file {path}: no rows in it.")
+    draft = kept.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(list(columns)), encoding="utf-8")
+        os.replace(draft, kept)
+    except OSError:  # the file is read again next time
+        draft.unlink(missing_ok=True)
+    return list(columns)
 
 
 def _as_texts(paths: list[str], stamps) -> Iterator[dict]:

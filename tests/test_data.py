@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 from tiny import CHATML, agent_rows, tokenizer_for
 
+from mdpo import files as files_module
 from mdpo.data import COLUMNS, row_to_pair
 from mdpo.files import ROW, whole_row, without_nulls
 from mdpo.messages import normalise_messages
@@ -394,6 +395,17 @@ def test_rows_of_one_question_are_held_out_together(answers):
     keys = {tokenize_row({"prompt": prompt, "chosen": [A2], "rejected": [A3]}, 0, ChatTemplate(tokenizer_for(CHATML)),
                          settings)["prompt_key"] for prompt in ([U1], turns)}  # fmt: skip
     assert len(keys) == 1  # another branch of one conversation
+
+
+def test_a_json_file_is_read_to_its_end_once(tmp_path, monkeypatch):
+    """Other ranks and later starts find its columns and rows in `datasets`' cache."""
+    path, reads, read = tmp_path / "a.jsonl", [], files_module.json_rows
+    path.write_text(json.dumps({"chosen": "a", "rejected": "b", "id": 1}) + "\n")
+    monkeypatch.setattr(files_module, "json_rows", lambda path: (reads.append(path), read(path))[1])
+    for expected in (2, 2):  # once for mistakes and columns, once for the rows
+        [part] = load_sets({str(path): 1.0}, ["train"])
+        assert (part.columns, whole_row(part.rows[0])["chosen"]) == (["chosen", "rejected", "id"], "a")
+        assert len(reads) == expected
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
