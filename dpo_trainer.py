@@ -23,6 +23,7 @@ from trl import DPOConfig
 from mdpo.card import write_card
 from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
+from mdpo.files import first_line
 from mdpo.fused import fuse
 from mdpo.identity import cached_length, default_folder, named_digest, reference_identity, weights_digest
 from mdpo.layout import Layout, packing_refused
@@ -362,7 +363,7 @@ class DPOTrainer(Trainer):
             try:
                 found[0] = named_digest(name, revision, self._cache_dir, subfolder)
             except OSError as error:
-                found[1] = str(error).strip().splitlines()[0]
+                found[1] = first_line(error)
         digest, error = broadcast_object_list(found)
         if error:
             raise UserError(f"reference {name!r} cannot be had: {error}")

@@ -41,8 +41,8 @@ def named_digest(name_or_path: str, revision: str | None, cache: Path, subfolder
         _write(cache / DIGESTS, known)
         adapter = folder / "adapter_config.json"
     else:
-        found = {name: _on_hub(name_or_path, name, revision, subfolder) for name in ("config.json", *BESIDE[1:2])}
-        adapter, config = found["adapter_config.json"], found["config.json"]
+        names = ("config.json", "adapter_config.json")
+        config, adapter = (_on_hub(name_or_path, name, revision, subfolder) for name in names)
         commit = extract_commit_hash(str(adapter or config), None) if adapter or config else None
         if commit is None:
             return None

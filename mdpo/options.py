@@ -44,6 +44,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
     for switch, keys in ONLY_BESIDE.items():
         for key in (key for key in keys if key in (recipe or {}) and not recipe.get(switch)):
             raise UserError(f"{key}: has no effect without {switch}: true.")
+    if (recipe or {}).get("allow_different_prompts") and not args.mask_user_turns:
+        raise UserError("allow_different_prompts: has no effect with mask_user_turns: false, whose prompts TRL finds.")
     _check_losses(args, own)
     for key, advice in INSTEAD.items():
         if getattr(args, key):

@@ -72,10 +72,10 @@ def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataRepo
 
 def without_repeated(rows: Dataset, counts: DropCounts, seen: set[str]) -> Dataset:
     """The rows whose ids and masks are not in `seen`, which grows by theirs. The others are counted."""
-    first, repeated = [], set()
+    first, repeated = [], []
     for i, (digest, key) in enumerate(zip(rows["digest"], rows["key"], strict=True)):
         if digest in seen:
-            repeated.add(key)
+            repeated.append(key)
         else:
             seen.add(digest)
             first.append(i)

@@ -72,10 +72,8 @@ def _part_name(name: str, split: str, found) -> str:
 def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, tuple[Dataset, list[str]]]:
     """{split: (rows, each with a `key`; their columns)}, of the splits that are wanted and there."""
     path, config = Path(name).expanduser(), config or None
-    pattern, saved = (
-        glob.has_magic(name) and not path.exists(),
-        any((path / f).exists() for f in ("state.json", "dataset_dict.json")),
-    )
+    pattern = glob.has_magic(name) and not path.exists()
+    saved = any((path / f).exists() for f in ("state.json", "dataset_dict.json"))
     if config and (path.is_file() or saved or pattern):
         raise UserError(f'dataset_configs: {name} has no configurations; give "" for it.')
     if pattern:

@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from mdpo.types import UserError
 
@@ -18,9 +19,8 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"loading model {name!r}: it cannot be had: {reason}\n"
+            f"loading model {name!r}: it cannot be had: {_reason(e)}\n"
             f"Where the hub cannot be reached, download it elsewhere and set {key} to the local folder; "
             "for a gated model, log in with `hf auth login`."
         ) from e
@@ -37,17 +37,20 @@ def check_model(tokenizer, model, args) -> None:
     name = model.model_name_or_path
     refuse_missing_folder("model_name_or_path", name)
     refuse_pad_token(tokenizer, args.pad_token)
-    if "gguf_file" in (args.model_init_kwargs or {}) or Path(name, "adapter_config.json").is_file():
-        return  # no configuration of its own
+    kwargs = args.model_init_kwargs or {}
+    place = {"revision": model.model_revision, "subfolder": kwargs.get("subfolder", "")}
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-        )
+        if "gguf_file" in kwargs or find_adapter_config_file(name, **place):
+            return  # no configuration of its own
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **place)
     except (OSError, ValueError, ImportError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f"model_name_or_path: {name!r} cannot be had: {reason}") from e
+        raise UserError(f"model_name_or_path: {name!r} cannot be had: {_reason(e)}") from e
     refuse_small_vocabulary(tokenizer, config)
     refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def refuse_router_loss(wanted: float | None, config) -> None:

@@ -66,11 +66,12 @@ class DropCounts:
         for remark in (name for name, true in remarks.items() if true):
             self.kept_with.setdefault(remark, []).append(row["key"])
 
-    def drop(self, keys: set[str], reason: str) -> None:
+    def drop(self, keys: list[str], reason: str) -> None:
         """Kept rows that are dropped after all."""
         self.kept -= len(keys)
-        self.reasons.setdefault(reason, []).extend(sorted(keys))
-        self.kept_with = {name: [k for k in of if k not in keys] for name, of in self.kept_with.items()}
+        self.reasons.setdefault(reason, []).extend(keys)
+        gone = set(keys)
+        self.kept_with = {name: [k for k in of if k not in gone] for name, of in self.kept_with.items()}
 
     @property
     def dropped(self) -> int:
@@ -113,13 +114,12 @@ class PlainText:
 
 def _template_for(tokenizer, settings: RenderSettings, rows):
     """Plain strings do with a tokenizer whose chat template is missing or of no use."""
-    rows = (whole_row(row) for row in islice(rows, 100))
-    sides = (row.get(name) for row in rows for name in ("chosen", "rejected", "prompt", "conversations"))
-    conversational = any(isinstance(side, list | dict) for side in sides)
     try:
         return ChatTemplate(tokenizer, settings.template_kwargs)
     except UserError:
-        if conversational:
+        rows = (whole_row(row) for row in islice(rows, 100))
+        sides = (row.get(name) for row in rows for name in ("chosen", "rejected", "prompt", "conversations"))
+        if any(isinstance(side, list | dict) for side in sides):
             raise
         return PlainText(tokenizer)
 

@@ -7,7 +7,6 @@ output folder. Pairs come in the order of the recipe's sets and of their rows, w
 Without --json the first N pairs (default 2) are printed in colour; where there is none (NO_COLOR, a pipe, a file) marks
 stand in for it: «supervised text⟦end of turn⟧». ┊ stands behind the shared prefix. With --json stdout holds one object
 a line for every training pair, and everything else goes to stderr:
-
     {"key", "shared_len", "chosen": {"ids", "tokens", "mask", "ends", "weights": a list each}, "rejected": {the same}}
 
 `tokens` join to the text that the chat template rendered, but for a character that is split between tokens (each part
@@ -66,14 +65,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This script's options, and the rest for load_recipe. Raises UserError."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pairs", type=int, metavar="N", help="how many pairs to print")
-    parser.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that opens in a browser")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
+    form.add_argument("--html", type=Path, metavar="FILE", help="write a page that opens in a browser")
     try:
         args, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if args.pairs is not None and args.pairs < 1:
-        raise UserError(f"argument --pairs: {args.pairs} is out of range; it has to be >= 1.")
+    if args.pairs is not None and (args.json or args.pairs < 1):
+        what = "has no effect with --json" if args.json else f"{args.pairs} is out of range; it has to be >= 1"
+        raise UserError(f"argument --pairs: {what}.")
     return args, rest
 
 

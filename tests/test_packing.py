@@ -412,7 +412,7 @@ def test_a_head_that_does_more_to_its_logits_is_an_error(collator):
         Layout(Alone, 0).fit(model, collator(AWKWARD["seven"]))
 
 
-def test_two_models_of_one_configuration_switch_back(monkeypatch):
+def test_two_models_of_one_configuration_switch_back():
     policy = tiny("Llama")
     reference = transformers.LlamaForCausalLM(policy.config).eval()
     enable_scoring(reference)

@@ -231,6 +231,8 @@ def test_token_text_keeps_the_spaces(kind):
         (["--pairs=two"], "--pairs: invalid int value: 'two'"),
         (["--pair=1"], "--pair is not a key"),
         (["nowhere.yaml", "--json"], "nowhere.yaml: cannot be read"),
+        (["--pairs=3", "--json"], "--pairs: has no effect with --json"),
+        (["--json", "--html=masks.html"], "--html: not allowed with argument --json"),
     ],
 )
 def test_mistakes_end_in_one_message(argv, words, capsys):

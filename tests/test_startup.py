@@ -5,13 +5,17 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from transformers import LlamaConfig
 
 import run_dpo
 from mdpo.startup import MAIN_SPEAKS_FIRST_S, clear_stale_build_locks, run
+from mdpo.tokenizer import check_model
 from mdpo.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -192,3 +196,25 @@ def test_a_crash_of_several_processes_keeps_its_traceback(tmp_path):
     for code, _, err in gloo_pair(tmp_path, "crash"):
         assert code != 0
         assert "SystemError: a crash" in err
+
+
+def test_a_configuration_is_looked_for_where_the_model_is(tmp_path):
+    """In a subfolder; an adapter has none of its own. A vocabulary that is too small is found there too."""
+    tokenizer = tokenizer_for(CHATML)
+    for name, size in (("right", len(tokenizer)), ("small", 10)):
+        LlamaConfig(vocab_size=size).save_pretrained(tmp_path / "model" / name)
+    LoraConfig(base_model_name_or_path="base").save_pretrained(tmp_path / "adapter")
+
+    def check(folder, **kwargs):
+        model = types.SimpleNamespace(model_name_or_path=str(tmp_path / folder), model_revision=None)
+        args = types.SimpleNamespace(
+            pad_token=None, trust_remote_code=False, router_aux_loss_coef=None, model_init_kwargs=kwargs
+        )
+        check_model(tokenizer, model, args)
+
+    check("adapter")
+    check("model", subfolder="right")
+    with pytest.raises(UserError, match="an embedding for 10"):
+        check("model", subfolder="small")
+    with pytest.raises(UserError, match="model_name_or_path"):
+        check("model")
