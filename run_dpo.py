@@ -14,7 +14,7 @@ from trl import get_peft_config, get_quantization_config
 from dpo_trainer import DPOTrainer
 from mdpo.options import check_options
 from mdpo.pairs import model_init_kwargs, prepare_pairs
-from mdpo.preemption import held
+from mdpo.preemption import held, marks
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, StepTimer, peak_memory_gb, show_result, write_report
 from mdpo.run_folder import agreed, prepare_output_dir, refuse_another_run
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     clear_stale_build_locks()  # before TrainingArguments starts DeepSpeed
     recipe = load_recipe(argv)
     args, data = recipe.training, recipe.data
+    marks(args.output_dir)
     say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
 
     ################
