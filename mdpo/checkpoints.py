@@ -9,6 +9,7 @@ output_dir/
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -165,6 +166,20 @@ def move_files(source: Path, folder: Path) -> None:
         path.replace(target)
     source.rmdir()
     _gone_when_empty(source.parent)
+
+
+@contextmanager
+def writing(what: str | Path):
+    """Turns the disk's trouble within it into a UserError about `what`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise UserError(
+            f"{what} could not be written: {error}\nWhole checkpoints are as they were. Make room (save_total_limit says "
+            "how many are kept) or put it right, then start the same command again: it goes on from the newest one."
+        ) from error
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -76,13 +76,16 @@ def test_a_disk_that_cannot_be_written(trouble, forge, workshop, undisturbed, sm
     if trouble == "read-only":
         run.until(lambda: steps(out), "a checkpoint")
         run.signal(signal.SIGSTOP)
-        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        subprocess.run(["mount", "--bind", out, out], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", out], check=True)
         run.signal(signal.SIGCONT)
     assert run.end() == 1, run.log[-3000:]
     assert "could not be written" in run.log and "Traceback" not in run.log
     whole = steps(out)
     assert whole and whole[-1] < 40
-    subprocess.run(["mount", "-o", "remount,rw,size=300m", small_disk], check=True)
+    if trouble == "read-only":
+        subprocess.run(["umount", "-l", out], check=True)
+    subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
     assert run.end() == 0, run.log[-3000:]
     assert f"going on from {out}/checkpoint-{whole[-1]}" in run.log
@@ -103,7 +106,7 @@ def test_another_recipe_never_goes_on_and_another_interval_does(forge, workshop,
         ("--lr_scheduler_type=linear", "lr_scheduler_type: cosine → linear"),
         ("--loss_type=ipo", "loss_type: ['sigmoid'] → ['ipo']"),
         ("--per_device_train_batch_size=4", "per_device_train_batch_size: 2 → 4"),
-        ("--num_train_epochs=3", "num_train_epochs: 2.0 → 3"),
+        ("--num_train_epochs=3", "num_train_epochs: 2 → 3"),
         ("--seed=8", "seed: 7 → 8"),
         (f"--dataset_mixer={{{tmp_path}/fewer.jsonl: 1.0}}", "fewer.jsonl"),
         (f"--model_name_or_path={tmp_path}/model", f"{tmp_path}/model"),
