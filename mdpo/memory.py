@@ -13,6 +13,7 @@ from mdpo.footprint import Skeleton
 from mdpo.sharding import Sharding
 
 GB = 1e9
+STEP, OPTIMISER, EVALUATION = "a training step", "the optimiser's step", "evaluation"
 BUCKET = 500_000_000  # elements: reduce_bucket_size
 LIVE = 1_000_000_000  # elements: stage3_max_live_parameters, and what it may fetch ahead of its use
 SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimiser steps on at a time
@@ -24,15 +25,25 @@ ROUND = 64  # tokens: how exactly the longest max_length is looked for
 
 @dataclass
 class MemoryPlan:
-    """`parts` (bytes) of the phase that needs most, which is named in `phase`; `cpu`: bytes that offloading keeps on
-    each machine; `at` gives the same for another max_length, `limit` is the longest that the model knows."""
+    """`phases`: bytes by part, of STEP, OPTIMISER and, where there are held-out pairs, EVALUATION. `cpu`: bytes that
+    offloading keeps on each machine; `at` gives the plan of another max_length, `limit` is the longest that the model
+    knows."""
 
-    parts: dict[str, float]
-    phase: str
+    phases: dict[str, dict[str, float]]
     length: int
     cpu: float
     limit: int
     at: Callable[[int], "MemoryPlan"]
+
+    @property
+    def phase(self) -> str:
+        """The one that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part while most is needed."""
+        return {name: size for name, size in self.phases[self.phase].items() if size}
 
     @property
     def total(self) -> float:
@@ -105,13 +116,10 @@ class Needs:
 
     def plan(self, length: int) -> MemoryPlan:
         if length not in self._plans:
-            found = {"a training step": self._step(length), "the optimiser's step": self._optimiser_step()}
-            if self.evaluates:
-                found["evaluation"] = self._evaluation(length)
-            phase = max(found, key=lambda name: sum(found[name].values()))
+            found = {STEP: self._step(length), OPTIMISER: self._optimiser_step()}
+            found |= {EVALUATION: self._evaluation(length)} if self.evaluates else {}
             known = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
-            parts = {name: size for name, size in found[phase].items() if size}
-            self._plans[length] = MemoryPlan(parts, phase, length, self._in_cpu(), max(known, length), self.plan)
+            self._plans[length] = MemoryPlan(found, length, self._in_cpu(), max(known, length), self.plan)
         return self._plans[length]
 
     def _step(self, length: int) -> dict[str, float]:
