@@ -14,6 +14,8 @@ from mdpo.sharding import Sharding
 
 GB = 1e9
 STEP, OPTIMISER, EVALUATION = "a training step", "the optimiser's step", "evaluation"
+SHOWN = ("weights", "gradients", "optimiser states", "reference", "gathered weights", "communication", "activations")
+SHOWN += ("LM head", "libraries (assumed)")
 BUCKET = 500_000_000  # elements: reduce_bucket_size
 LIVE = 1_000_000_000  # elements: stage3_max_live_parameters, and what it may fetch ahead of its use
 SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimiser steps on at a time
@@ -43,7 +45,8 @@ class MemoryPlan:
     @property
     def parts(self) -> dict[str, float]:
         """Bytes by part while most is needed."""
-        return {name: size for name, size in self.phases[self.phase].items() if size}
+        found = self.phases[self.phase]
+        return {name: found[name] for name in SHOWN if found.get(name)}
 
     @property
     def total(self) -> float:

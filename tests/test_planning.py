@@ -235,11 +235,29 @@ def test_a_recipe_in_place_of_an_accelerate_file():
 # ------------------------------------------------------------------------------------------------------------- script
 
 
-def test_script(tmp_path, capsys):
-    """The table, a verdict for a small GPU and exit code 1; ZeRO-3 in a file, settings in any order."""
+@pytest.fixture
+def script():
     spec = importlib.util.spec_from_file_location("plan_memory_script", ROOT / "scripts/plan_memory.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_s_commands_run(tmp_path, script, capsys, monkeypatch):
+    """With a small model's configuration in place of the one on the hub."""
+    monkeypatch.chdir(ROOT)
+    TINY.save_pretrained(tmp_path)
+    lines = re.findall(r"^    python scripts/plan_memory.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        script.main([*line.split(), f"--model_name_or_path={tmp_path}"])
+    said = capsys.readouterr().out
+    assert "8 GPUs, ZeRO-2" in said and "4 GPUs, ZeRO-3" in said and "at max_length 4096" in said
+    assert "FITS into 80 GB" in said and "FITS into 40 GB" in said
+
+
+def test_script(tmp_path, script, capsys):
+    """The table, a verdict for a small GPU and exit code 1; ZeRO-3 in a file, settings in any order."""
     recipe_for(tmp_path, TINY, **BF16)
     argv = [
         "--config_file",
