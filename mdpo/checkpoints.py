@@ -177,8 +177,8 @@ def writing(what: str | Path):
         if not is_write_failure(error):
             raise
         raise UserError(
-            f"{what} could not be written: {error}\nWhole checkpoints are as they were. Make room (save_total_limit says "
-            "how many are kept) or put it right, then start the same command again: it goes on from the newest."
+            f"{what} could not be written: {error}\nWhole checkpoints are as they were. Make room (save_total_limit "
+            "says how many are kept) or put it right, then start the same command again: it goes on from the newest."
         ) from error
 
 

@@ -17,12 +17,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
+    {"allocations", "sharding"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options"},
     {"tokens", "sums", "layout"},
     {"reference", "reference_cache", "metrics", "data_report", "report", "card"},
-    {"pairs", "sampling", "checkpointed_trainer", "run_identity"},
+    {"pairs", "sampling", "checkpointed_trainer", "run_identity", "footprint"},
+    {"memory"},
+    {"planning"},
+    {"out_of_memory"},
     {"guarded_trainer", "run_folder"},
 ]
 
