@@ -85,18 +85,50 @@ def test_every_loss_is_in_the_readme():
     assert [name for name, ours in names if not ours] == list(OF_TRL)
 
 
+# Processes, machines, ZeRO stage (None without DeepSpeed), precision, CPU only.
+ACCELERATE = {
+    "cpu.yaml": (1, 1, None, "no", True),
+    "single_gpu.yaml": (1, 1, None, "bf16", False),
+    "zero2_cpu.yaml": (2, 1, 2, "no", True),
+    "zero2_for_dpo.yaml": (8, 1, 2, "bf16", False),
+    "zero2_pf.yaml": (8, 1, 2, "bf16", False),
+    "zero3_cpu.yaml": (2, 1, 3, "no", True),
+    "zero3_for_dpo.yaml": (8, 1, 3, "bf16", False),
+    "zero3_offload_for_dpo.yaml": (8, 1, 3, "bf16", False),
+    "zero3_pf.yaml": (8, 1, 3, "bf16", False),
+    "zero3_two_nodes.yaml": (16, 2, 3, "bf16", False),
+}
+
+
 @pytest.mark.parametrize("path", accelerate_files(), ids=lambda p: p.name)
 def test_accelerate_files_load(path):
+    """Through accelerate's own loader, which refuses unknown keys; those inside deepspeed_config it takes unread, and so
+    they are compared with the launcher's flags. No recipe's numbers: TrainingArguments fills them in."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    deepspeed = config.deepspeed_config
+    found = (config.num_processes, config.num_machines, deepspeed.get("zero_stage"), config.mixed_precision)
+    assert (*found, config.use_cpu) == ACCELERATE[path.name]
+    assert config.distributed_type == ("DEEPSPEED" if deepspeed else "NO")
+    assert set(deepspeed) <= set(vars(launch_command_parser().parse_args(["run_dpo.py"])))
+    assert not {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"} & set(deepspeed)
+    offload = "cpu" if "offload" in path.name else "none"
+    if deepspeed:
+        assert deepspeed["offload_optimizer_device"] == deepspeed["offload_param_device"] == offload
+        assert deepspeed["deepspeed_multinode_launcher"] == "standard"
+        three = deepspeed["zero_stage"] == 3  # else a checkpoint holds empty tensors
+        assert deepspeed["zero3_init_flag"] is deepspeed.get("zero3_save_16bit_model", False) is three
+
+
+def test_an_unknown_accelerate_key_would_be_seen(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(path))  # refuses unknown keys
-    raw = yaml.safe_load(path.read_text())
-    assert config.num_processes == raw["num_processes"]
-    if "zero3" in path.name:
-        assert raw["deepspeed_config"]["zero_stage"] == 3
-        assert raw["deepspeed_config"]["zero3_save_16bit_model"] is True
-    if path.name in ("zero2_for_dpo.yaml", "zero3_for_dpo.yaml"):
-        assert (raw["num_processes"], raw["mixed_precision"]) == (8, "bf16")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((ROOT / "training_configs/cpu.yaml").read_text() + "num_proceses: 2\n")
+    with pytest.raises(ValueError, match="num_proceses"):
+        load_config_from_file(str(wrong))
 
 
 def test_links_of_older_names():
@@ -104,7 +136,7 @@ def test_links_of_older_names():
     for stage in (2, 3):
         link = ROOT / f"training_configs/zero{stage}_pf.yaml"
         assert link.is_symlink() and link.resolve().name == f"zero{stage}_for_dpo.yaml"
-    assert len(accelerate_files()) >= 7
+    assert [path.name for path in accelerate_files()] == list(ACCELERATE)
 
 
 def test_pins():
