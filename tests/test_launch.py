@@ -7,6 +7,7 @@ others packed ones.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,19 +68,21 @@ seed: 7
     return folder
 
 
-def launch(config, workshop, extensions, out, *flags, recipe="recipe.yaml", env=None):
-    command = [*LAUNCHER, "--config_file", f"training_configs/{config}.yaml", "--main_process_port", "0", "run_dpo.py"]
-    environment = {
-        **os.environ,
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        **(env or {}),
-    }
+def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="recipe.yaml"):
+    command = [*LAUNCHER, "--config_file", f"training_configs/{config}.yaml", "--main_process_port", port, *of_launcher]
+    return [*command, "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
+
+
+def environment_of(extensions, env=None):
+    own = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own, **(env or {})}
+
+
+def launch(config, workshop, extensions, out, *flags, env=None, **options):
     done = subprocess.run(
-        [*command, str(workshop / recipe), f"--output_dir={out}", *flags],
+        command_of(config, workshop, out, *flags, **options),
         cwd=ROOT,
-        env=environment,
+        env=environment_of(extensions, env),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -220,6 +223,52 @@ def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
     code, text = launch(f"zero{stage}_cpu", workshop, extensions, again, *flags)
     assert code == 0, text[-4000:]
     compare(again, one, workshop, tokens=False)  # num_tokens begins anew, as in TRL
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def launch_two_nodes(workshop, extensions, out, logs, *flags):
+    """A launcher for each of two "machines", as a job of two nodes has; they share the home and the output folder."""
+    nodes, port = [], free_port()
+    for rank in range(2):
+        where = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
+        where += ["--main_process_ip", "127.0.0.1"]
+        command = command_of("zero3_cpu", workshop, out, *flags, port=port, of_launcher=where)
+        with open(logs / f"node-{rank}.txt", "w") as log:
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment_of(extensions), **output))
+    try:
+        codes = [node.wait(timeout=TIMEOUT_S) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    return codes, [(logs / f"node-{rank}.txt").read_text() for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, tmp_path):
+    """Both have a process of LOCAL_RANK 0, and only the first node's may speak and write into the shared folder."""
+    flags = ["--per_device_train_batch_size=2", f"--precompute_ref_log_probs={ahead}"]
+    flags += [f"--reference_cache_dir={tmp_path}/cache"] if ahead == "true" else []
+    flags += [f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}", "--save_strategy=steps", "--save_steps=2"]
+    out = tmp_path / "out"
+    codes, (first, second) = launch_two_nodes(workshop, extensions, out, tmp_path, *flags)
+    assert codes == [0, 0], first[-4000:] + second[-4000:]
+    line = "global batch 4 = 2 pairs per device × 1 accumulation × 2 processes"
+    assert line in first and line not in second
+    compare(out, one_process, workshop)
+    assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+    states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
+    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimiser
+    if ahead == "true":
+        shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
+        assert shards == {"0", "1"}
 
 
 @pytest.mark.slow
