@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
@@ -69,7 +70,8 @@ seed: 7
 
 
 def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="recipe.yaml"):
-    command = [*LAUNCHER, "--config_file", f"training_configs/{config}.yaml", "--main_process_port", port, *of_launcher]
+    file = config if isinstance(config, Path) else f"training_configs/{config}.yaml"
+    command = [*LAUNCHER, "--config_file", str(file), "--main_process_port", port, *of_launcher]
     return [*command, "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
 
 
@@ -225,6 +227,15 @@ def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
     compare(again, one, workshop, tokens=False)  # num_tokens begins anew, as in TRL
 
 
+def on_two_cpus(config, folder) -> Path:
+    """A file that is meant for GPUs, for two processes without any. The launcher's flag --cpu would start one process
+    without DeepSpeed."""
+    raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
+    path = folder / f"{config}_on_cpu.yaml"
+    path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2}))
+    return path
+
+
 def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -233,11 +244,10 @@ def free_port() -> str:
 
 def launch_two_nodes(workshop, extensions, out, logs, *flags):
     """A launcher for each of two "machines", as a job of two nodes has; they share the home and the output folder."""
-    nodes, port = [], free_port()
+    nodes, port, config = [], free_port(), on_two_cpus("zero3_two_nodes", logs)
     for rank in range(2):
-        where = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
-        where += ["--main_process_ip", "127.0.0.1"]
-        command = command_of("zero3_cpu", workshop, out, *flags, port=port, of_launcher=where)
+        where = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
+        command = command_of(config, workshop, out, *flags, port=port, of_launcher=where)
         with open(logs / f"node-{rank}.txt", "w") as log:
             output = {"stdout": log, "stderr": subprocess.STDOUT}
             nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment_of(extensions), **output))
@@ -269,6 +279,15 @@ def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, t
     if ahead == "true":
         shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
         assert shards == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_offload_equals_one_process(workshop, extensions, one_process, tmp_path):
+    flags, config = ["--per_device_train_batch_size=2"], on_two_cpus("zero3_offload_for_dpo", tmp_path)
+    code, text = launch(config, workshop, extensions, tmp_path / "out", *flags)
+    assert code == 0, text[-4000:]
+    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimiser states are offloaded
+    compare(tmp_path / "out", one_process, workshop)
 
 
 @pytest.mark.slow
