@@ -2,7 +2,7 @@
 
 Writes safetensors, generation config, tokenizer and chat template: a model as any other, without PEFT. It is loaded
 again and has to give the adapter's log-probs, else nothing is left. `--base`: the base model, where the adapter's own
-entry does not lead to it. `--dtype`: of the weights written, else the base's. Takes 4 bytes of memory a parameter, no GPU.
+entry does not lead to it. `--dtype`: of the weights written, else the base's. Takes 4 bytes of memory a parameter.
 """
 
 import argparse

@@ -150,7 +150,7 @@ def test_pins():
 
 def commands() -> list[str]:
     """Every line of README's code blocks and indented commands that starts one of our programs."""
-    lines = re.findall(r"^(?:    )?((?:accelerate launch|python|make|pip) [^\n`]*)$", README, re.MULTILINE)
+    lines = re.findall(r"^(?:    )?((?:accelerate launch|python|make|pip|sbatch) [^\n`]*)$", README, re.MULTILINE)
     lines += re.findall(r"`((?:accelerate launch|python|make) [^\n`]*)`", README)
     return sorted({line.split("    #")[0].strip() for line in lines})
 
@@ -158,11 +158,13 @@ def commands() -> list[str]:
 def test_readme_has_the_commands_that_users_come_for():
     assert "accelerate launch --config_file zero2_for_dpo.yaml run_dpo.py" in commands()
     assert {"make quickstart", "make test"} <= set(commands())
+    assert {command.split()[0] for command in commands()} == {"accelerate", "python", "make", "pip", "sbatch"}
 
 
 @pytest.mark.parametrize("command", commands())
 def test_readme_commands_parse(command, monkeypatch, tmp_path):
-    """Files exist, targets exist, and what goes to run_dpo.py is accepted by the recipe parser."""
+    """Files and targets exist; what goes to the launcher is accepted by it, and what goes to run_dpo.py by the recipe
+    parser."""
     words = shlex.split(command.replace("RECIPE.yaml", "recipes/smollm2-135m/dpo/config_quickstart.yaml"))
     monkeypatch.chdir(ROOT)
     if words[0] == "make":
@@ -171,9 +173,15 @@ def test_readme_commands_parse(command, monkeypatch, tmp_path):
         return
     if words[0] == "pip":
         return
-    files = [w for w in words if re.search(r"\.(py|yaml)$", w) and not w.startswith("-")]
+    files = [w for w in words if re.search(r"\.(py|yaml|slurm)$", w) and not w.startswith("-")]
     assert files
     for file in files:
         assert (ROOT / file).exists(), f"{command}: {file}"
     if "run_dpo.py" in words and "--help" not in words:
         load_recipe(words[words.index("run_dpo.py") + 1 :])
+    if words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        assert launch_command_parser().parse_args(words[2:]).training_script == "run_dpo.py"
+    if words[0] == "sbatch":
+        load_recipe(words[words.index("scripts/launch.slurm") + 2 :])
