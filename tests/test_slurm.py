@@ -192,22 +192,25 @@ def test_the_time_limit_ends_in_a_checkpoint_and_in_the_queue(cluster, signalled
     assert (cluster / "out dir" / "PREEMPTED").read_text() == "step 3"
 
 
-def test_preemption_with_a_grace_time_signals_the_nodes_alone(cluster):
+@pytest.mark.parametrize("signalled", ["first", "all"])
+def test_preemption_with_a_grace_time_signals_the_nodes_alone(cluster, signalled):
     job = start(cluster, "train")
     until(cluster, "ready-*")
     for node in range(2):
-        os.kill(int((cluster / "fake" / f"node-{node}").read_text()), signal.SIGTERM)
+        kill = os.killpg if signalled == "all" else os.kill
+        kill(int((cluster / "fake" / f"node-{node}").read_text()), signal.SIGTERM)
     code, output, calls = end(cluster, job)
     assert (code, calls) == (1, [REQUEUED]), output
 
 
 def test_a_cancelled_job_stays_cancelled(cluster):
-    job = start(cluster, "train", state="CANCELLED")
+    """`scancel` sends TERM to all of the job, and trainers write a checkpoint; Slurm says COMPLETING meanwhile."""
+    job = start(cluster, "train", state="COMPLETING")
     until(cluster, "ready-*")
     job.send_signal(signal.SIGTERM)
     code, output, calls = end(cluster, job)
     assert (code, calls) == (1, ["scancel --signal=USR1 123456.0"]), output
-    assert (cluster / "out dir" / "PREEMPTED").exists() and "cancelled; a checkpoint is in" in output
+    assert (cluster / "out dir" / "PREEMPTED").exists() and "Slurm is ending the job" in output
 
 
 def test_a_run_that_fails_when_asked_is_not_queued_again(cluster):
@@ -221,7 +224,7 @@ def test_a_run_that_fails_when_asked_is_not_queued_again(cluster):
 
 def test_wrong_twin_whose_launcher_does_not_ignore_the_signal(cluster):
     """The stand-ins can tell: without the line the launcher dies of USR1, and its node with it."""
-    line = "    trap '' USR1 # inherited by the launcher\n"
+    line = "    trap '' USR1 TERM # inherited by the launcher\n"
     assert line in SCRIPT.read_text()
     twin = cluster / "twin.slurm"
     twin.write_text(SCRIPT.read_text().replace(line, ""))
