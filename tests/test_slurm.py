@@ -5,9 +5,11 @@ launcher dies of USR1 and turns every code into 1; trainers checkpoint together,
 
 import json
 import os
+import random
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,15 +117,24 @@ def cluster(tmp_path):
     return tmp_path
 
 
-def start(cluster, mode, script=SCRIPT, state="RUNNING", signalled="first", **env):
+def start(cluster, mode, script=SCRIPT, state="RUNNING", signalled="first", config="two.yaml", **env):
     """The batch shell, as Slurm starts it on the first of two nodes."""
     environment = {"PATH": f"{cluster / 'bin'}:/usr/bin:/bin", "HOME": "/nowhere", "FAKE": str(cluster / "fake")}
     environment |= {"MODE": mode, "STATE": state, "SIGNALLED": signalled}
     environment |= {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n07,n08", "SLURM_GPUS_ON_NODE": "4", **env}
-    command = ["bash", script, "two.yaml", "recipe.yaml", f"--output_dir={cluster}/out dir", *ODD]
+    command = ["bash", script, config, "recipe.yaml", f"--output_dir={cluster}/out dir", *ODD]
     return subprocess.Popen(
         command, cwd=cluster, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def free_port() -> int:
+    """One of those that the script takes."""
+    while True:
+        port = random.randrange(10001, 30000)
+        with socket.socket() as found:
+            if found.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def until(cluster, pattern):
@@ -201,6 +212,23 @@ def test_preemption_with_a_grace_time_signals_the_nodes_alone(cluster, signalled
         kill(int((cluster / "fake" / f"node-{node}").read_text()), signal.SIGTERM)
     code, output, calls = end(cluster, job)
     assert (code, calls) == (1, [REQUEUED]), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", ["first", "all"])
+def test_accelerate_itself_lives_through_the_signal(cluster, signalled):
+    """The launcher is the real one, with DeepSpeed, on each of two "nodes" of one process: trainers are its children, it
+    does not die of the signal, and it does not stop one rank because another has ended."""
+    (cluster / "bin" / "accelerate").unlink()
+    (cluster / "bin" / "accelerate").symlink_to(Path(sys.executable).parent / "accelerate")
+    env = {"SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.1", "SLURM_GPUS_ON_NODE": "1", "HOME": str(cluster)}
+    env["SLURM_JOB_ID"] = str(free_port() - 10000)
+    job = start(cluster, "train", signalled=signalled, config=ROOT / "training_configs/zero3_cpu.yaml", **env)
+    until(cluster, "ready-*")
+    job.send_signal(signal.SIGUSR1)
+    code, output, calls = end(cluster, job)
+    assert (code, calls[1:]) == (1, [f"scontrol requeue {env['SLURM_JOB_ID']}"]), output
+    assert (cluster / "out dir" / "PREEMPTED").read_text() == "step 3"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster):
