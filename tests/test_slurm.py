@@ -217,7 +217,7 @@ def test_preemption_with_a_grace_time_signals_the_nodes_alone(cluster, signalled
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", ["first", "all"])
 def test_accelerate_itself_lives_through_the_signal(cluster, signalled):
-    """The launcher is the real one, with DeepSpeed, on each of two "nodes" of one process: trainers are its children, it
+    """The launcher is the real one, with DeepSpeed, on two "nodes" of one process each: trainers are its children, it
     does not die of the signal, and it does not stop one rank because another has ended."""
     (cluster / "bin" / "accelerate").unlink()
     (cluster / "bin" / "accelerate").symlink_to(Path(sys.executable).parent / "accelerate")
