@@ -81,8 +81,12 @@ rank, mode = os.environ["RANK"], os.environ["MODE"]
 if mode in ("success", "failure"):
     sys.exit(0 if mode == "success" else 3)
 asked = threading.Event()
+(fake / f"up-{rank}").touch()
+while mode == "late" and not (fake / "go").exists():
+    time.sleep(0.01)
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, lambda *_: asked.set())
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, lambda *_: asked.set())
 (fake / f"ready-{rank}").touch()
 while not asked.wait(0.05):
     pass
@@ -111,7 +115,9 @@ def cluster(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(COMMON.replace("PYTHON", sys.executable) + text)
         path.chmod(0o755)
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    python = tmp_path / "bin" / "python"  # a link would not find the packages of a virtual environment
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     (tmp_path / "two.yaml").touch()
     (tmp_path / "fake").mkdir()
     return tmp_path
@@ -137,9 +143,11 @@ def free_port() -> int:
                 return port
 
 
-def until(cluster, pattern):
+def until(cluster, job, pattern, count=2, text=""):
+    """Waits for so many files with `text` in them, while the job runs."""
     deadline = time.monotonic() + TIMEOUT_S
-    while len(list((cluster / "fake").glob(pattern))) < 2:
+    while sum(text in path.read_text() for path in (cluster / "fake").glob(pattern)) < count:
+        assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline, pattern
         time.sleep(0.02)
 
@@ -196,7 +204,7 @@ def test_the_time_limit_ends_in_a_checkpoint_and_in_the_queue(cluster, signalled
     if earlier:
         leave_marker(cluster)
     job = start(cluster, "train", signalled=signalled)
-    until(cluster, "ready-*")
+    until(cluster, job, "ready-*")
     job.send_signal(signal.SIGUSR1)
     code, output, calls = end(cluster, job)
     assert (code, calls) == (1, ["scancel --signal=USR1 123456.0", REQUEUED]), output
@@ -206,7 +214,7 @@ def test_the_time_limit_ends_in_a_checkpoint_and_in_the_queue(cluster, signalled
 @pytest.mark.parametrize("signalled", ["first", "all"])
 def test_preemption_with_a_grace_time_signals_the_nodes_alone(cluster, signalled):
     job = start(cluster, "train")
-    until(cluster, "ready-*")
+    until(cluster, job, "ready-*")
     for node in range(2):
         kill = os.killpg if signalled == "all" else os.kill
         kill(int((cluster / "fake" / f"node-{node}").read_text()), signal.SIGTERM)
@@ -224,7 +232,7 @@ def test_accelerate_itself_lives_through_the_signal(cluster, signalled):
     env = {"SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.1", "SLURM_GPUS_ON_NODE": "1", "HOME": str(cluster)}
     env["SLURM_JOB_ID"] = str(free_port() - 10000)
     job = start(cluster, "train", signalled=signalled, config=ROOT / "training_configs/zero3_cpu.yaml", **env)
-    until(cluster, "ready-*")
+    until(cluster, job, "ready-*")
     job.send_signal(signal.SIGUSR1)
     code, output, calls = end(cluster, job)
     assert (code, calls[1:]) == (1, [f"scontrol requeue {env['SLURM_JOB_ID']}"]), output
@@ -234,7 +242,7 @@ def test_accelerate_itself_lives_through_the_signal(cluster, signalled):
 def test_a_cancelled_job_stays_cancelled(cluster):
     """`scancel` sends TERM to all of the job, and trainers write a checkpoint; Slurm says COMPLETING meanwhile."""
     job = start(cluster, "train", state="COMPLETING")
-    until(cluster, "ready-*")
+    until(cluster, job, "ready-*")
     job.send_signal(signal.SIGTERM)
     code, output, calls = end(cluster, job)
     assert (code, calls) == (1, ["scancel --signal=USR1 123456.0"]), output
@@ -244,20 +252,33 @@ def test_a_cancelled_job_stays_cancelled(cluster):
 def test_a_run_that_fails_when_asked_is_not_queued_again(cluster):
     leave_marker(cluster)
     job = start(cluster, "fails when asked")
-    until(cluster, "ready-*")
+    until(cluster, job, "ready-*")
     job.send_signal(signal.SIGUSR1)
     code, output, calls = end(cluster, job)
     assert (code, calls) == (1, ["scancel --signal=USR1 123456.0"]), output
 
 
-def test_wrong_twin_whose_launcher_does_not_ignore_the_signal(cluster):
-    """The stand-ins can tell: without the line the launcher dies of USR1, and its node with it."""
-    line = "    trap '' USR1 TERM # inherited by the launcher\n"
+def test_trainers_are_asked_once_they_listen(cluster):
+    """A signal in the seconds of imports would kill them, and a run that was preempted then would be a failed one."""
+    job = start(cluster, "late")
+    until(cluster, job, "up-*")
+    job.send_signal(signal.SIGUSR1)
+    until(cluster, job, "calls", 1, "scancel")
+    time.sleep(1)  # for a script that would not wait
+    assert job.poll() is None
+    (cluster / "fake" / "go").touch()
+    code, output, calls = end(cluster, job)
+    assert (code, calls) == (1, ["scancel --signal=USR1 123456.0", REQUEUED]), output
+
+
+def test_wrong_twin_whose_launcher_is_not_deaf(cluster):
+    """The stand-ins can tell: where it has no handlers the launcher dies of USR1, and its node with it."""
+    line = "    signal.signal(number, lambda *_: None)\n"
     assert line in SCRIPT.read_text()
     twin = cluster / "twin.slurm"
-    twin.write_text(SCRIPT.read_text().replace(line, ""))
+    twin.write_text(SCRIPT.read_text().replace(line, "    pass\n"))
     job = start(cluster, "train", script=twin, signalled="all")
-    until(cluster, "ready-*")
+    until(cluster, job, "ready-*")
     job.send_signal(signal.SIGUSR1)
     assert end(cluster, job)[0] == 128 + signal.SIGUSR1
 
