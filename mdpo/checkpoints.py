@@ -217,7 +217,9 @@ def expected_weights(model) -> dict[str, int]:
         return p.ds_numel if hasattr(p, "ds_numel") else p.numel()
 
     if hasattr(model, "peft_config"):
-        # Names in an adapter file leave the adapter's name out.
-        named = {n: p for n, p in model.named_parameters() if ".default" in n}
-        return {n.replace(".default", ""): size(p) for n, p in named.items() if "modules_to_save" not in n}
+        # Names in an adapter file leave the adapter's name out, and of DoRA's magnitudes the last part too.
+        named = {n: p for n, p in model.named_parameters() if ".default" in n and "modules_to_save" not in n}
+        dora = ".lora_magnitude_vector.default.weight"
+        short = {n: n.removesuffix(".weight") if n.endswith(dora) else n for n in named}
+        return {short[n].replace(".default", ""): size(p) for n, p in named.items()}
     return {name: size(p) for name, p in model.named_parameters()}
