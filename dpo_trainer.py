@@ -49,6 +49,7 @@ from mdpo.render import RenderSettings
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.tokenizer import refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
+from mdpo.turns import joined, turn_rewards
 from mdpo.types import UserError
 
 AnyDataset = Dataset | IterableDataset
@@ -428,7 +429,12 @@ class DPOTrainer(Trainer):
             losses = losses + self.aux_loss_coef * scores.aux_loss
 
         mode = "train" if self.model.training else "eval"
-        self._tables[mode].append(pair_table(batch, scores, losses, terms, nll))
+        turns = None
+        ############## MODIFICATION 13: margins and accuracy by turn; TRL has those of whole sides.
+        if self.render_settings.mask_turns and "score_turn" in batch:
+            turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
+        ############## MODIFICATION 13 END
+        self._tables[mode].append(pair_table(batch, scores, losses, terms, nll, turns))
         if mode == "train":
             self._train_tokens += n_tokens(batch)
         return (losses.mean(), policy) if return_outputs else losses.mean()
@@ -477,7 +483,7 @@ class DPOTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         ############## MODIFICATION 4: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables = gather_object([torch.cat(self._tables["eval"]).cpu()])
+        tables = gather_object([joined(self._tables["eval"]).cpu()])
         self._tables["eval"].clear()
         table = evaluated_once(tables)
         metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}

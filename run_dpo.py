@@ -13,11 +13,15 @@ from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
 from mdpo.options import check_options
+from mdpo.page import PAGE, RunPage
 from mdpo.pairs import model_init_kwargs, prepare_output_dir, prepare_pairs
+from mdpo.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.recipe import load_recipe
-from mdpo.report import REPORT, RESOLVED, StepTimer, peak_memory_gb, show_result, write_report
+from mdpo.report import REPORT, RESOLVED, show_result, write_report
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
+
+LEFT_BEHIND = (("model", ""), ("page", PAGE), ("report", REPORT), ("recipe", RESOLVED))
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +50,7 @@ def main(argv: list[str]) -> None:
     ################
     args.model_init_kwargs = model_init_kwargs(recipe.model, args)
     timer = StepTimer()
+    page = RunPage(timer, data_report.as_dict(), train_dataset, tokenizer)
     trainer = DPOTrainer(
         model=recipe.model.model_name_or_path,
         args=args,
@@ -54,8 +59,9 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        callbacks=[timer],
+        callbacks=[timer, page],
     )
+    show_progress(trainer, timer)
 
     ################
     # Train, evaluate, save
@@ -74,11 +80,10 @@ def main(argv: list[str]) -> None:
     figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
     figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
     if trainer.is_world_process_zero():
-        report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict())
+        report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict(), args)
+        page.finish(args, trainer.state, report)
         show_result(report)
-        say(
-            f"model   {args.output_dir}", f"report  {args.output_dir}/{REPORT}", f"recipe  {args.output_dir}/{RESOLVED}"
-        )
+        say(*(f"{what:7} {Path(args.output_dir, name)}" for what, name in LEFT_BEHIND))
 
 
 def _checked_tokenizer(recipe):
