@@ -531,7 +531,8 @@ class DPOTrainer(Trainer):
         name = model_name or (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).split("/")[-1]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         base = getattr(self.model.config, "_name_or_path", None)
-        write_card(self.args.output_dir, name, base, dataset_name, [*tags, *self._tag_names], self.args)
+        tags = [*tags, *self._tag_names]
+        write_card(self.args.output_dir, name, base, dataset_name, tags, self.args, self.state.log_history)
 
 
 def _say(args: DPOConfig, *lines: str) -> None:

@@ -36,8 +36,8 @@ ORDER = [
     {"render", "recipe", "logprobs", "options"},
     {"tokens", "sums", "layout"},
     {"turns"},
-    {"reference", "reference_cache", "metrics", "data_report", "report", "card"},
-    {"pairs"},
+    {"reference", "reference_cache", "metrics", "data_report", "report"},
+    {"pairs", "card"},
     {"shown", "plots"},
     {"mask_page", "page"},
 ]
