@@ -101,13 +101,10 @@ def lines_of(plot: Plot, history: list[dict[str, Any]]) -> list[Line]:
 
 def turn_lines(history: list[dict[str, Any]]) -> list[Line]:
     """Margins of the first turns over steps: of held-out pairs where they were evaluated twice, else training's."""
-    lines = []
-    for k, colour in enumerate(TURNS, start=1):
-        found = curve(history, f"margins/turn_{k}")
-        held_out = len(found.held_out) > 1
-        if points := found.held_out if held_out else found.training:
-            lines.append(Line(f"turn {k}", colour, held_out, thinned(points if held_out else smoothed(points))))
-    return lines
+    found = [(k, colour, curve(history, f"margins/turn_{k}")) for k, colour in enumerate(TURNS, start=1)]
+    held_out = any(len(of.held_out) > 1 for _, _, of in found)
+    points = [(k, colour, of.held_out if held_out else smoothed(of.training)) for k, colour, of in found]
+    return [Line(f"turn {k}", colour, held_out, thinned(of)) for k, colour, of in points if of]
 
 
 def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -150,7 +147,9 @@ def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, fl
 
 def _number(axes) -> None:
     """Ticks as whole numbers in themselves: a common factor would stand where the title is."""
-    axes.yaxis.set_major_formatter(lambda v, _: (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}").replace("-", "−"))
+    axes.yaxis.set_major_formatter(
+        lambda v, _: (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}").replace("e-0", "e-").replace("-", "−")
+    )
 
 
 def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value: str) -> Figure:
@@ -163,6 +162,7 @@ def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value:
         axes.bar_label(drawn, numbers, fontsize=9, padding=2, color=INK)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.margins(y=0.28)
+    axes.set_xlim(-0.6, max(len(table), 4) - 0.4)
     if value == "accuracies":
         axes.set_ylim(0, 1.3)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -173,7 +173,7 @@ def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value:
 
 def _figure(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=SIZE)
-    figure.subplots_adjust(left=0.16, right=0.97, bottom=0.16, top=0.89)  # a layout engine takes half of all the time
+    figure.subplots_adjust(left=0.18, right=0.97, bottom=0.16, top=0.89)  # a layout engine takes half of all the time
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes

@@ -141,7 +141,7 @@ class ProgressLine(TrainerCallback):
         if self._bar is None:
             width = max(4, min(30, self.console.width - TEXT_WIDTH))
             columns = BarColumn(bar_width=width), TextColumn("{task.description}", markup=False)
-            self._bar = Progress(*columns, console=self.console, auto_refresh=False)
+            self._bar = Progress(*columns, console=self.console, auto_refresh=False, transient=not self._training)
             self._bar.add_task("", total=total)
             atexit.register(self._bar.stop)  # an error would leave the cursor hidden
             self._bar.start()

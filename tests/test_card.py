@@ -42,7 +42,9 @@ def test_a_card_with_figures_and_recipe(tmp_path):
     trainer = mdpo_trainer(tmp_path, tokenizer_for(CHATML, "byte", eos="<|im_end|>"))
     folder = tmp_path / "dpo_trainer"
     trainer.create_model_card()
-    assert "## Figures" not in (folder / "README.md").read_text() and "## Recipe" not in (folder / "README.md").read_text()
+    assert (
+        "## Figures" not in (folder / "README.md").read_text() and "## Recipe" not in (folder / "README.md").read_text()
+    )
     (folder / "recipe_resolved.yaml").write_text("beta: 0.05  # {{ beta }}\n")
     trainer.train()
     trainer.evaluate()
