@@ -91,7 +91,7 @@ def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) 
     before, after = before_and_after(history)
     turns_of, names = latest_turns(history)
     resolved = folder / RESOLVED
-    page = _template().render(
+    page = template(PAGE).render(
         **facts,
         **now,
         **turn_tables(names),
@@ -108,17 +108,18 @@ def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) 
         notes=notes(history, facts["beta"], facts["data"]),
         plots={k: (title, Markup(svg)) for k, (title, svg) in write_plots(folder / PLOTS, history).items()},
         recipe=resolved.read_text(encoding="utf-8") if resolved.exists() else "",
-        style=Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
     )
     part = folder / f".{PAGE}.part"
     part.write_text(page, encoding="utf-8")
     os.replace(part, folder / PAGE)
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page's template beside this file, with `style`, what all pages have."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Environment(loader=loader, **options).get_template(PAGE)
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return jinja2.Environment(loader=loader, **options).get_template(name, globals={"style": Markup(style)})
 
 
 def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> list[tuple[str, bool]]:

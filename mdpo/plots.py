@@ -140,8 +140,8 @@ def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, fl
         room = (max(values) - min(values)) * (0.3 if len(lines) > 2 else 0.06) or 0.1 * abs(values[0]) or 1
         axes.set_ylim(0 if min(values) >= 0 else min(values) - 0.2 * room, max(values) + room)
     if len(lines) > 1 or lines[0].held_out:
-        many = {"loc": "upper left", "ncols": 3 if len(lines) > 4 else 2} if len(lines) > 2 else {"loc": "best"}
-        axes.legend(**many)
+        many = {"loc": "upper left", "ncols": 3 if len(lines) > 4 else 2} if len(lines) > 2 and not limits else {}
+        axes.legend(**{"loc": "best", **many})
     return figure
 
 
