@@ -33,7 +33,6 @@ COLOURS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6
 STATE = "trainer_state.json"
 OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no part of what is trained
 CURVES = ("loss", "reward_accuracy", "margins", "logps")  # of PLOTS
-UNSET = "(default)"
 
 
 @dataclass
@@ -79,15 +78,15 @@ def load(folders: list[Path]) -> list[Run]:
             raise UserError(f"{folder} holds no run: no {' and no '.join(lacking)}.")
     short = [folder.resolve().name for folder in folders]
     names = [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
-    return [read(*of) for of in zip(folders, names, states, strict=True)]
-
-
-def read(folder: Path, name: str, state: Path) -> Run:
-    recipe, report = _parsed(folder / RESOLVED), folder / REPORT
-    return Run(name, _parsed(state)["log_history"], recipe, _parsed(report) if report.is_file() else {})
+    return [
+        Run(name, _parsed(state)["log_history"], _parsed(folder / RESOLVED), _parsed(folder / REPORT))
+        for name, folder, state in zip(names, folders, states, strict=True)
+    ]
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     text = path.read_text(encoding="utf-8")
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
@@ -103,8 +102,8 @@ def _state(folder: Path) -> Path | None:
 
 def differing(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of the keys whose values are not the same in all."""
-    keys = dict.fromkeys(key for run in runs for key in run.recipe if key not in OF_THE_RUN)
-    values = {key: [json.dumps(run.recipe[key]) if key in run.recipe else UNSET for run in runs] for key in keys}
+    keys = dict.fromkeys(key for of in runs for key in of.recipe if key not in OF_THE_RUN)
+    values = {key: [json.dumps(of.recipe[key]) if key in of.recipe else "(default)" for of in runs] for key in keys}
     return [(key, of) for key, of in values.items() if len(set(of)) > 1]
 
 
@@ -120,8 +119,8 @@ def final_figures(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def terminal_table(title: str, names: list[str], rows: list[tuple[str, list[str]]]) -> Table:
-    table = Table(*("", *map(escape, names)), title=title)
-    for what, values in rows or [("none", ["same"] * len(names))]:
+    table = Table("", *map(escape, names), title=title)
+    for what, values in rows or [("none", [])]:
         table.add_row(what, *map(Text, values))
     return table
 
@@ -145,8 +144,8 @@ def plots(runs: list[Run]):
 def html(runs: list[Run], tables) -> str:
     with matplotlib.rc_context(STYLE):
         drawn = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
-    colours = list(zip([of.name for of in runs], COLOURS, strict=False))
-    return template("compare.html").render(runs=colours, tables=tables, plots=drawn)
+    names = [(of.name, colour) for of, colour in zip(runs, COLOURS, strict=False)]
+    return template("compare.html").render(runs=names, tables=tables, plots=drawn)
 
 
 if __name__ == "__main__":
