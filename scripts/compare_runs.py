@@ -77,7 +77,7 @@ def load(folders: list[Path]) -> list[Run]:
         if lacking := [RESOLVED] * (not (folder / RESOLVED).is_file()) + [STATE] * (state is None):
             raise UserError(f"{folder} holds no run: no {' and no '.join(lacking)}.")
     short = [folder.resolve().name for folder in folders]
-    names = [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
+    names = [str(folder) if short.count(name) > 1 else name for name, folder in zip(short, folders, strict=True)]
     return [
         Run(name, _parsed(state)["log_history"], _parsed(folder / RESOLVED), _parsed(folder / REPORT))
         for name, folder, state in zip(names, folders, states, strict=True)
@@ -85,9 +85,7 @@ def load(folders: list[Path]) -> list[Run]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
     except (ValueError, yaml.YAMLError) as error:
@@ -144,7 +142,7 @@ def plots(runs: list[Run]):
 def html(runs: list[Run], tables) -> str:
     with matplotlib.rc_context(STYLE):
         drawn = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
-    names = [(of.name, colour) for of, colour in zip(runs, COLOURS, strict=False)]
+    names = list(zip((of.name for of in runs), COLOURS, strict=False))
     return template("compare.html").render(runs=names, tables=tables, plots=drawn)
 
 
