@@ -15,16 +15,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from trl import DPOConfig
 
 from mdpo.card import write_card
-from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
 from mdpo.files import first_line
 from mdpo.fused import fuse
+from mdpo.guarded_trainer import GuardedTrainer
 from mdpo.identity import cached_length, default_folder, named_digest, reference_identity, weights_digest
 from mdpo.layout import Layout, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
@@ -46,6 +46,7 @@ from mdpo.reference import (
 )
 from mdpo.reference_cache import ReferenceCache, precompute
 from mdpo.render import RenderSettings
+from mdpo.sampling import LongestFirst, pair_tokens
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.tokenizer import refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
@@ -55,7 +56,7 @@ from mdpo.types import UserError
 AnyDataset = Dataset | IterableDataset
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(GuardedTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) over the tokens that the policy itself produced.
 
     Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data.py`) or already
@@ -122,7 +123,6 @@ class DPOTrainer(Trainer):
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
         self._reference_source, self._reference_made = (ref_model, quantization_config), False
         self._set_up_reference()
-        self._tables: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._train_tokens = 0  # since the start, this rank
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -234,6 +234,18 @@ class DPOTrainer(Trainer):
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))
         return dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        ############## MODIFICATION 12: the longest pairs come first, so that memory runs out in the first minute.
+        if isinstance(self.args, MDPOConfig) and self.args.train_sampling_strategy == "random":
+            rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+            if isinstance(rows, Dataset):
+                pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                seed = args.seed if args.data_seed is None else args.data_seed
+                self._sampler = LongestFirst(*pair_tokens(rows), pairs, seed)
+                return self._sampler
+        ############## MODIFICATION 12 END
+        return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self):
         sides = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("ids", "mask", "weights")]
@@ -437,7 +449,10 @@ class DPOTrainer(Trainer):
         self._tables[mode].append(pair_table(batch, scores, losses, terms, nll, turns))
         if mode == "train":
             self._train_tokens += n_tokens(batch)
-        return (losses.mean(), policy) if return_outputs else losses.mean()
+        ############## MODIFICATION 11: a step that is not finite is not applied, and its rows are named.
+        loss = self.guarded(losses.mean())
+        ############## MODIFICATION 11 END
+        return (loss, policy) if return_outputs else loss
 
     def _reference_logps(self, model, batch) -> torch.Tensor:
         if "score_reference" in batch:
@@ -457,6 +472,7 @@ class DPOTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
+        self.refuse_when_asked_to_leave()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -494,10 +510,9 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log, gathered over ranks. All ranks call it together."""
-        if self._tables["train"] and "loss" in logs:
-            logs.update(self._shown(mean_over_steps(gather_object([self._tables["train"]]))))
+        if "loss" in logs:
+            logs.update(self._shown(mean_over_steps(gather_object([self.take_tables()]))))
             logs["num_tokens"] = self._tokens_seen()
-            self._tables["train"].clear()
         super().log(logs, start_time)
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -510,17 +525,20 @@ class DPOTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------ saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Every checkpoint and the final model are written here: weights, tokenizer, and a look at what was written."""
-        folder = output_dir or self.args.output_dir
-        super().save_model(folder, _internal_call)
-        if self.args.sync_ref_model and Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-            save_moved(self.ref_model, self.accelerator, folder)
-        if self.args.should_save:
-            check_saved(folder, expected_weights(self.accelerator.unwrap_model(self.model)))
+        super().save_model(output_dir, _internal_call)
+        if self.args.sync_ref_model and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+            save_moved(self.ref_model, self.accelerator, output_dir)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model, trial, whole: bool = False):
         self.create_model_card()
-        super()._save_checkpoint(model, trial)
+        super()._save_checkpoint(model, trial, whole)
+
+    def _progress(self) -> dict:
+        return {**super()._progress(), "tokens": self._train_tokens}
+
+    def _restore(self, progress: dict) -> None:
+        super()._restore(progress)
+        self._train_tokens = progress["tokens"]
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

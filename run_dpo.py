@@ -14,10 +14,13 @@ from trl import get_peft_config, get_quantization_config
 from dpo_trainer import DPOTrainer
 from mdpo.options import check_options
 from mdpo.page import PAGE, RunPage
-from mdpo.pairs import model_init_kwargs, prepare_output_dir, prepare_pairs
+from mdpo.pairs import model_init_kwargs, prepare_pairs
+from mdpo.preemption import held
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, show_result, write_report
+from mdpo.run_folder import agreed, prepare_output_dir, refuse_another_run
+from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
 
@@ -41,9 +44,13 @@ def main(argv: list[str]) -> None:
     ################
     # Pairs → tokens: every check that needs no weights
     ################
-    resume = prepare_output_dir(args)
+    facts = recipe_facts(recipe.values, args)
+    resume = prepare_output_dir(args, facts)
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
+    facts["contents"] = agreed(lambda: content_facts(recipe, tokenizer, train_dataset))
+    if resume:
+        refuse_another_run(resume, facts)
 
     ################
     # Trainer
@@ -62,6 +69,7 @@ def main(argv: list[str]) -> None:
         callbacks=[timer, page],
     )
     show_progress(trainer, timer)
+    trainer.run_facts = facts
 
     ################
     # Train, evaluate, save
@@ -70,9 +78,10 @@ def main(argv: list[str]) -> None:
         recipe.write(Path(args.output_dir, RESOLVED))
     result = trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate() if eval_dataset is not None else {}
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card()
+    with held():  # what is left takes less time than to start again
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card()
 
     ################
     # Report

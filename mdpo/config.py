@@ -174,7 +174,15 @@ class MDPOConfig(DPOConfig):
         default=False, metadata={"help": "Start afresh in an output_dir that already holds a run."}
     )
     resume_from_checkpoint: str | bool | None = field(
-        default=None, metadata={"help": "Checkpoint folder to continue from; true for the last one in output_dir."}
+        default=None,
+        metadata={
+            "help": "A run goes on from the newest whole checkpoint in output_dir, if there is one. A folder: from "
+            "that one; true: from the newest, which has to be there; false: never."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={"help": "Steps in a row whose loss or gradient is not finite before the run ends; none is applied."},
     )
 
     def __post_init__(self):
@@ -194,6 +202,7 @@ class MDPOConfig(DPOConfig):
                 "per_device_train_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
                 "per_device_eval_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
                 "gradient_accumulation_steps": (_at_least_one, "a whole number >= 1"),
+                "max_nonfinite_steps": (_at_least_one, "a whole number of steps >= 1"),
                 "dataset_num_proc": (_at_least_one, "a whole number >= 1, or leave it out"),
             },
         )

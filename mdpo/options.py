@@ -33,6 +33,11 @@ INSTEAD = {
     "padding_free": "leave it out; shared_prefix, on by default in recipes, pads nothing",
     "use_liger_kernel": "leave it out; the LM head already runs in chunks",
     "activation_offloading": "use gradient_checkpointing, which is on by default",
+    "auto_find_batch_size": "set per_device_train_batch_size; the longest pairs come first, so that it shows at once",
+    "ignore_data_skip": "a run goes on with the pairs that it has not seen",
+    "restore_callback_states_from_checkpoint": "what the trainer needs is restored without it",
+    "enable_jit_checkpoint": "a signal ends in a checkpoint without it",
+    "save_on_each_node": "output_dir has to be on a file system that all nodes share",
 }
 
 
@@ -52,6 +57,12 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
             raise UserError(f"{key}: is not supported; {advice}.")
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise UserError("fsdp: is not supported; training_configs/zero3_for_dpo.yaml shards the same with DeepSpeed.")
+    if own and args.train_sampling_strategy not in ("random", "sequential"):
+        raise UserError(f"train_sampling_strategy: {args.train_sampling_strategy} is not supported; leave it out.")
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 0:
+        raise UserError(
+            "zero_stage: 0 is not supported; take ZeRO-2 or ZeRO-3, or an accelerate file without DeepSpeed."
+        )
     modes = ("drop", "keep_start") if own else ("keep_start",)
     if args.truncation_mode not in modes:
         raise UserError(f"truncation_mode: {args.truncation_mode!r} is not one of {', '.join(modes)}.")

@@ -1,11 +1,8 @@
-"""From a recipe to tokenised pairs to train on and to evaluate on, and the output folder's state. Needs no weights."""
+"""From a recipe to tokenised pairs to train on and to evaluate on. Needs no weights."""
 
 import os
-import shutil
-from pathlib import Path
 
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from mdpo.data import COLUMNS
 from mdpo.data_report import DataReport, describe
@@ -17,7 +14,6 @@ from mdpo.tokens import DropCounts, rank_imbalance, tokenize_dataset
 from mdpo.types import UserError
 
 SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
-LEFT_BY_A_RUN = ("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
 
 
 def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset, Dataset | None, DataReport]:
@@ -108,45 +104,6 @@ def render_settings(recipe) -> RenderSettings:
 
 def _first(rows: Dataset | None, limit: int | None) -> Dataset | None:
     return rows if rows is None or limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def prepare_output_dir(args) -> str | None:
-    """The checkpoint to resume from, or None. A folder that already holds a run is never mixed with a new one: it is
-    resumed, or cleared with overwrite_output_dir, or refused. Raises UserError."""
-    folder = Path(args.output_dir)
-    resumed = _checkpoint(args.resume_from_checkpoint, folder) if args.resume_from_checkpoint else None
-    if not is_main_process():  # it may already see what the main process writes
-        return resumed
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"output_dir: {folder} cannot be made: {e.strerror}.") from e
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output_dir: {folder} is not writable.")
-    if resumed:
-        return resumed
-    left = [p for pattern in LEFT_BY_A_RUN for p in sorted(folder.glob(pattern))]
-    if left and not args.overwrite_output_dir:
-        raise UserError(
-            f"output_dir: {folder} already holds a run ({left[0].name}). Go on with it "
-            "(--resume_from_checkpoint=true), write over it (--overwrite_output_dir), or choose another output_dir."
-        )
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if left:
-        say(f"overwrite_output_dir: removed {len(left)} files and folders of an earlier run from {folder}.")
-    return None
-
-
-def _checkpoint(asked: str | bool, folder: Path) -> str:
-    if isinstance(asked, str):
-        if not Path(asked).is_dir():
-            raise UserError(f"resume_from_checkpoint: {asked} is not a folder.")
-        return asked
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None:
-        raise UserError(f"resume_from_checkpoint: {folder} holds no checkpoint.")
-    return last
 
 
 def model_init_kwargs(model, args) -> dict:

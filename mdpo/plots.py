@@ -71,6 +71,7 @@ PLOTS = (
     Plot("tokens_per_second", "Speed", "tokens/s, all processes", (("", "tokens_per_second", BLUE),)),
     Plot("memory", "Peak memory so far", "GB, main process", (("", "peak_memory_gb", BLUE),)),
 )
+NAMES = {*(plot.name for plot in PLOTS), "margins_by_turn", "margin_of_turns", "accuracy_by_turns"}
 ONLY_AS_LOGGED = {"learning_rate", "peak_memory_gb"}  # not noisy: nothing to smooth
 
 
@@ -199,13 +200,16 @@ def draw(history: list[dict[str, Any]]) -> Iterable[tuple[str, str, Figure]]:
 
 
 def write_plots(folder: Path, history: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Draws every plot: `folder`/NAME.png, and name -> (title, SVG for a page)."""
+    """Draws every plot: `folder`/NAME.png, and name -> (title, SVG for a page). What an earlier run left there, and this
+    one has no data for, is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, title, figure in draw(history):
         with matplotlib.rc_context(STYLE):
             figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
             drawn[name] = (title, page_svg(figure, title))
+    for name in NAMES - set(drawn):
+        (folder / f"{name}.png").unlink(missing_ok=True)
     return drawn
 
 

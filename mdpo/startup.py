@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -10,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from mdpo import preemption
+from mdpo.preemption import Preempted
 from mdpo.types import UserError
 
 MAIN_SPEAKS_FIRST_S = 15  # the launcher kills the other processes when the first one ends, message or not
@@ -30,7 +33,8 @@ def say(*lines: str) -> None:
 def clear_stale_build_locks() -> list[Path]:
     """Removes and names the locks that a killed build of a DeepSpeed operator left in the torch extensions folder:
     every later start would wait on them for ever, without a word. A lock is stale when no process on this machine
-    has it open or works in its folder. One process of each machine does this; the others wait on the lock anyway."""
+    has it open; what the dead build had started is ended. One process of each machine does this; the others wait on the
+    lock anyway."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return []
     several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -38,7 +42,10 @@ def clear_stale_build_locks() -> list[Path]:
     for lock in [p for pattern in ("*/lock", "*/*/lock") for p in _extensions_root().glob(pattern)]:
         if several_nodes and time.time() - lock.stat().st_mtime < FOREIGN_LOCK_S:
             continue
-        if not _in_use(lock):
+        # The one who builds has the lock open. Its ninja and compilers do not, and outlive it when it is killed.
+        if not _processes(_has_open, lock.resolve()):
+            for process in _processes(_works_in, lock.resolve().parent):
+                os.kill(process, signal.SIGKILL)
             lock.unlink(missing_ok=True)
             removed.append(lock)
             print(f"Removed {lock}: a killed build of a DeepSpeed operator left it, and every start would hang.")
@@ -53,17 +60,25 @@ def _extensions_root() -> Path:
     return Path(get_default_build_root())
 
 
-def _in_use(lock: Path) -> bool:
-    lock = lock.resolve()
+def _processes(wanted: Callable[[Path, Path], bool], path: Path) -> list[int]:
+    """Numbers of the processes on this machine for which `wanted(/proc/NUMBER, path)` holds; not of those that are gone
+    meanwhile, or another user's."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if Path(os.readlink(process / "cwd")) == lock.parent:
-                return True
-            if any(os.readlink(fd) == str(lock) for fd in (process / "fd").iterdir()):
-                return True
-        except OSError:  # gone meanwhile, or another user's
+            if wanted(process, path):
+                found.append(int(process.name))
+        except OSError:
             continue
-    return False
+    return found
+
+
+def _has_open(process: Path, file: Path) -> bool:
+    return any(os.readlink(handle) == str(file) for handle in (process / "fd").iterdir())
+
+
+def _works_in(process: Path, folder: Path) -> bool:
+    return os.readlink(process / "cwd") == str(folder)
 
 
 def refuse_missing_login(args) -> None:
@@ -84,15 +99,21 @@ def refuse_missing_login(args) -> None:
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Exit code of `main(argv)`. What a user can mend ends in a short message and exit code 1; with `--debug`, and
-    for every other error, the traceback is shown too. A process of several ends here and does not return."""
+    for every other error, the traceback is shown too; a run that a signal ended has exit code 75. A process of several
+    ends here and does not return."""
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     if not is_main_process():
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
     code = 1
     try:
-        main(argv)
+        with preemption.listening():
+            main(argv)
         code = 0
+    except Preempted as signal_name:
+        preemption.mark()
+        print(f"\nleft because of {signal_name}", file=sys.stderr, flush=True)
+        _exit_without_teardown(preemption.EXIT_CODE)  # other ranks may be anywhere: nothing is waited for
     except UserError as error:
         if debug:
             traceback.print_exc()

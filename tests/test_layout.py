@@ -16,29 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
-    {"types"},
-    {
-        "marks",
-        "config",
-        "retired",
-        "startup",
-        "checkpoints",
-        "losses",
-        "attention",
-        "fused",
-        "files",
-        "messages",
-        "history",
-        "machine",
-        "progress",
-    },
+    {"types", "preemption"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
-    {"render", "recipe", "logprobs", "options"},
+    {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout"},
     {"turns"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},
-    {"pairs", "card"},
-    {"shown", "plots"},
+    {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity"},
+    {"guarded_trainer", "run_folder", "shown", "plots"},
     {"mask_page", "page"},
 ]
 

@@ -205,9 +205,13 @@ def test_before_anything_is_logged(tmp_path):
     """No figures, no turns, no held-out pairs, no recipe yet, no commit."""
     page, args, state, _ = run_page(tmp_path, [], step=0)
     (tmp_path / "recipe_resolved.yaml").unlink()
+    (tmp_path / "plots").mkdir()
+    for name in ("loss", "mine"):  # of an earlier run, and the user's
+        (tmp_path / "plots" / f"{name}.png").touch()
     page.on_train_begin(args, state, None)
     text = (tmp_path / PAGE).read_text()
     assert not page._warned and "No evaluation yet." in text and "Nothing logged yet." in text
+    assert [file.name for file in (tmp_path / "plots").iterdir()] == ["mine.png"]
     assert [f'id="{name}"' in text for name in SECTIONS] == [True] * 8
 
 

@@ -1,0 +1,149 @@
+"""The output folder of a run: one run at a time, gone on with where it stands, never mixed with another one."""
+
+import fcntl
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from mdpo import preemption
+from mdpo.checkpoints import PREFIX, SAVING, by_step, faults, manifest, newest_whole, step_of
+from mdpo.run_identity import differences
+from mdpo.startup import is_main_process, say
+from mdpo.types import UserError
+
+LEFT_BY_A_RUN = (f"{PREFIX}*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
+LOCK = ".lock"
+_locks = []  # held until the process ends, however it ends
+
+
+def agreed(work):
+    """What `work()` returns on the main process, on all of them; a UserError of it is raised on all."""
+    outcome = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def prepare_output_dir(args, facts: dict) -> str | None:
+    """The checkpoint to go on from, or None for a new run; the folder is then locked, and free of another run's files.
+    `facts` are recipe_facts. All ranks call it together. Raises UserError."""
+    folder = Path(args.output_dir)
+    found = agreed(lambda: _prepare(folder, args, facts))
+    preemption.marks(folder)
+    return found
+
+
+def _prepare(folder: Path, args, facts: dict) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror}.") from error
+    try:
+        _lock(folder)
+        (folder / preemption.MARKER).unlink(missing_ok=True)
+        shutil.rmtree(folder / SAVING, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}.") from error
+    checkpoint = _checkpoint(folder, args.resume_from_checkpoint, args.overwrite_output_dir)
+    if checkpoint is not None:
+        refuse_another_run(checkpoint, facts)
+        say(f"going on from {checkpoint}")
+        if checkpoint.parent.resolve() == folder.resolve():
+            return str(checkpoint)
+    left = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
+    if left and not args.overwrite_output_dir:
+        raise UserError(
+            f"output_dir: {folder} already holds a run ({left[0].name}). Write over it "
+            "(--overwrite_output_dir), or choose another output_dir."
+        )
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if left:
+        say(f"overwrite_output_dir: removed {len(left)} files and folders of an earlier run from {folder}.")
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _lock(folder: Path) -> None:
+    """A record lock: the kernel lets go of it when this process ends, and forked workers do not keep it."""
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(
+            f"output_dir: {folder} is in use by another run ({file.read().strip() or 'it has not said which'}). Wait "
+            "for it, stop it, or choose another output_dir."
+        ) from None
+    except OSError as error:
+        say(f"warning: {folder} cannot be locked ({error.strerror}); nothing keeps a second run out of it.")
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks.append(file)
+
+
+def _checkpoint(folder: Path, asked: str | bool | None, overwrite: bool) -> Path | None:
+    if asked is False:
+        return None
+    if isinstance(asked, str):
+        return _named(Path(asked), folder)
+    if overwrite:
+        if asked:
+            raise UserError("resume_from_checkpoint: true goes on, overwrite_output_dir starts anew. Choose one.")
+        return None
+    found, passed_over = newest_whole(folder)
+    say(*(f"passed over {line}" for line in passed_over))
+    if found is None and passed_over:
+        raise UserError(
+            f"output_dir: {folder} holds checkpoints, but none to go on from:\n"
+            + "\n".join(passed_over)
+            + "\nStart anew with --overwrite_output_dir, or choose another output_dir."
+        )
+    if found is None and asked:
+        raise UserError(f"resume_from_checkpoint: {folder} holds no checkpoint. Leave it out to start a new run.")
+    return found
+
+
+def _named(checkpoint: Path, folder: Path) -> Path:
+    if not checkpoint.is_dir():
+        raise UserError(f"resume_from_checkpoint: {checkpoint} is not a folder.")
+    wrong = faults(checkpoint)
+    if not wrong and not manifest(checkpoint)["resumable"]:
+        wrong = ["save_only_model left the optimizer's state out"]
+    if wrong:
+        raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be gone on from: {'; '.join(wrong[:8])}.")
+    step = step_of(checkpoint)
+    newer = [path.name for path in by_step(folder) if step is not None and step_of(path) > step]
+    if newer and checkpoint.parent.resolve() == folder.resolve():
+        raise UserError(
+            f"resume_from_checkpoint: {folder} holds newer checkpoints than {checkpoint.name} ({', '.join(newer)}). "
+            "Move them away, or give the run another output_dir."
+        )
+    return checkpoint
+
+
+def refuse_another_run(checkpoint: str | Path, facts: dict) -> None:
+    """Raises UserError, a line for each difference, where the checkpoint is of another run than `facts`."""
+    then = manifest(Path(checkpoint))["run"]
+    if not then:
+        say(f"warning: {checkpoint} does not say what run it is of; nothing was compared.")
+        return
+    refused, rounding = differences(then, facts)
+    if refused:
+        raise UserError(
+            f"{checkpoint} is of another run:\n  "
+            + "\n  ".join(refused)
+            + "\nGo on with the recipe that it was made with, or start a new run: --overwrite_output_dir, or another "
+            "output_dir."
+        )
+    say(*(f"warning: the resumed run may round differently: {line}" for line in rounding))

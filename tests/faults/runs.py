@@ -1,0 +1,199 @@
+"""Runs that are killed, signalled and looked at: started by the forge, or by a real launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+MARK = "MDPO_TEST_RUN"  # by this variable everything that a run has started is found
+PASSING = {"epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+WAIT_S = 420  # much more than anything here takes
+
+
+def environment(mark: str, env: dict[str, str] | None = None) -> dict[str, str]:
+    return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", MARK: mark, **(env or {})}
+
+
+def wait(condition: Callable[[], object], what: str, text: Callable[[], str] = str, every: float = 0.01):
+    """What `condition` returns, as soon as that is true."""
+    end = time.monotonic() + WAIT_S
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{what} never came\n{text()[-3000:]}"
+        time.sleep(every)
+    return found
+
+
+class Run:
+    """One start of run_dpo.py. `log` is its output so far."""
+
+    def __init__(self, output: Path, mark: str):
+        self.output, self.mark, self.code = output, mark, None
+
+    @property
+    def log(self) -> str:
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def until(self, condition: Callable[[], object], what: str):
+        """Waits for the condition, or fails where the run ends before it."""
+
+        def found():
+            return condition() or (self.ended() and AssertionError(f"{what}: the run ended first\n{self.log[-3000:]}"))
+
+        if isinstance(outcome := wait(found, what, lambda: self.log, 0.002), AssertionError):
+            raise outcome
+        return outcome
+
+    def until_log(self, words: str):
+        return self.until(lambda: words in self.log, words)
+
+    def processes(self) -> list[int]:
+        """Everything that this start has started and that still runs."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                alive = (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+                if alive and f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+            except OSError:
+                continue
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to everything at once."""
+        while processes := self.processes():
+            for process in processes:
+                try:
+                    os.kill(process, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        """Its exit code, when it and all that it has started are gone."""
+        try:
+            wait(lambda: self.ended() and not self.processes(), "the end", lambda: self.log)
+        finally:
+            self.kill()
+        return self.code
+
+
+class ForgedRun(Run):
+    def __init__(self, forge: "Forge", argv: list[str], output: Path, env: dict[str, str]):
+        super().__init__(output, uuid.uuid4().hex)
+        self.folder = forge.folder
+        self.process = forge.begin(argv, output, environment(self.mark, env))
+
+    def processes(self) -> list[int]:
+        """The environment of a fork is not in /proc: its session is."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.process and state != "Z":
+                    found.append(int(process.name))
+            except OSError:
+                continue
+        return found
+
+    def ended(self) -> bool:
+        if (file := self.folder / f"{self.process}.code").exists():
+            self.code = int(file.read_text())
+        return self.code is not None
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process, number)
+
+
+class LaunchedRun(Run):
+    def __init__(self, config: str, argv: list[str], output: Path, env: dict[str, str]):
+        super().__init__(output, uuid.uuid4().hex)
+        with open(output, "ab") as file:
+            self.launcher = subprocess.Popen(
+                [*LAUNCH, f"training_configs/{config}.yaml", "run_dpo.py", *argv],
+                cwd=ROOT, env={**os.environ, **environment(self.mark, env)}, stdout=file, stderr=file,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self) -> bool:
+        self.code = self.launcher.poll()
+        return self.code is not None
+
+    def trainers(self) -> dict[int, int]:
+        """rank -> process."""
+        found = {}
+        for process in self.processes():
+            words = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+            ranks = [int(word.removeprefix("RANK=")) for word in words if word.startswith("RANK=")]
+            parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            if ranks and parent == self.launcher.pid:
+                found[ranks[0]] = process
+        return found
+
+
+class Forge:
+    """The process that forks; see forge.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/faults/forge.py"), str(folder)],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder / "stderr.txt", "w"),
+        )  # fmt: skip
+        line = self.process.stdout.readline()
+        while line and line.strip() != "ready":
+            line = self.process.stdout.readline()
+        assert line, (folder / "stderr.txt").read_text()
+
+    def begin(self, argv: list[str], output: Path, env: dict[str, str]) -> int:
+        json.dump({"argv": argv, "out": str(output), "env": env}, self.process.stdin)
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def run(self, *argv: str, env: dict[str, str] | None = None) -> ForgedRun:
+        self.started += 1
+        return ForgedRun(self, [str(a) for a in argv], self.folder / f"{self.started}.txt", env or {})
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def steps(out: Path) -> list[int]:
+    """Of the whole checkpoints, in order."""
+    return sorted(int(path.parent.name.split("-")[1]) for path in out.glob("checkpoint-*/manifest.json"))
+
+
+def history(out: Path) -> list[dict]:
+    """What was logged, without what no two runs share."""
+    logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [
+        {k: v for k, v in log.items() if k not in PASSING and "runtime" not in k and "per_second" not in k}
+        for log in logs
+    ]
+
+
+def differing(out: Path, undisturbed: Path, tolerance: float = 0.0) -> list[str]:
+    """What two finished runs do not share, by name: weights and everything logged. Without tolerance, to the bit."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, undisturbed))
+    found = [name for name in set(ours) | set(theirs) if name not in ours or name not in theirs]
+    found += [n for n, w in theirs.items() if n in ours and (ours[n] - w).norm() > tolerance * w.norm()]
+    a, b = history(out), history(undisturbed)
+    found += [f"{len(a)} logs, not {len(b)}"] if len(a) != len(b) else []
+    for mine, other in zip(a, b, strict=False):
+        for key, value in other.items():
+            pair = (torch.tensor(float(mine.get(key, "inf"))), torch.tensor(float(value)))
+            if not torch.isclose(*pair, rtol=tolerance, atol=tolerance, equal_nan=True):
+                found.append(f"step {other['step']}: {key} {mine.get(key)}, not {value}")
+    return found
