@@ -15,7 +15,7 @@ from dpo_trainer import DPOTrainer
 from mdpo.options import check_options
 from mdpo.page import PAGE, RunPage
 from mdpo.pairs import model_init_kwargs, prepare_pairs
-from mdpo.preemption import held
+from mdpo.preemption import held, marks
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, show_result, write_report
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     clear_stale_build_locks()  # before TrainingArguments starts DeepSpeed
     recipe = load_recipe(argv)
     args, data = recipe.training, recipe.data
+    marks(args.output_dir)
     say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
 
     ################

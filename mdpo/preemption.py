@@ -88,9 +88,8 @@ def held():
 
 
 def marks(folder: str | Path) -> None:
-    """From now on the marker is written into `folder`; that of an earlier start goes."""
+    """From now on the marker is written into `folder`."""
     _request.folder = Path(folder)
-    (_request.folder / MARKER).unlink(missing_ok=True)
 
 
 def mark() -> None:
@@ -98,6 +97,7 @@ def mark() -> None:
     if _request.folder is None:
         return
     try:
+        _request.folder.mkdir(parents=True, exist_ok=True)
         (_request.folder / MARKER).write_text(f"{_request.name}\n", encoding="utf-8")
     except OSError as error:
         print(f"{_request.folder / MARKER} cannot be written: {error}", file=sys.stderr)

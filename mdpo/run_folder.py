@@ -8,8 +8,8 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from mdpo import preemption
 from mdpo.checkpoints import PREFIX, SAVING, by_step, faults, manifest, newest_whole, step_of
+from mdpo.preemption import MARKER
 from mdpo.run_identity import differences
 from mdpo.startup import is_main_process, say
 from mdpo.types import UserError
@@ -37,9 +37,7 @@ def prepare_output_dir(args, facts: dict) -> str | None:
     """The checkpoint to go on from, or None for a new run; the folder is then locked, and free of another run's files.
     `facts` are recipe_facts. All ranks call it together. Raises UserError."""
     folder = Path(args.output_dir)
-    found = agreed(lambda: _prepare(folder, args, facts))
-    preemption.marks(folder)
-    return found
+    return agreed(lambda: _prepare(folder, args, facts))
 
 
 def _prepare(folder: Path, args, facts: dict) -> str | None:
@@ -49,7 +47,7 @@ def _prepare(folder: Path, args, facts: dict) -> str | None:
         raise UserError(f"output_dir: {folder} cannot be made: {error.strerror}.") from error
     try:
         _lock(folder)
-        (folder / preemption.MARKER).unlink(missing_ok=True)
+        (folder / MARKER).unlink(missing_ok=True)
         shutil.rmtree(folder / SAVING, ignore_errors=True)
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}.") from error

@@ -353,6 +353,9 @@ def test_a_reference_that_moves_is_part_of_the_checkpoint(steps, tmp_path, token
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
     shutil.rmtree(folder / "checkpoint-2" / "reference")
+    with pytest.raises(UserError, match="reference/model.safetensors is missing"):
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    (folder / "checkpoint-2" / "manifest.json").unlink()  # as another trainer would have left it
     with pytest.raises(UserError, match="does not hold the reference"):
         again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 

@@ -119,7 +119,7 @@ class LaunchedRun(Run):
         super().__init__(output, uuid.uuid4().hex)
         with open(output, "ab") as file:
             self.launcher = subprocess.Popen(
-                [*LAUNCH, f"training_configs/{config}.yaml", "run_dpo.py", *argv],
+                [*LAUNCH, f"{Path('training_configs', config)}.yaml", "run_dpo.py", *argv],
                 cwd=ROOT, env={**os.environ, **environment(self.mark, env)}, stdout=file, stderr=file,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip

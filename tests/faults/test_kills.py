@@ -1,0 +1,110 @@
+"""SIGKILL at random moments; the run that goes on ends with the numbers of one that nothing happened to."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from faults.runs import differing, steps
+
+from mdpo.checkpoints import SAVING
+
+pytestmark = pytest.mark.slow
+KILLS = 24
+
+
+def last_step(run) -> int:
+    """The last one that the run has said anything of."""
+    told = [line for line in run.log.splitlines() if line.startswith("{'loss'")]
+    return 3 * len(told)  # logging_steps: 3
+
+
+def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_path, capsys):
+    """To the bit. A third of the kills comes while a checkpoint is being written."""
+    chance, out = random.Random(7), tmp_path / "out"
+    kills = resumes = lost = finished = 0
+    while kills < KILLS:
+        run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
+        if kills % 3 == 0:
+            run.until(
+                lambda r=run: r.ended() or list((out / SAVING).glob("checkpoint-*")), "a checkpoint in the making"
+            )
+            time.sleep(chance.uniform(0, 0.02))
+        else:
+            run.until_log("going on from" if steps(out) else "global batch")
+            time.sleep(chance.uniform(0, 2.5))
+        run.kill()
+        if run.ended() and run.code == 0:  # it was done before: once more from the start
+            assert differing(out, undisturbed) == []
+            shutil.rmtree(out)
+            finished += 1
+            continue
+        kills += 1
+        resumes += "going on from" in run.log
+        lost += max(0, last_step(run) - max(steps(out), default=0))
+    run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
+    assert run.end() == 0, run.log[-3000:]
+    wrong = differing(out, undisturbed)
+    with capsys.disabled():
+        print(f"\n{kills} kills, {resumes + 1} resumes, {finished + 1} runs to their end, {lost} steps made again, "
+              f"{len(wrong)} differing numbers")  # fmt: skip
+    assert wrong == []
+    assert resumes >= KILLS // 3
+    assert not (out / SAVING).exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_under_zero(stage, launched, workshop, tmp_path):
+    """Two processes. The first kill takes all of them while a checkpoint is written, the second one rank alone, whose
+    launcher then ends the other."""
+    config, out, whole = f"zero{stage}_cpu", tmp_path / "out", tmp_path / "whole"
+    flags = ["--per_device_train_batch_size=1", "--save_steps=4", "--max_steps=20"]
+    run = launched(config, *flags, f"--output_dir={whole}")
+    assert run.end() == 0, run.log[-3000:]
+
+    run = launched(config, *flags, f"--output_dir={out}")
+    run.until(lambda: (out / SAVING / "checkpoint-8").exists(), "checkpoint-8 in the making")
+    run.kill()
+    assert steps(out)[-1] in (4, 8)
+    run = launched(config, *flags, f"--output_dir={out}")
+    run.until(lambda: steps(out)[-1] >= 12, "checkpoint-12")
+    os.kill(run.trainers()[1], signal.SIGKILL)
+    assert run.end() != 0
+    run = launched(config, *flags, f"--output_dir={out}")
+    assert run.end() == 0, run.log[-3000:]
+    assert f"going on from {out}/checkpoint-" in run.log
+    assert differing(out, whole, tolerance=1e-6) == []
+
+
+def test_killed_while_the_operator_is_built(launched, tmp_path):
+    """The build leaves a lock, on which the next start would hang, and compilers, which outlive it."""
+    flags = ["--per_device_train_batch_size=1", "--max_steps=2", f"--output_dir={tmp_path}/out"]
+    folder = tmp_path / "extensions"
+    for compilers in (False, True):
+        run = launched("zero2_cpu", *flags, env={"TORCH_EXTENSIONS_DIR": str(folder)})
+        locks = run.until(lambda r=run: [lock for lock in folder.glob("**/lock") if holders(r, lock)], "the build")
+        if compilers:
+            run.kill()
+        else:
+            for process in [run.launcher.pid, *run.trainers().values()]:
+                os.kill(process, signal.SIGKILL)
+            run.launcher.wait(60)
+        assert all(lock.exists() for lock in locks)
+    run = launched("zero2_cpu", *flags, env={"TORCH_EXTENSIONS_DIR": str(folder)})
+    assert run.end() == 0, run.log[-3000:]
+    assert f"Removed {folder}" in run.log
+    assert not list(folder.glob("**/lock"))
+
+
+def holders(run, lock) -> list[int]:
+    found = []
+    for process in run.trainers().values():
+        try:
+            found += [
+                p for p in os.listdir(f"/proc/{process}/fd") if os.readlink(f"/proc/{process}/fd/{p}") == str(lock)
+            ]
+        except OSError:
+            continue
+    return found
