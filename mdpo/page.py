@@ -21,14 +21,16 @@ from mdpo.startup import say
 from mdpo.turns import turn_tables
 
 PAGE, PLOTS = "run_report.html", "plots"
-EVERY_S, SHARE = 60, 0.01  # at most so often, and where drawing is slow, at most this share of the time
+EVERY_S = 60  # between evaluations and checkpoints
+SHARE, SHARE_AT_EVENTS = 0.01, 0.1  # at most so much of the time is spent on drawing; at evaluations and checkpoints
 HEAD, TAIL = 150, 450  # tokens of a long side that are shown: its begin and its end
 KINDS = (CONTEXT, SHARED, SUPERVISED, END)
 
 
 class RunPage(TrainerCallback):
-    """Draws on the main process at each evaluation and checkpoint, between them at most every EVERY_S seconds, and at
-    `finish`. What fails to be drawn costs one line, never the run."""
+    """Draws on the main process at evaluations and checkpoints, between them at most every EVERY_S seconds, and at
+    `finish`. What fails to be drawn costs one line, never the run; where drawing would cost more than its share of the
+    time, the next occasion is waited for."""
 
     def __init__(self, timer: StepTimer, data: dict[str, Any], train_dataset, tokenizer):
         self.timer, self.data, self.train_dataset, self.tokenizer = timer, data, train_dataset, tokenizer
@@ -39,13 +41,16 @@ class RunPage(TrainerCallback):
         self.draw(args, state)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.draw(args, state)
+        self._draw_after(self._cost / SHARE_AT_EVENTS, args, state)
 
     def on_save(self, args, state, control, **kwargs):
-        self.draw(args, state)
+        self._draw_after(self._cost / SHARE_AT_EVENTS, args, state)
 
     def on_log(self, args, state, control, **kwargs):
-        if time.monotonic() - self._last >= max(EVERY_S, self._cost / SHARE):
+        self._draw_after(max(EVERY_S, self._cost / SHARE), args, state)
+
+    def _draw_after(self, seconds: float, args, state) -> None:
+        if time.monotonic() - self._last >= seconds:
             self.draw(args, state)
 
     def finish(self, args, state, report: dict[str, Any]) -> None:

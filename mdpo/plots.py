@@ -200,8 +200,8 @@ def draw(history: list[dict[str, Any]]) -> Iterable[tuple[str, str, Figure]]:
 
 
 def write_plots(folder: Path, history: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Draws every plot: `folder`/NAME.png, and name -> (title, SVG for a page). What an earlier run left there, and this
-    one has no data for, is removed."""
+    """Draws every plot: `folder`/NAME.png, and name -> (title, SVG for a page). Those that an earlier run left there,
+    and this one has no data for, are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, title, figure in draw(history):

@@ -225,7 +225,7 @@ def test_a_page_that_fails_costs_one_line(tmp_path, capsys):
 
 
 def test_when_it_is_drawn(tmp_path, monkeypatch):
-    """At logs at most every EVERY_S seconds, and where one drawing takes 3 s, every 300 s; never on other ranks."""
+    """At logs at most every EVERY_S seconds, and where one drawing takes 3 s, every 300 s; at checkpoints every 30 s."""
     page, args, state, _ = run_page(tmp_path, history(10), step=10)
     drawn, now = [], [1000.0]
 
@@ -240,10 +240,13 @@ def test_when_it_is_drawn(tmp_path, monkeypatch):
         now[0] += 1
         page.on_log(args, state, None)
     assert drawn == [1003.0, 1306.0]
-    page.on_save(args, state, None)
+    for _ in range(40):
+        now[0] += 1
+        page.on_save(args, state, None)
+    assert drawn[2:] == [1510.0, 1543.0]
     state.is_world_process_zero = False
     page.on_evaluate(args, state, None)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
 
 
 def test_a_long_side_is_shown_in_part():
