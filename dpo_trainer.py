@@ -529,9 +529,9 @@ class DPOTrainer(GuardedTrainer):
         if self.args.sync_ref_model and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
             save_moved(self.ref_model, self.accelerator, output_dir)
 
-    def _save_checkpoint(self, model, trial, whole: bool = False):
+    def _write(self, *args, **kwargs):
         self.create_model_card()
-        super()._save_checkpoint(model, trial, whole)
+        super()._write(*args, **kwargs)
 
     def _progress(self) -> dict:
         return {**super()._progress(), "tokens": self._train_tokens}

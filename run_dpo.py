@@ -12,6 +12,7 @@ from pathlib import Path
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
+from mdpo.checkpoints import writing
 from mdpo.options import check_options
 from mdpo.page import PAGE, RunPage
 from mdpo.pairs import model_init_kwargs, prepare_pairs
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
         recipe.write(Path(args.output_dir, RESOLVED))
     result = trainer.train(resume_from_checkpoint=resume)
     after = trainer.evaluate() if eval_dataset is not None else {}
-    with held():  # what is left takes less time than to start again
+    with held(), writing(args.output_dir):  # what is left takes less time than to start again
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()

@@ -20,12 +20,12 @@ from mdpo.checkpoints import (
     expected_weights,
     faults,
     files_of,
-    is_write_failure,
     move_files,
     newest_whole,
     publish,
     remove_older,
     sealed,
+    writing,
 )
 from mdpo.types import UserError
 
@@ -51,16 +51,12 @@ class CheckpointedTrainer(Trainer):
         save_only_model. Raises UserError where the disk fails."""
         final = Path(self.args.output_dir, f"{PREFIX}{self.state.global_step}")
         staged = final.parent / SAVING / final.name
-        try:
-            self._write(staged, final, whole or not self.args.save_only_model)
-        except Exception as error:
-            if not is_write_failure(error):
+        with writing(final):
+            try:
+                self._write(staged, final, whole or not self.args.save_only_model)
+            except Exception:
+                shutil.rmtree(staged, ignore_errors=True)
                 raise
-            shutil.rmtree(staged, ignore_errors=True)
-            raise UserError(
-                f"{final} could not be written: {error}\nEarlier checkpoints are as they were. Make room (look at "
-                "save_total_limit) or put it right, then start the same command again: it goes on from the newest one."
-            ) from error
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:

@@ -9,6 +9,7 @@ output_dir/
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -167,6 +168,20 @@ def move_files(source: Path, folder: Path) -> None:
     _gone_when_empty(source.parent)
 
 
+@contextmanager
+def writing(what: str | Path):
+    """Turns the disk's trouble within it into a UserError about `what`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise UserError(
+            f"{what} could not be written: {error}\nWhole checkpoints are as they were. Make room (save_total_limit "
+            "says how many are kept) or put it right, then start the same command again: it goes on from the newest."
+        ) from error
+
+
 def is_write_failure(error: BaseException) -> bool:
     """Whether a save ended in the disk's trouble: full, read-only, gone."""
     if isinstance(error, OSError | SafetensorError):
@@ -202,7 +217,9 @@ def expected_weights(model) -> dict[str, int]:
         return p.ds_numel if hasattr(p, "ds_numel") else p.numel()
 
     if hasattr(model, "peft_config"):
-        # Names in an adapter file leave the adapter's name out.
-        named = {n: p for n, p in model.named_parameters() if ".default" in n}
-        return {n.replace(".default", ""): size(p) for n, p in named.items() if "modules_to_save" not in n}
+        # Names in an adapter file leave the adapter's name out, and of DoRA's magnitudes the last part too.
+        named = {n: p for n, p in model.named_parameters() if ".default" in n and "modules_to_save" not in n}
+        dora = ".lora_magnitude_vector.default.weight"
+        short = {n: n.removesuffix(".weight") if n.endswith(dora) else n for n in named}
+        return {short[n].replace(".default", ""): size(p) for n, p in named.items()}
     return {name: size(p) for name, p in model.named_parameters()}

@@ -47,7 +47,7 @@ def listening():
     for number, action in before.items():
         if action != signal.SIG_IGN:
             signal.signal(number, _on_signal)
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LAUNCHER_GONE)
     try:
         yield

@@ -38,7 +38,7 @@ PRIVATE_KEYS = ("hub_token", "local_rank")
 
 @dataclass
 class Recipe:
-    """One run: what is trained, on what, how. `values` holds every key that was set or derived."""
+    """One run: what is trained, on what, how. `values`: every key set or derived; `written`: before fit_to_machine."""
 
     model: ModelConfig
     data: DataArguments
@@ -46,6 +46,7 @@ class Recipe:
     path: Path | None
     notes: list[str]
     values: dict[str, Any] = dataclasses.field(repr=False)  # may hold hub_token
+    written: dict[str, Any] = dataclasses.field(repr=False, default_factory=dict)
 
     def resolved(self) -> dict[str, Any]:
         """key -> value as plain YAML data, for the report and for `write`."""
@@ -77,8 +78,8 @@ def load_recipe(argv: list[str]) -> Recipe:
     if not values.get("output_dir"):
         values["output_dir"] = _default_output_dir(path)
         notes.append(f"output_dir is not set; writing to {values['output_dir']}.")
-    values = fit_to_machine(values, notes)
-    return Recipe(**_build(values, origins), path=path, notes=notes, values=values)
+    values, written = fit_to_machine(values, notes), values
+    return Recipe(**_build(values, origins), path=path, notes=notes, values=values, written=written)
 
 
 def _default_output_dir(path: Path) -> str:

@@ -41,7 +41,10 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict):
         return load_model(path, **kwargs)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise UserError("Under ZeRO-3 the reference needs a path: set ref_model_name_or_path, or pass ref_model.")
-    return copy.deepcopy(model)
+    reference = copy.deepcopy(model)
+    inner = reference.get_base_model() if hasattr(reference, "peft_config") else reference
+    vars(inner).pop("forward", None)  # `enable_scoring` closed over the policy: the copy would call and switch that
+    return reference
 
 
 def place_reference(model, accelerator, fused: bool = False):

@@ -10,10 +10,10 @@ FIRST_STEPS = 2  # the optimizer's states come with the first step, so that the 
 
 
 class LongestFirst(Sampler[int]):
-    """A permutation for each epoch, from `seed` and epoch. The very first steps, of `step_pairs` pairs, take the longest
-    pairs: what memory cannot hold ends the run in its first minute and not in hour nine. `distinct` and `side` are (n,)
-    tokens of a pair: each shared one once, which is what it costs in packed rows, and its longer side, which padding
-    brings all to. One order serves both layouts, whatever the pairs per device."""
+    """A permutation for each epoch, from `seed` and epoch. The first steps of all, of `step_pairs` pairs, take the
+    longest: what memory cannot hold ends the run in its first minute and not in hour nine. `distinct` and `side` are
+    (n,) tokens of a pair: each shared one once, which is what it costs in packed rows, and its longer side, which
+    padding brings all to. One order serves both layouts, whatever the pairs per device."""
 
     def __init__(self, distinct: np.ndarray, side: np.ndarray, step_pairs: int, seed: int):
         self.distinct, self.side, self.step_pairs, self.seed, self.epoch = distinct, side, step_pairs, seed, 0

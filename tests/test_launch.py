@@ -7,12 +7,14 @@ others packed ones.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
@@ -67,19 +69,22 @@ seed: 7
     return folder
 
 
-def launch(config, workshop, extensions, out, *flags, recipe="recipe.yaml", env=None):
-    command = [*LAUNCHER, "--config_file", f"training_configs/{config}.yaml", "--main_process_port", "0", "run_dpo.py"]
-    environment = {
-        **os.environ,
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        **(env or {}),
-    }
+def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="recipe.yaml"):
+    file = config if isinstance(config, Path) else f"training_configs/{config}.yaml"
+    command = [*LAUNCHER, "--config_file", str(file), "--main_process_port", port, *of_launcher]
+    return [*command, "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
+
+
+def environment_of(extensions, env=None):
+    own = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own, **(env or {})}
+
+
+def launch(config, workshop, extensions, out, *flags, env=None, **options):
     done = subprocess.run(
-        [*command, str(workshop / recipe), f"--output_dir={out}", *flags],
+        command_of(config, workshop, out, *flags, **options),
         cwd=ROOT,
-        env=environment,
+        env=environment_of(extensions, env),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -220,6 +225,69 @@ def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
     code, text = launch(f"zero{stage}_cpu", workshop, extensions, again, *flags)
     assert code == 0, text[-4000:]
     compare(again, one, workshop, tokens=False)  # num_tokens begins anew, as in TRL
+
+
+def on_two_cpus(config, folder) -> Path:
+    """A file that is meant for GPUs, for two processes without any. The launcher's flag --cpu would start one process
+    without DeepSpeed."""
+    raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
+    path = folder / f"{config}_on_cpu.yaml"
+    path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2}))
+    return path
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def launch_two_nodes(workshop, extensions, out, logs, *flags):
+    """A launcher for each of two "machines", as a job of two nodes has; they share the home and the output folder."""
+    nodes, port, config = [], free_port(), on_two_cpus("zero3_two_nodes", logs)
+    for rank in range(2):
+        where = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
+        command = command_of(config, workshop, out, *flags, port=port, of_launcher=where)
+        with open(logs / f"node-{rank}.txt", "w") as log:
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment_of(extensions), **output))
+    try:
+        codes = [node.wait(timeout=TIMEOUT_S) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    return codes, [(logs / f"node-{rank}.txt").read_text() for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, tmp_path):
+    """Both have a process of LOCAL_RANK 0, and only the first node's may speak and write into the shared folder."""
+    flags = ["--per_device_train_batch_size=2", f"--precompute_ref_log_probs={ahead}"]
+    flags += [f"--reference_cache_dir={tmp_path}/cache"] if ahead == "true" else []
+    flags += [f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}", "--save_strategy=steps", "--save_steps=2"]
+    out = tmp_path / "out"
+    codes, (first, second) = launch_two_nodes(workshop, extensions, out, tmp_path, *flags)
+    assert codes == [0, 0], first[-4000:] + second[-4000:]
+    line = "global batch 4 = 2 pairs per device × 1 accumulation × 2 processes"
+    assert line in first and line not in second
+    compare(out, one_process, workshop)
+    assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+    states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
+    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimiser
+    if ahead == "true":
+        shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
+        assert shards == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_offload_equals_one_process(workshop, extensions, one_process, tmp_path):
+    flags, config = ["--per_device_train_batch_size=2"], on_two_cpus("zero3_offload_for_dpo", tmp_path)
+    code, text = launch(config, workshop, extensions, tmp_path / "out", *flags)
+    assert code == 0, text[-4000:]
+    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimiser states are offloaded
+    compare(tmp_path / "out", one_process, workshop)
 
 
 @pytest.mark.slow

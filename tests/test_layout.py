@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mdpo.objective import LOSSES, OF_TRL
 from mdpo.recipe import load_recipe
@@ -17,13 +16,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
+    {"allocations", "sharding"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout"},
     {"turns"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},
-    {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity"},
+    {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity", "footprint"},
+    {"memory"},
+    {"planning"},
+    {"out_of_memory"},
     {"guarded_trainer", "run_folder", "shown", "plots"},
     {"mask_page", "page"},
 ]
@@ -59,7 +62,7 @@ def test_nothing_imports_scripts_or_tests():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "most"), [("run_dpo.py", 150), ("dpo_trainer.py", 600), ("mdpo/*.py", 250), ("scripts/*.py", 150)]
+    ("pattern", "most"), [("run_dpo.py", 150), ("dpo_trainer.py", 600), ("mdpo/*.py", 250), ("scripts/*.*", 150)]
 )
 def test_files_stay_small(pattern, most):
     files = list(ROOT.glob(pattern))
@@ -88,18 +91,50 @@ def test_every_loss_is_in_the_readme():
     assert [name for name, ours in names if not ours] == list(OF_TRL)
 
 
+# Processes, machines, ZeRO stage (None without DeepSpeed), precision, CPU only.
+ACCELERATE = {
+    "cpu.yaml": (1, 1, None, "no", True),
+    "single_gpu.yaml": (1, 1, None, "bf16", False),
+    "zero2_cpu.yaml": (2, 1, 2, "no", True),
+    "zero2_for_dpo.yaml": (8, 1, 2, "bf16", False),
+    "zero2_pf.yaml": (8, 1, 2, "bf16", False),
+    "zero3_cpu.yaml": (2, 1, 3, "no", True),
+    "zero3_for_dpo.yaml": (8, 1, 3, "bf16", False),
+    "zero3_offload_for_dpo.yaml": (8, 1, 3, "bf16", False),
+    "zero3_pf.yaml": (8, 1, 3, "bf16", False),
+    "zero3_two_nodes.yaml": (16, 2, 3, "bf16", False),
+}
+
+
 @pytest.mark.parametrize("path", accelerate_files(), ids=lambda p: p.name)
 def test_accelerate_files_load(path):
+    """Through accelerate's own loader, which refuses unknown keys; those in deepspeed_config it takes unread, and so
+    they are compared with the launcher's flags. No recipe's numbers: TrainingArguments fills them in."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    deepspeed = config.deepspeed_config
+    found = (config.num_processes, config.num_machines, deepspeed.get("zero_stage"), config.mixed_precision)
+    assert (*found, config.use_cpu) == ACCELERATE[path.name]
+    assert config.distributed_type == ("DEEPSPEED" if deepspeed else "NO")
+    assert set(deepspeed) <= set(vars(launch_command_parser().parse_args(["run_dpo.py"])))
+    assert not {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"} & set(deepspeed)
+    offload = "cpu" if "offload" in path.name else "none"
+    if deepspeed:
+        assert deepspeed["offload_optimizer_device"] == deepspeed["offload_param_device"] == offload
+        assert deepspeed["deepspeed_multinode_launcher"] == "standard"
+        three = deepspeed["zero_stage"] == 3  # else a checkpoint holds empty tensors
+        assert deepspeed["zero3_init_flag"] is deepspeed.get("zero3_save_16bit_model", False) is three
+
+
+def test_an_unknown_accelerate_key_would_be_seen(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(path))  # refuses unknown keys
-    raw = yaml.safe_load(path.read_text())
-    assert config.num_processes == raw["num_processes"]
-    if "zero3" in path.name:
-        assert raw["deepspeed_config"]["zero_stage"] == 3
-        assert raw["deepspeed_config"]["zero3_save_16bit_model"] is True
-    if path.name in ("zero2_for_dpo.yaml", "zero3_for_dpo.yaml"):
-        assert (raw["num_processes"], raw["mixed_precision"]) == (8, "bf16")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((ROOT / "training_configs/cpu.yaml").read_text() + "num_proceses: 2\n")
+    with pytest.raises(ValueError, match="num_proceses"):
+        load_config_from_file(str(wrong))
 
 
 def test_links_of_older_names():
@@ -107,7 +142,7 @@ def test_links_of_older_names():
     for stage in (2, 3):
         link = ROOT / f"training_configs/zero{stage}_pf.yaml"
         assert link.is_symlink() and link.resolve().name == f"zero{stage}_for_dpo.yaml"
-    assert len(accelerate_files()) >= 7
+    assert [path.name for path in accelerate_files()] == list(ACCELERATE)
 
 
 def test_pins():
@@ -122,7 +157,7 @@ def test_pins():
 
 def commands() -> list[str]:
     """Every line of README's code blocks and indented commands that starts one of our programs."""
-    lines = re.findall(r"^(?:    )?((?:accelerate launch|python|make|pip) [^\n`]*)$", README, re.MULTILINE)
+    lines = re.findall(r"^(?:    )?((?:accelerate launch|python|make|pip|sbatch) [^\n`]*)$", README, re.MULTILINE)
     lines += re.findall(r"`((?:accelerate launch|python|make) [^\n`]*)`", README)
     return sorted({line.split("    #")[0].strip() for line in lines})
 
@@ -130,11 +165,13 @@ def commands() -> list[str]:
 def test_readme_has_the_commands_that_users_come_for():
     assert "accelerate launch --config_file zero2_for_dpo.yaml run_dpo.py" in commands()
     assert {"make quickstart", "make test"} <= set(commands())
+    assert {command.split()[0] for command in commands()} == {"accelerate", "python", "make", "pip", "sbatch"}
 
 
 @pytest.mark.parametrize("command", commands())
 def test_readme_commands_parse(command, monkeypatch, tmp_path):
-    """Files exist, targets exist, and what goes to run_dpo.py is accepted by the recipe parser."""
+    """Files and targets exist; what goes to the launcher is accepted by it, and what goes to run_dpo.py by the recipe
+    parser."""
     words = shlex.split(command.replace("RECIPE.yaml", "recipes/smollm2-135m/dpo/config_quickstart.yaml"))
     monkeypatch.chdir(ROOT)
     if words[0] == "make":
@@ -143,9 +180,15 @@ def test_readme_commands_parse(command, monkeypatch, tmp_path):
         return
     if words[0] == "pip":
         return
-    files = [w for w in words if re.search(r"\.(py|yaml)$", w) and not w.startswith("-")]
+    files = [w for w in words if re.search(r"\.(py|yaml|slurm)$", w) and not w.startswith("-")]
     assert files
     for file in files:
         assert (ROOT / file).exists(), f"{command}: {file}"
     if "run_dpo.py" in words and "--help" not in words:
         load_recipe(words[words.index("run_dpo.py") + 1 :])
+    if words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        assert launch_command_parser().parse_args(words[2:]).training_script == "run_dpo.py"
+    if words[0] == "sbatch":
+        load_recipe(words[words.index("scripts/launch.slurm") + 2 :])

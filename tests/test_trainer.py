@@ -219,6 +219,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
         close(recomputed[name], wanted, name)
 
 
+def test_a_copied_reference_runs_by_itself(tmp_path, tokenizer):
+    """Of a policy without a path: copied with the policy's scoring forward, it called the policy, and switched its
+    attention between forward and recomputation, which then failed. Moved weights show which model answers."""
+    trainer = own(tmp_path, tokenizer, tiny_llama(tokenizer), gradient_checkpointing=True, max_steps=1)
+    ids = torch.arange(3, 9)[None]
+    before = trainer.ref_model(input_ids=ids).logits
+    with torch.no_grad():
+        trainer.model.model.embed_tokens.weight.mul_(2)
+    assert torch.equal(trainer.ref_model(input_ids=ids).logits, before)
+    trainer.train()
+
+
 def test_saved_model_gives_the_trainers_own_log_probs(tmp_path, tokenizer):
     trainer = mdpo_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=1, save_only_model=True)
     trainer.train()

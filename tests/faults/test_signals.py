@@ -71,16 +71,10 @@ def test_in_the_reference_pass(forge, workshop, tmp_path):
     assert "reference log-probs of train: 0 of" not in run.log
 
 
-@pytest.mark.parametrize("config", ["zero2_cpu", "zero3_cpu", "ddp_cpu"])
+@pytest.mark.parametrize("config", ["zero2_cpu", "zero3_cpu", "cpu"])
 def test_launchers(config, launched, tmp_path):
     """TERM to a ZeRO launcher, which forwards it. TERM to one without DeepSpeed, which dies and forwards nothing. USR1
     to one rank of two: both leave together."""
-    if config == "ddp_cpu":
-        text = (ROOT / "training_configs/cpu.yaml").read_text()
-        (tmp_path / "ddp_cpu.yaml").write_text(
-            text.replace("'NO'", "MULTI_CPU").replace("num_processes: 1", "num_processes: 2")
-        )
-        config = tmp_path / "ddp_cpu"
     out = tmp_path / "out"
     run = launched(config, "--num_train_epochs=50", "--per_device_train_batch_size=1", f"--output_dir={out}")
     run.until_log("{'loss'")

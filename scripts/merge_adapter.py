@@ -1,0 +1,150 @@
+"""Merges an adapter that a run saved into its base model: python scripts/merge_adapter.py ADAPTER_FOLDER OUT_FOLDER
+
+Writes safetensors, generation config, tokenizer and chat template: a model as any other, without PEFT. It is loaded
+again and has to give the adapter's log-probs, else nothing is left. `--base`: the base model, where the adapter's own
+entry does not lead to it. `--dtype`: of the weights written, else the base's. Takes 4 bytes of memory a parameter.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdpo.files import first_line
+from mdpo.report import RESOLVED
+from mdpo.settings import read_yaml
+from mdpo.startup import run, say
+from mdpo.tokenizer import refuse_missing_folder
+from mdpo.types import UserError
+
+TEXT = "What is 17 * 11 - 66? Let us compute it: 17 * 11 is 187, and 187 - 66 is 121. The answer is 121."
+# The most by which a token's log-prob may differ, in nats; in half precision the written weights are rounded.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+ROUNDED_AWAY = 0.5  # and on average, as a share of what the adapter changes
+NOISE = 1e-5  # nats; an adapter that changes less has not been trained
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (args.adapter / file).is_file():
+            raise UserError(f"{args.adapter}: no {file} in it, so it is not an adapter that a run has saved.")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"{args.out} exists and is not an empty folder. Name another one.")
+    model, tokenizer, dtype = load(args)
+    adapted = log_probs(model, tokenizer)
+    with model.disable_adapter():
+        base = log_probs(model, tokenizer)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".merge-") as beside:
+        draft = Path(beside, "model")
+        merged(model).to(getattr(torch, dtype)).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        del model
+        check(draft, tokenizer, adapted, base, dtype)
+        draft.replace(args.out)  # an empty folder gives way
+    say(f"model   {args.out} ({dtype})")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
+    for name in ("adapter", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--base")
+    parser.add_argument("--dtype", choices=list(TOLERANCE))
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+
+
+def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
+    """The base with its adapter in float32, the tokenizer, and the dtype to write in. Raises UserError."""
+    adapter = str(args.adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    name, revision = args.base or config.base_model_name_or_path, None if args.base else config.revision
+    if config.is_prompt_learning:
+        raise UserError(f"{adapter}: {config.peft_type.value} works beside the weights and cannot be merged.")
+    if not name:
+        raise UserError(f"{adapter}: its adapter_config.json names no base model. Give it: --base.")
+    refuse_missing_folder("--base", name)
+    saved = load_file(args.adapter / "adapter_model.safetensors")
+    try:
+        settings = AutoConfig.from_pretrained(name, revision=revision)
+        if hasattr(settings, "quantization_config"):
+            raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"base model {name!r} cannot be had: {first_line(error)}. Give its folder: --base.") from error
+    dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
+    if bits := quantised_bits(args.adapter):
+        dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
+        say(f"The run held {name} in {bits} bits. The adapter is merged into its whole weights, in {dtype}.")
+    try:
+        model = PeftModel.from_pretrained(base, adapter).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter} does not fit {name}: {str(error).strip().splitlines()[-1].strip()}") from error
+    if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
+        raise UserError(f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}.")
+    beside = adapter if (args.adapter / "tokenizer_config.json").is_file() else name
+    return model, AutoTokenizer.from_pretrained(beside), dtype
+
+
+def quantised_bits(adapter: Path) -> int | None:
+    """Those of the base in the run, by the recipe beside the adapter or, for a checkpoint, above it."""
+    paths = [path for path in (adapter / RESOLVED, adapter.resolve().parent / RESOLVED) if path.is_file()]
+    recipe = {setting.key: setting.value for setting in read_yaml(paths[0])} if paths else {}
+    return next((bits for bits in (4, 8) if recipe.get(f"load_in_{bits}bit")), None)
+
+
+def merged(model: PeftModel):
+    """The base with the adapter's change in its weights. Raises UserError where PEFT cannot put it there."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        # One matrix, changed at one of its two ends: it becomes two. PEFT would change both.
+        head = ends[1].get_base_layer() if isinstance(ends[1], BaseTunerLayer) else ends[1]
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        raise UserError(f"PEFT cannot merge this adapter: {first_line(error)}.") from error
+
+
+def log_probs(model, tokenizer) -> torch.Tensor:
+    """Of each token of TEXT behind the first: (T - 1,), float32, nats."""
+    ids = torch.tensor([tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dtype: str) -> None:
+    """Raises UserError unless the model in `folder` has the adapter's log-probs."""
+    found = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
+    off, moved = (found - adapted).abs(), (base - adapted).abs()
+    distance = f"{off.max():.1e} at most (allowed: {TOLERANCE[dtype]:.0e}) and {off.mean():.1e} on average"
+    say(
+        f"log-probs of {len(found)} tokens, in nats: merged and adapter differ by {distance}, "
+        f"base and adapter by {moved.mean():.1e} on average"
+    )
+    if moved.mean() <= NOISE:
+        say("The adapter changes nothing: it has not been trained.")
+    elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
+        raise UserError(f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.")
+    if not off.max() <= TOLERANCE[dtype]:
+        raise UserError(
+            f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off); not written."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

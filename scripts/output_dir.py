@@ -1,0 +1,25 @@
+"""Prints where a run writes: python scripts/output_dir.py [RECIPE.yaml] [--key=value ...]
+
+Takes run_dpo.py's arguments and reads them as it does. One line on stdout, all else on stderr. Loads no model, no data,
+and makes no folder. scripts/launch.slurm looks there for what a run has left.
+"""
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdpo.startup import run
+
+
+def main(argv: list[str]) -> None:
+    with redirect_stdout(sys.stderr):  # libraries speak while they are imported
+        from mdpo.recipe import load_recipe
+
+        folder = load_recipe(argv).training.output_dir
+    print(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

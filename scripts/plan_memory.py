@@ -1,0 +1,69 @@
+"""Memory of a run by part, from configurations alone: python scripts/plan_memory.py RECIPE.yaml [--key=value ...]
+
+Needs neither weights nor a GPU; where the hub cannot be reached, a folder with the model's config.json will do
+(--model_name_or_path=FOLDER). --config_file FILE is the accelerate file (default zero2_for_dpo.yaml), --processes N its
+num_processes, --gpu_gb G the memory of a GPU in GB of 1e9 bytes (default 80). Exit code 1 where the run does not fit.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdpo.startup import run, say
+from mdpo.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WORST = (
+    "Counted for the longest pairs: {pairs} a device, {tokens} tokens each, nothing shared, all supervised. Assumed: "
+    "{libraries:.1f} GB of libraries. Not counted: fragmentation, loading."
+)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config_file", default=str(ROOT / "zero2_for_dpo.yaml"))
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--gpu_gb", type=float, default=80.0)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    from mdpo.planning import plan_memory
+    from mdpo.recipe import load_recipe
+    from mdpo.sharding import Sharding
+
+    sharding = Sharding.read(args.config_file, args.processes)
+    recipe = load_recipe(rest)
+    plan = plan_memory(recipe, sharding)
+    show(plan, recipe, sharding)
+    say(plan.verdict(args.gpu_gb))
+    if not plan.fits(args.gpu_gb):
+        raise SystemExit(1)
+
+
+def show(plan, recipe, sharding) -> None:
+    """The table, and what it counts."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mdpo.memory import GB, LIBRARIES
+
+    say(f"{recipe.path}: {sharding}; {plan.phase} needs most, at max_length {plan.length}")
+    table = Table()
+    table.add_column("" if sharding.cpu else "on each GPU")
+    table.add_column("GB", justify="right")
+    for name, size in plan.parts.items():
+        table.add_row(name, f"{size / GB:.2f}")
+    table.add_section()
+    table.add_row("together", f"{plan.total / GB:.2f}")
+    Console().print(table)
+    pairs, libraries = recipe.training.per_device_train_batch_size, LIBRARIES["CPU" if sharding.cpu else "GPU"] / GB
+    say(WORST.format(pairs=pairs, tokens=2 * plan.length, libraries=libraries))
+    if plan.cpu:
+        say(f"Offloading keeps {plan.cpu / GB:.0f} GB in the CPU memory of each machine.")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,30 @@
+"""Steps that are not finite under real ZeRO, where accelerate makes backward and step in one call."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from faults.runs import LAUNCH, ROOT, WAIT_S
+from tiny import CHATML, tiny_llama, tokenizer_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("stage", "precision", "clip"), [(2, "no", 1.0), (2, "bf16", 1.0), (3, "no", 0.0)])
+def test_one_rank_at_fault_and_no_rank_makes_the_step(stage, precision, clip, extensions, tmp_path):
+    tiny_llama(tokenizer_for(CHATML, "byte", eos="<|im_end|>")).save_pretrained(tmp_path / "model")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [*LAUNCH, f"training_configs/zero{stage}_cpu.yaml", "--mixed_precision", precision,
+         "tests/faults/nonfinite_worker.py", str(tmp_path), precision, str(clip)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=WAIT_S,
+    )  # fmt: skip
+    assert (tmp_path / "found.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["moved"] == [True, True, False, True, False] and found["finite"]
+    assert "step 3: the loss of row pair-5 is not finite; it is not applied." in done.stdout
+    said = "step {}: a gradient, though no loss, of the step with rows pair-{}, pair-{} is not finite"
+    assert said.format(5, 8, 9) in done.stdout
+    assert found["error"].startswith(said.format(6, 10, 11) + ", the 2. such step in a row (max_nonfinite_steps).")
