@@ -225,7 +225,7 @@ def test_a_page_that_fails_costs_one_line(tmp_path, capsys):
 
 
 def test_when_it_is_drawn(tmp_path, monkeypatch):
-    """At logs at most every EVERY_S seconds, at checkpoints too; where drawing takes 3 s, every 300 s and every 30 s."""
+    """At logs at most every EVERY_S seconds; where drawing takes 3 s, every 300 s, and at checkpoints every 30 s."""
     page, args, state, _ = run_page(tmp_path, history(10), step=10)
     drawn, now = [], [1000.0]
 
