@@ -50,6 +50,7 @@ from mdpo.sampling import LongestFirst, pair_tokens
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.tokenizer import refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
+from mdpo.turns import joined, turn_rewards
 from mdpo.types import UserError
 
 AnyDataset = Dataset | IterableDataset
@@ -405,6 +406,7 @@ class DPOTrainer(GuardedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of this rank's pairs, a scalar; with `return_outputs` also their PairLogps."""
         batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
+        self.batch_in_hand = batch  # for the message where memory runs out
         n = n_pairs(batch)
         scores = score_tokens(
             model, self.layout.fit(model, batch), self.args.use_weighting, aux_loss=bool(self.aux_loss_coef)
@@ -440,7 +442,12 @@ class DPOTrainer(GuardedTrainer):
             losses = losses + self.aux_loss_coef * scores.aux_loss
 
         mode = "train" if self.model.training else "eval"
-        self._tables[mode].append(pair_table(batch, scores, losses, terms, nll))
+        turns = None
+        ############## MODIFICATION 13: margins and accuracy by turn; TRL has those of whole sides.
+        if self.render_settings.mask_turns and "score_turn" in batch:
+            turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
+        ############## MODIFICATION 13 END
+        self._tables[mode].append(pair_table(batch, scores, losses, terms, nll, turns))
         if mode == "train":
             self._train_tokens += n_tokens(batch)
         ############## MODIFICATION 11: a step that is not finite is not applied, and its rows are named.
@@ -493,7 +500,7 @@ class DPOTrainer(GuardedTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         ############## MODIFICATION 4: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables = gather_object([torch.cat(self._tables["eval"]).cpu()])
+        tables = gather_object([joined(self._tables["eval"]).cpu()])
         self._tables["eval"].clear()
         table = evaluated_once(tables)
         metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
@@ -543,7 +550,8 @@ class DPOTrainer(GuardedTrainer):
         name = model_name or (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).split("/")[-1]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         base = getattr(self.model.config, "_name_or_path", None)
-        write_card(self.args.output_dir, name, base, dataset_name, [*tags, *self._tag_names], self.args)
+        tags = [*tags, *self._tag_names]
+        write_card(self.args.output_dir, name, base, dataset_name, tags, self.args, self.state.log_history)
 
 
 def _say(args: DPOConfig, *lines: str) -> None:

@@ -14,14 +14,19 @@ from trl import get_peft_config, get_quantization_config
 from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import writing
 from mdpo.options import check_options
+from mdpo.out_of_memory import explained
+from mdpo.page import PAGE, RunPage
 from mdpo.pairs import model_init_kwargs, prepare_pairs
 from mdpo.preemption import held, marks
+from mdpo.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.recipe import load_recipe
-from mdpo.report import REPORT, RESOLVED, StepTimer, peak_memory_gb, show_result, write_report
+from mdpo.report import REPORT, RESOLVED, show_result, write_report
 from mdpo.run_folder import agreed, prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
+
+LEFT_BEHIND = (("model", ""), ("page", PAGE), ("report", REPORT), ("recipe", RESOLVED))
 
 
 def main(argv: list[str]) -> None:
@@ -51,45 +56,44 @@ def main(argv: list[str]) -> None:
         refuse_another_run(resume, facts)
 
     ################
-    # Trainer
+    # Train, evaluate, save, report
     ################
-    args.model_init_kwargs = model_init_kwargs(recipe.model, args)
-    timer = StepTimer()
-    trainer = DPOTrainer(
+    made = []
+    with explained(recipe, lambda: made[0] if made else None, argv):
+        timer = StepTimer()
+        page = RunPage(timer, data_report.as_dict(), train_dataset, tokenizer)
+        made.append(trainer := _trainer(recipe, tokenizer, train_dataset, eval_dataset, [timer, page]))
+        trainer.run_facts = facts
+        show_progress(trainer, timer)
+        if trainer.is_world_process_zero():
+            recipe.write(Path(args.output_dir, RESOLVED))
+        result = trainer.train(resume_from_checkpoint=resume)
+        after = trainer.evaluate() if eval_dataset is not None else {}
+    figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
+    figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
+    with held(), writing(args.output_dir):  # what is left takes less time than to start again
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict(), args)
+            page.finish(args, trainer.state, report)
+            show_result(report)
+            say(*(f"{what:7} {Path(args.output_dir, name)}" for what, name in LEFT_BEHIND))
+
+
+def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTrainer:
+    recipe.training.model_init_kwargs = model_init_kwargs(recipe.model, recipe.training)
+    return DPOTrainer(
         model=recipe.model.model_name_or_path,
-        args=args,
+        args=recipe.training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        callbacks=[timer],
+        callbacks=callbacks,
     )
-    trainer.run_facts = facts
-
-    ################
-    # Train, evaluate, save
-    ################
-    if trainer.is_world_process_zero():
-        recipe.write(Path(args.output_dir, RESOLVED))
-    result = trainer.train(resume_from_checkpoint=resume)
-    after = trainer.evaluate() if eval_dataset is not None else {}
-    with held(), writing(args.output_dir):  # what is left takes less time than to start again
-        trainer.save_model()
-        trainer.save_state()
-        trainer.create_model_card()
-
-    ################
-    # Report
-    ################
-    figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
-    figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
-    if trainer.is_world_process_zero():
-        report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict())
-        show_result(report)
-        say(
-            f"model   {args.output_dir}", f"report  {args.output_dir}/{REPORT}", f"recipe  {args.output_dir}/{RESOLVED}"
-        )
 
 
 def _checked_tokenizer(recipe):

@@ -10,6 +10,7 @@ from mdpo.checkpointed_trainer import CheckpointedTrainer
 from mdpo.checkpoints import PREFIX
 from mdpo.preemption import Preempted
 from mdpo.startup import say
+from mdpo.turns import joined
 from mdpo.types import UserError
 
 NAMED = 8  # rows of a step that is not finite
@@ -122,7 +123,7 @@ class GuardedTrainer(CheckpointedTrainer):
             self._tables["train"][self._tables_before :],
             self._tables["train"][: self._tables_before],
         )
-        table = torch.cat(tables).cpu()
+        table = joined(tables).cpu()
         mine = table[:, 0].long().tolist()
         at_fault = [
             row for row, finite in zip(mine, table[:, 1:6].isfinite().all(1).tolist(), strict=True) if not finite

@@ -5,6 +5,7 @@ import torch
 from mdpo.logprobs import TokenScores
 from mdpo.objective import PairTerms
 from mdpo.sums import counted, token_places
+from mdpo.turns import joined, turn_figures
 
 # One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
 COLUMNS = (
@@ -25,9 +26,17 @@ COLUMNS = (
 )
 
 
-def pair_table(batch, scores: TokenScores, losses: torch.Tensor, terms: PairTerms, nll: torch.Tensor) -> torch.Tensor:
+def pair_table(
+    batch,
+    scores: TokenScores,
+    losses: torch.Tensor,
+    terms: PairTerms,
+    nll: torch.Tensor,
+    turns: torch.Tensor | None = None,
+) -> torch.Tensor:
     """COLUMNS for the B pairs of a batch, float64 (B, len(COLUMNS)), on the batch's device, without gradient.
-    `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked."""
+    `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked. `turns`, of
+    `mdpo.turns`, stand behind COLUMNS."""
     n = len(losses)
     place, logps = token_places(batch, n), terms.policy
 
@@ -51,12 +60,18 @@ def pair_table(batch, scores: TokenScores, losses: torch.Tensor, terms: PairTerm
         nll,
         torch.zeros_like(nll) if scores.aux_loss is None else scores.aux_loss.expand(n),
     )
-    return torch.stack([c.detach().double() for c in columns], dim=1)
+    table = torch.stack([c.detach().double() for c in columns], dim=1)
+    return table if turns is None else torch.cat([table, turns], dim=1)
 
 
 def summarise(table: torch.Tensor) -> dict[str, float]:
-    """TRL's metrics of a table of pairs: means over pairs; entropy, logits and accuracy over tokens."""
-    column = dict(zip(COLUMNS, table.unbind(1), strict=True))
+    """TRL's metrics of a table of pairs, and behind them those by turn where the table has turns."""
+    return {**averages(table), **_by_turn(table)}
+
+
+def averages(table: torch.Tensor) -> dict[str, float]:
+    """Means over pairs; entropy, logits and accuracy over tokens."""
+    column = dict(zip(COLUMNS, table.unbind(1), strict=False))
     tokens = {side: column[f"{side}_tokens"].sum().clamp(min=1) for side in ("chosen", "rejected")}
     margins = column["chosen_reward"] - column["rejected_reward"]
     metrics = {
@@ -76,10 +91,17 @@ def summarise(table: torch.Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in metrics.items()}
 
 
+def _by_turn(table: torch.Tensor) -> dict[str, float]:
+    if table.size(1) == len(COLUMNS):
+        return {}
+    rewards = table[:, [COLUMNS.index("chosen_reward"), COLUMNS.index("rejected_reward")]]
+    return turn_figures(table[:, len(COLUMNS) :], rewards[:, 0] - rewards[:, 1])
+
+
 def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
     """The tables of all ranks as one, each pair once: the last batches are filled up with pairs from the start, so
     that every rank has the same number. Rows numbered −1 (a foreign collator's) cannot be told apart and all stay."""
-    table = torch.cat(tables)
+    table = joined(tables)
     seen: set[int] = set()
     keep = [i for i, row in enumerate(table[:, 0].long().tolist()) if row < 0 or not (row in seen or seen.add(row))]
     return table[keep]
@@ -87,6 +109,9 @@ def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
 
 def mean_over_steps(tables: list[list[torch.Tensor]]) -> dict[str, float]:
     """Training metrics as TRL logs them: each step's own averages over all ranks, averaged over the steps since the
-    last log. `tables[rank][step]` holds that step's pairs."""
-    steps = [summarise(torch.cat([t.cpu() for t in step])) for step in zip(*tables, strict=True)]
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} if steps else {}
+    last log; figures by turn over all pairs of these steps. `tables[rank][step]` holds that step's pairs."""
+    tables = [joined([t.cpu() for t in step]) for step in zip(*tables, strict=True)]
+    if not tables:
+        return {}
+    steps = [averages(table) for table in tables]
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} | _by_turn(joined(tables))

@@ -25,6 +25,8 @@ class PairCollator:
     score_target, score_pair, score_side (S,): the token's id, its pair 0 … B-1, its side (0 chosen, 1 rejected)
     score_weight (S,): float32, only where a turn's weight is not 1
     score_reference (S,): float32, the reference's log-probs, only where the set holds them
+    score_turn (S,): the number of each token's turn in its side, from 0
+    turn_tokens (2B, T): how many tokens each turn has; T is the most turns of a side. A turn of weight 0 is none
     margin (B,): float32, only where the rows have margins
     row (B,): the pair's number in its set
 
@@ -74,7 +76,7 @@ class PackedCollator:
         tokens of the prefix stand there once
     score_source (S,): for each supervised token of a side, in PairCollator's order, its place among those U
     score_column (S,): its predecessor's place in its own side
-    and PairCollator's score_pair, score_side, score_weight, score_reference (S,), margin and row (B,)
+    and PairCollator's score_pair, score_side, score_weight, score_reference, score_turn (S,), turn_tokens, margin, row
 
     Example: chosen [5, 6, 7, 8], rejected [5, 6, 9] with masks [0, 1, 1, 1] and [0, 1, 1], so the prefix is [5, 6]:
     input_ids [5, 6, 7, 8, 9], position_ids [0, 1, 2, 3, 2], segments [2, 2, 1]; 6 and 7 of chosen are read from places
@@ -128,8 +130,8 @@ def _score_lists(chosen: list[dict], rejected: list[dict]) -> dict[str, np.ndarr
 
 
 def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """What both layouts take from the rows beside the tokens: row, and where there are any, margin and score_*."""
-    found = {"row": torch.tensor([row.get("row", -1) for row in rows])}
+    """What both layouts take from the rows beside the tokens: row, turns, and where there are any, margin, score_*."""
+    found = {"row": torch.tensor([row.get("row", -1) for row in rows]), **_turns(rows)}
     if any(row.get(f"{side}_weights") for side in SIDES for row in rows):
         sides = [(row[f"{side}_mask"], row[f"{side}_weights"]) for side in SIDES for row in rows]
         weights = [weights[t] if weights else 1.0 for mask, weights in sides for t in range(1, len(mask)) if mask[t]]
@@ -140,6 +142,23 @@ def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     if all(row.get("margin") is not None for row in rows):
         found["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
     return found
+
+
+def _turns(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """score_turn and turn_tokens: turns are runs of ones in a mask, without the tokens of weight 0."""
+    numbers, tokens = [], []
+    for row, side in ((row, side) for side in SIDES for row in rows):
+        scored = np.asarray(row[f"{side}_mask"][1:], bool)
+        weights = row.get(f"{side}_weights")
+        counts = scored & (np.asarray(weights[1:]) != 0) if weights else scored
+        begins = counts & ~np.concatenate([[False], counts[:-1]])
+        number = np.maximum(np.cumsum(begins) - 1, 0)
+        numbers.append(number[scored])
+        tokens.append(np.bincount(number[counts]))
+    table = np.zeros((len(tokens), max(1, *map(len, tokens))), np.int64)
+    for line, of_side in zip(table, tokens, strict=True):
+        line[: len(of_side)] = of_side
+    return {"score_turn": torch.from_numpy(np.concatenate(numbers)), "turn_tokens": torch.from_numpy(table)}
 
 
 def unpacked(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -155,7 +174,7 @@ def unpacked(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, tor
     lengths = torch.tensor([len(side) for side in chosen + rejected], device=ids.device)
     attention = (torch.arange(ids.size(1), device=ids.device)[None] < lengths[:, None]).long()
     places = batch["score_side"] * len(segments) + batch["score_pair"]
-    kept = ("score_pair", "score_side", "score_weight", "score_reference", "margin", "row")
+    kept = ("score_pair", "score_side", "score_weight", "score_reference", "score_turn", "turn_tokens", "margin", "row")
     return {name: batch[name] for name in kept if name in batch} | {
         "input_ids": ids,
         "attention_mask": attention,

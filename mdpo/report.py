@@ -1,18 +1,16 @@
 """What a run leaves behind besides weights: its figures as JSON and as a table."""
 
 import json
-import platform
-import resource
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+
+from mdpo.history import before_and_after, chosen_logps, curve, latest_turns
+from mdpo.machine import hardware, repository, versions
+from mdpo.turns import turn_tables
 
 REPORT, RESOLVED = "run_report.json", "recipe_resolved.yaml"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "numpy")
 # Row of the table: what it is called, and its metric.
 SHOWN = (
     ("DPO loss", "eval_loss"),
@@ -23,47 +21,22 @@ SHOWN = (
 )
 
 
-def peak_memory_gb(device) -> float:
-    """Highest memory of this process so far, in GB (1e9 bytes): the GPU's where there is one, else resident memory."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-class StepTimer(TrainerCallback):
-    """Seconds between the begin and the end of optimiser steps: training alone, no evaluation, no saving."""
-
-    def __init__(self):
-        self.seconds, self.steps, self._began = 0.0, 0, None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds, self.steps = self.seconds + time.perf_counter() - self._began, self.steps + 1
-
-    def figures(self, args) -> dict[str, float]:
-        """Pairs of all processes; the last step of an epoch may have had fewer pairs than it is counted with."""
-        pairs = self.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return {
-            "steps": self.steps,
-            "train_seconds": self.seconds,
-            "pairs_per_second": pairs / self.seconds if self.seconds else 0.0,
-        }
-
-
-def write_report(folder: str | Path, figures: dict, history: list[dict], data: dict) -> dict:
+def write_report(folder: str | Path, figures: dict, history: list[dict], data: dict, args) -> dict:
     """Writes `run_report.json` into the output folder and returns it: figures, the evaluation before the first step if
-    there was one, the first loss, what became of every row, versions and machine."""
+    there was one, the first loss, figures by turn, what became of chosen log-probs and of every row, versions, commit
+    and machine."""
+    losses, (pairs, turns) = curve(history, "loss").training, latest_turns(history)
+    line, fell = chosen_logps(history, args.beta)
     report = {
         **figures,
-        "before": next((log for log in history if "eval_loss" in log and log["step"] == 0), {}),
-        "first_loss": next((log["loss"] for log in history if "loss" in log), None),
+        "before": before_and_after(history)[0],
+        "first_loss": losses[0][1] if losses else None,
+        "turns": {"of": pairs, **turn_tables(turns)},
+        "chosen_logps": {"line": line, "fell": fell},
         "data": data,
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
-        "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine()},
+        "versions": versions(),
+        "repository": repository(),
+        "machine": hardware(args.world_size),
     }
     Path(folder, REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
@@ -84,6 +57,15 @@ def show_result(report: dict) -> None:
         console.print(table)
     if report["first_loss"] is not None:
         console.print(f"first training loss {report['first_loss']:.4f}")
+    console.print(speed_line(report))
+    if line := report["chosen_logps"]["line"]:
+        fell = report["chosen_logps"]["fell"]
+        console.print(
+            f"warning: {line}" if fell else line, style="yellow" if fell else "", soft_wrap=True, markup=False
+        )
+
+
+def speed_line(report: dict) -> str:
     speed = f"{report['pairs_per_second']:.2f} pairs/s over {report['steps']} steps"
     memory = f"peak memory {report['peak_memory_gb']:.2f} GB a process"
-    console.print(f"{speed}, {report['train_seconds']:.0f} s of training, {memory}")
+    return f"{speed}, {report['train_seconds']:.0f} s of training, {memory}"

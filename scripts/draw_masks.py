@@ -10,7 +10,10 @@ from html import escape
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from show_masks import COLOURS, CONTEXT, END, SHARED, SIDES, SUPERVISED, VISIBLE, run, token_kinds, training_pairs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdpo.shown import COLOURS, CONTEXT, END, SHARED, SIDES, SUPERVISED, VISIBLE, token_kinds, training_pairs
+from mdpo.startup import run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/smollm2-135m/dpo/config_quickstart.yaml"

@@ -21,7 +21,6 @@ import contextlib
 import json
 import signal
 import sys
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,26 +29,26 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mdpo.shown import (
+    COLOURS,
+    CONTEXT,
+    END,
+    SHARED,
+    SIDES,
+    SUPERVISED,
+    VISIBLE,
+    recipe_and_tokenizer,
+    token_kinds,
+    training_pairs,
+)
 from mdpo.startup import run, say
 from mdpo.types import UserError
-
-SIDES = ("chosen", "rejected")
-SHARED, CONTEXT, SUPERVISED, END = "shared prefix", "context", "supervised", "end of turn"
-COLOURS = {  # text, two backgrounds that alternate from token to token (close in the 256-colour palette too)
-    SHARED: ("#d0d7de", "#3d444d", "#4d5660"),
-    CONTEXT: ("#8b949e", "default", "default"),
-    (SUPERVISED, "chosen"): ("#03251b", "#87d7af", "#5fd7af"),
-    (SUPERVISED, "rejected"): ("#3b1700", "#ffd7af", "#ffd787"),
-    (END, "chosen"): ("#ffffff", "#00664b", "#00664b"),
-    (END, "rejected"): ("#ffffff", "#a84300", "#a84300"),
-}
-VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {0x0A: "↵\n"}
 
 
 def main(argv: list[str]) -> None:
     args, rest = parse(argv)
     if args.html:
-        from mask_page import write_page
+        from mdpo.mask_page import write_page
 
         shown = write_page(args.html, *recipe_and_tokenizer(rest), args.pairs or 100)
         return say(f"{args.html}: " + ", ".join(f"{n} {what}" for what, n in shown.items()))
@@ -76,44 +75,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         what = "has no effect with --json" if args.json else f"{args.pairs} is out of range; it has to be >= 1"
         raise UserError(f"argument --pairs: {what}.")
     return args, rest
-
-
-def recipe_and_tokenizer(argv: list[str]):
-    from mdpo.recipe import load_recipe
-    from mdpo.tokenizer import load_tokenizer
-
-    recipe = load_recipe(argv)
-    say(f"recipe {recipe.path}", *recipe.notes)
-    return recipe, load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
-
-
-def training_pairs(argv: list[str]):
-    """An iterator over the training pairs of a command line, as --json prints them. Raises UserError."""
-    from mdpo.pairs import prepare_pairs
-    from mdpo.tokenizer import token_text
-
-    recipe, tokenizer = recipe_and_tokenizer(argv)
-    rows, _, _ = prepare_pairs(recipe, tokenizer)
-    order = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)
-    specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return map(partial(as_object, text_of=token_text(tokenizer), specials=specials), rows.select(order))
-
-
-def as_object(row: dict, text_of, specials: set[int]) -> dict:
-    """One tokenised pair as --json prints it. `ends`: where special tokens close a supervised span."""
-    out = {"key": row["key"], "shared_len": row["shared_len"]}
-    for name in SIDES:
-        ids, mask = row[f"{name}_ids"], row[f"{name}_mask"]
-        tokens = [text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
-        ends = [t for t, token in enumerate(ids) if mask[t : t + 2] in ([1], [1, 0]) and token in specials]
-        out[name] = {"ids": ids, "tokens": tokens, "mask": mask, "ends": ends, "weights": row[f"{name}_weights"]}
-    return out
-
-
-def token_kinds(side: dict, shared_len: int) -> list[str]:
-    """SUPERVISED, END, SHARED or CONTEXT for each token; a supervised one may stand in the shared prefix as well."""
-    rest = [SHARED if t < shared_len else CONTEXT for t in range(len(side["mask"]))]
-    return [END if t in side["ends"] else SUPERVISED if bit else rest[t] for t, bit in enumerate(side["mask"])]
 
 
 def show(pairs, console: Console) -> None:

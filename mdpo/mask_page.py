@@ -8,18 +8,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from show_masks import CONTEXT, END, SHARED, SIDES, SUPERVISED
-
 from mdpo.data import row_to_pair
 from mdpo.files import whole_row
 from mdpo.pairs import prepare_pairs, render_settings
 from mdpo.render import tokenize
 from mdpo.sets import load_sets
+from mdpo.shown import CONTEXT, END, SHARED, SIDES, SUPERVISED
 from mdpo.template import ChatTemplate
 from mdpo.tokenizer import token_text
 from mdpo.types import DropPair, UserError
 
-PAGE = Path(__file__).with_name("mask_page.html")
+PAGE, STYLE = (Path(__file__).with_name(name) for name in ("mask_page.html", "page.css"))
 KINDS = [CONTEXT, SHARED, SUPERVISED, END, "cut off"]
 OF_A_REASON = 20  # pairs
 
@@ -53,7 +52,8 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in wanted if key in raw]
     content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
-    path.write_text(PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", text), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
+    path.write_text(page.replace("/*DATA*/null", text), encoding="utf-8")
     counts: dict[str, int] = {}
     for pair in shown:
         counts[pair["reason"] or "kept"] = counts.get(pair["reason"] or "kept", 0) + 1

@@ -1,0 +1,109 @@
+"""What a run's log history says: curves over steps, figures before and after, what became of chosen log-probs.
+
+`history` is Trainer's `state.log_history`, a list of dicts with a `step` each. Checkpoints hold it, so after a resume
+it is that of the whole run.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+HELD_OUT = "eval_"
+FALL = 0.01  # of |log-prob|: a smaller fall is stated without a warning
+ADVICE = (
+    "The policy grows less likely to write what it should prefer, and the margin grows because rejected falls faster. "
+    "nll_coefficient (RPO), a higher beta or a lower learning_rate work against it."
+)
+
+
+@dataclass
+class Curve:
+    """(step, value) of one figure in order of steps, one value a step: `training` as logged, `held_out` of
+    evaluations."""
+
+    training: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+
+    def __bool__(self):
+        return bool(self.training or self.held_out)
+
+
+def curve(history: list[dict[str, Any]], name: str) -> Curve:
+    """The curve of the metric `name`. Values that are not finite are left out (`not_finite` counts them); of several at
+    one step the last one counts."""
+    return Curve(_points(history, name), _points(history, HELD_OUT + name))
+
+
+def _points(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    found = {log["step"]: log[name] for log in history if name in log and math.isfinite(log[name])}
+    return sorted(found.items())
+
+
+def not_finite(history: list[dict[str, Any]]) -> dict[str, int]:
+    """metric -> how many of its logged values are not finite, for those that have any."""
+    counts: dict[str, int] = {}
+    for log in history:
+        for name, value in log.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Means of each point and its neighbours, a twentieth of the curve's points to each side, as far as there are any.
+    Under 20 points nothing is smoothed."""
+    half, values, out = len(points) // 20, [value for _, value in points], []
+    for i, (step, _) in enumerate(points):
+        window = values[max(0, i - half) : i + half + 1]
+        out.append((step, sum(window) / len(window)))
+    return out
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [log for log in history if HELD_OUT + "loss" in log]
+
+
+def before_and_after(history: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The evaluation before the first step and the last one behind it, each {} where there is none."""
+    logs = evaluations(history)
+    before = next((log for log in logs if log["step"] == 0), {})
+    return before, next((log for log in reversed(logs) if log["step"] > 0), {})
+
+
+def latest_turns(history: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """(which pairs and step, that log with names without prefix) of the last log with figures by turn: an evaluation's
+    where there is one, else training's; ("", {}) without any."""
+    for prefix, pairs in ((HELD_OUT, "held-out"), ("", "training")):
+        for log in reversed(history):
+            names = {k.removeprefix(prefix): v for k, v in log.items() if k.startswith(prefix)}
+            if any(name.startswith("pairs/") for name in names):
+                return f"{pairs} pairs at step {log['step']}", names
+    return "", {}
+
+
+def chosen_logps(history: list[dict[str, Any]], beta: float) -> tuple[str, bool]:
+    """(one line on what became of the chosen side's log-probs, whether they fell). From the first and the last
+    evaluation; without two, from training's rewards, which are β · (log π − log π_ref) of the same pairs: their mean
+    over the last tenth of the logs. ("", False) where neither is there."""
+    logs = [log for log in evaluations(history) if math.isfinite(log["eval_logps/chosen"])]
+    if logs and logs[0]["step"] != logs[-1]["step"]:
+        first, last = logs[0], logs[-1]
+        was, now = first["eval_logps/chosen"], last["eval_logps/chosen"]
+        by, other = now - was, last["eval_logps/rejected"] - first["eval_logps/rejected"]
+        where = f"held-out pairs, {was:.2f} at step {first['step']}, {now:.2f} at step {last['step']}"
+        text = f"log-probs of the chosen side {_moved(by)} nats a pair ({where}); rejected {_moved(other)}"
+    else:
+        rewards = [curve(history, f"rewards/{side}").training for side in ("chosen", "rejected")]
+        if not all(rewards):
+            return "", False
+        tail = max(1, len(rewards[0]) // 10)
+        by, other = (sum(value for _, value in points[-tail:]) / len(points[-tail:]) / beta for points in rewards)
+        was = curve(history, "logps/chosen").training[-1][1] - by
+        where = f"training pairs, mean of the last {tail} logs"
+        text = f"log-probs of the chosen side less the reference's: {by:+.2f} nats ({where}), rejected {other:+.2f}"
+    fell = by < -FALL * abs(was)
+    return f"{text}.", fell
+
+
+def _moved(by: float) -> str:
+    return f"{'fell' if by < 0 else 'rose'} by {abs(by):.2f}"

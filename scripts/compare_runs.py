@@ -1,0 +1,150 @@
+"""Runs over each other, as a page and in the terminal: python scripts/compare_runs.py RUN RUN [--out compare.html]
+
+Each RUN is an output folder of run_dpo.py, also of a run that still goes on and has a checkpoint. Shows curves of loss,
+accuracy, margin and log-probs, final figures, and the recipe keys in which the runs differ.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from markupsafe import Markup
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mdpo.history import before_and_after, curve, smoothed
+from mdpo.page import template
+from mdpo.plots import PLOTS, STYLE, Line, over_steps, page_svg, thinned
+from mdpo.report import REPORT, RESOLVED, SHOWN
+from mdpo.settings import Loader
+from mdpo.startup import run, say
+from mdpo.types import UserError
+
+COLOURS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6b7a86", "#e06fa8")
+STATE = "trainer_state.json"
+OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no part of what is trained
+CURVES = ("loss", "reward_accuracy", "margins", "logps")  # of PLOTS
+
+
+@dataclass
+class Run:
+    name: str
+    history: list[dict[str, Any]]
+    recipe: dict[str, Any]
+    report: dict[str, Any]  # {} while the run goes on
+
+
+def main(argv: list[str]) -> None:
+    folders, out = parse(argv)
+    runs = load(folders)
+    tables = [("Final figures", final_figures(runs)), ("Recipe keys that differ", differing(runs))]
+    for title, rows in tables:
+        Console().print(terminal_table(title, [of.name for of in runs], rows))
+    out.write_text(html(runs, tables), encoding="utf-8")
+    say(str(out))
+
+
+def parse(argv: list[str]) -> tuple[list[Path], Path]:
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("compare.html"))
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if rest:
+        raise UserError(f"{rest[0]} is not known here; compare_runs.py takes output folders and --out.")
+    if not 2 <= len(args.runs) <= len(COLOURS):
+        raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLOURS)} output folders of run_dpo.py.")
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out: there is no folder {args.out.absolute().parent}.")
+    return args.runs, args.out
+
+
+def load(folders: list[Path]) -> list[Run]:
+    """Raises UserError that names a folder which holds no run, and what it lacks."""
+    states = [_state(folder) for folder in folders]
+    for folder, state in zip(folders, states, strict=True):
+        if lacking := [RESOLVED] * (not (folder / RESOLVED).is_file()) + [STATE] * (state is None):
+            raise UserError(f"{folder} holds no run: no {' and no '.join(lacking)}.")
+    short = [folder.resolve().name for folder in folders]
+    names = [str(folder) if short.count(name) > 1 else name for name, folder in zip(short, folders, strict=True)]
+    return [
+        Run(name, _parsed(state)["log_history"], _parsed(folder / RESOLVED), _parsed(folder / REPORT))
+        for name, folder, state in zip(names, folders, states, strict=True)
+    ]
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _state(folder: Path) -> Path | None:
+    """The run's trainer state, or that of its last checkpoint."""
+    of_steps = {int(p.parent.name.rpartition("-")[2]): p for p in folder.glob(f"checkpoint-*[0-9]/{STATE}")}
+    return folder / STATE if (folder / STATE).is_file() else of_steps.get(max(of_steps, default=None))
+
+
+def differing(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each run) of the keys whose values are not the same in all."""
+    keys = dict.fromkeys(key for of in runs for key in of.recipe if key not in OF_THE_RUN)
+    values = {key: [json.dumps(of.recipe[key]) if key in of.recipe else "(default)" for of in runs] for key in keys}
+    return [(key, of) for key, of in values.items() if len(set(of)) > 1]
+
+
+def final_figures(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    after = [before_and_after(run.history)[1] for run in runs]
+    rows = [(what, [f"{log[key]:.4f}" if key in log else "–" for log in after]) for what, key in SHOWN]
+    loss = [curve(run.history, "loss").training for run in runs]
+    rows.append(("last training loss", [f"{points[-1][1]:.4f}" if points else "–" for points in loss]))
+    rows.append(("steps", [str(run.history[-1]["step"]) if run.history else "0" for run in runs]))
+    for what, key in (("pairs/s", "pairs_per_second"), ("peak memory (GB)", "peak_memory_gb")):
+        rows.append((what, [f"{run.report[key]:.2f}" if run.report else "–" for run in runs]))
+    return rows
+
+
+def terminal_table(title: str, names: list[str], rows: list[tuple[str, list[str]]]) -> Table:
+    table = Table("", *map(escape, names), title=title)
+    for what, values in rows or [("none", [])]:
+        table.add_row(what, *map(Text, values))
+    return table
+
+
+def plots(runs: list[Run]):
+    """(title, what is drawn) for each metric of CURVES: a colour a run, training solid, held-out dashed."""
+    for plot in (plot for plot in PLOTS if plot.name in CURVES):
+        for what, metric, _ in plot.lines:
+            lines = []
+            for of, colour in zip(runs, COLOURS, strict=False):
+                found = curve(of.history, metric)
+                label = of.name  # once in the legend: matplotlib leaves out what begins with an underscore
+                for held_out, points in ((False, smoothed(found.training)), (True, found.held_out)):
+                    if points:
+                        lines.append(Line(label, colour, held_out, thinned(points)))
+                        label = "_"
+            if lines:
+                yield f"{plot.title}: {what}" if what else plot.title, plot, lines
+
+
+def html(runs: list[Run], tables) -> str:
+    with matplotlib.rc_context(STYLE):
+        drawn = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
+    names = list(zip((of.name for of in runs), COLOURS, strict=False))
+    return template("compare.html").render(runs=names, tables=tables, plots=drawn)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
