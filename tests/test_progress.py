@@ -74,8 +74,7 @@ def test_speed_and_memory_in_the_logs(monkeypatch):
 
 @pytest.mark.parametrize(("logged", "wanted"), [(20, [200 / 30, 50]), (19, [None, 50])])
 def test_speed_after_a_resume(logged, wanted, monkeypatch):
-    """At step 20 with 5000 tokens; where the last log was earlier, the tokens of the first log are partly older than the
-    clock."""
+    """At step 20 with 5000 tokens. Where the last log was earlier, the first one has tokens from before the clock."""
     timer, state, now = timer_after(0, monkeypatch)
     state.global_step, state.log_history = 20, [{"num_tokens": 4000, "step": 18}]
     state.log_history.append({"num_tokens": 5000, "step": logged})
