@@ -406,6 +406,7 @@ class DPOTrainer(GuardedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of this rank's pairs, a scalar; with `return_outputs` also their PairLogps."""
         batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
+        self.batch_in_hand = batch  # for the message where memory runs out
         n = n_pairs(batch)
         scores = score_tokens(
             model, self.layout.fit(model, batch), self.args.use_weighting, aux_loss=bool(self.aux_loss_coef)

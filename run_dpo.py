@@ -14,6 +14,7 @@ from trl import get_peft_config, get_quantization_config
 from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import writing
 from mdpo.options import check_options
+from mdpo.out_of_memory import explained
 from mdpo.page import PAGE, RunPage
 from mdpo.pairs import model_init_kwargs, prepare_pairs
 from mdpo.preemption import held, marks
@@ -55,46 +56,44 @@ def main(argv: list[str]) -> None:
         refuse_another_run(resume, facts)
 
     ################
-    # Trainer
+    # Train, evaluate, save, report
     ################
-    args.model_init_kwargs = model_init_kwargs(recipe.model, args)
-    timer = StepTimer()
-    page = RunPage(timer, data_report.as_dict(), train_dataset, tokenizer)
-    trainer = DPOTrainer(
+    made = []
+    with explained(recipe, lambda: made[0] if made else None, argv):
+        timer = StepTimer()
+        page = RunPage(timer, data_report.as_dict(), train_dataset, tokenizer)
+        made.append(trainer := _trainer(recipe, tokenizer, train_dataset, eval_dataset, [timer, page]))
+        trainer.run_facts = facts
+        show_progress(trainer, timer)
+        if trainer.is_world_process_zero():
+            recipe.write(Path(args.output_dir, RESOLVED))
+        result = trainer.train(resume_from_checkpoint=resume)
+        after = trainer.evaluate() if eval_dataset is not None else {}
+    figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
+    figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
+    with held(), writing(args.output_dir):  # what is left takes less time than to start again
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict(), args)
+            page.finish(args, trainer.state, report)
+            show_result(report)
+            say(*(f"{what:7} {Path(args.output_dir, name)}" for what, name in LEFT_BEHIND))
+
+
+def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTrainer:
+    recipe.training.model_init_kwargs = model_init_kwargs(recipe.model, recipe.training)
+    return DPOTrainer(
         model=recipe.model.model_name_or_path,
-        args=args,
+        args=recipe.training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
-        callbacks=[timer, page],
+        callbacks=callbacks,
     )
-    show_progress(trainer, timer)
-    trainer.run_facts = facts
-
-    ################
-    # Train, evaluate, save
-    ################
-    if trainer.is_world_process_zero():
-        recipe.write(Path(args.output_dir, RESOLVED))
-    result = trainer.train(resume_from_checkpoint=resume)
-    after = trainer.evaluate() if eval_dataset is not None else {}
-    with held(), writing(args.output_dir):  # what is left takes less time than to start again
-        trainer.save_model()
-        trainer.save_state()
-        trainer.create_model_card()
-
-    ################
-    # Report
-    ################
-    figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
-    figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
-    if trainer.is_world_process_zero():
-        report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict(), args)
-        page.finish(args, trainer.state, report)
-        show_result(report)
-        say(*(f"{what:7} {Path(args.output_dir, name)}" for what, name in LEFT_BEHIND))
 
 
 def _checked_tokenizer(recipe):

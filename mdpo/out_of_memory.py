@@ -3,6 +3,8 @@
 import os
 import resource
 import shlex
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mdpo.memory import GB, MemoryPlan
 from mdpo.packing import n_pairs, n_tokens
 from mdpo.planning import plan_memory
 from mdpo.sharding import Sharding
+from mdpo.types import UserError
 
 ZERO3, OFFLOAD = "training_configs/zero3_for_dpo.yaml", "training_configs/zero3_offload_for_dpo.yaml"
 # What allocators say: CUDA's and its libraries', the CPU's, the operating system's.
@@ -80,6 +83,29 @@ def _cpu_limits() -> list[tuple[int, str, tuple[str, str]]]:
         except (OSError, ValueError):  # no cgroup of that version, or "max"
             continue
     return found
+
+
+@contextmanager
+def explained(recipe, trainer: Callable[[], object], argv: list[str]):
+    """Turns an error within it that says that memory ran out into a UserError that explains it. `trainer()` is the one
+    that was made meanwhile, or None."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        made, args = trainer(), recipe.training
+        batch = getattr(made, "batch_in_hand", None)
+        rows = getattr(made, "train_dataset" if made is None or made.model.training else "eval_dataset", None)
+        keys = rows["key"] if "key" in (getattr(rows, "column_names", None) or ()) else None
+        sharding = Sharding.running(made.accelerator) if made is not None else _before(args)
+        raise UserError(explain(error, batch, recipe, sharding, args.device, keys, argv or None)) from error
+
+
+def _before(args) -> Sharding:
+    """Where the run takes place, as far as that is known before there is a trainer."""
+    stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+    return Sharding(stage, args.world_size, cpu=args.device.type == "cpu")
 
 
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:

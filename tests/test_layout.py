@@ -18,16 +18,17 @@ ORDER = [
     {"types", "preemption"},
     {"allocations", "sharding"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
+    {"sandbox", "sandbox_child", "answers"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout"},
     {"turns"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},
-    {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity", "footprint"},
+    {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity", "footprint", "rollouts"},
     {"memory"},
     {"planning"},
     {"out_of_memory"},
-    {"guarded_trainer", "run_folder", "shown", "plots"},
+    {"guarded_trainer", "run_folder", "shown", "plots", "policies", "generation", "evaluation"},
     {"mask_page", "page"},
 ]
 
@@ -151,7 +152,7 @@ def test_pins():
     requires = config["options"]["install_requires"]
     for pin in ("torch==2.13.0", "numpy>=1.26.4,<2.0", "pyarrow>=21,<26", "transformers==", "trl==", "deepspeed=="):
         assert pin in requires, pin
-    assert {"flash", "quickstart", "dev"} <= set(config["options.extras_require"])
+    assert {"flash", "quickstart", "evaluate", "dev"} <= set(config["options.extras_require"])
     assert config["options"]["packages"].split() == ["mdpo"]
 
 

@@ -1,0 +1,150 @@
+"""How good is a checkpoint: python scripts/evaluate.py CHECKPOINT --recipe RECIPE.yaml [--rollouts QUESTIONS.jsonl]
+
+CHECKPOINT is a full model or a LoRA adapter; recipe keys may follow as --key=value. Scores the recipe's held-out pairs
+against its reference, as run_dpo.py does: reward accuracy, margin and loss by number of turns. One process, one device.
+With --rollouts the model answers questions, {"question" or "prompt", "answer"} a line, over several turns: its Python
+blocks are run in a sandbox, and their output comes back, until an answer in \\boxed{}, which math-verify compares.
+Where the kernel has no namespaces, --allow_unisolated_code runs them with your files and network in reach.
+--save has a conversation a line: key, sample, messages, gold, answer, correct, ended, turns, code.
+"""
+
+import argparse
+import gc
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from rich.console import Console
+from transformers import set_seed
+
+from dpo_trainer import DPOTrainer
+from mdpo.answers import refuse_missing_verifier
+from mdpo.evaluation import by_turns, count_turns, held_out_table, rollout_figures, rollout_tables
+from mdpo.generation import Generator, refuse_hidden_tool_role
+from mdpo.metrics import evaluated_once
+from mdpo.pairs import prepare_pairs
+from mdpo.policies import adapter_config, load_adapter_weights, load_policy, scoring_arguments
+from mdpo.recipe import load_recipe
+from mdpo.rollouts import Rules, read_questions, roll_out, save_all
+from mdpo.sandbox import Limits, Sandbox
+from mdpo.startup import run, say
+from mdpo.template import ChatTemplate
+from mdpo.tokenizer import load_tokenizer
+from mdpo.types import UserError
+
+ROLLOUTS = {  # option: (type, default, the least, what it is)
+    "save": (Path, None, None, "file for conversations (default CHECKPOINT/trajectories.jsonl)"),
+    "instruction": (str, "", None, "text in front of each question, an empty line between"),
+    "max_turns": (int, 6, 1, "turns of the model in a conversation, at most"),
+    "max_new_tokens": (int, 512, 1, "tokens in a turn, at most"),
+    "batch_size": (int, 8, 1, "conversations at a time"),
+    "temperature": (float, 0.0, 0, "0 takes the likeliest token"),
+    "samples": (int, 1, 1, "conversations for each question; needs a temperature"),
+    "seed": (int, 42, 0, "of sampling"),
+    "tool_role": (str, "user", None, "of the turns with output; M-DPO's data has user"),
+    "code_seconds": (float, 10.0, 0.1, "time limit of a program"),
+}
+CHOICES = {"tool_role": ("user", "tool")}
+
+
+class Scorer(DPOTrainer):
+    """Keeps the figures of every pair that it evaluates, see mdpo.metrics."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.kept = [*getattr(self, "kept", []), self._tables["eval"][-1].cpu()]
+        return loss
+
+
+def main(argv: list[str]) -> None:
+    args, rest = parse(argv)
+    recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *rest])
+    adapter_config(args.checkpoint)  # whether it is there
+    say(f"recipe {recipe.path}", *recipe.notes)
+    if recipe.training.world_size > 1 or recipe.training.n_gpu > 1:
+        raise UserError("evaluate.py runs in one process on one device. Choose one with CUDA_VISIBLE_DEVICES=0.")
+    tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+    prepared = prepare_rollouts(args, recipe, tokenizer) if args.rollouts else None
+    console = Console(highlight=False)
+    if (figures := held_out(args.checkpoint, recipe, tokenizer)) is not None:
+        console.print(held_out_table(figures))
+    elif prepared is None:
+        raise UserError("The recipe has no held-out pairs: set eval_dataset_mixer or test_split_size, or --rollouts.")
+    if prepared:
+        gc.collect()
+        torch.cuda.empty_cache()
+        console.print(*rollout_tables(rollout(args, recipe, tokenizer, *prepared)), sep="\n")
+        say(f"conversations  {args.save}")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This script's options, and the recipe's keys. Raises UserError, also for options that would have no effect."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False, formatter_class=form)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--recipe", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("--rollouts", metavar="QUESTIONS.jsonl")
+    parser.add_argument("--allow_unisolated_code", action="store_true", default=None, help="see above")
+    for name, (kind, default, _, text) in ROLLOUTS.items():
+        text += f" (default {default})" if default else ""
+        parser.add_argument(f"--{name}", type=kind, help=text, choices=CHOICES.get(name))
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    given = [name for name in [*ROLLOUTS, "allow_unisolated_code"] if getattr(args, name) is not None]
+    if given and not args.rollouts:
+        raise UserError(f"--{given[0]}: has no effect without --rollouts.")
+    if not args.temperature and (idle := [name for name in ("samples", "seed") if name in given]):
+        raise UserError(f"--{idle[0]}: has no effect at temperature 0; set --temperature.")
+    for name, (_, default, least, _) in ROLLOUTS.items():
+        if name not in given:
+            setattr(args, name, default)
+        if least is not None and not least <= (value := getattr(args, name)) < float("inf"):
+            raise UserError(f"--{name}: {value} is out of range; give a number >= {least}.")
+    args.save = args.save or Path(args.checkpoint, "trajectories.jsonl")
+    return args, rest
+
+
+def held_out(checkpoint: str, recipe, tokenizer) -> dict | None:
+    """Figures of the held-out pairs by number of turns; None where the recipe has none. Raises UserError."""
+    _, pairs, report = prepare_pairs(recipe, tokenizer)
+    report.refuse_bad_rows(recipe.data.on_bad_rows, recipe.data.max_bad_fraction)
+    if pairs is None:
+        return None
+    given, args = scoring_arguments(checkpoint, recipe), recipe.training
+    scorer = Scorer(args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer, **given)
+    if "peft_config" in given:  # made by the trainer as for training, at random
+        load_adapter_weights(scorer.model, checkpoint)
+    scorer.evaluate()
+    return by_turns(evaluated_once(scorer.kept), [count_turns(mask) for mask in pairs["chosen_mask"]])
+
+
+def prepare_rollouts(args: argparse.Namespace, recipe, tokenizer) -> tuple:
+    """(questions, template, sandbox): all that can fail before weights are loaded. Raises UserError."""
+    refuse_missing_verifier()
+    questions = read_questions(args.rollouts, args.instruction)
+    template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
+    refuse_hidden_tool_role(template, args.tool_role)
+    if args.save.exists() or not args.save.parent.is_dir():
+        raise UserError(f"--save: {args.save} {'is there already' if args.save.exists() else 'has no folder'}.")
+    if args.allow_unisolated_code:
+        say("allow_unisolated_code: the model's programs run with this user's files and network in reach.")
+    return questions, template, Sandbox(Limits(args.code_seconds), namespaces=not args.allow_unisolated_code)
+
+
+def rollout(args: argparse.Namespace, recipe, tokenizer, questions, template, sandbox) -> dict:
+    """Figures of the rollouts, whose conversations go to args.save."""
+    model = load_policy(args.checkpoint, recipe)
+    generate = Generator(model, tokenizer, template, args.max_new_tokens, args.temperature)
+    set_seed(args.seed)
+    rules = Rules(args.max_turns, args.batch_size, args.samples, args.tool_role)
+    done = save_all(roll_out(questions, generate, sandbox.run, rules), args.save, len(questions) * args.samples)
+    return rollout_figures(done)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
