@@ -30,7 +30,17 @@ class StepTimer(TrainerCallback):
     def __init__(self):
         self.seconds, self.steps, self._began = 0.0, 0, None
         self._first_end = self._first_seconds = 0.0
-        self._logged = (0.0, 0)  # seconds and tokens up to the last log
+        self._logged = (0.0, 0)  # seconds and tokens up to the last log; None where these tokens took time unknown here
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """num_tokens goes on where a resumed run stopped, the seconds start anew."""
+        if state.global_step:
+            logged = [
+                log["num_tokens"]
+                for log in state.log_history
+                if "num_tokens" in log and log["step"] == state.global_step
+            ]
+            self._logged = (self.seconds, logged[-1]) if logged else None
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -44,9 +54,9 @@ class StepTimer(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not {"loss", "num_tokens"} <= set(logs or {}):
             return
-        seconds, tokens = self._logged
         found = {"peak_memory_gb": peak_memory_gb(args.device)}
-        if self.seconds > seconds:
+        if self._logged and self.seconds > self._logged[0]:
+            seconds, tokens = self._logged
             found["tokens_per_second"] = (logs["num_tokens"] - tokens) / (self.seconds - seconds)
         self._logged = (self.seconds, logs["num_tokens"])
         logs.update(found)  # what trackers are given

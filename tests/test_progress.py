@@ -72,6 +72,22 @@ def test_speed_and_memory_in_the_logs(monkeypatch):
     assert "tokens_per_second" not in evaluated
 
 
+@pytest.mark.parametrize(("logged", "wanted"), [(20, [200 / 30, 50]), (19, [None, 50])])
+def test_speed_after_a_resume(logged, wanted, monkeypatch):
+    """At step 20 with 5000 tokens. Where the last log was earlier, the first one has tokens from before the clock."""
+    timer, state, now = timer_after(0, monkeypatch)
+    state.global_step, state.log_history = 20, [{"num_tokens": 4000, "step": 18}]
+    state.log_history.append({"num_tokens": 5000, "step": logged})
+    timer.on_train_begin(ARGS, state, None)
+    for tokens, seconds, speed in zip((5200, 5300), (30.0, 2.0), wanted, strict=True):
+        timer.on_step_begin(ARGS, state, None)
+        now[0] += seconds
+        timer.on_step_end(ARGS, state, None)
+        logs = {"loss": 0.5, "num_tokens": tokens}
+        timer.on_log(ARGS, state, None, logs=logs)
+        assert logs.get("tokens_per_second") == (None if speed is None else pytest.approx(speed))
+
+
 def line(bar, monkeypatch, width=80, **console):
     out, (timer, *_) = io.StringIO(), timer_after(3, monkeypatch)
     return ProgressLine(timer, Console(file=out, width=width, **console), bar), out
