@@ -266,7 +266,8 @@ if len(sys.argv) == 1:
 while True: pass
 """
     script = f"from mdpo.sandbox import *\nSandbox(Limits(seconds={LONG})).run({program!r})"
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # its folder stays behind
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment)
     end = time.monotonic() + LONG
 
     def running():  # the parent's own command line has the mark too
