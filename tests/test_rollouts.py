@@ -317,7 +317,7 @@ def test_rollouts_of_the_quickstart_model(sandbox):
     rows = (Path(__file__).parents[1] / "recipes/smollm2-135m/data/heldout.jsonl").read_text().splitlines()[:4]
     prompts = [json.loads(row)["chosen"][:1] for row in rows]
     questions = [Question(str(i), prompt, "291") for i, prompt in enumerate(prompts)]
-    generate = Generator(model, tokenizer, ChatTemplate(tokenizer), max_new_tokens=32)
+    generate = Generator(model, tokenizer, ChatTemplate(tokenizer), max_new_tokens=20)
     four, one = (
         {t.key: t for t in roll_out(questions, generate, sandbox.run, Rules(max_turns=2, batch_size=size))}
         for size in (4, 1)

@@ -18,7 +18,7 @@ from mdpo.sandbox import ENVIRONMENT, Limits, Sandbox
 from mdpo.types import UserError
 
 LONG = 120  # seconds that nothing here takes
-QUICK = Limits(seconds=2.0)
+QUICK = Limits(seconds=3.0)
 UNPRIVILEGED = 65534
 
 
@@ -66,6 +66,7 @@ HARMLESS = {
     "packages": ("import sympy, numpy\nprint(sympy.sqrt(8), numpy.arange(3).sum())", "ok", "2*sqrt(2) 3\n"),
     "imports of the folder": ("open('own.py', 'w').write('x = 5')\nimport sys\nsys.path.insert(0, '')\n"
                               "import own\nprint(own.x)", "ok", "5\n"),
+    "devices": ("open('/dev/null', 'w').write('x')\nprint(len(open('/dev/urandom', 'rb').read(4)))", "ok", "4\n"),
     "arguments": ("import sys; print(sys.argv)", "ok", "['main.py']\n"),
 }  # fmt: skip
 
@@ -265,7 +266,8 @@ if len(sys.argv) == 1:
 while True: pass
 """
     script = f"from mdpo.sandbox import *\nSandbox(Limits(seconds={LONG})).run({program!r})"
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1])
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # its folder stays behind
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment)
     end = time.monotonic() + LONG
 
     def running():  # the parent's own command line has the mark too
