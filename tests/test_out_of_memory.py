@@ -5,18 +5,31 @@ import os
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from test_memory import SIZES, recipe_for
 from transformers import Qwen3Config
 
 from mdpo.memory import GB, MemoryPlan
-from mdpo.out_of_memory import OFFLOAD, ZERO3, Seen, describe_batch, explain, is_out_of_memory, next_changes, report
+from mdpo.out_of_memory import (
+    OFFLOAD,
+    ZERO3,
+    Seen,
+    describe_batch,
+    explain,
+    explained,
+    is_out_of_memory,
+    next_changes,
+    report,
+)
 from mdpo.packing import PackedCollator, PairCollator
 from mdpo.recipe import load_recipe
 from mdpo.sharding import Sharding
+from mdpo.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml"
@@ -209,3 +222,24 @@ def test_a_limit_of_addresses_is_seen(monkeypatch):
     mapped = Seen.now()
     assert mapped.limit == 10**9 and "ulimit -v" in mapped.where
     assert mapped.used > resident.used
+
+
+def test_a_run_that_runs_out_ends_in_the_explanation(tmp_path):
+    """With the key of the longest pair in the batch that was in hand; other errors pass as they are."""
+    trainer = types.SimpleNamespace(
+        batch_in_hand=PackedCollator()(ROWS),
+        train_dataset=Dataset.from_dict({"key": ["pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:3"]}),
+        model=torch.nn.Linear(1, 1).train(),
+        accelerator=types.SimpleNamespace(
+            state=types.SimpleNamespace(deepspeed_plugin=None),
+            num_processes=1,
+            mixed_precision="no",
+            device=torch.device("cpu"),
+        ),
+    )
+    recipe = recipe_for(tmp_path, Qwen3Config(**{**SIZES, "num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"(?s)Out of memory: .*pairs\.jsonl:1.*What to try next"):
+        with explained(recipe, lambda: trainer, []):
+            raise MemoryError
+    with pytest.raises(ZeroDivisionError), explained(recipe, lambda: None, []):
+        raise ZeroDivisionError

@@ -123,6 +123,19 @@ def test_another_recipe_never_goes_on_and_another_interval_does(forge, workshop,
     assert logged[-2:] == [39, 40]  # 40 by the new interval, with no step counted twice
 
 
+def test_a_run_at_its_last_step_makes_no_further_one(forge, workshop, tmp_path):
+    """In the middle of an epoch, where Trainer makes one more before it looks."""
+    out, flags = tmp_path / "out", ["--max_steps=7", f"--output_dir={tmp_path}/out"]
+    run = forge.run(workshop / "recipe.yaml", *flags)
+    assert run.end() == 0, run.log[-3000:]
+    shutil.copytree(out, tmp_path / "whole")
+    (out / "model.safetensors").unlink()
+    run = forge.run(workshop / "recipe.yaml", *flags)
+    assert run.end() == 0, run.log[-3000:]
+    assert f"going on from {out}/checkpoint-7" in run.log and "over 0 steps" in run.log
+    assert differing(out, tmp_path / "whole") == []
+
+
 def test_the_second_run_in_one_folder_is_refused(forge, workshop, tmp_path):
     """Until the first one is gone, killed or not."""
     out = tmp_path / "out"

@@ -60,7 +60,7 @@ def test_killed_under_zero(stage, launched, workshop, tmp_path):
     """Two processes. The first kill takes all of them while a checkpoint is written, the second one rank alone, whose
     launcher then ends the other."""
     config, out, whole = f"zero{stage}_cpu", tmp_path / "out", tmp_path / "whole"
-    flags = ["--per_device_train_batch_size=1", "--save_steps=4", "--max_steps=20"]
+    flags = ["--per_device_train_batch_size=1", "--save_steps=4", "--max_steps=20", "--save_total_limit=3"]
     run = launched(config, *flags, f"--output_dir={whole}")
     assert run.end() == 0, run.log[-3000:]
 
@@ -72,8 +72,14 @@ def test_killed_under_zero(stage, launched, workshop, tmp_path):
     run.until(lambda: steps(out)[-1] >= 12, "checkpoint-12")
     os.kill(run.trainers()[1], signal.SIGKILL)
     assert run.end() != 0
+    newest = out / f"checkpoint-{steps(out)[-1]}"
+    if stage == 2:
+        (newest / "latest").write_text("global_step3")  # DeepSpeed reads there which folder to load
+    else:
+        (newest / "rng_state_1.pth").unlink()
     run = launched(config, *flags, f"--output_dir={out}")
     assert run.end() == 0, run.log[-3000:]
+    assert f"passed over {newest}: {'latest has' if stage == 2 else 'rng_state_1.pth is missing'}" in run.log
     assert f"going on from {out}/checkpoint-" in run.log
     assert differing(out, whole, tolerance=1e-6) == []
 
