@@ -7,6 +7,7 @@ others packed ones.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_slurm import cluster, end, real_launcher, start, until  # noqa: F401
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
@@ -279,6 +281,26 @@ def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, t
     if ahead == "true":
         shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
         assert shards == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp_path):  # noqa: F811
+    """scripts/launch.slurm with accelerate and the trainer themselves on two "nodes", Slurm alone is stood in for. The
+    same command again takes the steps that are left."""
+    own = {name: value for name, value in environment_of(extensions).items() if name.startswith(("HF_", "MDPO_TEST"))}
+    own |= {"TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1", **real_launcher(cluster)}
+    run = [str(workshop / "recipe.yaml"), f"--output_dir={tmp_path}/my out", "--max_steps=40"]
+    for begun in (False, True):
+        log = tmp_path / f"log-{begun}.txt"
+        job = start(cluster, "", config=on_two_cpus("zero3_two_nodes", tmp_path), run=run, cwd=ROOT, log=log, **own)
+        if not begun:
+            until(cluster, job, log, 1, "'loss'")
+            job.send_signal(signal.SIGUSR1)
+        code, output, calls = end(cluster, job, log)
+        requeued = [call for call in calls if call.startswith("scontrol")]
+        assert (code, requeued) == (int(not begun), [f"scontrol requeue {own['SLURM_JOB_ID']}"]), output[-4000:]
+    assert "going on from" in output
+    assert [log["step"] for log in losses(tmp_path / "my out")] == list(range(1, 41))
 
 
 @pytest.mark.slow

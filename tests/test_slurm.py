@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from mdpo.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "launch.slurm"
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 ODD = ["--run_name=two words", '--hub_model_id=a"b$HOME*', "--tokenizer_name_or_path="]
 COMMON = """#!PYTHON -IS
 import json, os, signal, subprocess, sys, threading, time
@@ -123,15 +124,34 @@ def cluster(tmp_path):
     return tmp_path
 
 
-def start(cluster, mode, script=SCRIPT, state="RUNNING", signalled="first", config="two.yaml", **env):
-    """The batch shell, as Slurm starts it on the first of two nodes."""
+def start(
+    cluster,
+    mode,
+    script=SCRIPT,
+    state="RUNNING",
+    signalled="first",
+    config="two.yaml",
+    run=(),
+    cwd=None,
+    log=None,
+    **env,
+):
+    """The batch shell, as Slurm starts it on the first of two nodes; `run` in place of the odd arguments."""
     environment = {"PATH": f"{cluster / 'bin'}:/usr/bin:/bin", "HOME": "/nowhere", "FAKE": str(cluster / "fake")}
     environment |= {"MODE": mode, "STATE": state, "SIGNALLED": signalled}
     environment |= {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n07,n08", "SLURM_GPUS_ON_NODE": "4", **env}
-    command = ["bash", script, config, "recipe.yaml", f"--output_dir={cluster}/out dir", *ODD]
-    return subprocess.Popen(
-        command, cwd=cluster, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    arguments = run or ["recipe.yaml", f"--output_dir={cluster}/out dir", *ODD]
+    with open(log, "w") if log else nullcontext(subprocess.PIPE) as output:
+        streams = {"text": True, "stdout": output, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(["bash", script, config, *arguments], cwd=cwd or cluster, env=environment, **streams)
+
+
+def real_launcher(cluster):
+    """Accelerate's in place of the stand-in, and what it needs: a real address and a port that is free."""
+    (cluster / "bin" / "accelerate").unlink()
+    (cluster / "bin" / "accelerate").symlink_to(Path(sys.executable).parent / "accelerate")
+    env = {"SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.1", "SLURM_GPUS_ON_NODE": "1", "HOME": str(cluster)}
+    return env | {"SLURM_JOB_ID": str(free_port() - 10000)}
 
 
 def free_port() -> int:
@@ -144,17 +164,19 @@ def free_port() -> int:
 
 
 def until(cluster, job, pattern, count=2, text=""):
-    """Waits for so many files with `text` in them, while the job runs."""
+    """Waits for so many files with `text` in them, or for one file, while the job runs."""
     deadline = time.monotonic() + TIMEOUT_S
-    while sum(text in path.read_text() for path in (cluster / "fake").glob(pattern)) < count:
+    files = (lambda: [pattern]) if isinstance(pattern, Path) else (lambda: (cluster / "fake").glob(pattern))
+    while sum(text in path.read_text() for path in files()) < count:
         assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline, pattern
         time.sleep(0.02)
 
 
-def end(cluster, job):
+def end(cluster, job, log=None):
     """(code, output, calls of Slurm's commands)"""
     output, _ = job.communicate(timeout=TIMEOUT_S)
+    output = log.read_text() if log else output
     calls = (cluster / "fake" / "calls").read_text().splitlines()
     return job.returncode, output, [call for call in calls if not call.startswith("srun")]
 
@@ -223,15 +245,11 @@ def test_preemption_with_a_grace_time_signals_the_nodes_alone(cluster, signalled
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", ["first", "all"])
-def test_accelerate_itself_lives_through_the_signal(cluster, signalled):
+def test_accelerate_itself_lives_through_the_signal(cluster):
     """The launcher is the real one, with DeepSpeed, on two "nodes" of one process each: trainers are its children, it
     does not die of the signal, and it does not stop one rank because another has ended."""
-    (cluster / "bin" / "accelerate").unlink()
-    (cluster / "bin" / "accelerate").symlink_to(Path(sys.executable).parent / "accelerate")
-    env = {"SLURM_JOB_NODELIST": "127.0.0.1,127.0.0.1", "SLURM_GPUS_ON_NODE": "1", "HOME": str(cluster)}
-    env["SLURM_JOB_ID"] = str(free_port() - 10000)
-    job = start(cluster, "train", signalled=signalled, config=ROOT / "training_configs/zero3_cpu.yaml", **env)
+    env = real_launcher(cluster)
+    job = start(cluster, "train", signalled="all", config=ROOT / "training_configs/zero3_cpu.yaml", **env)
     until(cluster, job, "ready-*")
     job.send_signal(signal.SIGUSR1)
     code, output, calls = end(cluster, job)
