@@ -59,9 +59,10 @@ def train(folder, base, lora):
 
 
 def log_probs(model):
+    """In float64, where all that is left is the rounding of merged weights."""
     ids = torch.tensor([tokenizer()("What is 3 * 4? The answer is \\boxed{12}.")["input_ids"]])
     with torch.no_grad():
-        return model.eval()(input_ids=ids).logits.log_softmax(-1)
+        return model.double().eval()(input_ids=ids).logits.log_softmax(-1)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
