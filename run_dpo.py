@@ -9,6 +9,11 @@ python run_dpo.py --help                                                        
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from mdpo.preemption import block
+
+    block()
+
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer

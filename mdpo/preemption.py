@@ -58,8 +58,10 @@ def listening():
 
 def _on_signal(number: int, frame) -> None:
     name, now = signal.Signals(number).name, time.monotonic()
-    if os.getpid() != _request.process:  # a forked worker of a data set: its parent decides
-        os._exit(128 + number)
+    if os.getpid() != _request.process:  # a forked worker of a data set or loader: its parent decides, by SIGTERM
+        if number == signal.SIGTERM:
+            os._exit(128 + number)
+        return
     if _request.name:
         if number in STOP_AT_ONCE and now - _request.at > SAME_REQUEST_S:
             os.write(2, f"\n{name} again: stopped at once; a checkpoint in the making is lost.\n".encode())
@@ -87,9 +89,15 @@ def held():
         _request.held = before
 
 
+def block() -> None:
+    """Keeps signals waiting until `marks` says where the marker goes: for the seconds in which a program imports."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def marks(folder: str | Path) -> None:
     """From now on the marker is written into `folder`."""
     _request.folder = Path(folder)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def mark() -> None:

@@ -16,7 +16,14 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 MARK = "MDPO_TEST_RUN"  # by this variable everything that a run has started is found
-PASSING = {"epoch", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+PASSING = {
+    "epoch",
+    "peak_memory_gb",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "total_flos",
+}
 WAIT_S = 420  # much more than anything here takes
 
 
