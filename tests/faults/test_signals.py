@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from faults.runs import ROOT, differing, steps
+from faults.runs import ROOT, differing, steps, wait
 
 from mdpo.preemption import EXIT_CODE, MARKER
 
@@ -86,6 +86,22 @@ def test_launchers(config, launched, tmp_path):
     assert (out / MARKER).exists(), run.log[-3000:]
     assert not (out / "model.safetensors").exists()
     assert f"preempted at step {steps(out)[-1]};" in run.log
+
+
+def test_while_it_imports(workshop, tmp_path):
+    """The signal waits for the ten seconds of imports, until the run knows where its marker goes."""
+    command = [sys.executable, "run_dpo.py", workshop / "recipe.yaml", f"--output_dir={tmp_path}/out"]
+    with open(tmp_path / "log.txt", "w") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        wait(lambda: blocks(run.pid, signal.SIGUSR1), "the beginning of the imports")
+        run.send_signal(signal.SIGUSR1)
+        assert run.wait(300) == EXIT_CODE
+    assert (tmp_path / "out" / MARKER).read_text() == "SIGUSR1\n"
+
+
+def blocks(process: int, number: int) -> bool:
+    mask = re.search(r"SigBlk:\s+(\w+)", open(f"/proc/{process}/status").read())
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
 SCRIPT = """
