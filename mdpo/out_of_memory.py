@@ -3,6 +3,7 @@
 import os
 import resource
 import shlex
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def _cpu_limits() -> list[tuple[int, str, tuple[str, str]]]:
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:
     """`report` with memory as it is now, and as planned where it can be."""
     seen = Seen.now(device)
+    traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and a plan needs some room
     try:
         plan = plan_memory(recipe, sharding)
     except Exception as reason:  # an explanation must not fail where memory is short: it says less
