@@ -37,6 +37,7 @@ from mdpo.reference import (
     OWN_ADAPTER,
     MoveReference,
     build_reference,
+    drop_weights,
     keep_own_adapter,
     load_model,
     load_moved,
@@ -343,6 +344,8 @@ class DPOTrainer(GuardedTrainer):
 
     def _free_reference(self) -> None:
         given, _ = self._reference_source
+        if given is None:  # a given one may be asked again
+            drop_weights(self.ref_model)
         self.ref_model, self._reference_made = None, False
         if given is not None and not self.is_deepspeed_enabled:
             given.to("cpu")

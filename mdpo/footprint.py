@@ -44,6 +44,10 @@ class Skeleton:
         for model in self._models:
             _on_fake_cpu(model, self.mode)
         self.packed = bool(args.shared_prefix) and packing_refused(self.policy) is None
+        if self.packed:  # as at the start of a run
+            with mdpo.attention.noting_refusals() as unknown:
+                self.evaluation(1, 2)
+            self.packed = not unknown
 
     @property
     def fused(self) -> bool:

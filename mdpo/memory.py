@@ -22,7 +22,7 @@ SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimiser steps on at a tim
 WHOLE = 100_000  # elements: ZeRO-3 shards no parameter below this (stage3_param_persistence_threshold)
 LIBRARIES = {"GPU": 1.0 * GB, "CPU": 0.8 * GB}  # assumed: CUDA context, cuBLAS, NCCL; Python and its libraries
 TIGHT = 0.05  # of the memory: less to spare than what fragmentation often takes
-ROUND = 64  # tokens: how exactly the longest max_length is looked for
+ROUND = 64  # tokens: how exactly a long max_length is looked for
 
 
 @dataclass
@@ -56,20 +56,22 @@ class MemoryPlan:
         return self.total <= gb * GB
 
     def longest(self, gb: float) -> int | None:
-        """The longest max_length that fits into `gb`, at most `limit`, to ROUND tokens; None where none does."""
+        """The longest max_length that fits into `gb`, at most `limit`, to 4 tokens, and from 1024 on to ROUND; None
+        where none does."""
         low, high = (2, self.at(2).total), (self.limit, self.at(self.limit).total)
         if high[1] <= gb * GB:
             return self.limit
         if low[1] > gb * GB:
             return None
-        for step in range(40):  # nearly a straight line; every third step halves, in case it is not
-            if high[0] - low[0] <= ROUND:
+        for n in range(60):  # nearly a straight line; every third try halves, in case it is not
+            step = ROUND if low[0] >= 1024 else 4
+            if high[0] - low[0] <= step:
                 break
-            share = 0.5 if step % 3 == 2 else (gb * GB - low[1]) / (high[1] - low[1])
-            middle = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + ROUND // 2), high[0] - ROUND // 2)
+            share = 0.5 if n % 3 == 2 else (gb * GB - low[1]) / (high[1] - low[1])
+            middle = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + step // 2), high[0] - step // 2)
             found = (middle, self.at(middle).total)
             low, high = (found, high) if found[1] <= gb * GB else (low, found)
-        return low[0] // ROUND * ROUND or low[0]
+        return low[0] // ROUND * ROUND if low[0] >= 1024 else low[0]
 
     def verdict(self, gb: float) -> str:
         """Whether it fits, and the longest max_length that does, in words."""

@@ -3,6 +3,7 @@
 import os
 import resource
 import shlex
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def _before(args) -> Sharding:
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:
     """`report` with memory as it is now, and as planned where it can be."""
     seen = Seen.now(device)
+    traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and a plan needs some room
     try:
         plan = plan_memory(recipe, sharding)
     except Exception as reason:  # an explanation must not fail where memory is short: it says less

@@ -48,10 +48,14 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
             attention=None if sharding.cpu else "flash" if flash else "torch",
             zero3=sharding.stage == 3,
         )
+        if getattr(skeleton.policy, "_is_stateful", False):
+            raise UserError(
+                f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
+            )
         nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
         return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{config.model_type} cannot be planned, its code wants data: {first_line(error)}") from error
+        raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}") from error
 
 
 def _evaluates(data) -> bool:

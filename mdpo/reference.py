@@ -66,6 +66,14 @@ def place_reference(model, accelerator, fused: bool = False):
     return engine
 
 
+def drop_weights(reference) -> None:
+    """Frees a reference's share of the weights under ZeRO-3, where letting go of its engine does not: DeepSpeed keeps
+    each model that it has sharded in a list and in a cache of its own."""
+    for weight in reference.parameters() if reference is not None else ():
+        if hasattr(weight, "ds_tensor"):
+            weight.ds_tensor.data = weight.ds_tensor.data.new_empty(0)
+
+
 @contextmanager
 def _without_checkpointing(model, kwargs):
     """Gradient checkpointing recomputes nothing without gradients, and warns when it is asked to."""

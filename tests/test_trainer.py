@@ -16,6 +16,7 @@ from mdpo.checkpoints import check_saved, expected_weights
 from mdpo.config import MDPOConfig
 from mdpo.objective import LOSSES
 from mdpo.options import TOWARDS_MARGIN
+from mdpo.reference import drop_weights
 from mdpo.types import UserError
 
 
@@ -229,6 +230,16 @@ def test_a_copied_reference_runs_by_itself(tmp_path, tokenizer):
         trainer.model.model.embed_tokens.weight.mul_(2)
     assert torch.equal(trainer.ref_model(input_ids=ids).logits, before)
     trainer.train()
+
+
+def test_a_reference_s_share_leaves_memory_whoever_holds_it():
+    """As under ZeRO-3, where `ds_tensor` is a rank's share of a weight and DeepSpeed holds on to the model."""
+    model = torch.nn.Linear(8, 8, bias=False)
+    model.weight.ds_tensor = share = torch.zeros(32)
+    drop_weights(model)
+    assert share.untyped_storage().nbytes() == 0
+    drop_weights(torch.nn.Linear(8, 8))
+    drop_weights(None)
 
 
 def test_saved_model_gives_the_trainers_own_log_probs(tmp_path, tokenizer):

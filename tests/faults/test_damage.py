@@ -140,7 +140,7 @@ def test_the_second_run_in_one_folder_is_refused(forge, workshop, tmp_path):
     """Until the first one is gone, killed or not."""
     out = tmp_path / "out"
     first = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", "--num_train_epochs=50")
-    first.until_log("{'loss'")
+    first.until(lambda: steps(out), "a checkpoint")
     for flags in ([], ["--overwrite_output_dir"]):
         second = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
         assert second.end() == 1
