@@ -6,13 +6,12 @@ python run_dpo.py RECIPE.yaml --beta=0.2 --max_length=1536                      
 python run_dpo.py --help                                                            # all keys
 """
 
+import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from mdpo.preemption import block
-
-    block()
+if __name__ == "__main__":  # the imports take seconds; until `marks` signals wait
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
 
 from trl import get_peft_config, get_quantization_config
 

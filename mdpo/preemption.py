@@ -89,13 +89,8 @@ def held():
         _request.held = before
 
 
-def block() -> None:
-    """Keeps signals waiting until `marks` says where the marker goes: for the seconds in which a program imports."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
 def marks(folder: str | Path) -> None:
-    """From now on the marker is written into `folder`."""
+    """From now on the marker is written into `folder`, and signals that have waited for that come in."""
     _request.folder = Path(folder)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 

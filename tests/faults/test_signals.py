@@ -100,6 +100,8 @@ def test_while_it_imports(workshop, tmp_path):
 
 
 def blocks(process: int, number: int) -> bool:
+    if b"run_dpo.py" not in open(f"/proc/{process}/cmdline", "rb").read().split(b"\0"):
+        return False  # the test's own fork, which blocks everything until it is a program of its own
     mask = re.search(r"SigBlk:\s+(\w+)", open(f"/proc/{process}/status").read())
     return bool(int(mask[1], 16) >> (number - 1) & 1)
 
