@@ -22,19 +22,20 @@ def last_step(run) -> int:
 
 
 def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_path, capsys):
-    """To the bit. A third of the kills comes while a checkpoint is being written."""
+    """To the bit."""
     chance, out = random.Random(7), tmp_path / "out"
     kills = resumes = lost = finished = 0
     while kills < KILLS:
+        before = steps(out)
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
-        if kills % 3 == 0:
-            run.until(
-                lambda r=run: r.ended() or list((out / SAVING).glob("checkpoint-*")), "a checkpoint in the making"
-            )
+        if kills % 3 == 0:  # while a checkpoint is written
+            run.until(lambda r=run: r.ended() or list((out / SAVING).glob("*")), "a checkpoint in the making")
             time.sleep(chance.uniform(0, 0.02))
-        else:
-            run.until_log("going on from" if steps(out) else "global batch")
-            time.sleep(chance.uniform(0, 2.5))
+        elif kills % 3 == 1:  # anywhere
+            time.sleep(chance.uniform(0, 4))
+        else:  # after one more checkpoint, so that the run comes to its end
+            run.until(lambda r=run, b=before: r.ended() or steps(out) > b, "one more checkpoint")
+            time.sleep(chance.uniform(0, 0.5))
         run.kill()
         if run.ended() and run.code == 0:  # it was done before: once more from the start
             assert differing(out, undisturbed) == []
@@ -51,7 +52,7 @@ def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_pat
         print(f"\n{kills} kills, {resumes + 1} resumes, {finished + 1} runs to their end, {lost} steps made again, "
               f"{len(wrong)} differing numbers")  # fmt: skip
     assert wrong == []
-    assert resumes >= KILLS // 3
+    assert resumes >= KILLS // 4
     assert not (out / SAVING).exists()
 
 
@@ -65,9 +66,8 @@ def test_killed_under_zero(stage, launched, workshop, tmp_path):
     assert run.end() == 0, run.log[-3000:]
 
     run = launched(config, *flags, f"--output_dir={out}")
-    run.until(lambda: (out / SAVING / "checkpoint-8").exists(), "checkpoint-8 in the making")
+    run.until(lambda: (out / SAVING / "checkpoint-8").exists() or 8 in steps(out), "checkpoint-8 in the making")
     run.kill()
-    assert steps(out)[-1] in (4, 8)
     run = launched(config, *flags, f"--output_dir={out}")
     run.until(lambda: steps(out)[-1] >= 12, "checkpoint-12")
     os.kill(run.trainers()[1], signal.SIGKILL)
