@@ -88,22 +88,33 @@ def gpu(monkeypatch):
     monkeypatch.setattr(mdpo.recipe, "fit_to_machine", lambda values, notes: {**values, "use_cpu": True})
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_every_key_does_something(path, gpu, tmp_path):
-    """Without any one of its keys a recipe would be another run; what the header says of defaults is what they are."""
-    values = load_recipe([str(path)]).written
-    whole = parts_of(values, tmp_path)
-    for key in values:
-        if key in ("model_name_or_path", "dataset_mixer"):  # refused without
-            continue
+def idle_keys(values: dict, folder: Path) -> set[str]:
+    """Those at their default, and those without which the run would be the same."""
+    whole, idle = parts_of(values, folder), set()
+    for key in set(values) - {"model_name_or_path", "dataset_mixer"}:  # refused without
         field = FIELDS[key]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        assert values[key] != default, f"{key} is at its default"
-        assert parts_of({k: v for k, v in values.items() if k != key}, tmp_path) != whole, f"{key} changes nothing"
+        without = {name: value for name, value in values.items() if name != key}
+        if values[key] == default or parts_of(without, folder) == whole:
+            idle.add(key)
+    return idle
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_key_does_something(path, gpu, tmp_path):
+    """And what the header says of defaults is what they are."""
+    values = load_recipe([str(path)]).written
+    assert not idle_keys(values, tmp_path)
     (line,) = [line for line in header(path) if line.startswith("# Left at their defaults: ")]
-    effective = {key: value for part in whole for key, value in part.items()}
+    effective = {key: value for part in parts_of(values, tmp_path) for key, value in part.items()}
     for key, value in (item.split() for item in line.partition(": ")[2].split(", ")):
         assert key not in values and effective[key] == yaml.safe_load(value), key
+
+
+def test_idle_keys_are_found(gpu, tmp_path):
+    """beta at its default; bf16, which DPOConfig switches on by itself; and a list that is the default."""
+    values = load_recipe([str(RECIPES[0])]).written | {"beta": 0.1, "bf16": True, "loss_type": ["sigmoid"]}
+    assert idle_keys(values, tmp_path) == {"beta", "bf16", "loss_type"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -273,6 +284,15 @@ def trained(path: Path, policy: Path, reference: Path, pairs: Path, folder: Path
     return kept[0]
 
 
+def chosen_logp(folder: Path, row: dict) -> float:
+    """Nats of the supervised tokens of a row's chosen side, by the model's plain forward."""
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.tensor([row["chosen_ids"]])
+    with torch.no_grad():
+        logps = model(ids).logits[0, :-1].float().log_softmax(-1)
+    picked = logps.gather(-1, ids[0, 1:, None])[:, 0]
+    return (picked * torch.tensor(row["chosen_mask"][1:])).sum().item()
+
+
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=() if name_of(p) == "gemma-2-9b-it-full" else pytest.mark.slow) for p in RECIPES],
@@ -289,7 +309,13 @@ def test_two_steps(path, twins, pairs, tmp_path):
     other = recipe.training.ref_model_name_or_path is not None
     assert (abs(logs[0]["loss"] - math.log(2)) > 0.01) is other
     assert (abs(logs[0]["rewards/margins"]) > 0.01) is other
-    assert ("reference_chosen_logps" in trainer.train_dataset.column_names) is recipe.training.precompute_ref_log_probs
+    ahead = "reference_chosen_logps" in trainer.train_dataset.column_names
+    assert ahead is recipe.training.precompute_ref_log_probs
+    if ahead:
+        row = trainer.train_dataset[0]
+        right, wrong = (chosen_logp(folder, row) for folder in ((reference, policy) if other else (policy, reference)))
+        found = torch.tensor(row["reference_chosen_logps"]).sum().item()
+        assert found == pytest.approx(right, rel=1e-4) and abs(found - wrong) > 1
     before, after = weights_of(policy), weights_of(tmp_path / "out")
     assert after and all(w.isfinite().all() for w in after.values())
     if recipe.model.use_peft:
@@ -408,6 +434,23 @@ def test_a_stale_memory_table_is_named(tmp_path, monkeypatch):
 def test_memory_tables_are_what_the_planner_says():
     """Of two families here, as plans of adapters take long; `python scripts/recipe_memory.py --check` does all."""
     script("recipe_memory").main(["--check", "smollm2-135m", "mistral-7b-v0.3"])
+
+
+@pytest.mark.slow
+def test_the_readme_s_rollouts_run(twins, tmp_path, monkeypatch):
+    """The command of a family without pairs yet, on its small twin, with two samples of eight tokens."""
+    monkeypatch.chdir(ROOT)
+    text = Path("recipes/gemma-2-9b-it/README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^    python scripts/evaluate.py (.*)$", text, re.MULTILINE)
+    (tmp_path / "questions.jsonl").write_text('{"question": "What is 1 + 2?", "answer": "3"}\n')
+    twin, changes = str(twins("gemma-2-9b-it")[0]), {"--rollouts": "questions.jsonl", "--save": "saved.jsonl"}
+    words = [twin if word == "google/gemma-2-9b-it" else word for word in shlex.split(line)]
+    for option, value in {**changes, "--samples": "2"}.items():
+        words[words.index(option) + 1] = value if option == "--samples" else str(tmp_path / value)
+    script("evaluate").main([*words, f"--model_name_or_path={twin}", "--max_new_tokens=8", "--dataset_num_proc=1"])
+    saved = [json.loads(row) for row in (tmp_path / "saved.jsonl").read_text().splitlines()]
+    assert [row["sample"] for row in saved] == [0, 1]
+    assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
 
 
 def conversation(key: str, sample: int, correct: bool, ended: str = "answered", **changes) -> dict:
