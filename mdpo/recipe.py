@@ -203,8 +203,8 @@ def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         values["use_cpu"] = True
     if values.get("attn_implementation") == "flash_attention_2" and (on_cpu or not has_flash_attention()):
         why = "flash-attn needs a GPU" if on_cpu else "flash-attn is not installed (pip install '.[flash]', see README)"
-        values["attn_implementation"] = "sdpa"
-        notes.append(f"attn_implementation: sdpa in place of flash_attention_2: {why}.")
+        values["attn_implementation"] = None  # not sdpa: transformers refuses it for Gemma-2
+        notes.append(f"attn_implementation: the model's own choice in place of flash_attention_2: {why}.")
     return values
 
 
