@@ -125,7 +125,7 @@ class CheckpointedTrainer(Trainer):
         """Every checkpoint and the final model are written here: weights, tokenizer, and a look at what was written.
         The final model appears in output_dir when it is whole."""
         folder = Path(output_dir or self.args.output_dir)
-        final = not _internal_call and folder == Path(self.args.output_dir)
+        final = folder == Path(self.args.output_dir)
         written = folder / SAVING / "final" if final else folder
         super().save_model(str(written), _internal_call=True)
         if self.args.should_save:

@@ -1,7 +1,7 @@
 """Checkpoints that are seen only when they are whole, and the proof of it: a manifest of sizes and digests.
 
 output_dir/
-    .saving/checkpoint-20     being written; of no use to anyone, removed at the next start
+    _saving/checkpoint-20     being written; of no use to anyone, removed at the next start
     checkpoint-10/            whole: written aside, synced to disk, then renamed
         manifest.json         {"step", "resumable", "run", "files": {name: [bytes, xxh3]}}
 """
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mdpo.types import UserError
 
-MANIFEST, SAVING = "manifest.json", ".saving"
+MANIFEST, SAVING = "manifest.json", "_saving"  # what begins with _ is not pushed to the hub
 PREFIX = "checkpoint-"
 BLOCK = 1 << 24  # bytes
 # What torch says where a disk is full or a file cannot be written; it has no type of its own for it.

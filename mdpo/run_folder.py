@@ -15,7 +15,7 @@ from mdpo.startup import is_main_process, say
 from mdpo.types import UserError
 
 LEFT_BY_A_RUN = (f"{PREFIX}*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
-LOCK = ".lock"
+LOCK = "_lock"  # names a machine: what begins with _ is not pushed to the hub
 _locks = []  # held until the process ends, however it ends
 
 

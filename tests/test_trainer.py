@@ -2,21 +2,26 @@
 
 import math
 import shutil
+import types
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PromptTuningConfig
 from test_trl_parity import close, compare_metrics, explicit, loss_and_gradients, trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
-from mdpo.checkpoints import check_saved, expected_weights
+from mdpo.checkpoints import SAVING, check_saved, expected_weights
 from mdpo.config import MDPOConfig
 from mdpo.objective import LOSSES
 from mdpo.options import TOWARDS_MARGIN
 from mdpo.reference import drop_weights
+from mdpo.run_folder import LOCK
 from mdpo.types import UserError
 
 
@@ -445,3 +450,37 @@ trainer.save_model(OUT)
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / source))
     for p, q in zip(*(model.parameters() for model in weights), strict=True):
         close(p, q)
+
+
+def test_push_to_hub(tmp_path, tokenizer, monkeypatch):
+    """At each checkpoint and at the end, to a stand-in for the hub: model, card and tokenizer; not the lock, not what is
+    being written, not the checkpoints."""
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return types.SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns, run_as_future=False, **kwargs):
+            names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+            pushed.append((repo_id, commit_message, set(filter_repo_objects(names, ignore_patterns=ignore_patterns))))
+            done = Future()
+            done.set_result(None)
+            return done
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = mdpo_trainer(
+        tmp_path, tokenizer, push_to_hub=True, hub_strategy="every_save", hub_token="hf_x", save_strategy="steps",
+        save_steps=1, max_steps=2,
+    )  # fmt: skip
+    folder = tmp_path / "dpo_trainer"
+    (folder / LOCK).write_text("process 1 on this-machine")
+    (folder / SAVING / "checkpoint-9").mkdir(parents=True)
+    (folder / SAVING / "checkpoint-9" / "model.safetensors").write_text("half")
+    trainer.train()
+    trainer.save_model()
+    messages = [f"Training in progress, step {n}" for n in (1, 2)] + ["Model save"]
+    assert [(repo, message) for repo, message, _ in pushed] == [("me/dpo_trainer", message) for message in messages]
+    for _, _, names in pushed:
+        assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+        assert not [name for name in names if name.startswith((".", "_", "checkpoint-"))]
