@@ -453,8 +453,8 @@ trainer.save_model(OUT)
 
 
 def test_push_to_hub(tmp_path, tokenizer, monkeypatch):
-    """At each checkpoint and at the end, to a stand-in for the hub: model, card and tokenizer; not the lock, not what is
-    being written, not the checkpoints."""
+    """At each checkpoint and at the end, to a stand-in for the hub: model, card and tokenizer; not the lock, not what
+    is being written, not the checkpoints."""
     pushed = []
 
     class Hub:

@@ -25,6 +25,7 @@ def begin(argv: list[str], out: str, env: dict[str, str]) -> int:
     os.setsid()
     os.environ.update(env)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind a shell's &
     with open(out, "ab", 0) as file, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(file.fileno(), 1)

@@ -124,7 +124,11 @@ sys.exit(run(main, []))
 def test_a_second_signal_stops_at_once():
     """Not the launcher's copy of the first one, which comes at the same time; the next one that somebody sends."""
     run = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["env", "--default-signal=INT", sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert run.stdout.readline() == "here\n"
     for _ in range(2):
