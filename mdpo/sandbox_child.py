@@ -105,6 +105,8 @@ def build_root(order: dict) -> None:
     root, private = order["folder"], NOSUID | NODEV
     mount("none", "/", None, REC | PRIVATE)  # nothing of this is seen outside
     mount("tmpfs", root, "tmpfs", private, "size=1m,mode=755")
+    os.mkdir(f"{root}/tmp")  # before what may lie below /tmp, such as a virtual environment
+    mount("tmpfs", f"{root}/tmp", "tmpfs", private, f"size={order['folder_mb']}m,mode=1777")
     for path in dict.fromkeys([*SYSTEM, *DEVICES, *order["python"]]):
         target = root + path
         if not os.path.lexists(path) or os.path.lexists(target):
@@ -118,9 +120,7 @@ def build_root(order: dict) -> None:
         held = os.statvfs(path).f_flag & (NOSUID | NODEV | NOEXEC)  # a user namespace may not take these off
         read_only = 0 if path in DEVICES else RDONLY | NODEV
         mount(path, target, None, BIND | REMOUNT | NOSUID | held | read_only)
-    os.makedirs(f"{root}/tmp", exist_ok=True)
     mount("tmpfs", root, None, REMOUNT | BIND | RDONLY | private)
-    mount("tmpfs", f"{root}/tmp", "tmpfs", private, f"size={order['folder_mb']}m,mode=1777")
 
 
 def program(order: dict, say, own_id: int | None = None) -> None:
