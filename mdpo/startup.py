@@ -41,6 +41,7 @@ def clear_stale_build_locks() -> list[Path]:
     removed = []
     for lock in [p for pattern in ("*/lock", "*/*/lock") for p in _extensions_root().glob(pattern)]:
         if several_nodes and time.time() - lock.stat().st_mtime < FOREIGN_LOCK_S:
+            print(f"{lock} is there. If no other node builds now, a killed start has left it: remove it if this hangs.")
             continue
         # The one who builds has the lock open. Its ninja and compilers do not, and outlive it when it is killed.
         if not _processes(_has_open, lock.resolve()):

@@ -52,12 +52,22 @@ def test_lock_of_a_living_build_stays(extensions):
     assert clear_stale_build_locks() == [lock]
 
 
-def test_another_nodes_young_lock_stays(extensions, monkeypatch):
+def test_compilers_of_a_dead_build_do_not_keep_its_lock(extensions):
+    """They work in its folder, outlive the one who had the lock open, and would write beside the next build."""
+    lock = extensions / "some_op" / "lock"
+    lock.touch()
+    compiler = subprocess.Popen(["sleep", "60"], cwd=lock.parent)
+    assert clear_stale_build_locks() == [lock]
+    assert compiler.wait(30) == -9
+
+
+def test_another_nodes_young_lock_stays(extensions, monkeypatch, capsys):
     lock = extensions / "some_op" / "lock"
     lock.touch()
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert clear_stale_build_locks() == []
+    assert f"{lock} is there" in capsys.readouterr().out
     os.utime(lock, (time.time() - 3600,) * 2)
     assert clear_stale_build_locks() == [lock]
 
