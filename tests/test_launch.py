@@ -294,7 +294,7 @@ def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp
         log = tmp_path / f"log-{begun}.txt"
         job = start(cluster, "", config=on_two_cpus("zero3_two_nodes", tmp_path), run=run, cwd=ROOT, log=log, **own)
         if not begun:
-            until(cluster, job, log, 1, "'loss'")
+            until(cluster, job, log, 1, "/40  loss")
             job.send_signal(signal.SIGUSR1)
         code, output, calls = end(cluster, job, log)
         requeued = [call for call in calls if call.startswith("scontrol")]

@@ -177,9 +177,17 @@ class Forge:
         self.process.wait(60)
 
 
+def seen(folder: Path, pattern: str) -> list[Path]:
+    """What is there now; folders may vanish while they are looked through."""
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
 def steps(out: Path) -> list[int]:
     """Of the whole checkpoints, in order."""
-    return sorted(int(path.parent.name.split("-")[1]) for path in out.glob("checkpoint-*/manifest.json"))
+    return sorted(int(path.parent.name.split("-")[1]) for path in seen(out, "checkpoint-*/manifest.json"))
 
 
 def history(out: Path) -> list[dict]:

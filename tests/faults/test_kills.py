@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from faults.runs import differing, steps
+from faults.runs import differing, seen, steps
 
 from mdpo.checkpoints import SAVING
 
@@ -29,7 +29,7 @@ def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_pat
         before = steps(out)
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
         if kills % 3 == 0:  # while a checkpoint is written
-            run.until(lambda r=run: r.ended() or list((out / SAVING).glob("*")), "a checkpoint in the making")
+            run.until(lambda r=run: r.ended() or seen(out / SAVING, "*"), "a checkpoint in the making")
             time.sleep(chance.uniform(0, 0.02))
         elif kills % 3 == 1:  # anywhere
             time.sleep(chance.uniform(0, 4))
@@ -90,7 +90,7 @@ def test_killed_while_the_operator_is_built(launched, tmp_path):
     folder = tmp_path / "extensions"
     for compilers in (False, True):
         run = launched("zero2_cpu", *flags, env={"TORCH_EXTENSIONS_DIR": str(folder)})
-        locks = run.until(lambda r=run: [lock for lock in folder.glob("**/lock") if holders(r, lock)], "the build")
+        locks = run.until(lambda r=run: [lock for lock in seen(folder, "**/lock") if holders(r, lock)], "the build")
         if compilers:
             run.kill()
         else:
@@ -101,7 +101,7 @@ def test_killed_while_the_operator_is_built(launched, tmp_path):
     run = launched("zero2_cpu", *flags, env={"TORCH_EXTENSIONS_DIR": str(folder)})
     assert run.end() == 0, run.log[-3000:]
     assert f"Removed {folder}" in run.log
-    assert not list(folder.glob("**/lock"))
+    assert not seen(folder, "**/lock")
 
 
 def holders(run, lock) -> list[int]:
