@@ -179,10 +179,11 @@ class Forge:
 
 def seen(folder: Path, pattern: str) -> list[Path]:
     """What is there now; folders may vanish while they are looked through."""
-    try:
-        return list(folder.glob(pattern))
-    except FileNotFoundError:
-        return []
+    while True:
+        try:
+            return list(folder.glob(pattern))
+        except FileNotFoundError:
+            continue
 
 
 def steps(out: Path) -> list[int]:
