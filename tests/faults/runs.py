@@ -54,7 +54,8 @@ class Run:
         """Waits for the condition, or fails where the run ends before it."""
 
         def found():
-            return condition() or (self.ended() and AssertionError(f"{what}: the run ended first\n{self.log[-3000:]}"))
+            over = self.ended()  # first: what the condition asks for may come with the end
+            return condition() or (over and AssertionError(f"{what}: the run ended first\n{self.log[-3000:]}"))
 
         if isinstance(outcome := wait(found, what, lambda: self.log, 0.002), AssertionError):
             raise outcome
