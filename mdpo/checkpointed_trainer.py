@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -83,8 +83,9 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save and resumable:
             self._refuse_scattered(staged)
-        rank, ranks = self.args.process_index, self.args.world_size
-        mine = sealed(staged, files_of(staged)[rank::ranks])  # each rank a share: reading takes as long as writing
+        rank, ranks, names = self.args.process_index, self.args.world_size, [files_of(staged)]
+        broadcast_object_list(names)  # one list for all: a shared disk may show each rank another one for a while
+        mine = sealed(staged, names[0][rank::ranks])  # each rank a share: reading takes as long as writing
         files = {name: facts for part in gather_object([mine]) for name, facts in part.items()}
         if self.args.should_save:
             step = self.state.global_step
