@@ -8,10 +8,12 @@ import pytest
 import yaml
 from trl import DPOConfig, ModelConfig, get_peft_config
 
+from mdpo import precision as precision_module
 from mdpo import recipe as recipe_module
 from mdpo.config import DataArguments, MDPOConfig
 from mdpo.options import check_options
-from mdpo.recipe import DEFAULT_RECIPE, fit_to_machine, load_recipe, precision_note
+from mdpo.precision import fit_to_machine, precision_note
+from mdpo.recipe import DEFAULT_RECIPE, load_recipe
 from mdpo.retired import RETIRED_KEYS
 from mdpo.settings import FIELDS, PARTS, ROOT
 from mdpo.types import UserError
@@ -22,8 +24,8 @@ BASE = "model_name_or_path: some/model\ndataset_mixer: {a.jsonl: 1.0}\noutput_di
 @pytest.fixture(autouse=True)
 def capable_cpu(monkeypatch):
     """A machine that changes nothing in a recipe but use_cpu; the tests of the fall-backs undo parts of it."""
-    monkeypatch.setattr(recipe_module, "cpu_only", lambda values: True)
-    monkeypatch.setattr(recipe_module, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(precision_module, "cpu_only", lambda values: True)
+    monkeypatch.setattr(precision_module, "cpu_has_bf16", lambda: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
@@ -472,7 +474,7 @@ def test_handbook_recipe_works(load):
     ],
 )
 def test_cpu_without_bf16_units(monkeypatch, values, fallen, named):
-    monkeypatch.setattr(recipe_module, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(precision_module, "cpu_has_bf16", lambda: False)
     before = dict(values)
     found, note = precision_note(values, cpu_only=True)
     assert found == fallen and values == before
@@ -486,7 +488,7 @@ def test_launchers_precision_is_switched_off_too(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert precision_note(values, cpu_only=True) == (values, None)  # this CPU has the units
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    monkeypatch.setattr(recipe_module, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(precision_module, "cpu_has_bf16", lambda: False)
     assert precision_note({}, cpu_only=False) == ({}, None)
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
     _, note = precision_note(values, cpu_only=True)
@@ -507,8 +509,8 @@ def test_bf16_stays_where_it_can(load):
     ],
 )
 def test_flash_attention_falls_back(monkeypatch, on_cpu, installed, attention, why):
-    monkeypatch.setattr(recipe_module, "cpu_only", lambda values: on_cpu)
-    monkeypatch.setattr(recipe_module, "has_flash_attention", lambda: installed)
+    monkeypatch.setattr(precision_module, "cpu_only", lambda values: on_cpu)
+    monkeypatch.setattr(precision_module, "has_flash_attention", lambda: installed)
     notes = []
     values = fit_to_machine({"attn_implementation": "flash_attention_2", "bf16": False}, notes)
     assert values["attn_implementation"] == attention and values.get("use_cpu", False) is on_cpu
@@ -520,19 +522,19 @@ def test_detection_follows_recipe_and_launcher(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    assert not recipe_module.cpu_only({}) and recipe_module.cpu_only({"use_cpu": True})
+    assert not precision_module.cpu_only({}) and precision_module.cpu_only({"use_cpu": True})
     for text, expected in (("true", True), ("True", True), ("false", False)):
         monkeypatch.setenv("ACCELERATE_USE_CPU", text)
-        assert recipe_module.cpu_only({}) is expected
+        assert precision_module.cpu_only({}) is expected
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    assert recipe_module.cpu_only({})
+    assert precision_module.cpu_only({})
 
 
 @pytest.mark.parametrize(("flags", "units"), [("fpu avx512_bf16 sse", True), ("fpu amx_bf16", True), ("avx2", False)])
 def test_bf16_units_from_cpuinfo(monkeypatch, flags, units):
     monkeypatch.undo()
     monkeypatch.setattr(Path, "read_text", lambda self, *args, **kwargs: f"processor : 0\nflags : {flags}\n")
-    assert recipe_module.cpu_has_bf16() is units
+    assert precision_module.cpu_has_bf16() is units
 
 
 # ---------------------------------------------------------------- the recipes and classes themselves

@@ -20,6 +20,7 @@ ORDER = [
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"sandbox", "sandbox_child", "answers"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
+    {"precision"},
     {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout"},
     {"turns"},

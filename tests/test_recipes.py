@@ -18,6 +18,7 @@ from tiny import CHATML, agent_rows, tokenizer_for, trl_template
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
+import mdpo.precision
 import mdpo.recipe
 import run_dpo
 from dpo_trainer import DPOTrainer
@@ -278,7 +279,7 @@ def trained(path: Path, policy: Path, reference: Path, pairs: Path, folder: Path
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run_dpo, "DPOTrainer", Kept)
-        patched.setattr(mdpo.recipe, "cpu_has_bf16", lambda: False)  # else steps this small are rounded away
+        patched.setattr(mdpo.precision, "cpu_has_bf16", lambda: False)  # else steps this small are rounded away
         patched.setenv("ACCELERATE_MIXED_PRECISION", "no")
         run_dpo.main([str(folder / "recipe.yaml"), *flags])
     return kept[0]
