@@ -42,6 +42,7 @@ from mdpo.reference import (
     keep_own_adapter,
     load_model,
     load_moved,
+    lost_in_sync,
     place_reference,
     save_moved,
     score_reference,
@@ -263,6 +264,7 @@ class DPOTrainer(GuardedTrainer):
             self.ref_model = self._make_reference()
         if self.args.sync_ref_model:
             self._refuse_sync()
+            _say(self.args, *lost_in_sync(self.ref_model, self.args.ref_model_mixup_alpha))
             self.add_callback(MoveReference(self.ref_model, self.accelerator))
 
     def _make_reference(self):
