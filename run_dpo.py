@@ -23,9 +23,10 @@ from mdpo.page import PAGE, RunPage
 from mdpo.pairs import model_init_kwargs, prepare_pairs
 from mdpo.preemption import held, marks
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
+from mdpo.ranks import agreed
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, show_result, write_report
-from mdpo.run_folder import agreed, prepare_output_dir, refuse_another_run
+from mdpo.run_folder import prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder

@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
-    {"allocations", "sharding"},
+    {"allocations", "sharding", "ranks"},
+    {"failures"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"sandbox", "sandbox_child", "answers"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
