@@ -55,7 +55,8 @@ class CheckpointedTrainer(Trainer):
             try:
                 self._write(staged, final, whole or not self.args.save_only_model)
             except Exception:
-                shutil.rmtree(staged, ignore_errors=True)
+                if self.args.should_save:  # another rank would take away what this one is reading
+                    shutil.rmtree(staged, ignore_errors=True)
                 raise
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))

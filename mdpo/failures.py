@@ -60,12 +60,11 @@ def leave_with(error: Exception, debug: bool) -> None:
     """Says the error, unless another rank has said the same or failed before, and ends this process with exit code 1.
     Does not return."""
     line = f"{type(error).__name__}: {error}"
-    other = _claimed(line)
+    other = _claimed(error, line)
     if other is None:
         print(text_of(error, debug), file=sys.stderr, flush=True)
-        time.sleep(
-            1.5 * LOOK_S if ranks.ranks() > 1 else 0
-        )  # the store may be this process's, and the others look there
+        if ranks.ranks() > 1:
+            time.sleep(1.5 * LOOK_S)  # the store may be this process's, and the others look there
     else:
         if other["line"] != line:
             _say_other(other)
@@ -80,13 +79,21 @@ def text_of(error: Exception, debug: bool) -> str:
     return f"{trace}\nerror{where}: {error if isinstance(error, UserError) else repr(error)}"
 
 
-def _claimed(line: str) -> dict | None:
+def _patience(error: Exception, main: bool) -> float:
+    """For how long somebody else may speak first: what users can mend comes on all ranks mostly, and of a RankFailed
+    another one is the cause."""
+    if isinstance(error, ranks.RankFailed):
+        return 2 * MAIN_SPEAKS_FIRST_S
+    return MAIN_SPEAKS_FIRST_S if isinstance(error, UserError) and not main else 0
+
+
+def _claimed(error: Exception, line: str) -> dict | None:
     """The other rank that has failed before, or None: then this one's is the error to be told."""
     main = os.environ.get("RANK", "0") == "0"
     if ranks.ranks() == 1:
         time.sleep(0 if main else WITHOUT_GROUP_S)
         return None
-    end = time.monotonic() + (0 if main else MAIN_SPEAKS_FIRST_S)
+    end = time.monotonic() + _patience(error, main)
     while not (found := other_failure()) and time.monotonic() < end:
         time.sleep(0.05)
     found = found or _answered(lambda: ranks.claim_failure(line))

@@ -23,7 +23,7 @@ ORDER = [
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"precision"},
     {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
-    {"tokens", "sums", "layout"},
+    {"tokens", "sums", "layout", "reference_columns"},
     {"turns"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},
     {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity", "footprint", "rollouts"},
