@@ -125,13 +125,22 @@ class CheckpointedTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         final = folder == Path(self.args.output_dir)
         written = folder / SAVING / "final" if final else folder
-        super().save_model(str(written), _internal_call=True)
+        if self._weights_are_whole():
+            if self.args.should_save:  # accelerate would copy all weights on every rank, and a tied one twice
+                self._save(str(written), state_dict=copied(self.model))
+        else:
+            super().save_model(str(written), _internal_call=True)
         if self.args.should_save:
             check_saved(written, expected_weights(self.accelerator.unwrap_model(self.model)))
             if final:
                 move_files(written, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _weights_are_whole(self) -> bool:
+        """Under ZeRO-1 and 2, where rank 0 has all weights and DeepSpeed's buffers hold them."""
+        plugin = self.args.deepspeed_plugin
+        return self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage < 3
 
     # ------------------------------------------------------------------------------------------------ going on
 
@@ -220,6 +229,22 @@ class CheckpointedTrainer(Trainer):
         if wrong := faults(Path(self.state.best_model_checkpoint)):
             raise UserError(f"load_best_model_at_end: {self.state.best_model_checkpoint}: {'; '.join(wrong)}.")
         super()._load_best_model()
+
+
+def copied(model) -> dict[str, torch.Tensor]:
+    """A model's weights in CPU memory, apart from the buffers of an engine that they are views of. Tied ones stay one
+    tensor, so that they are written once; of a PEFT model only what is trained is copied."""
+    copies: dict[tuple, torch.Tensor] = {}
+    found, adapted = {}, hasattr(model, "peft_config")
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if not isinstance(weight, torch.Tensor) or (adapted and not weight.requires_grad):
+            found[name] = weight
+            continue
+        place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) if weight.numel() else (name,)
+        if place not in copies:
+            copies[place] = weight.detach().to("cpu", copy=True)
+        found[name] = copies[place]
+    return found
 
 
 class _GoOn(TrainerCallback):

@@ -5,11 +5,13 @@ A folder of shards per reference, written whole or not at all, by several ranks 
 where its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
 """
 
+import ctypes
 import math
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -147,14 +149,22 @@ def precompute(
     if len(todo):
         rows = distinct.first[todo]
         new = _computed(dataset, rows, keys, score, collator, batch_size, accelerator, cache, name, longest_cached)
-        columns.take_from_all([(distinct.of_row[row], *sides) for row, *sides in new])
+        columns.take_from_all([(distinct.of_row[rows], *rest) for rows, *rest in new])
+        del new
+        _give_memory_back()
     return columns.added_to(dataset, distinct.of_row)
+
+
+def _give_memory_back() -> None:
+    """glibc keeps the many small pieces that such a pass has freed: of 200 000 pairs 0.8 GB."""
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _computed(
     dataset, todo, keys, score, collator, batch_size, accelerator, cache, name, longest_cached
 ) -> list[Piece]:
-    """(row, log-probs of both sides) of this rank's share of the rows `todo`. Longest first, so that memory runs out at
+    """This rank's share of the rows `todo`, in pieces with the rows' numbers. Longest first, so that memory runs out at
     once or never; sides over `longest_cached` in batches of their own, which are not kept."""
     lengths = side_lengths(dataset).max(1)
     order = todo[np.argsort(-lengths[todo], kind="stable")]
@@ -177,11 +187,13 @@ def _computed(
                 )
             n = len(rows)
             # Tokens of one sequence follow each other, chosen sides first, as the collator lists them.
-            parts = logps.split(torch.bincount(token_places(batch, n), minlength=2 * n).tolist())
-            for j, row in enumerate(rows):
-                new.append((row, parts[j].numpy(), parts[n + j].numpy()))
+            counts = torch.bincount(token_places(batch, n), minlength=2 * n).numpy()
+            parts = np.split(logps.numpy(), counts.cumsum()[:-1])
+            sides = list(zip(parts[:n], parts[n:], strict=True))
+            new.append((rows, counts.reshape(2, n).T, np.concatenate([side for pair in sides for side in pair])))
+            for row, pair in zip(rows, sides, strict=True):
                 if lengths[row] <= longest_cached:
-                    cache.add(keys[row].tobytes(), new[-1][1:])
+                    cache.add(keys[row].tobytes(), pair)
     finally:
         cache.flush()
     return new

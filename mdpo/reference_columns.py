@@ -23,7 +23,8 @@ from mdpo.types import UserError
 
 AT_ONCE = 4_000_000  # numbers of a rank that all others receive at a time
 ROWS = 1000  # of a record batch
-Piece = tuple[int, np.ndarray, np.ndarray]  # number of a distinct row, log-probs of chosen and of rejected
+# Log-probs of m rows: the rows' numbers (m,), tokens of both sides (m, 2), float32 row by row, chosen first.
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Distinct:
@@ -70,8 +71,7 @@ class Columns:
             raise _not_written(error) from error
 
     def take(self, places: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> None:
-        """Log-probs of m rows: their numbers (m,), -1 for those that are not wanted, tokens of both sides (m, 2), and
-        float32, row by row, chosen first."""
+        """A Piece; its rows are numbered among the distinct ones, -1 for those that are not wanted."""
         wanted, lengths = places >= 0, counts.sum(1, dtype=np.int64)
         places, taken = places[wanted], lengths[wanted]
         self._start[places] = self._size + taken.cumsum() - taken
@@ -132,23 +132,21 @@ class Columns:
         return pa.record_batch(arrays, schema=schema)
 
 
-def _blocks(pieces: list[Piece]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """What `take` takes, about AT_ONCE numbers at a time."""
+def _blocks(pieces: list[Piece]) -> Iterator[Piece]:
+    """The same as fewer and larger pieces, of about AT_ONCE numbers."""
     block, size = [], 0
     for piece in pieces:
         block.append(piece)
-        size += len(piece[1]) + len(piece[2])
+        size += len(piece[2])
         if size >= AT_ONCE:
-            yield _block(block)
+            yield _joined(block)
             block, size = [], 0
     if block:
-        yield _block(block)
+        yield _joined(block)
 
 
-def _block(pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    places = np.array([place for place, *_ in pieces], np.int32)
-    counts = np.array([[len(side) for side in sides] for _, *sides in pieces], np.int64).reshape(-1, 2)
-    return places, counts, np.concatenate([side for _, *sides in pieces for side in sides])
+def _joined(pieces: list[Piece]) -> Piece:
+    return tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
 
 
 def _not_written(error: OSError) -> UserError:

@@ -458,9 +458,10 @@ def test_two_ranks_share_the_work_and_run_equally_often(tmp_path, monkeypatch):
             precompute(Dataset.from_list(rows), score, collator, 2, Ranks(rank), ReferenceCache(tmp_path), "train")
         shutil.rmtree(tmp_path)
     assert calls == {0: 2, 1: 2}
-    assert [len(half) for half in kept] == [3, 2]
-    merged = {row: (chosen.tolist(), rejected.tolist()) for half in kept for row, chosen, rejected in half}
-    assert merged == {i: ([i], [i + 10.0]) for i in range(5)}
+    assert [[len(rows) for rows, *_ in half] for half in kept] == [[2, 1], [2]]
+    rows, counts, logps = (np.concatenate([piece[k] for half in kept for piece in half]) for k in range(3))
+    assert counts.tolist() == [[1, 1]] * 5
+    assert dict(zip(rows.tolist(), logps.reshape(5, 2).tolist(), strict=True)) == {i: [i, i + 10.0] for i in range(5)}
 
 
 def test_columns_are_in_the_order_of_the_rows_whatever_the_order_of_coming(monkeypatch):
@@ -479,7 +480,11 @@ def test_columns_are_in_the_order_of_the_rows_whatever_the_order_of_coming(monke
     assert columns.known.tolist() == [False, False, True]
     with pytest.raises(KeyError, match="2 pairs without"):
         columns.added_to(Dataset.from_dict({"row": range(5)}), distinct.of_row)
-    pieces = [(i, *(np.array(side, np.float32) for side in values[key])) for i, key in ((1, KEYS[0]), (0, KEYS[2]))]
+    pieces = []
+    for i, key in ((1, KEYS[0]), (0, KEYS[2])):
+        chosen, rejected = values[key]
+        counts = np.array([[len(chosen), len(rejected)]])
+        pieces.append((np.array([i]), counts, np.array(chosen + rejected, np.float32)))
     columns.take_from_all(pieces)
     rows = Dataset.from_dict({"row": range(10)}).select([1, 3, 5, 7, 9])
     found = columns.added_to(rows, distinct.of_row)
