@@ -26,6 +26,7 @@ from mdpo.checkpoints import (
     writing,
     wrong_sizes,
 )
+from mdpo.copies import copied
 from mdpo.ranks import agreed, wait_for_all
 from mdpo.types import UserError
 
@@ -229,22 +230,6 @@ class CheckpointedTrainer(Trainer):
         if wrong := faults(Path(self.state.best_model_checkpoint)):
             raise UserError(f"load_best_model_at_end: {self.state.best_model_checkpoint}: {'; '.join(wrong)}.")
         super()._load_best_model()
-
-
-def copied(model) -> dict[str, torch.Tensor]:
-    """A model's weights in CPU memory, apart from the buffers of an engine that they are views of. Tied ones stay one
-    tensor, so that they are written once; of a PEFT model only what is trained is copied."""
-    copies: dict[tuple, torch.Tensor] = {}
-    found, adapted = {}, hasattr(model, "peft_config")
-    for name, weight in model.state_dict(keep_vars=True).items():
-        if not isinstance(weight, torch.Tensor) or (adapted and not weight.requires_grad):
-            found[name] = weight
-            continue
-        place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) if weight.numel() else (name,)
-        if place not in copies:
-            copies[place] = weight.detach().to("cpu", copy=True)
-        found[name] = copies[place]
-    return found
 
 
 class _GoOn(TrainerCallback):
