@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -29,11 +28,12 @@ from mdpo.identity import cached_length, default_folder, named_digest, reference
 from mdpo.layout import Layout, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
-from mdpo.metrics import evaluated_once, mean_over_steps, pair_table, summarise
+from mdpo.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
 from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
 from mdpo.precision import engine_dtype
+from mdpo.ranks import agreed, first_of_node
 from mdpo.reference import (
     OWN_ADAPTER,
     MoveReference,
@@ -228,7 +228,7 @@ class DPOTrainer(GuardedTrainer):
             dataset, self.drop_counts[name] = tokenize_stream(dataset, tokenizer, self.render_settings, name)
             return dataset
         if "chosen_ids" not in dataset.column_names:
-            with args.main_process_first(desc=f"tokenising {name}"):
+            with first_of_node():
                 dataset, self.drop_counts[name] = tokenize_dataset(
                     dataset, tokenizer, self.render_settings, name, args.dataset_num_proc
                 )
@@ -382,16 +382,14 @@ class DPOTrainer(GuardedTrainer):
 
     def _named_digest(self, name: str, revision: str | None, subfolder: str) -> str | None:
         """The main process reads the files, and all learn what it found, an error too."""
-        found = [None, None]
-        if self.is_world_process_zero():
+
+        def read() -> str | None:
             try:
-                found[0] = named_digest(name, revision, self._cache_dir, subfolder)
+                return named_digest(name, revision, self._cache_dir, subfolder)
             except OSError as error:
-                found[1] = first_line(error)
-        digest, error = broadcast_object_list(found)
-        if error:
-            raise UserError(f"reference {name!r} cannot be had: {error}")
-        return digest
+                raise UserError(f"reference {name!r} cannot be had: {first_line(error)}") from error
+
+        return agreed(read)
 
     def _refuse_sync(self) -> None:
         if isinstance(self.model, PeftModel):
@@ -518,28 +516,25 @@ class DPOTrainer(GuardedTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         ############## MODIFICATION 4: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables = gather_object([joined(self._tables["eval"]).cpu()])
+        tables, tokens = of_all_ranks([joined(self._tables["eval"])], self._train_tokens, self.args.device)
         self._tables["eval"].clear()
-        table = evaluated_once(tables)
+        table = evaluated_once([table for [table] in tables])
         metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
         ############## MODIFICATION 4 END
-        metrics["num_tokens"] = self._tokens_seen()
+        metrics["num_tokens"] = tokens
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log, gathered over ranks. All ranks call it together."""
         if "loss" in logs:
-            logs.update(self._shown(mean_over_steps(gather_object([self.take_tables()]))))
-            logs["num_tokens"] = self._tokens_seen()
+            tables, tokens = of_all_ranks(self.take_tables(), self._train_tokens, self.args.device)
+            logs |= {**self._shown(mean_over_steps(tables)), "num_tokens": tokens}
         super().log(logs, start_time)
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, float]:
         hidden = {"nll_loss": not self.loss_settings.nll_coefficient, "aux_loss": not self.aux_loss_coef}
         return {name: value for name, value in metrics.items() if not hidden.get(name)}
-
-    def _tokens_seen(self) -> int:
-        return sum(gather_object([self._train_tokens]))
 
     # ------------------------------------------------------------------------------------------------ saving
 
