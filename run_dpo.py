@@ -27,6 +27,7 @@ from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, show_result, write_report
 from mdpo.run_folder import agreed, prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
+from mdpo.sharding import overlap_reduction
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
 
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(argv)
     args, data = recipe.training, recipe.data
     marks(args.output_dir)
-    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
+    overlapped = overlap_reduction(args.deepspeed_plugin)
+    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), *([overlapped] if overlapped else []))
 
     ################
     # Options, tokenizer, the model's configuration: before the data

@@ -52,6 +52,8 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
             raise UserError(
                 f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
             )
+        if not sharding.stage:
+            _refuse_no_master(skeleton.policy)
         nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
         return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -82,6 +84,19 @@ def _refuse(recipe, sharding: Sharding) -> None:
         raise UserError("gradient_checkpointing_kwargs: offload cannot be planned; leave it out.")
     if "gguf_file" in (args.model_init_kwargs or {}):
         raise UserError("gguf_file cannot be planned; give a folder with config.json: --model_name_or_path=FOLDER.")
+
+
+def _refuse_no_master(policy: nn.Module) -> None:
+    """As a run is: steps of training are smaller than what bfloat16 or float16 can add to a weight."""
+    for weight in policy.parameters():
+        if weight.requires_grad and weight.element_size() < 4:
+            name = str(weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"dtype: {name} weights are trained without a float32 master copy, so that most steps are rounded "
+                "away: without DeepSpeed give dtype: float32 with bf16: true, or LoRA (use_peft: true); or plan with "
+                "a ZeRO file, on one GPU with --processes 1 (training_configs/zero3_offload_for_dpo.yaml where memory "
+                "is short)."
+            )
 
 
 def _model_config(name: str, recipe):
