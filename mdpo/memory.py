@@ -90,10 +90,10 @@ class MemoryPlan:
         return f"FITS into {gb:g} GB, {spare:.1f} GB to spare.{tight} Up to --max_length={longest} would fit{known}."
 
     def on_disk(self) -> str:
-        """What a checkpoint takes, in words. The newest is written beside those that `kept` allows."""
+        """What a checkpoint takes, in words. A new one is written beside those that `kept` allows."""
         gb = self.checkpoint / GB
         seconds = ", ".join(f"{gb / rate:.1f} s at {rate} GB/s" for rate in RATES)
-        most = f"; {self.kept} are kept, with one being written {(self.kept + 1) * gb:.1f} GB" if self.kept else ""
+        most = f"; with save_total_limit {self.kept} at most {(self.kept + 1) * gb:.1f} GB at once" if self.kept else ""
         return f"A checkpoint: {gb:.1f} GB on disk, {seconds}{most}."
 
     def markdown(self) -> str:

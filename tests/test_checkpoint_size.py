@@ -84,8 +84,8 @@ def test_in_words(tmp_path):
     plan = plan_memory(recipe_for(tmp_path, TINY, **BF16, save_total_limit=2), Sharding(2, 8, precision="bf16"))
     plan.checkpoint = 100 * GB
     assert plan.on_disk() == (
-        "A checkpoint: 100.0 GB on disk, 100.0 s at 1 GB/s, 20.0 s at 5 GB/s; 2 are kept, with one being written "
-        "300.0 GB."
+        "A checkpoint: 100.0 GB on disk, 100.0 s at 1 GB/s, 20.0 s at 5 GB/s; with save_total_limit 2 at most "
+        "300.0 GB at once."
     )
     plan.kept = None
     assert plan.on_disk().endswith("20.0 s at 5 GB/s.")
