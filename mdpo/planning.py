@@ -16,6 +16,7 @@ from trl import get_peft_config
 from mdpo.files import first_line
 from mdpo.footprint import Skeleton
 from mdpo.memory import MemoryPlan, Needs
+from mdpo.precision import HALF, without_master
 from mdpo.sharding import Sharding
 from mdpo.tokenizer import refuse_missing_folder
 from mdpo.types import UserError
@@ -53,7 +54,7 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
                 f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
             )
         if not sharding.stage:
-            _refuse_no_master(skeleton.policy)
+            _refuse_no_master(args, skeleton.policy)
         nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
         return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -86,17 +87,11 @@ def _refuse(recipe, sharding: Sharding) -> None:
         raise UserError("gguf_file cannot be planned; give a folder with config.json: --model_name_or_path=FOLDER.")
 
 
-def _refuse_no_master(policy: nn.Module) -> None:
-    """As a run is: steps of training are smaller than what bfloat16 or float16 can add to a weight."""
-    for weight in policy.parameters():
-        if weight.requires_grad and weight.element_size() < 4:
-            name = str(weight.dtype).removeprefix("torch.")
-            raise UserError(
-                f"dtype: {name} weights are trained without a float32 master copy, so that most steps are rounded "
-                "away: without DeepSpeed give dtype: float32 with bf16: true, or LoRA (use_peft: true); or plan with "
-                "a ZeRO file, on one GPU with --processes 1 (training_configs/zero3_offload_for_dpo.yaml where memory "
-                "is short)."
-            )
+def _refuse_no_master(args, policy: nn.Module) -> None:
+    """As a run does."""
+    halves = [weight for weight in policy.parameters() if weight.requires_grad and weight.dtype in HALF]
+    if halves and (why := without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}")):
+        raise UserError(why)
 
 
 def _model_config(name: str, recipe):

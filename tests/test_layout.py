@@ -20,7 +20,7 @@ ORDER = [
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"sandbox", "sandbox_child", "answers"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
-    {"precision"},
+    {"precision", "launcher"},
     {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout"},
     {"turns"},
