@@ -1,5 +1,6 @@
 """Where a run takes place, as far as memory goes: what an accelerate file says about processes and DeepSpeed."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,13 @@ class Sharding:
 def overlap_reduction(plugin) -> str | None:
     """Has ZeRO-2 reduce gradients while backward goes on, unless the configuration of `plugin`, accelerate's
     DeepSpeedPlugin or None, says something of it. DeepSpeed does so by itself under ZeRO-3 only, and an accelerate
-    file has no key for it. Returns a line on what was set, or None."""
+    file has no key for it. Returns a line on what was set, or None. Raises UserError where such a file has the key all
+    the same, which accelerate passes over without a word."""
+    if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
+        raise UserError(
+            f"deepspeed_config.{OVERLAP}: accelerate reads no such key in an accelerate file; under ZeRO-2 and ZeRO-3 it "
+            "is true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file."
+        )
     zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {}
     if zero.get("stage") != 2 or OVERLAP in zero:
         return None

@@ -59,7 +59,7 @@ def show(plan, recipe, sharding) -> None:
     table.add_section()
     table.add_row("together", f"{plan.total / GB:.2f}")
     table.add_section()
-    table.add_row("a checkpoint, on disk, of all ranks", f"{plan.checkpoint / GB:.2f}")
+    table.add_row("a checkpoint, on disk", f"{plan.checkpoint / GB:.2f}")
     Console().print(table)
     pairs, libraries = recipe.training.per_device_train_batch_size, LIBRARIES["CPU" if sharding.cpu else "GPU"] / GB
     say(WORST.format(pairs=pairs, tokens=2 * plan.length, libraries=libraries))

@@ -18,6 +18,7 @@ from test_launch import (  # noqa: F401
 )
 
 from mdpo.sharding import overlap_reduction
+from mdpo.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +41,13 @@ def test_when_it_is_set(zero, after):
     said = overlap_reduction(made)
     assert made.deepspeed_config["zero_optimization"].get("overlap_comm") is after
     assert (said is not None) is (zero == {"stage": 2}) and overlap_reduction(None) is None
+
+
+def test_a_key_that_accelerate_passes_over_is_named(monkeypatch):
+    """What its launcher sets for a file with `deepspeed_config: {overlap_comm: false}`: names without values."""
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "zero_stage,overlap_comm,mixed_precision")
+    with pytest.raises(UserError, match="overlap_comm.*deepspeed_config_file"):
+        overlap_reduction(plugin(stage=2))
 
 
 def test_deepspeed_s_defaults_are_what_is_relied_on():
