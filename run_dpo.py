@@ -30,6 +30,7 @@ from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, show_result, write_report
 from mdpo.run_folder import prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
+from mdpo.sharding import overlap_reduction
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
 
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> None:
     args, data = recipe.training, recipe.data
     marks(args.output_dir)
     refuse_unusable_gpus(recipe.written.get("use_cpu", False))
-    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args))
+    overlapped = overlap_reduction(args.deepspeed_plugin)
+    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args), *filter(None, [overlapped]))
 
     ################
     # Options, tokenizer, the model's configuration: before the data

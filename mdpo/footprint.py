@@ -18,15 +18,17 @@ from mdpo.allocations import Allocations, OnePass, gated_forward, norm_forward, 
 from mdpo.attention import Segments
 from mdpo.fused import MIN_WIDTH, is_gated, is_norm
 from mdpo.layout import packing_refused
+from mdpo.precision import cast_weights
 
 
 class Skeleton:
     """A model without data, as a recipe trains it.
 
     `make` returns it in the dtype that it is loaded in, `make_reference` the reference where a step has a model of its
-    own for that. DeepSpeed casts the policy to `engine_dtype`; `autocast` is the dtype of mixed precision without it.
-    `attention` names the kernel that packed rows meet on a GPU, flash or torch; None: a CPU, where torch chooses.
-    A batch is `pairs` whose sides have `length` tokens each; every token is supervised, and none is shared."""
+    own for that. DeepSpeed casts the policy to `engine_dtype`, and the reference follows; `autocast` is the dtype of
+    mixed precision without it. `attention` names the kernel that packed rows meet on a GPU, flash or torch; None: a
+    CPU, where torch chooses. A batch is `pairs` whose sides have `length` tokens each; every token is supervised, and
+    none is shared."""
 
     def __init__(
         self, make, args, peft=None, make_reference=None, engine_dtype=None, autocast=None, attention=None, zero3=False
@@ -39,6 +41,7 @@ class Skeleton:
             self.policy = _prepared(make(), args, peft, engine_dtype, zero3)
             if make_reference is not None:
                 self.reference = make_reference()
+                cast_weights(self.reference, engine_dtype)
                 mdpo.logprobs.enable_scoring(self.reference, self.fused)
                 self.reference.requires_grad_(False).eval()
         for model in self._models:
@@ -139,8 +142,7 @@ def _prepared(model, args, peft, engine_dtype, zero3: bool):
     for module in model.modules():
         if isinstance(module, nn.Dropout) and args.disable_dropout:
             module.p = 0.0
-    if engine_dtype is not None:
-        model.to(engine_dtype)
+    cast_weights(model, engine_dtype)
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
         every = options.pop("every_n_layers", 1)

@@ -22,6 +22,7 @@ SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimiser steps on at a tim
 WHOLE = 100_000  # elements: ZeRO-3 shards no parameter below this (stage3_param_persistence_threshold)
 LIBRARIES = {"GPU": 1.0 * GB, "CPU": 0.8 * GB}  # assumed: CUDA context, cuBLAS, NCCL; Python and its libraries
 TIGHT = 0.05  # of the memory: less to spare than what fragmentation often takes
+RATES = (1, 5)  # GB/s that a disk may write
 ROUND = 64  # tokens: how exactly a long max_length is looked for
 
 
@@ -29,13 +30,15 @@ ROUND = 64  # tokens: how exactly a long max_length is looked for
 class MemoryPlan:
     """`phases`: bytes by part, of STEP, OPTIMISER and, where there are held-out pairs, EVALUATION. `cpu`: bytes that
     offloading keeps on each machine; `at` gives the plan of another max_length, `limit` is the longest that the model
-    knows."""
+    knows. `checkpoint`: bytes on disk of one, of which `kept` are there at once."""
 
     phases: dict[str, dict[str, float]]
     length: int
     cpu: float
     limit: int
     at: Callable[[int], "MemoryPlan"]
+    checkpoint: float = 0.0
+    kept: int | None = None
 
     @property
     def phase(self) -> str:
@@ -86,6 +89,13 @@ class MemoryPlan:
         known = ", all that the model knows" if longest == self.limit else ""
         return f"FITS into {gb:g} GB, {spare:.1f} GB to spare.{tight} Up to --max_length={longest} would fit{known}."
 
+    def on_disk(self) -> str:
+        """What a checkpoint takes, in words. A new one is written beside those that `kept` allows."""
+        gb = self.checkpoint / GB
+        seconds = ", ".join(f"{gb / rate:.1f} s at {rate} GB/s" for rate in RATES)
+        most = f"; with save_total_limit {self.kept} at most {(self.kept + 1) * gb:.1f} GB at once" if self.kept else ""
+        return f"A checkpoint: {gb:.1f} GB on disk, {seconds}{most}."
+
     def markdown(self) -> str:
         """A table for a README."""
         rows = [f"| {name} | {size / GB:.1f} |" for name, size in [*self.parts.items(), ("**together**", self.total)]]
@@ -113,6 +123,7 @@ class Needs:
         self.width = max(p.element_size() for p in weights)  # bytes of a gathered element
         self.largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in skeleton.policy.modules())
         self.count, self.trained = sum(p.numel() for p in weights), sum(p.numel() for p in trained)
+        self.saved = sum(p.nbytes for p in trained)  # a frozen base is in no checkpoint
         self.gradient = max(p.element_size() for p in trained)  # bytes of an element
         self.largest_trained = max(p.numel() for p in trained)
         self.reference = sum(p.nbytes for p in skeleton.reference.parameters()) if skeleton.reference else 0
@@ -124,7 +135,10 @@ class Needs:
             found = {STEP: self._step(length), OPTIMISER: self._optimiser_step()}
             found |= {EVALUATION: self._evaluation(length)} if self.evaluates else {}
             known = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
-            self._plans[length] = MemoryPlan(found, length, self._in_cpu(), max(known, length), self.plan)
+            longest, kept = max(known, length), self.args.save_total_limit
+            self._plans[length] = MemoryPlan(
+                found, length, self._in_cpu(), longest, self.plan, self._checkpoint(), kept
+            )
         return self._plans[length]
 
     def _step(self, length: int) -> dict[str, float]:
@@ -138,9 +152,24 @@ class Needs:
             3: 0 if self.sharding.offload_optimizer else shard / mine,
         }
         parts = self._standing() | {"gradients": gradients.get(self.sharding.stage, 0) + seen["gradients"]}
-        if self.sharding.stage:  # a bucket, and the flat copy of it that is sent
-            parts["communication"] = (BUCKET + min(BUCKET, self.trained)) * self.gradient
+        if self.sharding.stage:
+            parts["communication"] = self._buckets() * self.gradient
         return parts | {"activations": seen["activations"] + self.unpacked, "LM head": seen["LM head"]}
+
+    def _buckets(self) -> int:
+        """Elements: a bucket, under ZeRO-2 another one that fills while the first is sent, and the flat copy that is
+        sent. On a CPU only what is written to takes memory."""
+        both = BUCKET * (2 if self.sharding.stage == 2 and self.sharding.overlap else 1)
+        return (min(both, self.trained) if self.sharding.cpu else both) + min(BUCKET, self.trained)
+
+    def _checkpoint(self) -> float:
+        """Bytes of all ranks' files: the weights for users; under ZeRO-2 the same once more, in DeepSpeed's own file;
+        its float32 weights and AdamW's moments, or without DeepSpeed the moments in the weights' dtype; and a reference
+        that moves. Left out are the tokenizer and what is a few kB."""
+        if self.args.save_only_model:
+            return self.saved
+        states = self.saved * (self.sharding.stage == 2) + 12 * self.trained if self.sharding.stage else 2 * self.saved
+        return self.saved + states + (self.reference if self.args.sync_ref_model else 0)
 
     def _optimiser_step(self) -> dict[str, float]:
         """Gradients of ZeRO-2: the share, its flat copy and, where that is not float32, one that is. ZeRO-3 copies a

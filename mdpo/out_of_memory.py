@@ -19,6 +19,8 @@ from mdpo.sharding import Sharding
 from mdpo.types import UserError
 
 ZERO3, OFFLOAD = "training_configs/zero3_for_dpo.yaml", "training_configs/zero3_offload_for_dpo.yaml"
+EXPANDABLE = "expandable_segments:True"
+FRAGMENTED = 0.05  # of a GPU's memory
 # What allocators say: CUDA's and its libraries', the CPU's, the operating system's.
 SAID = (
     "out of memory",
@@ -46,29 +48,39 @@ def is_out_of_memory(error: BaseException) -> bool:
 @dataclass
 class Seen:
     """Memory of this process as it is now, in bytes. `limit` is what it may have: the GPU's, or the smallest of the
-    process's, its cgroup's and the machine's."""
+    process's, its cgroup's and the machine's. `reserved`: what PyTorch holds of a GPU, in use or not."""
 
     used: int
     limit: int
     peak: int
     where: str
+    reserved: int | None = None
 
     @classmethod
     def now(cls, device: torch.device | str = "cpu") -> "Seen":
         device = torch.device(device)
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            return cls(torch.cuda.memory_allocated(device), total, torch.cuda.max_memory_allocated(device), "GPU")
+            used, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+            return cls(used, total, most, "GPU", torch.cuda.memory_reserved(device))
         limit, where, field = min(_cpu_limits())
         status = Path("/proc/self/status").read_text()
         now, peak = (int(status.partition(f"\n{name}:")[2].split()[0]) * 1024 for name in field)
         return cls(now, limit, peak, where)
 
+    @property
+    def fragments(self) -> int:
+        """Bytes that PyTorch holds and nothing uses: blocks that were too small for what was asked for."""
+        return 0 if self.reserved is None else self.reserved - self.used
+
     def __str__(self) -> str:
-        return (
+        words = (
             f"{self.used / GB:.2f} GB in use, at most {self.peak / GB:.2f} GB before, of {self.limit / GB:.2f} GB "
             f"({self.where})"
         )
+        if self.reserved is None:
+            return words
+        return f"{words}; {self.reserved / GB:.2f} GB reserved, of which {self.fragments / GB:.2f} GB lie in fragments"
 
 
 def _cpu_limits() -> list[tuple[int, str, tuple[str, str]]]:
@@ -133,7 +145,14 @@ def report(error, batch, recipe, sharding, seen, plan=None, keys=None, argv=None
     if not_planned:
         lines.append(f"  not planned: {not_planned}")
     options = next_changes(recipe, sharding, plan, seen.limit / GB, argv or [str(recipe.path)])
+    if seen.fragments > FRAGMENTED * seen.limit and EXPANDABLE not in _allocator():
+        options.insert(0, f"PYTORCH_ALLOC_CONF={EXPANDABLE} before the command: fewer fragments, at no cost.")
     return "\n".join([*lines, "What to try next, cheapest first:", *(f"  {n}. {o}" for n, o in enumerate(options, 1))])
+
+
+def _allocator() -> str:
+    """How the user has set PyTorch's allocator of GPU memory; the second name is the older one."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
 
 
 def describe_batch(batch: dict[str, torch.Tensor], keys: list[str] | None = None) -> str:

@@ -16,6 +16,7 @@ from trl import get_peft_config
 from mdpo.files import first_line
 from mdpo.footprint import Skeleton
 from mdpo.memory import MemoryPlan, Needs
+from mdpo.precision import HALF, without_master
 from mdpo.sharding import Sharding
 from mdpo.tokenizer import refuse_missing_folder
 from mdpo.types import UserError
@@ -52,6 +53,8 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
             raise UserError(
                 f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
             )
+        if not sharding.stage:
+            _refuse_no_master(args, skeleton.policy)
         nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
         return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -82,6 +85,13 @@ def _refuse(recipe, sharding: Sharding) -> None:
         raise UserError("gradient_checkpointing_kwargs: offload cannot be planned; leave it out.")
     if "gguf_file" in (args.model_init_kwargs or {}):
         raise UserError("gguf_file cannot be planned; give a folder with config.json: --model_name_or_path=FOLDER.")
+
+
+def _refuse_no_master(args, policy: nn.Module) -> None:
+    """As a run does."""
+    halves = [weight for weight in policy.parameters() if weight.requires_grad and weight.dtype in HALF]
+    if halves and (why := without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}")):
+        raise UserError(why)
 
 
 def _model_config(name: str, recipe):

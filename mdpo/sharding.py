@@ -1,5 +1,6 @@
 """Where a run takes place, as far as memory goes: what an accelerate file says about processes and DeepSpeed."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ WITHOUT_EFFECT = {"deepspeed_multinode_launcher", "deepspeed_hostfile", "deepspe
 WITHOUT_EFFECT |= {"deepspeed_inclusion_filter", "gradient_accumulation_steps", "gradient_clipping"}
 WITHOUT_EFFECT |= {"zero3_init_flag", "zero3_save_16bit_model"}
 READ = {"zero_stage", "offload_optimizer_device", "offload_param_device"}
+OVERLAP = "overlap_comm"  # of DeepSpeed's zero_optimization
 
 
 @dataclass(frozen=True)
 class Sharding:
     """`stage` 0 (none), 2 or 3; `processes` of all machines together; what waits in CPU memory; `precision` as the
-    launcher says: no, bf16 or fp16; `cpu`: no GPU at all."""
+    launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward goes on."""
 
     stage: int = 0
     processes: int = 1
@@ -27,6 +29,7 @@ class Sharding:
     offload_param: bool = False
     precision: str = "no"
     cpu: bool = False
+    overlap: bool = True
 
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> "Sharding":
@@ -72,6 +75,7 @@ class Sharding:
             away["param"],
             accelerator.mixed_precision,
             accelerator.device.type == "cpu",
+            bool(zero.get(OVERLAP, True)),
         )
 
     def __str__(self) -> str:
@@ -86,6 +90,23 @@ class Sharding:
         return ", ".join(
             [" ".join(words), *([sharded] if sharded else []), *([f"{away} in CPU memory"] if away else [])]
         )
+
+
+def overlap_reduction(plugin) -> str | None:
+    """Has ZeRO-2 reduce gradients while backward goes on, unless the configuration of `plugin`, accelerate's
+    DeepSpeedPlugin or None, says something of it. DeepSpeed does so by itself under ZeRO-3 only, and an accelerate
+    file has no key for it. Returns a line on what was set, or None. Raises UserError where such a file has the key all
+    the same, which accelerate passes over without a word."""
+    if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
+        raise UserError(
+            f"deepspeed_config.{OVERLAP}: accelerate reads no such key in an accelerate file; under ZeRO-2 and ZeRO-3 it "
+            "is true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file."
+        )
+    zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {}
+    if zero.get("stage") != 2 or OVERLAP in zero:
+        return None
+    zero[OVERLAP] = True
+    return "ZeRO-2: gradients are reduced while backward goes on (overlap_comm: true)"
 
 
 def _mapping(path: str | Path) -> dict:

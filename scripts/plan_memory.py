@@ -58,9 +58,12 @@ def show(plan, recipe, sharding) -> None:
         table.add_row(name, f"{size / GB:.2f}")
     table.add_section()
     table.add_row("together", f"{plan.total / GB:.2f}")
+    table.add_section()
+    table.add_row("a checkpoint, on disk", f"{plan.checkpoint / GB:.2f}")
     Console().print(table)
     pairs, libraries = recipe.training.per_device_train_batch_size, LIBRARIES["CPU" if sharding.cpu else "GPU"] / GB
     say(WORST.format(pairs=pairs, tokens=2 * plan.length, libraries=libraries))
+    say(plan.on_disk())
     if plan.cpu:
         say(f"Offloading keeps {plan.cpu / GB:.0f} GB in the CPU memory of each machine.")
 

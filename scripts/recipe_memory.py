@@ -1,8 +1,8 @@
 """Write the memory tables of recipes/*/README.md: python scripts/recipe_memory.py [FAMILY ...] [--check]
 
 A table stands between `<!-- memory: RECIPE ACCELERATE_FILE -->` and `<!-- memory end -->`, and is what
-scripts/plan_memory.py says of dpo/RECIPE with the family's config.json. With --check nothing is written; exit code 1
-where a table is not what it would be.
+scripts/plan_memory.py says of dpo/RECIPE with the family's config.json; a line on its checkpoints follows. With --check
+nothing is written; exit code 1 where a table is not what it would be.
 """
 
 import re
@@ -49,7 +49,7 @@ def table(family: str, recipe: str, accelerate: str) -> str:
     folder = ROOT / "recipes" / family
     sharding = Sharding.read(ROOT / "training_configs" / accelerate)
     plan = plan_memory(load_recipe([str(folder / "dpo" / recipe), f"--model_name_or_path={folder}"]), sharding)
-    return f"{recipe.removesuffix('.yaml')}, {sharding}:\n\n{plan.markdown()}"
+    return f"{recipe.removesuffix('.yaml')}, {sharding}:\n\n{plan.markdown()}\n\n{plan.on_disk()}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What is read out of a log history, by hand: curves, smoothing, figures before and after, chosen log-probs."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from mdpo.history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
 from mdpo.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
+from mdpo.report import show_result
 
 
 def evaluation(step, chosen, rejected, **more):
@@ -100,3 +103,39 @@ def test_chosen_logps_of_training_alone():
     assert fell and "-4.00 nats (training pairs, mean of the last 1 logs), rejected -10.00" in line
     assert chosen_logps([{"loss": 1.0, "step": 1}], 0.1) == ("", False)
     assert chosen_logps([evaluation(0, -50.0, -60.0)], 0.1) == ("", False)  # one evaluation tells of no change
+
+
+def agrees_with_itself(screen: str) -> bool:
+    """Whether the table's rows of log-probs and the line below it tell of the same evaluations."""
+    rows = re.findall(r"│ log-probs (\w+) +│ +(-[\d.]+) │ +(-[\d.]+) │", screen)
+    table = {side: (float(before), float(after)) for side, before, after in rows}
+    moved = {
+        side: f"{'fell' if after < before else 'rose'} by {abs(after - before):.2f}"
+        for side, (before, after) in table.items()
+    }
+    before, after = table["chosen"]
+    line = f"side {moved['chosen']} nats a pair (held-out pairs, {before:.2f} at step 0, {after:.2f} at step "
+    return line in screen and f"rejected {moved['rejected']}." in screen
+
+
+@pytest.mark.parametrize(("last", "word"), [(-45.0, "rose"), (-54.0, "fell")])
+def test_the_end_s_table_and_line_agree(last, word, capsys):
+    """Figures after training are the last evaluation's, in both; one in between counts in neither."""
+    rest = {"eval_rewards/accuracies": 1.0, "eval_rewards/margins": 2.0, "eval_pairs": 8}
+    history = [
+        evaluation(0, -50.0, -60.0, **rest),
+        evaluation(2, -57.5, -90.0, **rest),
+        evaluation(4, last, -76.0, **rest),
+    ]
+    line, fell = chosen_logps(history, 0.1)
+    report = {"before": before_and_after(history)[0], "after": history[-1], "first_loss": 0.69, "steps": 4}
+    report |= {"pairs_per_second": 1.0, "train_seconds": 4.0, "peak_memory_gb": 1.0}
+    show_result(report | {"chosen_logps": {"line": line, "fell": fell}})
+    screen = capsys.readouterr().out
+    assert agrees_with_itself(screen) and f"side {word} by" in screen
+    assert not agrees_with_itself(screen.replace(f"{last:.4f}", "-57.5000"))
+
+
+def test_readme_s_first_screen_agrees_with_itself():
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    assert agrees_with_itself(text[: text.index("## ")])

@@ -158,8 +158,12 @@ def test_the_global_batch_stays(pairs, steps, says):
 
 
 def test_what_is_on_or_cannot_apply_is_left_out():
-    text = "\n".join(changes())  # the recipe: precomputed, checkpointed, one pair
-    assert "precompute" not in text and "checkpointing" not in text and "per_device" not in text
+    left = changes(per_device_train_batch_size=1)  # the recipe: precomputed, checkpointed
+    assert [line.partition("=")[0].partition(" --")[0] for line in left] == [
+        "accelerate launch",
+        "--max_length",
+        "accelerate launch",
+    ]
     adapter = changes(precompute_ref_log_probs="false", use_peft="true")
     assert not any(line.startswith("--precompute") for line in adapter)  # the policy without adapter is the reference
     sharded = changes(Sharding(3, 8, precision="bf16"))
@@ -167,7 +171,7 @@ def test_what_is_on_or_cannot_apply_is_left_out():
     assert not any(ZERO3 in line for line in changes(Sharding(0, 1)))  # nothing to share with
     assert not any(".yaml" in line for line in changes(EIGHT, load_in_4bit="true", use_peft="true"))
     everything = Sharding(3, 8, 1, True, True, "bf16")
-    assert changes(everything, plan_of(100, length=2)) == [
+    assert changes(everything, plan_of(100, length=2), per_device_train_batch_size=1) == [
         "LoRA (--use_peft=true), a smaller model, or more memory: nothing cheaper is left."
     ]
 
@@ -188,7 +192,8 @@ def test_max_length_is_the_planner_s():
 
 def test_report():
     batch = PackedCollator()(ROWS)
-    recipe, seen = load_recipe([str(RECIPE)]), Seen(79 * 10**9, 80 * 10**9, 79_500_000_000, "GPU")
+    recipe = load_recipe([str(RECIPE), "--per_device_train_batch_size=1"])
+    seen = Seen(79 * 10**9, 80 * 10**9, 79_500_000_000, "GPU")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore")
     lines = report(error, batch, recipe, EIGHT, seen, plan_of(100), ["x:1"], ["r.yaml"]).splitlines()
     assert lines[0] == "Out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."
@@ -196,6 +201,30 @@ def test_report():
     assert lines[2].endswith("the longest pair has 31: x:1")
     assert lines[3] == "  planned for the longest pairs: 100.00 GB = activations 100.00"
     assert lines[5].startswith("  1. accelerate launch") and "run_dpo.py r.yaml: " in lines[5]
+
+
+def test_fragments(monkeypatch):
+    """A GPU of 80 GB, 60 in use, 79 reserved: 19 GB lie in pieces that were too small. The allocator's setting comes
+    first, as it costs nothing, unless it is there already under either of its names."""
+    [first] = allocator_advice(60, 79, None, monkeypatch)
+    assert first == "  1. PYTORCH_ALLOC_CONF=expandable_segments:True before the command: fewer fragments, at no cost."
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert not allocator_advice(60, 79, "max_split_size_mb:128,expandable_segments:True", monkeypatch, name)
+    assert "PYTORCH_ALLOC_CONF" in allocator_advice(60, 79, "max_split_size_mb:128", monkeypatch)[0]
+    assert not allocator_advice(76, 79, None, monkeypatch)  # 3 GB are below a twentieth
+    seen = Seen(60 * 10**9, 80 * 10**9, 61 * 10**9, "GPU", 79 * 10**9)
+    assert str(seen).endswith("of 80.00 GB (GPU); 79.00 GB reserved, of which 19.00 GB lie in fragments")
+    assert "reserved" not in str(Seen.now())
+
+
+def allocator_advice(used, reserved, set_to, monkeypatch, name="PYTORCH_ALLOC_CONF") -> list[str]:
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(known, raising=False)
+    if set_to is not None:
+        monkeypatch.setenv(name, set_to)
+    seen = Seen(int(used * GB), 80 * 10**9, int(used * GB), "GPU", int(reserved * GB))
+    text = report(torch.OutOfMemoryError("CUDA out of memory."), None, load_recipe([str(RECIPE)]), EIGHT, seen)
+    return [line for line in text.splitlines() if "expandable" in line]
 
 
 def test_explain_plans_or_says_why_not(tmp_path):

@@ -32,6 +32,8 @@ WIDE = LlamaConfig(
 TINY = Qwen3Config(**{**SIZES, "num_hidden_layers": 1})
 BF16 = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "fused_ops": True}
 
+ENGINE = Sharding(2, 1, precision="bf16")  # one GPU under DeepSpeed
+
 
 def planned(folder, sharding: Sharding, config=WIDE, **keys):
     return plan_memory(recipe_for(folder, config, **{**BF16, **keys}), sharding)
@@ -60,7 +62,23 @@ def test_zero2_states(tmp_path, n):
     _, theirs = estimate_zero2_model_states_mem_needs(P, n, 1, cpu_offload=False)
     assert states(plan.phases[OPTIMISER]) - theirs == pytest.approx(2 * P / n, abs=10)
     assert states(plan.phases[STEP]) == pytest.approx(2 * P + 14 * P / n, abs=10)
-    assert plan.phases[STEP]["communication"] == 2 * 2 * BUCKET
+    assert plan.phases[STEP]["communication"] == 2 * 3 * BUCKET  # two buckets, and the flat copy that is sent
+    alone = planned(tmp_path, Sharding(2, n, precision="bf16", overlap=False), gradient_accumulation_steps=1)
+    assert alone.phases[STEP]["communication"] == 2 * 2 * BUCKET
+
+
+def test_buckets_of_a_small_model(tmp_path):
+    """On a GPU they take what they are made for; on a CPU what is written to, where the model fits into one."""
+    p, _ = weights_of(TINY)
+    for sharding, elements in (
+        (Sharding(2, 2, precision="bf16"), 2 * BUCKET + p),
+        (Sharding(3, 2, precision="bf16"), BUCKET + p),
+        (Sharding(2, 2, cpu=True), 2 * p),
+        (Sharding(3, 2, cpu=True), 2 * p),
+    ):
+        keys = {"dtype": "float32", "bf16": False} if sharding.cpu else {}
+        size = 4 if sharding.cpu else 2
+        assert planned(tmp_path, sharding, TINY, **keys).phases[STEP]["communication"] == size * elements
 
 
 def test_zero2_offload(tmp_path):
@@ -103,14 +121,26 @@ def test_zero3_offload(tmp_path):
 
 
 def test_without_deepspeed(tmp_path):
-    """float32 weights under bf16 autocast: gradients and AdamW in float32; bfloat16 weights: all in bfloat16. Several
-    processes keep DDP's buckets beside the gradients."""
+    """float32 weights under bf16 autocast: gradients and AdamW in float32. Several processes keep DDP's buckets beside
+    the gradients."""
     small = TINY
     p, _ = weights_of(small)
     mixed = planned(tmp_path, Sharding(), small, dtype="float32").phases[OPTIMISER]
     assert (mixed["weights"], mixed["optimiser states"], mixed["gradients"]) == (4 * p, 8 * p, 4 * p)
-    pure = planned(tmp_path, Sharding(0, 2), small).phases[OPTIMISER]
-    assert (pure["weights"], pure["optimiser states"], pure["communication"]) == (2 * p, 4 * p, 2 * p)
+    two = planned(tmp_path, Sharding(0, 2), small, dtype="float32").phases[OPTIMISER]
+    assert (two["weights"], two["optimiser states"], two["communication"]) == (4 * p, 8 * p, 4 * p)
+
+
+@pytest.mark.parametrize("keys", [{}, {"dtype": "float16", "bf16": False, "fp16": True}], ids=["bfloat16", "float16"])
+def test_half_precision_without_a_master_copy_is_refused(tmp_path, keys):
+    """As a run is, with the way out; an adapter's weights are float32, and DeepSpeed has the copy, for one process
+    too."""
+    dtype = keys.get("dtype", "bfloat16")
+    for sharding in (Sharding(), Sharding(0, 2)):
+        with pytest.raises(UserError, match=f"dtype: [0-9,]+ weights .* in {dtype} without a float32 master copy"):
+            planned(tmp_path, sharding, TINY, **keys)
+    assert planned(tmp_path, Sharding(), TINY, **keys, **LORA).total > 0
+    assert planned(tmp_path, Sharding(2, 1, precision="bf16"), TINY, **keys).total > 0
 
 
 def test_adapters(tmp_path):
@@ -123,12 +153,14 @@ def test_adapters(tmp_path):
     attention, mlp = 256 * 64 * (4 + 2 + 2 + 4), 3 * 256 * 1024
     saved = (attention + mlp) * (2 - 0.5 - 4 / 64)
     assert lora.parts["weights"] - qlora.parts["weights"] == pytest.approx(saved)
-    full = planned(tmp_path, Sharding(), small, precompute_ref_log_probs=False)
-    assert full.parts["reference"] == full.parts["weights"]
+    keys = {"precompute_ref_log_probs": False, "dtype": "float32"}
+    for sharding in (Sharding(), ENGINE):  # DeepSpeed casts both
+        full = planned(tmp_path, sharding, small, **keys)
+        assert full.parts["reference"] == full.parts["weights"]
 
 
 def test_evaluation_may_need_most(tmp_path):
-    keys = {"per_device_eval_batch_size": 64, "test_split_size": 8}
+    keys = {"per_device_eval_batch_size": 64, "test_split_size": 8, "dtype": "float32"}
     plan = planned(tmp_path, Sharding(), CONFIGS["gemma"], **keys)
     assert plan.phase == EVALUATION and plan.total > sum(plan.phases[STEP].values())
 
@@ -142,8 +174,8 @@ def test_flash_attention_is_planned_on_a_machine_without(tmp_path):
         num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
     )  # fmt: skip
     keys = {"gradient_checkpointing": False, "max_length": 2048}
-    flash = planned(tmp_path, Sharding(), config, attn_implementation="flash_attention_2", **keys)
-    eager = planned(tmp_path, Sharding(), config, attn_implementation="eager", **keys)
+    flash = planned(tmp_path, ENGINE, config, attn_implementation="flash_attention_2", **keys)
+    eager = planned(tmp_path, ENGINE, config, attn_implementation="eager", **keys)
     scores = 2 * 2 * 4 * 2048 * 2048 * 2  # bytes, layers, heads, queries, keys, sides
     assert flash.parts["weights"] == 2 * weights_of(config)[0]
     assert eager.parts["activations"] - flash.parts["activations"] > scores
@@ -151,7 +183,7 @@ def test_flash_attention_is_planned_on_a_machine_without(tmp_path):
 
 def test_the_longest_max_length(tmp_path):
     """Found by its definition: it fits, and a little more does not. The cap is what the model knows."""
-    plan = planned(tmp_path, Sharding(), TINY, gradient_checkpointing=False)
+    plan = planned(tmp_path, Sharding(), TINY, gradient_checkpointing=False, dtype="float32")
     gb = plan.at(1000).total / GB
     longest = plan.longest(gb)
     assert 996 <= longest <= 1000 and plan.at(longest).fits(gb) and not plan.at(1001).fits(gb)
@@ -193,7 +225,7 @@ def test_a_mixture_of_experts(tmp_path):
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=512,
     )  # fmt: skip
-    plan = planned(tmp_path, Sharding(), config)
+    plan = planned(tmp_path, ENGINE, config)
     assert plan.parts["weights"] == 2 * weights_of(config)[0]
 
 
@@ -204,10 +236,10 @@ def test_a_model_that_takes_no_packed_rows(tmp_path):
     config = GptOssConfig(
         **sizes, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4
     )
-    given, off = (planned(tmp_path, Sharding(), config, shared_prefix=on) for on in (True, False))
+    given, off = (planned(tmp_path, ENGINE, config, shared_prefix=on) for on in (True, False))
     assert given.parts == off.parts
     with pytest.raises(UserError, match="mamba cannot be planned"):
-        planned(tmp_path, Sharding(), MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2))
+        planned(tmp_path, ENGINE, MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2))
 
 
 # ---------------------------------------------------------------------------------------------------- accelerate files

@@ -393,6 +393,44 @@ def test_the_readme_s_flops(family):
         assert float(found[1]) == pytest.approx(1000 * factor * step / (gpus * 989e12) / 3600, abs=0.006)
 
 
+@pytest.mark.parametrize("family", sorted(set(BILLIONS) - {"smollm2-135m"}))
+def test_the_readme_s_checkpoints(family):
+    """16 bytes a weight; the planner's sizes; the recipes' intervals; and at 1 GB/s and an MFU of 0.4 no more than a
+    twentieth of the time for files, with steps that take what the FLOPs above say."""
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    planned = dict(re.findall(r"<!-- memory: config_(\w+)\.yaml .*?A checkpoint: ([\d.]+) GB", text, re.DOTALL))
+    rows = re.findall(
+        r"^\| (full|LoRA), \d GPUs? \| (?:16 N = )?([\d.]+) GB \| (\S+) s \| (\S+) s \| (\d+) steps \| (\S+) % \|$",
+        text,
+        re.MULTILINE,
+    )
+    flops = {"full": (10, 8), "LoRA": (8, 1)}
+    assert [row[0] for row in rows] == list(flops)
+    for name, *numbers in rows:
+        gb, one, five, every, share = map(float, numbers)
+        recipe = load_recipe([str(ROOT / f"recipes/{family}/dpo/config_{name.lower()}.yaml")])
+        (step,) = re.findall(rf"\| {flops[name][0]} N T = (\S+) \|", text)
+        seconds = float(step) / (flops[name][1] * 989e12 * 0.4)
+        assert gb == float(planned[name.lower()]) and every == recipe.training.save_steps
+        assert one == pytest.approx(gb, abs=0.6) and five == pytest.approx(gb / 5, abs=0.6)
+        assert share == pytest.approx(100 * gb / (gb + every * seconds), abs=0.06) and share <= 5.05
+        if name == "full":
+            assert gb == pytest.approx(16 * BILLIONS[family], rel=2e-3)
+            room = re.search(r"needs room for ([\d.]+) GB: two, and the next", text)
+            assert float(room[1]) == pytest.approx(gb * (recipe.training.save_total_limit + 1), abs=0.2)
+
+
+FULL = [p for p in RECIPES if p.stem.endswith(("full", "reference")) and "smollm2" not in str(p)]
+
+
+@pytest.mark.parametrize("path", FULL, ids=name_of)
+def test_full_recipes_reduce_gradients_once_a_step(path):
+    """One micro-batch a step, 32 pairs of 8 GPUs; under DeepSpeed, without which bfloat16 has no master weights."""
+    args, words = load_recipe([str(path)]).training, command(path)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.save_steps) == (4, 1, 2000)
+    assert Sharding.read(ROOT / words[words.index("--config_file") + 1]) == Sharding(2, 8, precision="bf16")
+
+
 @pytest.mark.parametrize("family", BILLIONS)
 def test_memory_tables_are_there_and_add_up(family):
     """One for each of full, LoRA and QLoRA, under the accelerate file of the recipe's own command."""
@@ -404,6 +442,9 @@ def test_memory_tables_are_there_and_add_up(family):
         launch = launch_command_parser().parse_args(command(mine[name])[2:])
         assert Path(launch.config_file).name == accelerate
         *parts, together = (float(size) for size in re.findall(r"\| ([\d.]+) \|", table))
+        assert re.search(
+            r"^A checkpoint: [\d.]+ GB on disk, [\d.]+ s at 1 GB/s, [\d.]+ s at 5 GB/s", table, re.MULTILINE
+        )
         assert len(parts) > 4 and sum(parts) == pytest.approx(together, abs=0.05 * len(parts))
         gpu = {"full": 80, "lora": 40, "qlora": 24}[name[7:-5]]
         assert together < 0.9 * gpu

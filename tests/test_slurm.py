@@ -73,6 +73,7 @@ words = sys.argv[1:]
 at = words.index("run_dpo.py")
 flags = dict(zip(words[1:at:2], words[2:at:2]))
 own = {"flags": flags, "args": words[at + 1:], "timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
+own["allocator"] = os.environ["PYTORCH_ALLOC_CONF"]
 (fake / f"launch-{flags['--machine_rank']}").write_text(json.dumps(own))
 trainer = [sys.executable, "run_dpo.py", *words[at + 1:]]
 sys.exit(1 if subprocess.Popen(trainer, env={**os.environ, "RANK": flags["--machine_rank"]}).wait() else 0)
@@ -205,7 +206,7 @@ def test_a_finished_run_is_not_queued_again_and_nodes_and_arguments_are_right(cl
             "--main_process_ip": "n07",
             "--main_process_port": str(10000 + 123456 % 20000),
         }
-        assert int(launch["timeout"]) > 30
+        assert int(launch["timeout"]) > 30 and launch["allocator"] == "expandable_segments:True"
     steps = (cluster / "fake" / "calls").read_text()
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in steps and "--kill-on-bad-exit=0 --wait=0" in steps
 
