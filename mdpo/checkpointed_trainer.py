@@ -16,8 +16,6 @@ from mdpo.checkpoints import (
     MANIFEST,
     PREFIX,
     SAVING,
-    check_saved,
-    expected_weights,
     faults,
     files_of,
     move_files,
@@ -27,6 +25,7 @@ from mdpo.checkpoints import (
     sealed,
     writing,
 )
+from mdpo.saved_weights import check_loaded_adapter, check_saved, load_saved
 from mdpo.types import UserError
 
 
@@ -130,7 +129,7 @@ class CheckpointedTrainer(Trainer):
         written = folder / SAVING / "final" if final else folder
         super().save_model(str(written), _internal_call=True)
         if self.args.should_save:
-            check_saved(written, expected_weights(self.accelerator.unwrap_model(self.model)))
+            check_saved(written, self.accelerator.unwrap_model(self.model))
             if final:
                 move_files(written, folder)
         if self.args.push_to_hub and not _internal_call:
@@ -219,10 +218,25 @@ class CheckpointedTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._load_weights(resume_from_checkpoint, super()._load_from_checkpoint, resume_from_checkpoint, model)
+
     def _load_best_model(self):
-        if wrong := faults(Path(self.state.best_model_checkpoint)):
-            raise UserError(f"load_best_model_at_end: {self.state.best_model_checkpoint}: {'; '.join(wrong)}.")
-        super()._load_best_model()
+        folder = Path(self.state.best_model_checkpoint)
+        if wrong := faults(folder):
+            raise UserError(f"load_best_model_at_end: {folder}: {'; '.join(wrong)}.")
+        self._load_weights(folder, super()._load_best_model)
+
+    def _load_weights(self, folder, load, *args) -> None:
+        """Trainer's `load` only warns of a tensor that it finds no place for. Raises UserError where the model then
+        differs from the files; DeepSpeed reads a file of its own."""
+        adapted, sharded = hasattr(self.model, "peft_config"), self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if adapted or sharded or not any(Path(folder).glob("*.safetensors")):  # an older Trainer wrote *.bin
+            load(*args)
+            if adapted and not sharded:
+                check_loaded_adapter(folder, self.model)
+        else:
+            load_saved(folder, self.model)
 
 
 class _GoOn(TrainerCallback):
