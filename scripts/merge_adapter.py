@@ -82,6 +82,8 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
         if hasattr(settings, "quantization_config"):
             raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
         base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base model {name!r} cannot be had: {first_line(error)}. Give its folder: --base.") from error
     dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
