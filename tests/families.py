@@ -1,5 +1,6 @@
 """Every causal language model of the installed transformers, as small as its configuration allows."""
 
+import copy
 import dataclasses
 
 import torch
@@ -8,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+MOST = 4_000_000  # weights
 # How small each size can be, by what the families call it.
 NAMES = {
     32: "hidden_size d_model n_embd dim_model embedding_size word_embed_proj_dim emb_dim hidden_size_per_layer_input "
@@ -48,10 +50,15 @@ QSA = {
 }
 ALSO: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "layer_types": ["full_attention"] * 2,
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {**SPARSE, "n_group": 1, "topk_group": 1},
     "dots1": {**SPARSE, "n_group": 1, "topk_group": 1},
@@ -122,6 +129,12 @@ def _is_size(config, name: str) -> bool:
     return isinstance(value, int) or (value is None and name in ("head_dim", "num_key_value_heads"))
 
 
-def tiny_model(family: str, vocabulary: int = 64, seed: int = 0):
+def tiny_model(family: str, vocabulary: int, seed: int = 0):
+    """A random model in float32. Raises ValueError where it would not be small, else whatever transformers raises."""
+    config = tiny_config(family, vocabulary)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if weights > MOST:
+        raise ValueError(f"{weights} weights at its smallest")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(family, vocabulary)).float().eval()
+    return AutoModelForCausalLM.from_config(config).float().eval()
