@@ -25,7 +25,7 @@ from mdpo.checkpoints import (
     sealed,
     writing,
 )
-from mdpo.saved_weights import check_loaded_adapter, check_saved, load_saved
+from mdpo.saved_weights import check_saved, load_adapters, load_saved
 from mdpo.types import UserError
 
 
@@ -229,12 +229,12 @@ class CheckpointedTrainer(Trainer):
 
     def _load_weights(self, folder, load, *args) -> None:
         """Trainer's `load` only warns of a tensor that it finds no place for. Raises UserError where the model then
-        differs from the files; DeepSpeed reads a file of its own."""
-        adapted, sharded = hasattr(self.model, "peft_config"), self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if adapted or sharded or not any(Path(folder).glob("*.safetensors")):  # an older Trainer wrote *.bin
+        differs from the files; DeepSpeed reads files of its own."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or not any(Path(folder).glob("**/*.safetensors")):  # an older Trainer wrote *.bin
             load(*args)
-            if adapted and not sharded:
-                check_loaded_adapter(folder, self.model)
+        elif hasattr(self.model, "peft_config"):
+            load_adapters(folder, self.model)
         else:
             load_saved(folder, self.model)
 

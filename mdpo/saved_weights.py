@@ -27,7 +27,8 @@ def check_saved(folder: str | Path, model) -> None:
     """Reads the headers of the safetensors files in `folder`: every weight that a checkpoint of `model` has to contain
     must be there in its whole shape (a model sharded by ZeRO-3 may leave empty tensors, which only fail at loading).
     Raises UserError naming the first one."""
-    with _opened(folder) as files:
+    place = _place(folder, model.active_adapters[0]) if hasattr(model, "peft_config") else folder
+    with _opened(place) as files:
         found = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
     expected = expected_shapes(model)
     wrong = [name for name, shape in expected.items() if found.get(name) != shape]
@@ -59,7 +60,7 @@ def _adapter_state(model) -> Tensors:
     name, state = model.active_adapters[0], _whole_state(model)
     trained = {n: weight for n, weight in state.items() if weight.requires_grad}
     if model.peft_config[name].is_prompt_learning:  # its file holds what the weights make, not the weights
-        return _of_adapter(model)
+        return _of_adapter(model, name)
     # Frozen weights are left out as ZeRO-3's save does: of a targeted embedding PEFT may write the base layer too.
     found = get_peft_model_state_dict(model, trained, name, save_embedding_layers=False)
     saved = {id(weight) for weight in found.values()}
@@ -67,8 +68,9 @@ def _adapter_state(model) -> Tensors:
     return found
 
 
-def _of_adapter(model) -> Tensors:
-    return get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+def _of_adapter(model, adapter: str) -> Tensors:
+    """Name in the file -> the model's own tensor."""
+    return get_peft_model_state_dict(model, model.state_dict(keep_vars=True), adapter, save_embedding_layers=False)
 
 
 def _refuse_lost(names: list[str], model) -> None:
@@ -130,14 +132,29 @@ def load_saved(folder: str | Path, model) -> None:
             raise UserError(f"{folder} cannot be resumed from: {wrong[0]} is not in both the model and its files.")
 
 
-def check_loaded_adapter(folder: str | Path, model) -> None:
-    """Raises UserError where the trained adapter of a PEFT model is not, bit by bit, what the folder's file holds."""
-    with _opened(folder) as files:
-        now = _of_adapter(model)
-        saved = {name: files[name].get_tensor(name) for name in now if name in files}
-    if missing := [name for name in now if name not in saved]:
-        raise UserError(f"{folder} cannot be resumed from: it has no {missing[0]}.")
-    _refuse_differences(folder, saved, {name: weight.detach().cpu() for name, weight in now.items()})
+def load_adapters(folder: str | Path, model) -> None:
+    """Puts a checkpoint's files into the adapters of a PEFT model in place, all that have a file. PEFT's own loader gives
+    some tensors names that the model does not have (Laguna). Raises UserError as `load_saved` does."""
+    for name, config in model.peft_config.items():
+        place = _place(folder, name)
+        if not _weight_files(place) and name not in model.active_adapters:
+            continue
+        if config.is_prompt_learning:  # its file holds what the weights make, not the weights
+            model.load_adapter(str(place), name, is_trainable=name in model.active_adapters)
+        with _opened(place) as files, torch.no_grad():
+            own = _of_adapter(model, name)
+            saved = {key: files[key].get_tensor(key) for key in own if key in files}
+            for key in () if config.is_prompt_learning else saved:
+                own[key].copy_(saved[key])
+            now = {key: weight.detach().cpu() for key, weight in _of_adapter(model, name).items()}
+        if missing := [key for key in own if key not in saved]:
+            raise UserError(f"{place} lacks {len(missing)} of the adapter's weights, such as {missing[0]}.")
+        _refuse_differences(place, saved, now)
+
+
+def _place(folder: str | Path, adapter: str) -> Path:
+    """Where PEFT keeps an adapter in a checkpoint."""
+    return Path(folder) if adapter == "default" else Path(folder, adapter)
 
 
 def _refuse_differences(folder, saved: Tensors, now: Tensors) -> None:

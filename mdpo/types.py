@@ -9,8 +9,8 @@ Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, t
 
 
 class UserError(ValueError):
-    """Something that the user can mend: shown as a short message, exit code 1, traceback only with --debug. A ValueError
-    because that is what TRL's users catch."""
+    """Something that the user can fix: shown as a short message, exit code 1, traceback only with --debug. TRL raises
+    ValueError for such things, and its users catch that."""
 
 
 class DropPair(Exception):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdpo.files import first_line
 from mdpo.report import RESOLVED
+from mdpo.saved_weights import load_adapters
 from mdpo.settings import read_yaml
 from mdpo.startup import run, say
 from mdpo.tokenizer import refuse_missing_folder
@@ -96,6 +97,7 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
         raise UserError(f"{adapter} does not fit {name}: {str(error).strip().splitlines()[-1].strip()}") from error
     if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
         raise UserError(f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}.")
+    load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
     beside = adapter if (args.adapter / "tokenizer_config.json").is_file() else name
     return model, AutoTokenizer.from_pretrained(beside), dtype
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdpo.saved_weights import check_loaded_adapter, check_saved, expected_shapes, load_saved
+from mdpo.saved_weights import check_saved, expected_shapes, load_adapters, load_saved
 from mdpo.types import UserError
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
@@ -129,16 +129,39 @@ def test_an_adapter_is_complete_and_comes_back_bit_by_bit(name, tmp_path):
             weight.add_(torch.randn_like(weight))
     model.save_pretrained(tmp_path)
     check_saved(tmp_path, model)
-    with pytest.raises(UserError, match="cannot be resumed from"):
-        check_loaded_adapter(tmp_path, other)
-    other.load_adapter(tmp_path, "default", is_trainable=True)
-    check_loaded_adapter(tmp_path, other)
+    load_adapters(tmp_path, other)
     trained = {n: p for n, p in other.named_parameters() if p.requires_grad}
     assert trained and all(torch.equal(p, model.get_parameter(n)) for n, p in trained.items())
     first = next(iter(expected_shapes(model)))
     edit(tmp_path / ADAPTER, **{first.replace(".", "__"): lambda x: x[:1].clone()})
     with pytest.raises(UserError, match="not written whole"):
         check_saved(tmp_path, model)
+    edit(tmp_path / ADAPTER, **{first.replace(".", "__"): None})
+    with pytest.raises(UserError, match="lacks 1 of the adapter"):
+        load_adapters(tmp_path, other)
+
+
+def test_prompt_tuning_and_a_second_adapter_come_back_too(tmp_path):
+    def prompted(seed):
+        base = tiny_llama(TOKENIZER)
+        torch.manual_seed(seed)
+        return get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+    def two(seed):
+        base, config = tiny_llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(seed)
+        model = get_peft_model(base, config)
+        model.add_adapter("ref", config)
+        return model
+
+    for make in (prompted, two):
+        model, other = make(0), make(1)
+        model.save_pretrained(tmp_path / make.__name__)
+        check_saved(tmp_path / make.__name__, model)
+        load_adapters(tmp_path / make.__name__, other)
+        wanted, changed = model.state_dict(), make(1).state_dict()
+        assert all(torch.equal(weight, wanted[name]) for name, weight in other.state_dict().items())
+        assert any(not torch.equal(weight, wanted[name]) for name, weight in changed.items())
 
 
 def test_a_trained_weight_that_no_adapter_file_has_is_refused():
