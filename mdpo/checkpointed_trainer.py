@@ -25,7 +25,7 @@ from mdpo.checkpoints import (
     sealed,
     writing,
 )
-from mdpo.saved_weights import check_saved, load_adapters, load_saved
+from mdpo.saved_weights import check_saved, load_weights
 from mdpo.types import UserError
 
 
@@ -219,24 +219,19 @@ class CheckpointedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._load_weights(resume_from_checkpoint, super()._load_from_checkpoint, resume_from_checkpoint, model)
+        if self._sharded or not load_weights(resume_from_checkpoint, self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         folder = Path(self.state.best_model_checkpoint)
         if wrong := faults(folder):
             raise UserError(f"load_best_model_at_end: {folder}: {'; '.join(wrong)}.")
-        self._load_weights(folder, super()._load_best_model)
+        if self._sharded or not load_weights(folder, self.model):
+            super()._load_best_model()
 
-    def _load_weights(self, folder, load, *args) -> None:
-        """Trainer's `load` only warns of a tensor that it finds no place for. Raises UserError where the model then
-        differs from the files; DeepSpeed reads files of its own."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if sharded or not any(Path(folder).glob("**/*.safetensors")):  # an older Trainer wrote *.bin
-            load(*args)
-        elif hasattr(self.model, "peft_config"):
-            load_adapters(folder, self.model)
-        else:
-            load_saved(folder, self.model)
+    @property
+    def _sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
 
 class _GoOn(TrainerCallback):

@@ -111,6 +111,15 @@ def _weight_files(folder: str | Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------- loading
 
 
+def load_weights(folder: str | Path, model) -> bool:
+    """Puts a checkpoint into a model; False where its files are of another kind (an older Trainer's *.bin). Trainer
+    itself only warns of tensors that it finds no place for. Raises UserError as below."""
+    if not any(Path(folder).glob("**/*.safetensors")):
+        return False
+    (load_adapters if hasattr(model, "peft_config") else load_saved)(folder, model)
+    return True
+
+
 def load_saved(folder: str | Path, model) -> None:
     """Puts the files of a checkpoint into a whole (not sharded) model in place, a layer at a time. Raises UserError
     where a tensor of the files then is not in the model bit by bit, or a weight of the model is in no file."""
@@ -133,7 +142,7 @@ def load_saved(folder: str | Path, model) -> None:
 
 
 def load_adapters(folder: str | Path, model) -> None:
-    """Puts a checkpoint's files into the adapters of a PEFT model in place, all that have a file. PEFT's own loader gives
+    """Puts a checkpoint's files into the adapters of a PEFT model in place, all that have a file. PEFT's loader gives
     some tensors names that the model does not have (Laguna). Raises UserError as `load_saved` does."""
     for name, config in model.peft_config.items():
         place = _place(folder, name)

@@ -69,8 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
     """The base with its adapter in float32, the tokenizer, and the dtype to write in. Raises UserError."""
-    adapter = str(args.adapter)
-    config = PeftConfig.from_pretrained(adapter)
+    adapter, config = str(args.adapter), PeftConfig.from_pretrained(str(args.adapter))
     name, revision = args.base or config.base_model_name_or_path, None if args.base else config.revision
     if config.is_prompt_learning:
         raise UserError(f"{adapter}: {config.peft_type.value} works beside the weights and cannot be merged.")
@@ -80,13 +79,12 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
     saved = load_file(args.adapter / "adapter_model.safetensors")
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)
-        if hasattr(settings, "quantization_config"):
-            raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
-        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
-    except UserError:
-        raise
+        quantised, options = hasattr(settings, "quantization_config"), {"revision": revision, "dtype": torch.float32}
+        base = None if quantised else AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base model {name!r} cannot be had: {first_line(error)}. Give its folder: --base.") from error
+    if quantised:
+        raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
     dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
     if bits := quantised_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
@@ -136,10 +134,8 @@ def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dt
     found = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
     off, moved = (found - adapted).abs(), (base - adapted).abs()
     distance = f"{off.max():.1e} at most (allowed: {TOLERANCE[dtype]:.0e}) and {off.mean():.1e} on average"
-    say(
-        f"log-probs of {len(found)} tokens, in nats: merged and adapter differ by {distance}, "
-        f"base and adapter by {moved.mean():.1e} on average"
-    )
+    say(f"log-probs of {len(found)} tokens, in nats: merged and adapter differ by {distance}, "
+        f"base and adapter by {moved.mean():.1e} on average")  # fmt: skip
     if moved.mean() <= NOISE:
         say("The adapter changes nothing: it has not been trained.")
     elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
