@@ -15,8 +15,6 @@ from mdpo.checkpoints import (
     MANIFEST,
     PREFIX,
     SAVING,
-    check_saved,
-    expected_weights,
     faults,
     move_files,
     newest_whole,
@@ -28,6 +26,7 @@ from mdpo.checkpoints import (
 )
 from mdpo.copies import copied
 from mdpo.ranks import agreed, wait_for_all
+from mdpo.saved_weights import check_saved, load_weights
 from mdpo.types import UserError
 
 
@@ -132,7 +131,7 @@ class CheckpointedTrainer(Trainer):
         else:
             super().save_model(str(written), _internal_call=True)
         if self.args.should_save:
-            check_saved(written, expected_weights(self.accelerator.unwrap_model(self.model)))
+            check_saved(written, self.accelerator.unwrap_model(self.model))
             if final:
                 move_files(written, folder)
         if self.args.push_to_hub and not _internal_call:
@@ -226,10 +225,20 @@ class CheckpointedTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._sharded or not load_weights(resume_from_checkpoint, self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self):
-        if wrong := faults(Path(self.state.best_model_checkpoint)):
-            raise UserError(f"load_best_model_at_end: {self.state.best_model_checkpoint}: {'; '.join(wrong)}.")
-        super()._load_best_model()
+        folder = Path(self.state.best_model_checkpoint)
+        if wrong := faults(folder):
+            raise UserError(f"load_best_model_at_end: {folder}: {'; '.join(wrong)}.")
+        if self._sharded or not load_weights(folder, self.model):
+            super()._load_best_model()
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
 
 class _GoOn(TrainerCallback):
