@@ -51,7 +51,7 @@ def place_reference(model, accelerator, fused: bool = False):
     """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else."""
     model.requires_grad_(False).eval()
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    enable_scoring(inner, fused and fuse(inner, accelerator.device)[0])
+    enable_scoring(inner, fused and fuse(inner, accelerator.device, together=False)[0])
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return model.to(accelerator.device)

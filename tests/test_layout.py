@@ -16,9 +16,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
-    {"allocations", "sharding"},
-    {"marks", "config", "retired", "startup", "checkpoints", "losses", "head", "fused", "files", "messages"},
-    {"varlen"},
+    {"allocations", "sharding", "head"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "files", "messages"},
+    {"varlen", "fused"},
     {"sandbox", "sandbox_child", "answers", "attention"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"precision"},
