@@ -31,8 +31,9 @@ from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
 from mdpo.metrics import evaluated_once, mean_over_steps, pair_table, summarise
 from mdpo.objective import LossSettings, PairTerms, pair_losses
-from mdpo.options import check_options, refuse_missing_margins
+from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
+from mdpo.precision import engine_dtype
 from mdpo.reference import (
     OWN_ADAPTER,
     MoveReference,
@@ -85,7 +86,7 @@ class DPOTrainer(GuardedTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
-        _refuse_inputs(model, ref_model, args, train_dataset, processing_class)
+        refuse_inputs(model, ref_model, args, train_dataset, processing_class)
         for line in check_options(args, peft_config):
             _say(args, line)
 
@@ -96,6 +97,8 @@ class DPOTrainer(GuardedTrainer):
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
+        if optimizers[0] is None:
+            _say(args, *refuse_lost_steps(model, args))
         self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         self.loss_settings = LossSettings.of(args)
@@ -291,7 +294,7 @@ class DPOTrainer(GuardedTrainer):
             ############## MODIFICATION 3 END
         if self.args.disable_dropout:
             _disable_dropout(ref_model)
-        return place_reference(ref_model, self.accelerator, self._fused)
+        return place_reference(ref_model, self.accelerator, self._fused, engine_dtype(self.args))
 
     def _place_policy(self) -> None:
         """Trainer leaves it to its training loop with bf16_full_eval and fp16_full_eval."""
@@ -370,7 +373,10 @@ class DPOTrainer(GuardedTrainer):
             _say(self.args, "reference log-probs: not kept on disk, as no weight file tells which reference it is.")
             return None
         packed, precision = isinstance(self.data_collator, PackedCollator), self.accelerator.mixed_precision
-        return reference_identity(digest, self.model, quantization_config, precision, packed, self._fused, kwargs)
+        dtype = engine_dtype(self.args)
+        return reference_identity(
+            digest, self.model, quantization_config, precision, packed, self._fused, kwargs, dtype
+        )
 
     def _named_digest(self, name: str, revision: str | None, subfolder: str) -> str | None:
         """The main process reads the files, and all learn what it found, an error too."""
@@ -454,9 +460,16 @@ class DPOTrainer(GuardedTrainer):
         if mode == "train":
             self._train_tokens += n_tokens(batch)
         ############## MODIFICATION 11: a step that is not finite is not applied, and its rows are named.
-        loss = self.guarded(losses.mean())
+        loss = self.guarded(losses.mean().float())
         ############## MODIFICATION 11 END
         return (loss, policy) if return_outputs else loss
+
+    def _prepare_input(self, data):
+        """Trainer's casts every floating tensor of a batch to DeepSpeed's dtype; of ours none goes into the model, and
+        sums of log-probs, margins and weights would be off by whole nats in bfloat16."""
+        if isinstance(data, torch.Tensor) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _reference_logps(self, model, batch) -> torch.Tensor:
         if "score_reference" in batch:
@@ -471,7 +484,7 @@ class DPOTrainer(GuardedTrainer):
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of (B,) over the pairs of all ranks, a scalar without gradient."""
         values = values.detach()
-        total = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), "sum")
+        total = self.accelerator.reduce(torch.stack([values.sum(), values.new_full((), len(values))]), "sum")
         return total[0] / total[1]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -577,19 +590,3 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def _refuse_inputs(model, ref_model, args: DPOConfig, train_dataset, processing_class) -> None:
-    """What this trainer cannot take is an error here, before anything is loaded."""
-    if train_dataset is None:
-        raise UserError("train_dataset is required.")
-    if not isinstance(train_dataset, AnyDataset):
-        raise UserError(f"train_dataset must be a Dataset or IterableDataset, not {type(train_dataset).__name__}.")
-    if {"image", "images"} & set(next(iter(train_dataset))):
-        raise UserError("The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.")
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise UserError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}.")
-    if ref_model is not None and ref_model is model:
-        raise UserError("model and ref_model are the same object: leave ref_model out, and a copy is made.")
-    if ref_model is not None and _reference_name(args):
-        raise UserError("ref_model_name_or_path: a ref_model was given too. Give one of the two.")

@@ -17,10 +17,12 @@ from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import writing
+from mdpo.launcher import device_line, refuse_unusable_gpus
 from mdpo.options import check_options
 from mdpo.out_of_memory import explained
 from mdpo.page import PAGE, RunPage
-from mdpo.pairs import model_init_kwargs, prepare_pairs
+from mdpo.pairs import checked_precision, model_init_kwargs, prepare_pairs
+from mdpo.precision import refuse_two_precisions
 from mdpo.preemption import held, marks
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.recipe import load_recipe
@@ -41,7 +43,8 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(argv)
     args, data = recipe.training, recipe.data
     marks(args.output_dir)
-    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args))
+    refuse_unusable_gpus(recipe.written.get("use_cpu", False))
+    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args))
 
     ################
     # Options, tokenizer, the model's configuration: before the data
@@ -104,9 +107,11 @@ def _checked_tokenizer(recipe):
     """The tokenizer, after every check that needs neither data nor weights."""
     args = recipe.training
     check_options(args, get_peft_config(recipe.model), recipe.values)
+    refuse_two_precisions(recipe.values, args)
     refuse_missing_login(args)
     tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
-    check_model(tokenizer, recipe.model, args)
+    config = check_model(tokenizer, recipe.model, args)
+    say(f"dtypes: {checked_precision(recipe, config)}")
     if args.ref_model_name_or_path:
         refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)
     return tokenizer

@@ -67,7 +67,8 @@ class Segments:
         """key_index, and where the queries' and the keys' segments begin (2B + 1, int32), on a device."""
         if device not in self._masks:
             begins = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
-            self._masks[device] = tuple(x.to(device) for x in (torch.tensor(self.key_index), *begins))
+            parts = (torch.tensor(self.key_index), *begins)
+            self._masks[device] = tuple(x.to(device, non_blocking=True) for x in parts)  # else each waits for the GPU
         return self._masks[device]
 
 

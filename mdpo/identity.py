@@ -18,7 +18,7 @@ BESIDE = ("config.json", "adapter_config.json", "*.py")  # remote code counts to
 DIGESTS = "digests.json"  # of weight files by path, size and time of change, so that they are read once
 BLOCK = 1 << 24  # bytes
 OWN_ADAPTER = "ref"  # the frozen copy of a PEFT policy's own adapter
-VERSION = 2  # raised by one when the same reference gives other numbers
+VERSION = 3  # raised by one when the same reference gives other numbers
 
 
 def default_folder() -> Path:
@@ -127,14 +127,15 @@ def reference_identity(
     packed: bool,
     fused: bool = False,
     init_kwargs: dict | None = None,
+    engine_dtype: torch.dtype | None = None,
 ) -> str:
     """The digest that a reference's log-probs are kept under; `model` is the policy, whose dtype and attention a
-    reference by name has, `init_kwargs` what it is loaded with."""
+    reference by name has, `init_kwargs` what it is loaded with, `engine_dtype` what DeepSpeed casts both to."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     parts = {
         "version": VERSION,
         "weights": weights,
-        "dtype": str(inner.dtype),
+        "dtype": [str(inner.dtype), str(engine_dtype)],
         "autocast": precision,
         "quantization": None if quantization is None else str(quantization),
         "attention": own_attention(inner),

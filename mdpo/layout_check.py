@@ -19,8 +19,7 @@ IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of it
 
 def misplaced(batch: dict[str, torch.Tensor]) -> str | None:
     """Of a packed batch: whether a token's position is another one than its place in its side."""
-    lengths = batch["segments"].tolist()
-    wanted = [t for p, c, r in lengths for t in (*range(p + c), *range(p, p + r))]
+    wanted = [t for p, c, r in batch["segments"] for t in (*range(p + c), *range(p, p + r))]
     found = batch["position_ids"][0].tolist()
     return None if found == wanted else "its row's positions are not those of its sides"
 
@@ -41,7 +40,7 @@ class Watch:
     """Looks on while a model is called with B pairs padded, then packed. `reason` is the first thing that is wrong."""
 
     def __init__(self, model, batch: dict[str, torch.Tensor]):
-        self.segments = Segments(batch["segments"].tolist())
+        self.segments = Segments(batch["segments"])
         self.own, self.reason = own_attention(model), None
         self.calls, self._first = {True: 0, False: 0}, None
 

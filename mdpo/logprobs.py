@@ -124,7 +124,11 @@ def enable_scoring(model, fused: bool = False) -> None:
         with _chunked(head, score_target.to(hidden.device), transform, chunk, score_collision, fused):
             scores = TokenScores(*head(hidden))
         if kwargs.get("output_router_logits"):
-            counts = kwargs.get("attention_mask") if segments is None else segments.counts.to(hidden.device)
+            counts = (
+                kwargs.get("attention_mask")
+                if segments is None
+                else segments.counts.to(hidden.device, non_blocking=True)
+            )
             experts = getattr(config, "num_experts", None) or config.num_local_experts
             router = (outputs.router_logits, experts, config.num_experts_per_tok, counts)
             scores.aux_loss = load_balancing_loss_func(*router)
@@ -194,7 +198,7 @@ def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_los
     inputs = {name: batch[name] for name in names if name in batch} | {name: True for name in asked if asked[name]}
     if "segments" not in batch:
         return model(**inputs, score_length=batch["input_ids"].size(1))
-    segments = Segments(batch["segments"].tolist())
+    segments = Segments(batch["segments"])
     once = model(**inputs, score_length=batch["input_ids"].size(1), segments=segments)
     both = {name: x if name == "aux_loss" else x.index_select(0, batch["score_source"]) for name, x in once.items()}
     return TokenScores(**both)

@@ -41,7 +41,7 @@ def pair_table(
     place, logps = token_places(batch, n), terms.policy
 
     def by_side(values):  # (S,) -> chosen (B,), rejected (B,)
-        values = values * counted(batch)
+        values = values.double() * counted(batch)
         return values.new_zeros(2 * n).index_add(0, place, values).view(2, n)
 
     logits, top1, entropy = by_side(scores.mean_logit), by_side(scores.top1), by_side(scores.entropy)

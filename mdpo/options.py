@@ -4,11 +4,14 @@ import os
 from dataclasses import fields
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from mdpo.config import MDPOConfig
 from mdpo.objective import LOSSES, OF_TRL
+from mdpo.precision import HALF, without_master
 from mdpo.types import UserError
 
 # Losses of the difference of rewards: another f-divergence's normaliser cancels in them alone.
@@ -141,3 +144,29 @@ def _without_effect(args: DPOConfig):
             yield f"{key}: has no effect without {met}."
     if args.pad_to_multiple_of and getattr(args, "shared_prefix", False):
         yield "pad_to_multiple_of: has no effect with shared_prefix, which pads nothing; set one of the two off."
+
+
+def refuse_lost_steps(model, args: DPOConfig) -> list[str]:
+    """For weights that are trained in half precision without a float32 copy: raises UserError under MDPOConfig; under a
+    plain DPOConfig, as TRL lets them pass, a line."""
+    halves = [p for p in model.parameters() if p.requires_grad and p.dtype in HALF]
+    why = without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}") if halves else None
+    if why and isinstance(args, MDPOConfig):
+        raise UserError(why)
+    return [f"warning: {why}"] if why else []
+
+
+def refuse_inputs(model, ref_model, args: DPOConfig, train_dataset, processing_class) -> None:
+    """What this trainer cannot take is an error here, before anything is loaded."""
+    if train_dataset is None:
+        raise UserError("train_dataset is required.")
+    if not isinstance(train_dataset, Dataset | IterableDataset):
+        raise UserError(f"train_dataset must be a Dataset or IterableDataset, not {type(train_dataset).__name__}.")
+    if {"image", "images"} & set(next(iter(train_dataset))):
+        raise UserError("The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.")
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise UserError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}.")
+    if ref_model is not None and ref_model is model:
+        raise UserError("model and ref_model are the same object: leave ref_model out, and a copy is made.")
+    if ref_model is not None and getattr(args, "ref_model_name_or_path", None):
+        raise UserError("ref_model_name_or_path: a ref_model was given too. Give one of the two.")

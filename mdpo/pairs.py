@@ -2,11 +2,13 @@
 
 import os
 
+import torch
 from datasets import Dataset
 
 from mdpo.data import COLUMNS
 from mdpo.data_report import DataReport, describe
 from mdpo.options import refuse_missing_margins
+from mdpo.precision import Precision, without_master
 from mdpo.render import RenderSettings
 from mdpo.sets import Part, hold_out, load_sets, mix
 from mdpo.startup import is_main_process, say
@@ -104,6 +106,20 @@ def render_settings(recipe) -> RenderSettings:
 
 def _first(rows: Dataset | None, limit: int | None) -> Dataset | None:
     return rows if rows is None or limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def checked_precision(recipe, config) -> Precision:
+    """The dtypes of the run, from the model's configuration (None: unknown) before its weights are loaded. Raises
+    UserError where training would lose its steps to rounding."""
+    args, kwargs = recipe.training, model_init_kwargs(recipe.model, recipe.training)
+    dtype = kwargs.get("dtype") or "float32"
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    found = Precision.of(args, dtype, recipe.model.use_peft)
+    if why := without_master(args, found.trained):
+        raise UserError(why)
+    return found
 
 
 def model_init_kwargs(model, args) -> dict:

@@ -12,6 +12,7 @@ from mdpo.attention import own_attention
 from mdpo.fused import fuse
 from mdpo.identity import OWN_ADAPTER
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
+from mdpo.precision import cast_weights
 from mdpo.types import UserError
 
 MOVED = "reference"  # folder inside a checkpoint
@@ -47,9 +48,11 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict):
     return reference
 
 
-def place_reference(model, accelerator, fused: bool = False):
-    """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else."""
+def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype | None = None):
+    """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else.
+    `dtype` is what DeepSpeed casts the policy to; the reference then computes in it too."""
     model.requires_grad_(False).eval()
+    cast_weights(model, dtype)
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     enable_scoring(inner, fused and fuse(inner, accelerator.device, together=False)[0])
     plugin = accelerator.state.deepspeed_plugin

@@ -32,8 +32,9 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
     return tokenizer
 
 
-def check_model(tokenizer, model, args) -> None:
-    """What a tokenizer and a model's configuration tell before any weight is loaded. Raises UserError."""
+def check_model(tokenizer, model, args):
+    """What a tokenizer and a model's configuration tell before any weight is loaded; returns that configuration, None
+    where the model has none of its own. Raises UserError."""
     name = model.model_name_or_path
     refuse_missing_folder("model_name_or_path", name)
     refuse_pad_token(tokenizer, args.pad_token)
@@ -41,12 +42,13 @@ def check_model(tokenizer, model, args) -> None:
     place = {"revision": model.model_revision, "subfolder": kwargs.get("subfolder", "")}
     try:
         if "gguf_file" in kwargs or find_adapter_config_file(name, **place):
-            return  # no configuration of its own
+            return None  # an adapter's folder, a GGUF file
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **place)
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model_name_or_path: {name!r} cannot be had: {_reason(e)}") from e
     refuse_small_vocabulary(tokenizer, config)
     refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())
+    return config
 
 
 def _reason(error: Exception) -> str:

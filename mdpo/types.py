@@ -61,7 +61,7 @@ class TokenizedPair:
 
 @dataclass
 class PairLogps:
-    """Log-probs of B pairs, each token's times its weight, summed over supervised tokens: float32, nats, shape (B,).
+    """Log-probs of B pairs, each token's times its weight, summed over supervised tokens: float64, nats, shape (B,).
     Token counts are of supervised tokens whose turn's weight is not 0: int64, shape (B,)."""
 
     chosen: torch.Tensor

@@ -21,7 +21,7 @@ ORDER = [
     {"varlen", "fused"},
     {"sandbox", "sandbox_child", "answers", "attention"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
-    {"precision"},
+    {"precision", "launcher"},
     {"render", "recipe", "logprobs", "layout_check", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout"},
     {"turns"},

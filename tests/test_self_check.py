@@ -96,9 +96,9 @@ def test_a_boundary_that_attention_has_moved_by_a_token(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_a_boundary_that_the_batch_has_moved_by_a_token(dtype, capsys):
     batch = PackedCollator()([pair(60, 140, 150)])
-    segments = torch.tensor([[60, 141, 149]])
-    wrong = {**batch, "segments": segments if isinstance(batch["segments"], torch.Tensor) else segments.tolist()}
-    refused_by(tiny("Llama").to(dtype), wrong, "positions are not those of its sides", capsys)
+    refused_by(
+        tiny("Llama").to(dtype), {**batch, "segments": [[60, 141, 149]]}, "positions are not those of its sides", capsys
+    )
 
 
 def test_positions_that_are_continued(capsys):

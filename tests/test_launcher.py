@@ -1,0 +1,88 @@
+"""A run that is meant for GPUs does not train on the CPU without a word."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import mdpo.launcher
+from mdpo.launcher import launch_request, nvidia_driver, refuse_unusable_gpus
+from mdpo.types import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine whose torch finds no GPU, in no launch; `driver` writes the kernel driver's version file."""
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(mdpo.launcher, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(mdpo.launcher, "launch_request", lambda: (None, False))
+    return monkeypatch
+
+
+def driver(tmp_path):
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  470.57.02  Release Build\nGCC version:  gcc 12\n"
+    (tmp_path / "version").write_text(text)
+
+
+def test_a_laptop_trains_on_its_cpu(machine):
+    assert nvidia_driver() is None
+    refuse_unusable_gpus(False)
+
+
+@pytest.mark.parametrize("variable", [("ACCELERATE_USE_DEEPSPEED", "true"), ("WORLD_SIZE", "8")])
+def test_a_launch_for_gpus_that_torch_cannot_use_is_an_error(machine, variable, tmp_path):
+    machine.setenv(*variable)
+    driver(tmp_path)
+    with pytest.raises(UserError) as caught:
+        refuse_unusable_gpus(False)
+    for words in (torch.__version__, "CUDA", "driver: 470.57.02", "zero2_cpu.yaml", "use_cpu: true"):
+        assert words in str(caught.value)
+    refuse_unusable_gpus(True)  # the recipe asks for the CPU
+    machine.setattr(mdpo.launcher, "launch_request", lambda: ("x.yaml", True))  # the accelerate file does
+    refuse_unusable_gpus(False)
+    machine.setattr(torch.accelerator, "is_available", lambda: True)
+    machine.setattr(mdpo.launcher, "launch_request", lambda: ("x.yaml", False))
+    refuse_unusable_gpus(False)
+
+
+def test_one_process_beside_a_driver_is_an_error_too(machine, tmp_path):
+    driver(tmp_path)
+    with pytest.raises(UserError, match="This machine has an NVIDIA driver, but torch can use no GPU"):
+        refuse_unusable_gpus(False)
+    machine.setenv("ACCELERATE_USE_CPU", "True")
+    refuse_unusable_gpus(False)
+
+
+STAND_IN = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'run_dpo.py']))"
+ASK = "import sys; sys.path.insert(0, {root!r}); from mdpo.launcher import launch_request; print(launch_request())"
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "expected"),
+    [
+        (["--config_file", "gpu.yaml"], {"use_cpu": False}, ("gpu.yaml", False)),
+        (["--config_file=cpu.yaml", "--num_processes", "2"], {"use_cpu": True}, ("cpu.yaml", True)),
+        (["--config_file", "gpu.yaml", "--use_cpu"], {"use_cpu": False}, ("gpu.yaml", True)),
+    ],
+)
+def test_the_accelerate_file_is_found_above_this_process(tmp_path, words, content, expected):
+    """The launcher stands in for `accelerate launch`, with a process between; arguments behind the script are ours."""
+    (tmp_path / expected[0]).write_text(yaml.safe_dump(content))
+    (tmp_path / "run_dpo.py").write_text(ASK.format(root=str(ROOT)))
+    launcher = [sys.executable, "-c", STAND_IN, "launch", *words, "run_dpo.py", "--use_cpu"]
+    done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HOME": "/x"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(expected)
+
+
+def test_no_launcher_above(monkeypatch):
+    monkeypatch.setattr(mdpo.launcher, "_ancestors", lambda: iter([(["bash"], "/"), (["python", "-m", "pytest"], "/")]))
+    assert launch_request() == (None, False)
