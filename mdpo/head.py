@@ -1,6 +1,7 @@
 """What the LM head computes on a chunk of hidden states: logits, what is read from them, and their gradient."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -47,9 +48,29 @@ def plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 def plus_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """total + a @ b in float32, in place where there is a total."""
-    if total is None or a.dtype != torch.float32:
+    if a.dtype == torch.float32:
+        return a @ b if total is None else total.addmm_(a, b)
+    if not adds_in_float32(a.device, a.dtype):
         return plus(total, a @ b)
-    return total.addmm_(a, b)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@cache
+def adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies matrices of half precision into a float32 sum, in place, without a product in half
+    precision first. Tried once; CPUs do not."""
+    if device.type != "cuda":
+        return False
+    a, b = (torch.arange(64, device=device, dtype=dtype).view(8, 8) / 64 for _ in range(2))
+    total = torch.ones(8, 8, device=device)
+    try:
+        with torch.no_grad():
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return torch.allclose(total, 1 + a.float() @ b.float(), rtol=1e-3)
 
 
 def chunk_statistics(raw, target, scale: float, softcap: float | None, collision: bool) -> torch.Tensor:
