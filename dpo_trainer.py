@@ -494,7 +494,7 @@ class DPOTrainer(GuardedTrainer):
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of (B,) over the pairs of all ranks, a scalar without gradient."""
         values = values.detach()
-        total = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]), "sum")
+        total = self.accelerator.reduce(torch.stack([values.sum(), values.new_full((), len(values))]), "sum")
         return total[0] / total[1]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

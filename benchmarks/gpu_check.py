@@ -23,7 +23,7 @@ import bench_dpo  # noqa: E402
 import mdpo.attention  # noqa: E402
 from mdpo.fused import fuse  # noqa: E402
 from mdpo.logprobs import enable_scoring, score_tokens  # noqa: E402
-from mdpo.packing import PackedCollator, PairCollator, n_tokens  # noqa: E402
+from mdpo.packing import PackedCollator, PairCollator, n_tokens, on_device  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -69,7 +69,7 @@ def model_of(billions: int, vocabulary: int, dtype: torch.dtype, fused: bool = F
 
 def scored(model, batch, gradients: bool):
     """Log-probs of a batch, and with `gradients` those of their weighted sum, as one long list of the first layer's."""
-    batch = {k: v.to(DEVICE) for k, v in batch.items()}
+    batch = on_device(batch, DEVICE)
     logps = score_tokens(model, batch).logps
     if not gradients:
         return logps.detach(), None

@@ -4,15 +4,15 @@ rejected, and no token sees another pair. Registered with transformers under NAM
     prefix p0 p1 | chosen c0 c1 | rejected r0     c1 sees p0 p1 c0 c1, r0 sees p0 p1 r0
 """
 
-import importlib.util
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.types import UserError
+from mdpo.varlen import kernels
 
 NAME = "shared_prefix"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -67,7 +67,8 @@ class Segments:
         """key_index, and where the queries' and the keys' segments begin (2B + 1, int32), on a device."""
         if device not in self._masks:
             begins = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
-            self._masks[device] = tuple(x.to(device) for x in (torch.tensor(self.key_index), *begins))
+            parts = (torch.tensor(self.key_index), *begins)
+            self._masks[device] = tuple(x.to(device, non_blocking=True) for x in parts)  # else each waits for the GPU
         return self._masks[device]
 
 
@@ -107,28 +108,35 @@ def own_attention(model) -> str:
 
 @contextmanager
 def noting_refusals():
-    """Within it, keywords that packed attention does not know are collected in the list that is yielded, and its result
-    is wrong; outside of it they are an error. Leaving a forward by an exception would upset ZeRO-3's hooks."""
+    """Within it, why packed attention cannot serve a model is collected in the list that is yielded, and its result is
+    wrong; outside of it that is an error. Leaving a forward by an exception would upset ZeRO-3's hooks."""
     global _refusals
-    _refusals = []
+    before, _refusals = _refusals, []
     try:
         yield _refusals
     finally:
-        _refusals = None
+        _refusals = before
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, segments: Segments, dropout=0.0, scaling=None, **kwargs
+    module, query, key, value, attention_mask, segments: Segments | None = None, dropout=0.0, scaling=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """(1, N, heads, D) from query (1, heads, N, D), key and value (1, key heads, N, D)."""
+    """(1, N, heads, D) from query (1, heads, N, D), key and value (1, key heads, N, D). Raises UserError for a model
+    that hands over what it does not know, or no segments; within `noting_refusals` that is noted and the result of no
+    use."""
     window, softcap = (kwargs.pop(name, None) for name in ("sliding_window", "softcap"))
     unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
     if window is None and _window_in_mask_only(module):
         unknown.append("a window that only its mask has")
+    unknown = [f"its attention takes {name}" for name in unknown]
+    if segments is None:
+        unknown.append("its layers hand no keywords on to attention")
     if unknown and _refusals is None:
-        raise UserError(f"shared_prefix: {type(module).__name__} takes {unknown[0]}. Set shared_prefix: false.")
+        raise UserError(f"shared_prefix: of {type(module).__name__}, {unknown[0]}. Set shared_prefix: false.")
     if unknown:
         _refusals.extend(unknown)
+    if segments is None:
+        return query.new_zeros(1, query.size(2), query.size(1), value.size(-1)), None
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     if torch.is_autocast_enabled(query.device.type):  # as its products would; RoPE may have promoted queries and keys
@@ -188,50 +196,11 @@ def _capped(q, k, v, segments: Segments, scaling, window, softcap, dropout) -> t
 
 
 def _varlen(query, value, dropout: float, softcap):
-    """One call for all segments where there is a kernel for it, else None: flash-attn where it is installed, else
-    torch's own, which knows neither soft-caps nor dropout. Both want an Ampere GPU or a newer one."""
+    """A kernel of `mdpo.varlen` where there is one for these tensors, else None."""
     size = query.size(-1)
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if size > 256 or size % 8 or value.size(-1) != size or torch.cuda.get_device_capability(query.device) < (8, 0):
+    if size > 256 or size % 8 or value.size(-1) != size:
         return None
-    if _flash_attn_installed():
-        return _flash
-    return _torch_varlen if softcap is None and not dropout else None
-
-
-@cache
-def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def _gathered(query, key, value, segments: Segments):
-    """Queries (N, heads, D), keys and values (K, key heads, D) with each shared prefix twice, and where segments
-    begin, and the longest segments."""
-    index, q_begins, k_begins = segments.on(query.device)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return (
-        q,
-        k.index_select(0, index),
-        v.index_select(0, index),
-        q_begins,
-        k_begins,
-        max(segments.sizes),
-        max(segments.key_sizes),
-    )
-
-
-def _flash(query, key, value, segments, scaling, window, softcap, dropout):
-    from flash_attn import flash_attn_varlen_func
-
-    options = {"softmax_scale": scaling, "causal": True, "dropout_p": dropout, "softcap": softcap or 0.0}
-    options["window_size"] = (-1, -1) if window is None else (window - 1, 0)
-    return flash_attn_varlen_func(*_gathered(query, key, value, segments), **options)[None]
-
-
-def _torch_varlen(query, key, value, segments, scaling, window, softcap, dropout):
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-    options["enable_gqa"] = query.size(1) != key.size(1)
-    return varlen_attn(*_gathered(query, key, value, segments), **options)[None]
+    found = kernels(query.device)
+    return found.get("flash-attn") or (found.get("torch's varlen attention") if not softcap and not dropout else None)

@@ -185,6 +185,11 @@ class MDPOConfig(DPOConfig):
         metadata={"help": "Steps in a row whose loss or gradient is not finite before the run ends; none is applied."},
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Trainer's own look at each loss; ours leaves out steps that are not finite without it."},
+    )
+
     def __post_init__(self):
         """Raises UserError for values out of range, before TrainingArguments touches any device."""
         modes = type(self).__dataclass_fields__["truncation_mode"].metadata["choices"]
@@ -206,4 +211,7 @@ class MDPOConfig(DPOConfig):
                 "dataset_num_proc": (_at_least_one, "a whole number >= 1, or leave it out"),
             },
         )
+        unset = self.accelerator_config is None
         super().__post_init__()
+        if unset and self.dataloader_pin_memory:  # else each tensor of a batch waits for the GPU on its way there
+            self.accelerator_config.non_blocking = True

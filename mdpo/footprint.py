@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mdpo.attention
+import mdpo.head
 import mdpo.logprobs
 from mdpo.allocations import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 from mdpo.attention import Segments
@@ -123,6 +124,8 @@ class Skeleton:
             stack.enter_context(replaced(mdpo.logprobs, "compiled", lambda f: lambda *x: OnePass.apply(found, f, *x)))
             if self.attention:
                 stack.enter_context(replaced(mdpo.attention, "_varlen", varlen_kernel(self.attention == "flash")))
+                stack.enter_context(replaced(mdpo.logprobs, "CHUNK_BYTES", {}))  # a GPU's chunks
+                stack.enter_context(replaced(mdpo.head, "adds_in_float32", lambda *_: True))
             for module in (module for model in self._models for module in model.modules()) if self.fused else ():
                 if is_norm(module) or is_gated(module):
                     module.forward = types.MethodType(

@@ -100,6 +100,15 @@ class GuardedTrainer(CheckpointedTrainer):
         gradient of an infinite loss may be 0."""
         return loss if self._limit is None else loss * torch.where(loss.isfinite(), 1.0, math.nan)
 
+    def training_step(self, *args, **kwargs):
+        """A loss that is not finite counts as the mean since the last log: Trainer's `logging_nan_inf_filter`, which
+        asks the GPU after each micro-batch, without asking."""
+        loss = super().training_step(*args, **kwargs)
+        if self._limit is None:
+            return loss
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, mean.to(loss.dtype))
+
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled and self._limit is not None:

@@ -16,9 +16,14 @@ from transformers.utils import ModelOutput
 
 from mdpo.attention import Segments, remember_attention, switch
 from mdpo.fused import compiled
+from mdpo.head import Head, HeadTransform, chunk_statistics, logits_gradient, plus, plus_product, slices
 from mdpo.types import UserError
 
-CHUNK_BYTES = 1 << 27  # of float32 logits held at a time
+# Of float32 logits held at a time. On a GPU each chunk's backward reads and writes the weight's float32 gradient, 8
+# bytes a weight, for 2 FLOPs a weight and token: an H100 (990 TFLOP/s, 3.35 TB/s, by its data sheet) computes for as
+# long as it waits from 1200 tokens on, an A100 from 600. 512 MiB are 880 tokens of 152 000 words; a CPU's were 220.
+CHUNK_BYTES = {"cpu": 1 << 27}
+GPU_CHUNK_BYTES = 1 << 29
 
 
 @dataclass
@@ -34,28 +39,6 @@ class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate
     top1: torch.Tensor | None = None
     log_collision: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
-
-
-@dataclass
-class HeadTransform:
-    """What the architecture does to logits after the head: softcap · tanh(scale · x / softcap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config) -> "HeadTransform":
-        """From a text config. Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Falcon-H1
-        multiplies by `lm_head_multiplier`; Gemma-2 caps at `final_logit_softcapping`."""
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-        if getattr(config, "logits_scaling", None):
-            by = config.logits_scaling
-            scale = by if config.model_type == "hyperclovax" else 1 / by
-        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> torch.Tensor:  # noqa: B008
@@ -79,9 +62,9 @@ class ChunkedLogProbs(torch.autograd.Function):
         ctx.transform, ctx.chunk, ctx.fused = transform, chunk, fused
         found = hidden.new_empty((6, hidden.size(0)), dtype=torch.float32)
         with torch.autocast(on_device, enabled=False):
-            head = _Head(weight, bias, ctx.compute, min(chunk, hidden.size(0)))
+            head = Head(weight, bias, ctx.compute, min(chunk, hidden.size(0)))
             reduce = compiled(chunk_statistics) if fused else chunk_statistics
-            for at in _slices(hidden.size(0), chunk):
+            for at in slices(hidden.size(0), chunk):
                 raw = head(hidden[at].to(ctx.compute))
                 found[:, at] = reduce(raw, target[at], transform.scale, transform.softcap, collision)
         logps, lse, entropy, mean, top1, twice = found.unbind()
@@ -98,75 +81,22 @@ class ChunkedLogProbs(torch.autograd.Function):
         d_weight = d_bias = None
         # A shared token that both sides count alike cancels in the DPO logit: its gradient is exactly 0, its row idle.
         rows = grad.nonzero().squeeze(1)
-        head = _Head(weight, bias, ctx.compute, min(ctx.chunk, rows.numel()))
+        head = Head(weight, bias, ctx.compute, min(ctx.chunk, rows.numel()))
         derive = compiled(logits_gradient) if ctx.fused else logits_gradient
         for at in rows.split(ctx.chunk) if rows.numel() else ():
             h = hidden[at].to(ctx.compute)
             d_logits = derive(head(h), target[at], grad[at], lse[at], ctx.transform.scale, ctx.transform.softcap)
             if need_bias:
-                d_bias = _plus(d_bias, d_logits.sum(0))
+                d_bias = plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(ctx.compute)
             if need_hidden:
                 d_hidden[at] = (d_logits @ head.weight).to(hidden.dtype)
             if need_weight:
-                d_weight = _plus_product(d_weight, d_logits.T, h)
+                d_weight = plus_product(d_weight, d_logits.T, h)
         gradients = []
         for needed, d, like in ((need_weight, d_weight, weight), (need_bias, d_bias, bias)):
             gradients.append((torch.zeros_like(like) if d is None else d.to(like.dtype)) if needed else None)
         return d_hidden, *gradients, None, None, None, None, None
-
-
-class _Head:
-    """The head in the dtype that it computes in; its output is one buffer, written over by each chunk."""
-
-    def __init__(self, weight, bias, dtype: torch.dtype, rows: int):
-        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.buffer = self.weight.new_empty(rows, self.weight.size(0))
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        out = self.buffer[: hidden.size(0)]
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.T, out=out)
-        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
-
-
-def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    return part.float() if total is None else total.add_(part)
-
-
-def _plus_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a @ b in float32, in place where there is a total."""
-    if total is None or a.dtype != torch.float32:
-        return _plus(total, a @ b)
-    return total.addmm_(a, b)
-
-
-def chunk_statistics(raw, target, scale: float, softcap: float | None, collision: bool) -> torch.Tensor:
-    """(6, C), float32, of raw head outputs (C, V): logp of the target, log-sum-exp, entropy H = lse − Σ p·x, mean
-    logit, whether the target is the likeliest, and log Σ p² (0 unless `collision`)."""
-    logits = HeadTransform(scale, softcap)(raw.float())
-    picked = logits.gather(1, target[:, None]).squeeze(1)
-    highest = logits.amax(-1)
-    odds = torch.exp(logits - highest[:, None])
-    total = odds.sum(-1)
-    lse = highest + total.log()
-    entropy = lse - (odds * logits).sum(-1) / total
-    twice = (odds * odds).sum(-1).log() - 2 * total.log() if collision else torch.zeros_like(lse)
-    return torch.stack([picked - lse, lse, entropy, logits.mean(-1), (picked >= highest).float(), twice])
-
-
-def logits_gradient(raw, target, grad, lse, scale: float, softcap: float | None) -> torch.Tensor:
-    """d logp / d raw head output, times grad (C,): (1[v = target] − softmax(x)_v) · dx/d raw. (C, V), float32."""
-    logits = HeadTransform(scale, softcap)(raw.float())
-    hit = torch.arange(logits.size(1), device=target.device)[None] == target[:, None]
-    out = (hit.float() - torch.exp(logits - lse[:, None])) * grad[:, None].float()
-    if softcap:
-        out = out * (1 - (logits / softcap) ** 2)
-    return out * scale if scale != 1.0 else out
-
-
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def enable_scoring(model, fused: bool = False) -> None:
@@ -181,7 +111,10 @@ def enable_scoring(model, fused: bool = False) -> None:
     own_forward = model.forward
     config = model.config.get_text_config()
     remember_attention(model)
-    transform, chunk = HeadTransform.of(config), max(64, CHUNK_BYTES // (4 * config.vocab_size))
+    transform = HeadTransform.of(config)
+
+    def chunk(device) -> int:  # tokens
+        return max(64, CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES) // (4 * config.vocab_size))
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
     def forward(*args, score_index=None, score_target=None, score_length=None, score_collision=False, **kwargs):
@@ -196,16 +129,51 @@ def enable_scoring(model, fused: bool = False) -> None:
         hidden = outputs.last_hidden_state[:, -score_length:]
         hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
         head = _plain_head(model)
-        with _chunked(head, score_target.to(hidden.device), transform, chunk, score_collision, fused):
+        with _chunked(head, score_target.to(hidden.device), transform, chunk(hidden.device), score_collision, fused):
             scores = TokenScores(*head(hidden))
         if kwargs.get("output_router_logits"):
-            counts = kwargs.get("attention_mask") if segments is None else segments.counts.to(hidden.device)
+            counts = (
+                kwargs.get("attention_mask")
+                if segments is None
+                else segments.counts.to(hidden.device, non_blocking=True)
+            )
             experts = getattr(config, "num_experts", None) or config.num_local_experts
             router = (outputs.router_logits, experts, config.num_experts_per_tok, counts)
             scores.aux_loss = load_balancing_loss_func(*router) if outputs.router_logits else hidden.new_zeros(())
         return scores
 
     model.forward = forward
+    model._head_settings = transform, chunk, fused
+
+
+@contextmanager
+def scored_beside(model, target: torch.Tensor):
+    """Within it, where the model's own forward calls its LM head, the S hidden states before a row's last are also
+    scored as in training, against `target` (S,); their log-probs come into the list that is yielded. `model` is without
+    wrappers."""
+    head, (transform, chunk, fused) = _plain_head(model), model._head_settings
+    own, before, found = head.forward, head.__dict__.get("forward"), []
+
+    def forward(hidden):
+        rows = hidden.reshape(-1, hidden.size(-1))[-len(target) - 1 : -1]
+        weights = head.weight, getattr(head, "bias", None)
+        found.append(ChunkedLogProbs.apply(rows, *weights, target, transform, chunk(rows.device), False, fused)[0])
+        return own(hidden)
+
+    with _forward_of(head, forward, before):
+        yield found
+
+
+@contextmanager
+def _forward_of(head, forward, before):
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def _plain_head(model) -> torch.nn.Module:
@@ -226,14 +194,8 @@ def _chunked(head, *settings):
     def forward(hidden):
         return ChunkedLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), *settings)
 
-    head.forward = forward
-    try:
+    with _forward_of(head, forward, before):
         yield
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_loss=False) -> TokenScores:
@@ -244,7 +206,7 @@ def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_los
     inputs = {name: batch[name] for name in names if name in batch} | {name: True for name in asked if asked[name]}
     if "segments" not in batch:
         return model(**inputs, score_length=batch["input_ids"].size(1))
-    segments = Segments(batch["segments"].tolist())
+    segments = Segments(batch["segments"])
     once = model(**inputs, score_length=batch["input_ids"].size(1), segments=segments)
     both = {name: x if name == "aux_loss" else x.index_select(0, batch["score_source"]) for name, x in once.items()}
     return TokenScores(**both)

@@ -62,7 +62,8 @@ class PairTerms:
 
     @property
     def m(self) -> torch.Tensor:
-        return torch.as_tensor(self.settings.margin_scale * self.margin, dtype=self.x.dtype, device=self.x.device)
+        scaled = self.settings.margin_scale * self.margin
+        return scaled.to(self.x) if isinstance(scaled, torch.Tensor) else self.x.new_full((), scaled)
 
     ############## MODIFICATION 5 END
 

@@ -13,7 +13,7 @@ import torch
 
 from mdpo.files import first_line
 from mdpo.memory import GB, MemoryPlan
-from mdpo.packing import n_pairs, n_tokens
+from mdpo.packing import n_pairs, n_tokens, pair_lengths
 from mdpo.planning import plan_memory
 from mdpo.sharding import Sharding
 from mdpo.types import UserError
@@ -157,7 +157,7 @@ def _allocator() -> str:
 
 def describe_batch(batch: dict[str, torch.Tensor], keys: list[str] | None = None) -> str:
     """Pairs, tokens, and where the longest pair stands in the data."""
-    lengths, pairs = _tokens_of_pairs(batch), n_pairs(batch)
+    lengths, pairs = pair_lengths(batch), n_pairs(batch)
     words = f"{pairs} pair{'s' if pairs > 1 else ''}, {n_tokens(batch)} tokens"
     if "segments" in batch:
         words += f" ({batch['input_ids'].numel()} computed, shared ones once)"
@@ -167,15 +167,6 @@ def describe_batch(batch: dict[str, torch.Tensor], keys: list[str] | None = None
     row = int(batch["row"][longest]) if "row" in batch else -1
     name = keys[row] if keys is not None and 0 <= row < len(keys) else f"row {row}" if row >= 0 else "unknown"
     return f"{words}; the longest pair has {lengths[longest]}: {name}"
-
-
-def _tokens_of_pairs(batch: dict[str, torch.Tensor]) -> list[int]:
-    """Tokens of both sides of each pair, shared ones counted for each side."""
-    if "segments" in batch:
-        return [2 * prefix + chosen + rejected for prefix, chosen, rejected in batch["segments"].tolist()]
-    sides = batch["attention_mask"].sum(1)
-    pairs = len(sides) // 2
-    return (sides[:pairs] + sides[pairs:]).tolist()
 
 
 def next_changes(recipe, sharding: Sharding, plan: MemoryPlan | None, gb: float, argv: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 In both, every position to be scored stands in a list, and the lists of both layouts name the same tokens in one order.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ REFERENCE = {side: f"reference_{side}_logps" for side in SIDES}  # columns of lo
 
 @dataclass
 class PairCollator:
-    """Rows of a tokenised set → a padded batch of B pairs, as a dict of tensors (int64):
+    """Rows of a tokenised set → a padded batch of B pairs, as a dict of tensors (int64) and Python numbers, which a GPU
+    need not be asked for:
 
     input_ids, attention_mask, completion_mask (2B, T): rows 0 … B-1 are the chosen sides, B … 2B-1 the rejected ones;
         completion_mask is 1 where a token is supervised, in holes if need be
+    lengths: the tokens of each row, 2B numbers
     score_index (S,): for each supervised token its predecessor's place in the flattened (2B · T) hidden states
     score_target, score_pair, score_side (S,): the token's id, its pair 0 … B-1, its side (0 chosen, 1 rejected)
     score_weight (S,): float32, only where a turn's weight is not 1
@@ -43,6 +46,7 @@ class PairCollator:
         completion = self._pad([mask for _, mask in sides], 0)
         attention = self._pad([[1] * len(ids) for ids, _ in sides], 0)
         batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+        batch["lengths"] = [len(ids) for ids, _ in sides]
         batch |= score_list(ids, completion)
         return batch | of_rows(rows)
 
@@ -67,11 +71,11 @@ def score_list(input_ids: torch.Tensor, completion_mask: torch.Tensor) -> dict[s
 
 @dataclass
 class PackedCollator:
-    """Rows of a tokenised set → one row of N tokens without padding, as a dict of tensors (int64):
+    """Rows of a tokenised set → one row of N tokens without padding, as a dict of tensors (int64) and Python numbers:
 
     input_ids, position_ids (1, N): for each pair its shared prefix, the rest of chosen, the rest of rejected; positions
         of both rests go on where the prefix ends
-    segments (B, 3): the lengths of those three. The prefix ends at the latest before the last token of a side
+    segments: the lengths of those three, a list for each pair. A prefix ends at the latest before a side's last token
     score_index, score_target (U,): predecessor's place in the row, and id, of each token that is scored; supervised
         tokens of the prefix stand there once
     score_source (S,): for each supervised token of a side, in PairCollator's order, its place among those U
@@ -99,7 +103,7 @@ class PackedCollator:
                 found[-1]["target"] = start + t + jump * (t >= shared)
         lists = _score_lists(*sides)
         batch = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-        batch |= {"segments": torch.tensor(segments), **{name: torch.from_numpy(x) for name, x in lists.items()}}
+        batch |= {"segments": segments, **{name: torch.from_numpy(x) for name, x in lists.items()}}
         batch["score_target"] = batch["input_ids"][0, batch["score_target"]]
         return batch | of_rows(rows)
 
@@ -163,7 +167,7 @@ def _turns(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def unpacked(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
     """A packed batch in the padded layout: what the slow twin makes of the same pairs."""
-    segments = batch["segments"].tolist()
+    segments = batch["segments"]
     chosen, rejected, at = [], [], 0
     for prefix, c, r in segments:
         row = batch["input_ids"][0, at : at + prefix + c + r]
@@ -171,13 +175,15 @@ def unpacked(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, tor
         rejected.append(torch.cat([row[:prefix], row[prefix + c :]]))
         at += prefix + c + r
     ids = pad_sequence(chosen + rejected, True, pad_token_id)
-    lengths = torch.tensor([len(side) for side in chosen + rejected], device=ids.device)
-    attention = (torch.arange(ids.size(1), device=ids.device)[None] < lengths[:, None]).long()
+    lengths = [len(side) for side in chosen + rejected]
+    ends = torch.tensor(lengths).to(ids.device, non_blocking=True)
+    attention = (torch.arange(ids.size(1), device=ids.device)[None] < ends[:, None]).long()
     places = batch["score_side"] * len(segments) + batch["score_pair"]
     kept = ("score_pair", "score_side", "score_weight", "score_reference", "score_turn", "turn_tokens", "margin", "row")
     return {name: batch[name] for name in kept if name in batch} | {
         "input_ids": ids,
         "attention_mask": attention,
+        "lengths": lengths,
         "score_index": places * ids.size(1) + batch["score_column"],
         "score_target": batch["score_target"][batch["score_source"]],
     }
@@ -190,7 +196,7 @@ def first_pairs(batch: dict[str, torch.Tensor], n: int) -> dict[str, torch.Tenso
     used, source = batch["score_source"][kept].unique(return_inverse=True)
     lists = {name: batch[name][kept] for name in ("score_pair", "score_side", "score_column")}
     lists |= {name: batch[name][used] for name in ("score_index", "score_target")}
-    row = {name: batch[name][:, : int(segments.sum())] for name in ("input_ids", "position_ids")}
+    row = {name: batch[name][:, : sum(map(sum, segments))] for name in ("input_ids", "position_ids")}
     return {**row, **lists, "score_source": source, "segments": segments}
 
 
@@ -201,6 +207,17 @@ def n_pairs(batch: dict[str, torch.Tensor]) -> int:
 
 def n_tokens(batch: dict[str, torch.Tensor]) -> int:
     """Tokens of both sides of all pairs, the shared ones counted for each side, padding not."""
+    return sum(pair_lengths(batch))
+
+
+def pair_lengths(batch: dict[str, torch.Tensor]) -> list[int]:
+    """Tokens of both sides of each pair, the shared ones counted for each side."""
     if "segments" in batch:
-        return int((batch["segments"] * torch.tensor([2, 1, 1], device=batch["segments"].device)).sum())
-    return int(batch["attention_mask"].sum())
+        return [2 * prefix + chosen + rejected for prefix, chosen, rejected in batch["segments"]]
+    rows = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1).tolist()  # a foreign collator's
+    return [chosen + rejected for chosen, rejected in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)]
+
+
+def on_device(batch: Mapping[str, Any], device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}

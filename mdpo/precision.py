@@ -1,6 +1,5 @@
 """What a recipe's precision comes to on this machine."""
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from mdpo.settings import WORDS
 from mdpo.types import UserError
+from mdpo.varlen import flash_attn
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HALF = tuple(MIXED.values())
@@ -33,10 +33,6 @@ def cpu_has_bf16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def has_flash_attention() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
 def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """The values with what this machine lacks replaced, one line in `notes` for each replacement."""
     on_cpu = cpu_only(values)
@@ -45,8 +41,8 @@ def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     if on_cpu:
         # Else TrainingArguments refuses bf16, and under a CPU ZeRO launch every rank takes itself for the only one.
         values["use_cpu"] = True
-    if values.get("attn_implementation") == "flash_attention_2" and (on_cpu or not has_flash_attention()):
-        why = "flash-attn needs a GPU" if on_cpu else "flash-attn is not installed (pip install '.[flash]', see README)"
+    if values.get("attn_implementation") == "flash_attention_2" and (on_cpu or flash_attn()[0] is None):
+        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (pip install '.[flash]', see README)"
         values["attn_implementation"] = None  # not sdpa: transformers refuses it for Gemma-2
         notes.append(f"attn_implementation: the model's own choice in place of flash_attention_2: {why}.")
     return values

@@ -54,7 +54,7 @@ def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype 
     model.requires_grad_(False).eval()
     cast_weights(model, dtype)
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    enable_scoring(inner, fused and fuse(inner, accelerator.device)[0])
+    enable_scoring(inner, fused and fuse(inner, accelerator.device, together=False)[0])
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return model.to(accelerator.device)

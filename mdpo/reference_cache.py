@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from mdpo.packing import SIDES
+from mdpo.packing import SIDES, on_device
 from mdpo.ranks import gathered
 from mdpo.reference_columns import Columns, Distinct, Piece
 from mdpo.startup import say
@@ -177,7 +177,7 @@ def _computed(
             i = step * ranks + accelerator.process_index
             rows = batches[min(i, len(batches) - 1)]  # a rank without one repeats the last: ZeRO-3 needs all of them
             batch = collator([dataset[int(row)] for row in rows])
-            logps = score({k: v.to(accelerator.device) for k, v in batch.items()}).float().cpu()
+            logps = score(on_device(batch, accelerator.device)).float().cpu()
             if i >= len(batches):
                 continue
             if not torch.isfinite(logps).all():

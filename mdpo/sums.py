@@ -19,7 +19,7 @@ def verbosity_weights(batch: dict[str, torch.Tensor], n_pairs: int, alpha: float
     used = counted(batch)
     mine = place[None] == torch.arange(2 * n_pairs, device=place.device)[:, None]  # (2B, S)
     position = (mine & used[None]).cumsum(1).gather(0, place[None])[0]  # from 1
-    tokens = torch.bincount(place[used], minlength=2 * n_pairs).view(2, n_pairs)
+    tokens = _per_sequence(used, place, n_pairs)
     shorter = tokens.min(0).values[batch["score_pair"]]
     return torch.where(position <= shorter, 1.0, alpha)
 
@@ -41,7 +41,7 @@ def sum_by_pair(
     for weight in (batch.get("score_weight"), weights):
         logps = logps if weight is None else logps * weight
     sums = logps.new_zeros(2 * n_pairs).index_add(0, place, logps).view(2, n_pairs)
-    tokens = torch.bincount(place[counted(batch)], minlength=2 * n_pairs).view(2, n_pairs)
+    tokens = _per_sequence(counted(batch), place, n_pairs)
     return PairLogps(sums[CHOSEN], sums[REJECTED], tokens[CHOSEN], tokens[REJECTED])
 
 
@@ -50,5 +50,10 @@ def policy_weights(scores: TokenScores, batch: dict[str, torch.Tensor], n_pairs:
     written both sides itself, exp of the mean over tokens of log p(token) − log Σ_v p_v², chosen's times rejected's."""
     aligned = (scores.logps.double() - scores.log_collision.double()).detach() * counted(batch)
     sums = aligned.new_zeros(2 * n_pairs).index_add(0, token_places(batch, n_pairs), aligned)
-    tokens = torch.bincount(token_places(batch, n_pairs)[counted(batch)], minlength=2 * n_pairs)
-    return (sums / tokens.clamp(min=1)).view(2, n_pairs).sum(0).exp()
+    tokens = _per_sequence(counted(batch), token_places(batch, n_pairs), n_pairs)
+    return (sums.view(2, n_pairs) / tokens.clamp(min=1)).sum(0).exp()
+
+
+def _per_sequence(used: torch.Tensor, place: torch.Tensor, n_pairs: int) -> torch.Tensor:
+    """How many tokens of each sequence are used, (2, B). Neither bincount nor an index by a mask: both ask the GPU."""
+    return place.new_zeros(2 * n_pairs).index_add(0, place, used.long()).view(2, n_pairs)

@@ -509,7 +509,8 @@ def test_bf16_stays_where_it_can(load):
 )
 def test_flash_attention_falls_back(monkeypatch, on_cpu, installed, attention, why):
     monkeypatch.setattr(precision_module, "cpu_only", lambda values: on_cpu)
-    monkeypatch.setattr(precision_module, "has_flash_attention", lambda: installed)
+    found = (print, None) if installed else (None, "flash-attn is not installed")
+    monkeypatch.setattr(precision_module, "flash_attn", lambda: found)
     notes = []
     values = fit_to_machine({"attn_implementation": "flash_attention_2", "bf16": False}, notes)
     assert values["attn_implementation"] == attention and values.get("use_cpu", False) is on_cpu

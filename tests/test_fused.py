@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_packing import AWKWARD, loss_and_gradients, tiny
+from test_packing import AWKWARD, batches, loss_and_gradients, tiny
 from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 import mdpo.fused
 from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
-from mdpo.fused import agrees, compiled, fuse, is_gated, is_norm
+from mdpo.fused import VARIANTS, agrees, by_rows, compiled, fuse, is_gated, is_norm
 from mdpo.logprobs import ChunkedLogProbs, HeadTransform, chunk_statistics, enable_scoring, full_log_probs, score_tokens
 from mdpo.packing import PackedCollator
 from mdpo.settings import ROOT
@@ -107,13 +107,130 @@ def test_a_norm_that_gives_other_numbers_is_noticed():
     assert not agrees(norm, lambda self, x: type(self).forward(self, x) * 1.001, CPU)
 
 
-def test_no_compiler_is_one_line(any_width, monkeypatch):
-    def broken(function):
-        raise RuntimeError("no C++ compiler found\nand much more")
+@pytest.fixture
+def fresh():
+    """Nothing compiled before is met."""
 
-    monkeypatch.setattr(mdpo.fused, "compiled", broken)
-    done, line = fuse(tiny("Llama"), CPU)
-    assert not done and line == "fused_ops: off for LlamaRMSNorm: no C++ compiler found"
+    def forget():
+        torch._dynamo.reset()
+        for made in (compiled, mdpo.fused._norm, mdpo.fused._gate):
+            made.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.parametrize(("family", "name"), [("Llama", "LlamaMLP"), ("GPTNeoX", "the LM head")])
+def test_no_compiler_is_one_line(family, name, any_width, fresh, monkeypatch):
+    """GPT-NeoX has neither RMS norms nor gated MLPs: its head is compiled, and looked at all the same."""
+
+    def broken(function, **options):
+        def call(*args):
+            raise RuntimeError("no C++ compiler found\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert fuse(tiny(family), CPU) == (False, f"fused_ops: off for {name}: no C++ compiler found")
+
+
+def test_a_switched_off_compiler_is_one_line(any_width):
+    with torch._dynamo.config.patch(disable=True):
+        done, line = fuse(tiny("Llama"), CPU)
+    assert not done and "TORCHDYNAMO_DISABLE" in line
+
+
+def test_where_one_kind_cannot_be_compiled_none_is(any_width):
+    model = tiny("Llama")
+    model.model.layers[1].mlp = Halved()
+    assert not fuse(model, CPU)[0]
+    assert not any("forward" in vars(m) for m in model.model.modules())
+
+
+def test_where_one_rank_cannot_compile_none_does(any_width, tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        assert mdpo.fused._on_all_ranks(True, CPU) and not mdpo.fused._on_all_ranks(False, CPU)
+        assert fuse(tiny("Llama"), CPU) == (True, None)
+        monkeypatch.setattr(dist, "all_reduce", lambda found, op: found.zero_())
+        model = tiny("Llama")
+        assert fuse(model, CPU) == (False, "fused_ops: off: another rank cannot compile.")
+        assert not any("forward" in vars(m) for m in model.model.modules())
+        assert fuse(model, CPU, together=False) == (True, None)
+    finally:
+        dist.destroy_process_group()
+
+
+class Quantized(nn.Linear):
+    """A 4-bit layer as bitsandbytes keeps it: bytes in a column, two weights each."""
+
+    def __init__(self, width, out):
+        super().__init__(width, out, bias=False)
+        self.weight = nn.Parameter(torch.zeros(width * out // 2, 1, dtype=torch.uint8), requires_grad=False)
+        torch.manual_seed(0)
+        self.whole = torch.randn(out, width) / 5
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.whole)
+
+
+def test_quantized_projections_are_looked_at_in_the_models_dtype(any_width):
+    plain, model = tiny("Llama"), tiny("Llama")
+    for one in (plain, model):
+        for layer in one.model.layers:
+            mlp = layer.mlp
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj = Quantized(32, 48), Quantized(32, 48), Quantized(48, 32)
+    assert fuse(model, CPU) == (True, None)
+    assert "forward" in vars(model.model.layers[0].mlp)
+    batch = PackedCollator()(AWKWARD["seven"])
+    wanted = score_tokens(plain, batch).logps
+    assert (score_tokens(model, batch).logps - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def everything_once(family):
+    """A training step's ways to call a model: packed, padded, one pair; with and without gradients; checkpointing."""
+    model = tiny(family)
+    assert fuse(model, CPU) == (True, None)
+    enable_scoring(model, fused=True)
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
+            model.enable_input_require_grads()
+        for batch in (*batches(AWKWARD["seven"]), PackedCollator()(AWKWARD["one"])):
+            score_tokens(model.train(), batch).logps.sum().backward()
+            with torch.no_grad():
+                score_tokens(model.eval(), batch)
+    return type(model.model.norm)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma", "Gemma2", "Gemma3", "Qwen3"])
+def test_no_function_of_a_training_step_runs_uncompiled(family, any_width, fresh, capsys):
+    """Qwen3's norms saw 13 kinds of input, 8 is torch's own limit; by rows they see 6."""
+    norm = everything_once(family)
+    assert capsys.readouterr().out == ""
+    assert not torch._dynamo.utils.counters["graph_break"]
+    found = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(norm.forward.__code__)
+    assert 2 <= len(found) <= 8 < VARIANTS
+
+
+def test_a_limit_that_is_met_is_said_and_changes_no_number(any_width, fresh, monkeypatch, capsys):
+    monkeypatch.setattr(mdpo.fused, "VARIANTS", 3)
+    norm = everything_once("Qwen3")
+    line = f"fused_ops: {norm.__name__}.forward met more than 3 kinds of input; it goes on uncompiled.\n"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_by_rows_keeps_shape_and_layout(order):
+    """Of heads transposed before their norm (Gemma-3) nothing is copied."""
+    x = torch.arange(24.0).view(2, 3, 4).permute(*order)
+    seen = []
+    out = by_rows(lambda rows: (seen.append(rows), rows * 2)[1], x)
+    assert torch.equal(out, x * 2) and out.stride() == x.stride()
+    assert seen[0].shape == (6, 4) and seen[0].data_ptr() == x.data_ptr() and seen[0].is_contiguous()
 
 
 def test_weights_that_zero3_has_partitioned_are_looked_at_by_their_whole_shape():

@@ -16,13 +16,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
-    {"allocations", "sharding", "ranks", "copies"},
+    {"allocations", "sharding", "ranks", "copies", "head"},
     {"failures"},
-    {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
-    {"sandbox", "sandbox_child", "answers"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "files", "messages"},
+    {"varlen", "fused"},
+    {"sandbox", "sandbox_child", "answers", "attention"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"precision", "launcher", "saved_weights"},
-    {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
+    {"render", "recipe", "logprobs", "layout_check", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout", "dropout", "reference_columns"},
     {"turns"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},

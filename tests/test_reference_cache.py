@@ -509,8 +509,7 @@ def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folder
     score = dpo_trainer.score_reference
 
     def watched(reference, policy, accelerator, batch, *args):
-        segments = batch["segments"]
-        batches.append((segments[:, 0] + segments[:, 1:].max(1).values).tolist())
+        batches.append([prefix + max(chosen, rejected) for prefix, chosen, rejected in batch["segments"]])
         return score(reference, policy, accelerator, batch, *args)
 
     monkeypatch.setattr(dpo_trainer, "score_reference", watched)
