@@ -138,8 +138,10 @@ def enable_scoring(model, fused: bool = False) -> None:
                 else segments.counts.to(hidden.device, non_blocking=True)
             )
             experts = getattr(config, "num_experts", None) or config.num_local_experts
-            router = (outputs.router_logits, experts, config.num_experts_per_tok, counts)
-            scores.aux_loss = load_balancing_loss_func(*router) if outputs.router_logits else hidden.new_zeros(())
+            # In float32: means over thousands of tokens, which a bfloat16 model would make in bfloat16.
+            logits = tuple(layer.float() for layer in outputs.router_logits or ())
+            balance = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, counts) if logits else 0.0
+            scores.aux_loss = torch.as_tensor(balance, device=hidden.device)
         return scores
 
     model.forward = forward
