@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
@@ -22,6 +20,7 @@ from trl import DPOConfig
 
 from mdpo.card import write_card
 from mdpo.config import MDPOConfig
+from mdpo.dropout import configured_dropout, disable_dropout, refuse_noise
 from mdpo.files import first_line
 from mdpo.fused import fuse
 from mdpo.guarded_trainer import GuardedTrainer
@@ -29,11 +28,12 @@ from mdpo.identity import cached_length, default_folder, named_digest, reference
 from mdpo.layout import Layout, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
-from mdpo.metrics import evaluated_once, mean_over_steps, pair_table, summarise
+from mdpo.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
 from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
 from mdpo.precision import engine_dtype
+from mdpo.ranks import agreed, first_of_node
 from mdpo.reference import (
     OWN_ADAPTER,
     MoveReference,
@@ -42,6 +42,7 @@ from mdpo.reference import (
     keep_own_adapter,
     load_model,
     load_moved,
+    lost_in_sync,
     place_reference,
     save_moved,
     score_reference,
@@ -101,6 +102,8 @@ class DPOTrainer(GuardedTrainer):
             _say(args, *refuse_lost_steps(model, args))
         self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
+        self.aux_loss_enabled = self.aux_loss_coef != 0.0  # TRL's names for both
+        self.router_aux_loss_coef = self.aux_loss_coef
         self.loss_settings = LossSettings.of(args)
 
         ############## MODIFICATION 1: turn masks. Only tokens that the policy samples are supervised; TRL supervises
@@ -112,8 +115,7 @@ class DPOTrainer(GuardedTrainer):
         )
         ############## MODIFICATION 1 END
         self.drop_counts: dict[str, DropCounts] = {}
-        if isinstance(train_dataset, IterableDataset):
-            args.accelerator_config.dispatch_batches = False  # batches of several ranks differ in length
+        args.accelerator_config.dispatch_batches = False  # of streams: batches of several ranks differ in length
         data = self._prepare_datasets(train_dataset, eval_dataset, processing_class, args)
         data["data_collator"] = data_collator or self._collator(model, processing_class.pad_token_id, args)
 
@@ -123,10 +125,11 @@ class DPOTrainer(GuardedTrainer):
             raise UserError("Several GPUs are visible to one process. Start it with `accelerate launch`.")
         self.model.add_model_tags(self._tag_names)
         if args.disable_dropout:
-            _disable_dropout(self.model)
+            disable_dropout(self.model)
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
         self._reference_source, self._reference_made = (ref_model, quantization_config), False
         self._set_up_reference()
+        self._noise_checked = False
         self._train_tokens = 0  # since the start, this rank
 
     # ------------------------------------------------------------------------------------------------ set-up
@@ -188,7 +191,10 @@ class DPOTrainer(GuardedTrainer):
             # ZeRO-3 gathers parameters in one dtype: a float32 adapter on a bfloat16 model breaks its buffers.
             zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
             quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-            model = get_peft_model(model, peft_config, autocast_adapter_dtype=quantized or not zero3)
+            try:
+                model = get_peft_model(model, peft_config, autocast_adapter_dtype=quantized or not zero3)
+            except (ValueError, NotImplementedError) as error:  # lora_dropout on experts, say
+                raise UserError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
         elif isinstance(model, PeftModel) and ref_model is None and not _reference_name(args):
             keep_own_adapter(model)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
@@ -225,9 +231,11 @@ class DPOTrainer(GuardedTrainer):
             if args.precompute_ref_log_probs:
                 raise UserError("precompute_ref_log_probs: needs a set of known length, not a stream.")
             dataset, self.drop_counts[name] = tokenize_stream(dataset, tokenizer, self.render_settings, name)
+            if name != "train" and not args.dataloader_num_workers:  # workers would count from 0 each
+                dataset = dataset.map(lambda _, row: {"row": row}, with_indices=True)  # those of a last batch filled up
             return dataset
         if "chosen_ids" not in dataset.column_names:
-            with args.main_process_first(desc=f"tokenising {name}"):
+            with first_of_node():
                 dataset, self.drop_counts[name] = tokenize_dataset(
                     dataset, tokenizer, self.render_settings, name, args.dataset_num_proc
                 )
@@ -263,6 +271,7 @@ class DPOTrainer(GuardedTrainer):
             self.ref_model = self._make_reference()
         if self.args.sync_ref_model:
             self._refuse_sync()
+            _say(self.args, *lost_in_sync(self.ref_model, self.args.ref_model_mixup_alpha))
             self.add_callback(MoveReference(self.ref_model, self.accelerator))
 
     def _make_reference(self):
@@ -293,7 +302,7 @@ class DPOTrainer(GuardedTrainer):
             ref_model = build_reference(self.model, path, kwargs)
             ############## MODIFICATION 3 END
         if self.args.disable_dropout:
-            _disable_dropout(ref_model)
+            disable_dropout(ref_model)
         return place_reference(ref_model, self.accelerator, self._fused, engine_dtype(self.args))
 
     def _place_policy(self) -> None:
@@ -380,16 +389,14 @@ class DPOTrainer(GuardedTrainer):
 
     def _named_digest(self, name: str, revision: str | None, subfolder: str) -> str | None:
         """The main process reads the files, and all learn what it found, an error too."""
-        found = [None, None]
-        if self.is_world_process_zero():
+
+        def read() -> str | None:
             try:
-                found[0] = named_digest(name, revision, self._cache_dir, subfolder)
+                return named_digest(name, revision, self._cache_dir, subfolder)
             except OSError as error:
-                found[1] = first_line(error)
-        digest, error = broadcast_object_list(found)
-        if error:
-            raise UserError(f"reference {name!r} cannot be had: {error}")
-        return digest
+                raise UserError(f"reference {name!r} cannot be had: {first_line(error)}") from error
+
+        return agreed(read)
 
     def _refuse_sync(self) -> None:
         if isinstance(self.model, PeftModel):
@@ -417,6 +424,9 @@ class DPOTrainer(GuardedTrainer):
         batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
         self.batch_in_hand = batch  # for the message where memory runs out
         n = n_pairs(batch)
+        if self.args.disable_dropout and self.model.training and not self._noise_checked:
+            refuse_noise(model, self.accelerator, batch)
+            self._noise_checked = True
         scores = score_tokens(
             model, self.layout.fit(model, batch), self.args.use_weighting, aux_loss=bool(self.aux_loss_coef)
         )
@@ -516,33 +526,31 @@ class DPOTrainer(GuardedTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         ############## MODIFICATION 4: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables = gather_object([joined(self._tables["eval"]).cpu()])
+        tables, tokens = of_all_ranks([joined(self._tables["eval"])], self._train_tokens, self.args.device)
         self._tables["eval"].clear()
-        table = evaluated_once(tables)
+        table = evaluated_once([table for [table] in tables])
         metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
         ############## MODIFICATION 4 END
-        metrics["num_tokens"] = self._tokens_seen()
+        metrics["num_tokens"] = tokens
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log, gathered over ranks. All ranks call it together."""
         if "loss" in logs:
-            logs.update(self._shown(mean_over_steps(gather_object([self.take_tables()]))))
-            logs["num_tokens"] = self._tokens_seen()
+            tables, tokens = of_all_ranks(self.take_tables(), self._train_tokens, self.args.device)
+            logs |= {**self._shown(mean_over_steps(tables)), "num_tokens": tokens}
         super().log(logs, start_time)
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, float]:
         hidden = {"nll_loss": not self.loss_settings.nll_coefficient, "aux_loss": not self.aux_loss_coef}
         return {name: value for name, value in metrics.items() if not hidden.get(name)}
 
-    def _tokens_seen(self) -> int:
-        return sum(gather_object([self._train_tokens]))
-
     # ------------------------------------------------------------------------------------------------ saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        super().save_model(output_dir, _internal_call)
+        with configured_dropout(self.model):
+            super().save_model(output_dir, _internal_call)
         if self.args.sync_ref_model and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
             save_moved(self.ref_model, self.accelerator, output_dir)
 
@@ -584,9 +592,3 @@ def _ids_and_mask(inputs) -> tuple[torch.Tensor, torch.Tensor]:
     if "completion_mask" not in inputs:
         raise UserError("data_collator: its batches need input_ids, attention_mask and completion_mask, as TRL's have.")
     return inputs["input_ids"], inputs["completion_mask"]
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

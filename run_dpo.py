@@ -25,9 +25,10 @@ from mdpo.pairs import checked_precision, model_init_kwargs, prepare_pairs
 from mdpo.precision import refuse_two_precisions
 from mdpo.preemption import held, marks
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
+from mdpo.ranks import agreed
 from mdpo.recipe import load_recipe
 from mdpo.report import REPORT, RESOLVED, show_result, write_report
-from mdpo.run_folder import agreed, prepare_output_dir, refuse_another_run
+from mdpo.run_folder import prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.sharding import overlap_reduction
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say

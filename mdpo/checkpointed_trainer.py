@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -16,17 +15,18 @@ from mdpo.checkpoints import (
     MANIFEST,
     PREFIX,
     SAVING,
-    check_saved,
-    expected_weights,
     faults,
-    files_of,
     move_files,
     newest_whole,
     publish,
     remove_older,
-    sealed,
+    sealed_by_all,
     writing,
+    wrong_sizes,
 )
+from mdpo.copies import copied
+from mdpo.ranks import agreed, wait_for_all
+from mdpo.saved_weights import check_saved, load_weights
 from mdpo.types import UserError
 
 
@@ -55,14 +55,15 @@ class CheckpointedTrainer(Trainer):
             try:
                 self._write(staged, final, whole or not self.args.save_only_model)
             except Exception:
-                shutil.rmtree(staged, ignore_errors=True)
+                if self.args.should_save:  # another rank would take away what this one is reading
+                    shutil.rmtree(staged, ignore_errors=True)
                 raise
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
             remove_older(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         self._saved_step = self.state.global_step
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def _write(self, staged: Path, final: Path, resumable: bool) -> None:
         self.store_flos()
@@ -71,8 +72,9 @@ class CheckpointedTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         self.save_model(str(staged), _internal_call=True)
+        wait_for_all()  # rank 0 writes for minutes, and collectives follow
         if resumable:
             self._save_optimizer_and_scheduler(str(staged))
             self._save_scaler(str(staged))
@@ -80,17 +82,12 @@ class CheckpointedTrainer(Trainer):
             torch.save({**self._progress(), "owed": self._owed}, staged / self._progress_file)
         if self.args.should_save:
             self._save_state(staged)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and resumable:
-            self._refuse_scattered(staged)
-        rank, ranks, names = self.args.process_index, self.args.world_size, [files_of(staged)]
-        broadcast_object_list(names)  # one list for all: a shared disk may show each rank another one for a while
-        mine = sealed(staged, names[0][rank::ranks])  # each rank a share: reading takes as long as writing
-        files = {name: facts for part in gather_object([mine]) for name, facts in part.items()}
-        if self.args.should_save:
-            step = self.state.global_step
-            publish(staged, final, {"step": step, "resumable": resumable, "run": self.run_facts, "files": files})
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
+        if resumable:
+            agreed(lambda: self._refuse_scattered(staged))
+        files = sealed_by_all(staged)  # each rank a share: reading takes as long as writing
+        facts = {"step": self.state.global_step, "resumable": resumable, "run": self.run_facts, "files": files}
+        agreed(lambda: publish(staged, final, facts))
 
     def _save_state(self, folder: Path) -> None:
         kept: dict[str, list] = {}
@@ -128,13 +125,22 @@ class CheckpointedTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         final = folder == Path(self.args.output_dir)
         written = folder / SAVING / "final" if final else folder
-        super().save_model(str(written), _internal_call=True)
+        if self._weights_are_whole():
+            if self.args.should_save:  # accelerate would copy all weights on every rank, and a tied one twice
+                self._save(str(written), state_dict=copied(self.model))
+        else:
+            super().save_model(str(written), _internal_call=True)
         if self.args.should_save:
-            check_saved(written, expected_weights(self.accelerator.unwrap_model(self.model)))
+            check_saved(written, self.accelerator.unwrap_model(self.model))
             if final:
                 move_files(written, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _weights_are_whole(self) -> bool:
+        """Under ZeRO-1 and 2, where rank 0 has all weights and DeepSpeed's buffers hold them."""
+        plugin = self.args.deepspeed_plugin
+        return self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage < 3
 
     # ------------------------------------------------------------------------------------------------ going on
 
@@ -145,7 +151,7 @@ class CheckpointedTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise UserError(f"{self.args.output_dir} holds no whole checkpoint. {' '.join(passed_over)}")
         path = self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
-        if path and Path(path, MANIFEST).exists() and (wrong := faults(Path(path), contents=False)):
+        if path and Path(path, MANIFEST).exists() and (wrong := wrong_sizes(Path(path))):
             raise UserError(f"{path} is not whole: {'; '.join(wrong)}.")
         return super().train(path, *args, **kwargs)
 
@@ -219,10 +225,20 @@ class CheckpointedTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._sharded or not load_weights(resume_from_checkpoint, self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self):
-        if wrong := faults(Path(self.state.best_model_checkpoint)):
-            raise UserError(f"load_best_model_at_end: {self.state.best_model_checkpoint}: {'; '.join(wrong)}.")
-        super()._load_best_model()
+        folder = Path(self.state.best_model_checkpoint)
+        if wrong := faults(folder):
+            raise UserError(f"load_best_model_at_end: {folder}: {'; '.join(wrong)}.")
+        if self._sharded or not load_weights(folder, self.model):
+            super()._load_best_model()
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
 
 class _GoOn(TrainerCallback):

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from mdpo.ranks import agreed, gathered, rank, share
 from mdpo.types import UserError
 
 MANIFEST, SAVING = "manifest.json", "_saving"  # what begins with _ is not pushed to the hub
@@ -40,6 +41,14 @@ def files_of(folder: Path) -> list[str]:
     """Every file below `folder` but the manifest, as a relative path, in order."""
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in paths if name != MANIFEST)
+
+
+def sealed_by_all(folder: Path) -> dict[str, list]:
+    """`sealed` for all files in `folder`, each rank a share. All ranks call it together."""
+    # One list for all: a shared disk may show each rank another one for a while.
+    sizes = agreed(lambda: {name: (folder / name).stat().st_size for name in files_of(folder)})
+    mine = sealed(folder, share(sizes))
+    return {name: facts for part in gathered(mine) for name, facts in part.items()}
 
 
 def sealed(folder: Path, names: list[str]) -> dict[str, list]:
@@ -104,22 +113,45 @@ def manifest(folder: Path) -> dict:
     return facts
 
 
-def faults(folder: Path, contents: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, by file; empty where it is whole. Without `contents` by size only."""
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, by file; empty where it is whole. All ranks call it together: rank 0 looks at
+    the sizes, and where these are right each rank reads a share of the contents."""
+    found = agreed(lambda: wrong_sizes(folder))
+    if found:
+        return found
+    files = agreed(lambda: manifest(folder)["files"])
+    mine = share({name: size for name, (size, _) in files.items()})
+    parts = gathered(_wrong_contents(folder, {name: files[name] for name in mine}))
+    return [line for part in parts for line in part]
+
+
+def wrong_sizes(folder: Path) -> list[str]:
+    """`faults` as far as they are seen without reading any file but the manifest, by this process alone."""
     try:
         files = manifest(folder)["files"]
     except ValueError as error:
         return [str(error)]
-    found, total = [], sum(size for size, _ in files.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"checking {folder.name}", delay=3) as bar:
-        for name, (size, wanted) in files.items():
-            path = folder / name
-            if not path.is_file():
-                found.append(f"{name} is missing")
-            elif (now := path.stat().st_size) != size:
-                found.append(f"{name} has {now} bytes of {size}")
-            elif contents and digest(path, bar) != wanted:
-                found.append(f"{name} has other contents than were written")
+    found = []
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (now := path.stat().st_size) != size:
+            found.append(f"{name} has {now} bytes of {size}")
+    return found
+
+
+def _wrong_contents(folder: Path, files: dict[str, list]) -> list[str]:
+    found, total, first = [], sum(size for size, _ in files.values()), rank() == 0
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"checking {folder.name}", delay=3, disable=not first
+    ) as bar:
+        for name, (_, wanted) in files.items():
+            try:
+                if digest(folder / name, bar) != wanted:
+                    found.append(f"{name} has other contents than were written")
+            except OSError as error:
+                found.append(f"{name} cannot be read by rank {rank()} ({error.strerror})")
     return found
 
 
@@ -135,22 +167,28 @@ def step_of(folder: Path) -> int | None:
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """(the newest whole checkpoint that a run can go on from, or None; a line for each one passed over)."""
+    """(the newest whole checkpoint that a run can go on from, or None; a line for each one passed over). All ranks call
+    it together."""
     lines = []
-    for folder in by_step(output_dir):
-        wrong = faults(folder)
-        if not wrong and not manifest(folder)["resumable"]:
-            wrong = ["save_only_model left the optimizer's state out"]
-        if not wrong:
+    for folder in agreed(lambda: by_step(output_dir)):
+        if not (wrong := hindrances(folder)):
             return folder, lines
         lines.append(f"{folder}: {'; '.join(wrong[:3])}{f'; {len(wrong) - 3} more' if len(wrong) > 3 else ''}.")
     return None, lines
 
 
+def hindrances(folder: Path) -> list[str]:
+    """Why a run cannot go on from a checkpoint; empty where it can. All ranks call it together."""
+    if wrong := faults(folder):
+        return wrong
+    resumable = agreed(lambda: manifest(folder)["resumable"])
+    return [] if resumable else ["save_only_model left the optimizer's state out"]
+
+
 def remove_older(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Keeps the newest `limit` checkpoints and the one called `keep`. What is not whole does not count towards the
     limit and is left for its owner to look at; the newest whole one always stays."""
-    whole = [folder for folder in by_step(output_dir) if not faults(folder, contents=False)]
+    whole = [folder for folder in by_step(output_dir) if not wrong_sizes(folder)]
     for folder in whole[max(limit, 1) :] if limit else ():
         if keep is None or folder.name != Path(keep).name:
             discard(folder)
@@ -187,39 +225,3 @@ def is_write_failure(error: BaseException) -> bool:
     if isinstance(error, OSError | SafetensorError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)
-
-
-def check_saved(folder: str | Path, expected: dict[str, int]) -> None:
-    """Reads the headers of the safetensors files in `folder`: every parameter of `expected` (name -> elements) has to
-    be there, whole. A sharded model written rank by rank leaves empty tensors behind that only fail at loading.
-    Raises UserError naming the first few."""
-    folder, found = Path(folder), {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                shape = tensors.get_slice(name).get_shape()
-                found[name] = 1
-                for n in shape:
-                    found[name] *= n
-    wrong = [name for name, n in expected.items() if found.get(name) != n]
-    if wrong:
-        raise UserError(
-            f"{folder}: {len(wrong)} of {len(expected)} weights were not written whole, such as {wrong[0]}. "
-            "Under ZeRO-3 the accelerate file needs zero3_save_16bit_model: true."
-        )
-
-
-def expected_weights(model) -> dict[str, int]:
-    """Name and number of elements of every weight that a checkpoint of `model` has to hold; tied weights once. Sizes
-    under ZeRO-3 are the whole parameter's."""
-
-    def size(p):
-        return p.ds_numel if hasattr(p, "ds_numel") else p.numel()
-
-    if hasattr(model, "peft_config"):
-        # Names in an adapter file leave the adapter's name out, and of DoRA's magnitudes the last part too.
-        named = {n: p for n, p in model.named_parameters() if ".default" in n and "modules_to_save" not in n}
-        dora = ".lora_magnitude_vector.default.weight"
-        short = {n: n.removesuffix(".weight") if n.endswith(dora) else n for n in named}
-        return {short[n].replace(".default", ""): size(p) for n, p in named.items()}
-    return {name: size(p) for name, p in model.named_parameters()}

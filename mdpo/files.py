@@ -48,6 +48,8 @@ def read_files(paths: list[str]) -> tuple[Dataset, list[str]]:
     for path, kind in kinds.items():
         try:
             sets.append(number_rows(load_dataset(kind, data_files=path, split="train"), path))
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UserError(f"dataset file {path}: {first_line(error)}") from error
     rows = concatenate_datasets(sets)

@@ -16,6 +16,7 @@ import mdpo.attention
 import mdpo.logprobs
 from mdpo.allocations import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 from mdpo.attention import Segments
+from mdpo.dropout import disable_dropout
 from mdpo.fused import MIN_WIDTH, is_gated, is_norm
 from mdpo.layout import packing_refused
 from mdpo.precision import cast_weights
@@ -139,9 +140,8 @@ def _prepared(model, args, peft, engine_dtype, zero3: bool):
         model = get_peft_model(model, peft, autocast_adapter_dtype=not zero3)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and args.disable_dropout:
-            module.p = 0.0
+    if args.disable_dropout:
+        disable_dropout(model)
     cast_weights(model, engine_dtype)
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})

@@ -3,12 +3,12 @@
 import math
 
 import torch
-from accelerate.utils import gather_object
 
 from mdpo import preemption
 from mdpo.checkpointed_trainer import CheckpointedTrainer
 from mdpo.checkpoints import PREFIX
 from mdpo.preemption import Preempted
+from mdpo.ranks import gathered
 from mdpo.startup import say
 from mdpo.turns import joined
 from mdpo.types import UserError
@@ -128,7 +128,7 @@ class GuardedTrainer(CheckpointedTrainer):
         at_fault = [
             row for row, finite in zip(mine, table[:, 1:6].isfinite().all(1).tolist(), strict=True) if not finite
         ]
-        parts = gather_object([(mine, at_fault)])
+        parts = gathered((mine, at_fault))
         rows, at_fault = ([row for part in parts for row in part[i]] for i in (0, 1))
         if self.args.fp16 and not at_fault:
             return False

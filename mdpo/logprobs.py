@@ -191,7 +191,8 @@ def enable_scoring(model, fused: bool = False) -> None:
             return own_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes labels=None
         kwargs["use_cache"] = False
-        outputs = model.base_model(*args, **kwargs)
+        body = model.model if model.base_model is model else model.base_model  # Llama-4's class misnames it
+        outputs = body(*args, **kwargs)
         hidden = outputs.last_hidden_state[:, -score_length:]
         hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
         head = _plain_head(model)
@@ -201,7 +202,7 @@ def enable_scoring(model, fused: bool = False) -> None:
             counts = kwargs.get("attention_mask") if segments is None else segments.counts.to(hidden.device)
             experts = getattr(config, "num_experts", None) or config.num_local_experts
             router = (outputs.router_logits, experts, config.num_experts_per_tok, counts)
-            scores.aux_loss = load_balancing_loss_func(*router)
+            scores.aux_loss = load_balancing_loss_func(*router) if outputs.router_logits else hidden.new_zeros(())
         return scores
 
     model.forward = forward

@@ -1,9 +1,11 @@
 """What is logged, under TRL's names, and how it is averaged: over pairs or over tokens, and over all ranks."""
 
 import torch
+from torch.nn.functional import pad
 
 from mdpo.logprobs import TokenScores
 from mdpo.objective import PairTerms
+from mdpo.ranks import gathered_tensor
 from mdpo.sums import counted, token_places
 from mdpo.turns import joined, turn_figures
 
@@ -98,6 +100,21 @@ def _by_turn(table: torch.Tensor) -> dict[str, float]:
     return turn_figures(table[:, len(COLUMNS) :], rewards[:, 0] - rewards[:, 1])
 
 
+def of_all_ranks(tables: list[torch.Tensor], count: int, device) -> tuple[list[list[torch.Tensor]], int]:
+    """(`tables[rank][i]`, each as its rank has it but for zeros at the right of narrower ones, float64 on the CPU; the
+    sum of `count` over ranks). All ranks call it together, with equally many tables; two collectives on `device`, of
+    sizes and of numbers."""
+    flat = [pad(table.to(device), (1, 0), value=i) for i, table in enumerate(tables)]  # its place in front of a row
+    mine = joined(flat) if flat else torch.zeros(0, 1, dtype=torch.float64, device=device)
+    sizes = gathered_tensor(torch.tensor([*mine.shape, count], device=device)).tolist()
+    rows, width = (max(size[i] for size in sizes) for i in (0, 1))
+    padded = pad(mine, (0, width - mine.size(1), 0, rows - mine.size(0)))
+    found = gathered_tensor(padded).cpu() if rows else padded.cpu()[None].expand(len(sizes), 0, width)
+    parts = [part[: size[0]] for part, size in zip(found, sizes, strict=True)]
+    split = [[part[part[:, 0] == i, 1:] for i in range(len(tables))] for part in parts]
+    return split, sum(size[2] for size in sizes)
+
+
 def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
     """The tables of all ranks as one, each pair once: the last batches are filled up with pairs from the start, so
     that every rank has the same number. Rows numbered −1 (a foreign collator's) cannot be told apart and all stay."""
@@ -110,7 +127,7 @@ def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
 def mean_over_steps(tables: list[list[torch.Tensor]]) -> dict[str, float]:
     """Training metrics as TRL logs them: each step's own averages over all ranks, averaged over the steps since the
     last log; figures by turn over all pairs of these steps. `tables[rank][step]` holds that step's pairs."""
-    tables = [joined([t.cpu() for t in step]) for step in zip(*tables, strict=True)]
+    tables = [joined(list(step)) for step in zip(*tables, strict=True)]
     if not tables:
         return {}
     steps = [averages(table) for table in tables]

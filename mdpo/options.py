@@ -40,6 +40,10 @@ INSTEAD = {
     "ignore_data_skip": "a run goes on with the pairs that it has not seen",
     "restore_callback_states_from_checkpoint": "what the trainer needs is restored without it",
     "enable_jit_checkpoint": "a signal ends in a checkpoint without it",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "it would round the policy, and not its reference, and the final model with it",
+    ),
     "save_on_each_node": "output_dir has to be on a file system that all nodes share",
 }
 

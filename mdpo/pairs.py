@@ -9,6 +9,7 @@ from mdpo.data import COLUMNS
 from mdpo.data_report import DataReport, describe
 from mdpo.options import refuse_missing_margins
 from mdpo.precision import Precision, without_master
+from mdpo.ranks import first_of_node
 from mdpo.render import RenderSettings
 from mdpo.sets import Part, hold_out, load_sets, mix
 from mdpo.startup import is_main_process, say
@@ -24,7 +25,7 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     to ask the report. Raises UserError."""
     args, data = recipe.training, recipe.data
     report = DataReport({}, args.max_length)
-    with args.main_process_first(desc="preparing pairs"):
+    with first_of_node():
         parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
         train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
         evals = [p for p in parts if "train" not in p.split]

@@ -57,6 +57,8 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
             _refuse_no_master(args, skeleton.policy)
         nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
         return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
+    except UserError:
+        raise
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}") from error
 

@@ -12,6 +12,7 @@ from trl import get_quantization_config
 from mdpo.pairs import model_init_kwargs
 from mdpo.recipe import Recipe
 from mdpo.reference import load_model
+from mdpo.saved_weights import load_adapters
 from mdpo.startup import say
 from mdpo.tokenizer import refuse_missing_folder
 from mdpo.types import UserError
@@ -60,7 +61,10 @@ def scoring_arguments(checkpoint: str, recipe: Recipe) -> dict[str, Any]:
 def load_adapter_weights(model: PeftModel, checkpoint: str) -> None:
     """Puts the checkpoint's weights into the adapter that the trainer made. Raises UserError where one is missing."""
     missing = model.load_adapter(checkpoint, model.active_adapter).missing_keys
-    if lost := [name for name in missing if f".{model.active_adapter}" in name]:
+    lost = [name for name in missing if f".{model.active_adapter}" in name]
+    if Path(checkpoint).is_dir():  # PEFT's loader misses some that are there (Laguna)
+        load_adapters(checkpoint, model)
+    elif lost:
         raise UserError(f"CHECKPOINT: {checkpoint} lacks {len(lost)} of the adapter's weights, such as {lost[0]}.")
     model.eval()
 
@@ -72,7 +76,10 @@ def load_policy(checkpoint: str, recipe: Recipe) -> PreTrainedModel:
         model = load_model(checkpoint, **{key: value for key, value in kwargs.items() if key not in OF_THE_BASE})
     else:
         base = load_model(recipe.model.model_name_or_path, **kwargs)
-        model = PeftModel.from_pretrained(base, checkpoint).get_base_model()
+        model = PeftModel.from_pretrained(base, checkpoint)
+        if Path(checkpoint).is_dir():
+            load_adapters(checkpoint, model)
+        model = model.get_base_model()
     placed = "quantization_config" in kwargs or getattr(model, "hf_device_map", None)
     return (model if placed else model.to(recipe.training.device)).eval()
 

@@ -59,7 +59,7 @@ def precision_note(values: dict[str, Any], cpu_only: bool) -> tuple[dict[str, An
     """
     if not cpu_only or cpu_has_bf16():
         return dict(values), None
-    halves = [key for key in ("fp16", "bf16_full_eval", "fp16_full_eval") if values.get(key)]
+    halves = ["fp16"] if values.get("fp16") else []
     halves += ["bf16"] if values.get("bf16") is not False else []  # DPOConfig's default is true
     halves += ["dtype"] if values.get("dtype") in ("auto", "bfloat16", "float16") else []
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"

@@ -96,7 +96,7 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             with warnings.catch_warnings():  # a default of TRL's own triggers it, and the handbook's name works
                 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
                 parts[name] = part(**{key: value for key, value in values.items() if key in names})
-        except (UserError, ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise UserError(_placed(str(error).strip().split("\n\n")[0], origins)) from error
     return parts
 

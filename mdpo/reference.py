@@ -12,7 +12,7 @@ from mdpo.attention import own_attention
 from mdpo.fused import fuse
 from mdpo.identity import OWN_ADAPTER
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
-from mdpo.precision import cast_weights
+from mdpo.precision import HALF, cast_weights
 from mdpo.types import UserError
 
 MOVED = "reference"  # folder inside a checkpoint
@@ -146,6 +146,19 @@ def keep_own_adapter(model) -> None:
 
 
 # --------------------------------------------------------------------------------------------- a reference that moves
+
+
+def lost_in_sync(reference, alpha: float) -> list[str]:
+    """A line where mixing rounds away what it should add up: at α = 1 the reference becomes the policy, whatever the
+    dtype, else a weight moves by whole steps of its precision or not at all."""
+    dtype = next(reference.parameters()).dtype
+    if alpha == 1 or dtype not in HALF:
+        return []
+    return [
+        f"warning: sync_ref_model mixes weights in {str(dtype).removeprefix('torch.')}, whose rounding makes small "
+        f"differences times ref_model_mixup_alpha {alpha} nothing or a whole step. With ref_model_mixup_alpha: 1.0 the "
+        "reference becomes the policy exactly."
+    ]
 
 
 class MoveReference(TrainerCallback):

@@ -4,43 +4,35 @@ import fcntl
 import os
 import platform
 import shutil
+import time
+import uuid
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
-from mdpo.checkpoints import PREFIX, SAVING, by_step, faults, manifest, newest_whole, step_of
+from mdpo.checkpoints import PREFIX, SAVING, by_step, hindrances, manifest, newest_whole, step_of
 from mdpo.preemption import MARKER
+from mdpo.ranks import agreed, gathered
 from mdpo.run_identity import differences
-from mdpo.startup import is_main_process, say
+from mdpo.startup import say
 from mdpo.types import UserError
 
 LEFT_BY_A_RUN = (f"{PREFIX}*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
 LOCK = "_lock"  # names a machine: what begins with _ is not pushed to the hub
+SHARED_S = 20.0  # a network file system shows a new file elsewhere after some seconds
 _locks = []  # held until the process ends, however it ends
-
-
-def agreed(work):
-    """What `work()` returns on the main process, on all of them; a UserError of it is raised on all."""
-    outcome = [None, None]
-    if is_main_process():
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
 
 
 def prepare_output_dir(args, facts: dict) -> str | None:
     """The checkpoint to go on from, or None for a new run; the folder is then locked, and free of another run's files.
     `facts` are recipe_facts. All ranks call it together. Raises UserError."""
     folder = Path(args.output_dir)
-    return agreed(lambda: _prepare(folder, args, facts))
+    agreed(lambda: _claim(folder))
+    refuse_unshared(folder)
+    checkpoint = _checkpoint(folder, args.resume_from_checkpoint, args.overwrite_output_dir)
+    return agreed(lambda: _cleared(folder, checkpoint, args.overwrite_output_dir, facts))
 
 
-def _prepare(folder: Path, args, facts: dict) -> str | None:
+def _claim(folder: Path) -> None:
+    """The folder is there, locked, and without a checkpoint in the making."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,14 +43,52 @@ def _prepare(folder: Path, args, facts: dict) -> str | None:
         shutil.rmtree(folder / SAVING, ignore_errors=True)
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}.") from error
-    checkpoint = _checkpoint(folder, args.resume_from_checkpoint, args.overwrite_output_dir)
+
+
+def refuse_unshared(folder: Path) -> None:
+    """Raises UserError on all ranks where one of them does not see what rank 0 writes into `folder`."""
+    token = agreed(lambda: _token(folder))
+    end = time.monotonic() + SHARED_S
+    while not (seen := _listed(folder / token)) and time.monotonic() < end:
+        time.sleep(0.25)
+    found = gathered((seen, platform.node()))
+    agreed(lambda: (folder / token).unlink(missing_ok=True))
+    blind = [f"{rank} ({node})" for rank, (seen, node) in enumerate(found) if not seen]
+    if blind:
+        raise UserError(
+            f"output_dir: {folder} of rank 0 ({found[0][1]}) is not the folder that rank {', '.join(blind[:8])} sees"
+            f"{f', and {len(blind) - 8} more' if len(blind) > 8 else ''}. On several nodes output_dir has to be on a "
+            "file system that all of them share."
+        )
+
+
+def _token(folder: Path) -> str:
+    name = f"_shared-{uuid.uuid4().hex}"
+    try:
+        (folder / name).touch()
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}.") from error
+    return name
+
+
+def _listed(path: Path) -> bool:
+    """Whether a file is there; to list its folders makes a network file system look again."""
+    try:
+        os.listdir(path.parent.parent)
+        return path.name in os.listdir(path.parent)
+    except OSError:
+        return False
+
+
+def _cleared(folder: Path, checkpoint: Path | None, overwrite: bool, facts: dict) -> str | None:
+    """As prepare_output_dir returns it; another run's files are gone, or refused."""
     if checkpoint is not None:
         refuse_another_run(checkpoint, facts)
         say(f"going on from {checkpoint}")
         if checkpoint.parent.resolve() == folder.resolve():
             return str(checkpoint)
     left = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
-    if left and not args.overwrite_output_dir:
+    if left and not overwrite:
         raise UserError(
             f"output_dir: {folder} already holds a run ({left[0].name}). Write over it "
             "(--overwrite_output_dir), or choose another output_dir."
@@ -91,6 +121,7 @@ def _lock(folder: Path) -> None:
 
 
 def _checkpoint(folder: Path, asked: str | bool | None, overwrite: bool) -> Path | None:
+    """All ranks call it together: they share the reading."""
     if asked is False:
         return None
     if isinstance(asked, str):
@@ -113,15 +144,12 @@ def _checkpoint(folder: Path, asked: str | bool | None, overwrite: bool) -> Path
 
 
 def _named(checkpoint: Path, folder: Path) -> Path:
-    if not checkpoint.is_dir():
+    if not agreed(checkpoint.is_dir):
         raise UserError(f"resume_from_checkpoint: {checkpoint} is not a folder.")
-    wrong = faults(checkpoint)
-    if not wrong and not manifest(checkpoint)["resumable"]:
-        wrong = ["save_only_model left the optimizer's state out"]
-    if wrong:
+    if wrong := hindrances(checkpoint):
         raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be gone on from: {'; '.join(wrong[:8])}.")
     step = step_of(checkpoint)
-    newer = [path.name for path in by_step(folder) if step is not None and step_of(path) > step]
+    newer = [path.name for path in agreed(lambda: by_step(folder)) if step is not None and step_of(path) > step]
     if newer and checkpoint.parent.resolve() == folder.resolve():
         raise UserError(
             f"resume_from_checkpoint: {folder} holds newer checkpoints than {checkpoint.name} ({', '.join(newer)}). "

@@ -25,8 +25,7 @@ FREE = """output_dir overwrite_output_dir resume_from_checkpoint run_name projec
     dataloader_prefetch_factor dataset_num_proc reference_cache_dir precompute_ref_batch_size
     eval_dataset_mixer max_eval_samples max_nonfinite_steps ddp_timeout debug torch_empty_cache_steps
     use_cpu local_rank trust_remote_code skip_memory_metrics include_for_metrics
-    include_num_input_tokens_seen batch_eval_metrics on_bad_rows max_bad_fraction deepspeed
-    bf16_full_eval fp16_full_eval""".split()
+    include_num_input_tokens_seen batch_eval_metrics on_bad_rows max_bad_fraction deepspeed""".split()
 # Where data or weights stand and how they are named: what they hold is compared instead.
 NAMES = """dataset_mixer dataset_splits dataset_configs test_split_size max_training_samples sanity_check
     model_name_or_path model_revision ref_model_name_or_path tokenizer_name_or_path chat_template
@@ -79,7 +78,7 @@ def _weights(name: str, revision: str | None, cache: Path) -> str:
 def pairs_digest(train: Dataset) -> str:
     """Of tokenised pairs in their order: ids, masks and turn weights, of which a row's own digest is, and margins."""
     found = xxhash.xxh3_128()
-    for batch in train.iter(batch_size=1000):
+    for batch in train.select_columns(["digest", "margin"]).iter(batch_size=1000):
         found.update("".join(batch["digest"]).encode())
         found.update(json.dumps(batch["margin"]).encode())
     return found.hexdigest()

@@ -93,6 +93,8 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
         there = list(found) if saved else get_dataset_split_names(name, config)
         wanted = [split for split in there if splits is None or split in splits]
         found = {split: found[split] if saved else load_dataset(name, config, split=split) for split in wanted}
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         raise UserError(
             f"dataset {name!r} cannot be had: {first_line(e)}. Where the hub cannot be reached, put the data into a "

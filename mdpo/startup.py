@@ -1,21 +1,18 @@
 """Around a run: what is put right before DeepSpeed starts, and the one place where errors end."""
 
-import atexit
 import logging
 import os
 import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mdpo import preemption
+from mdpo import failures, preemption
 from mdpo.preemption import Preempted
+from mdpo.ranks import RankFailed
 from mdpo.types import UserError
 
-MAIN_SPEAKS_FIRST_S = 15  # the launcher kills the other processes when the first one ends, message or not
 FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's lock: only older ones are stale
 
 
@@ -106,48 +103,38 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     argv = [a for a in argv if a != "--debug"]
     if not is_main_process():
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
-    code = 1
     try:
-        with preemption.listening():
+        with preemption.listening(), failures.followed():
             main(argv)
-        code = 0
     except Preempted as signal_name:
+        if other := failures.other_failure():  # the launcher ends the rest when one rank has failed: no preemption
+            failures.leave_with(RankFailed(f"rank {other['rank']} failed"), debug)
         preemption.mark()
         print(f"\nleft because of {signal_name}", file=sys.stderr, flush=True)
-        _exit_without_teardown(preemption.EXIT_CODE)  # other ranks may be anywhere: nothing is waited for
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        if not is_main_process():
-            time.sleep(MAIN_SPEAKS_FIRST_S)  # an error of all processes is said once; of this one alone, it still is
-        where = "" if is_main_process() else f" [rank {os.environ['RANK']}]"
-        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
-    finally:
-        several = _leave_process_group()
-    if several:
-        _exit_without_teardown(code)
-    return code
+        failures.exit_without_teardown(preemption.EXIT_CODE)  # others may be anywhere: nothing is waited for
+    except Exception as error:
+        if failures.several() or _in_process_group():
+            failures.leave_with(error, debug)
+        if not isinstance(error, UserError):
+            raise
+        print(failures.text_of(error, debug), file=sys.stderr, flush=True)
+        return 1
+    if _in_process_group():
+        _destroy_process_group()
+        failures.exit_without_teardown(0)
+    return 0
 
 
-def _leave_process_group() -> bool:
-    """Whether there was one."""
+def _in_process_group() -> bool:
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
+    return dist.is_available() and dist.is_initialized()
+
+
+def _destroy_process_group() -> None:
+    import torch.distributed as dist
+
     try:
         dist.destroy_process_group()
     except Exception as error:  # the run is over; a peer may be gone already
         print(f"process group: {error}", file=sys.stderr)
-    return True
-
-
-def _exit_without_teardown(code: int) -> None:
-    """What the interpreter does at its end, in its order, without taking itself apart. DeepSpeed keeps the process
-    group alive after its destruction; a gloo thread that lets go of its last tensor during the teardown asks for the
-    GIL, and the process dies with SIGABRT: a finished run would be reported as failed (docs/log.md)."""
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

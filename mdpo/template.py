@@ -46,7 +46,9 @@ class Rendered:
 class ChatTemplate:
     """A tokenizer's chat template with what has to be known once: content form, argument form, end-of-turn tokens."""
 
-    def __init__(self, tokenizer, kwargs: dict[str, Any] | None = None):
+    def __init__(self, tokenizer, kwargs: dict[str, Any] | None = None, locates: bool = True):
+        """Without `locates` only `render` is used, as for TRL's rule, and nothing is asked of an assistant turn's end.
+        Raises UserError for a template that cannot be used."""
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. "
@@ -57,8 +59,8 @@ class ChatTemplate:
         self.special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
         self._special_re = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
         self.text_parts = self._needs_text_parts()
-        self.stops = {tokenizer.eos_token} - {None} | self._probe_stop()
-        self.header = self._probe_header()
+        self.stops = {tokenizer.eos_token} - {None} | (self._probe_stop() if locates else set())
+        self.header = self._probe_header() if locates else ""
 
     def find_special(self, text: str) -> list[str]:
         """The special tokens that stand in a text as text."""

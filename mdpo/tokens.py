@@ -115,7 +115,7 @@ class PlainText:
 def _template_for(tokenizer, settings: RenderSettings, rows):
     """Plain strings do with a tokenizer whose chat template is missing or of no use."""
     try:
-        return ChatTemplate(tokenizer, settings.template_kwargs)
+        return ChatTemplate(tokenizer, settings.template_kwargs, locates=settings.mask_turns)
     except UserError:
         rows = (whole_row(row) for row in islice(rows, 100))
         sides = (row.get(name) for row in rows for name in ("chosen", "rejected", "prompt", "conversations"))

@@ -8,8 +8,9 @@ import torch
 Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, tool_call_id
 
 
-class UserError(Exception):
-    """Something that the user can mend: shown as a short message, exit code 1, traceback only with --debug."""
+class UserError(ValueError):
+    """Something that the user can fix: shown as a short message, exit code 1, traceback only with --debug. TRL raises
+    ValueError for such things, and its users catch that."""
 
 
 class DropPair(Exception):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdpo.files import first_line
 from mdpo.report import RESOLVED
+from mdpo.saved_weights import load_adapters
 from mdpo.settings import read_yaml
 from mdpo.startup import run, say
 from mdpo.tokenizer import refuse_missing_folder
@@ -68,8 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
     """The base with its adapter in float32, the tokenizer, and the dtype to write in. Raises UserError."""
-    adapter = str(args.adapter)
-    config = PeftConfig.from_pretrained(adapter)
+    adapter, config = str(args.adapter), PeftConfig.from_pretrained(str(args.adapter))
     name, revision = args.base or config.base_model_name_or_path, None if args.base else config.revision
     if config.is_prompt_learning:
         raise UserError(f"{adapter}: {config.peft_type.value} works beside the weights and cannot be merged.")
@@ -79,11 +79,12 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
     saved = load_file(args.adapter / "adapter_model.safetensors")
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)
-        if hasattr(settings, "quantization_config"):
-            raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
-        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+        quantised, options = hasattr(settings, "quantization_config"), {"revision": revision, "dtype": torch.float32}
+        base = None if quantised else AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"base model {name!r} cannot be had: {first_line(error)}. Give its folder: --base.") from error
+    if quantised:
+        raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
     dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
     if bits := quantised_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
@@ -94,6 +95,7 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
         raise UserError(f"{adapter} does not fit {name}: {str(error).strip().splitlines()[-1].strip()}") from error
     if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
         raise UserError(f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}.")
+    load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
     beside = adapter if (args.adapter / "tokenizer_config.json").is_file() else name
     return model, AutoTokenizer.from_pretrained(beside), dtype
 
@@ -132,10 +134,8 @@ def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dt
     found = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
     off, moved = (found - adapted).abs(), (base - adapted).abs()
     distance = f"{off.max():.1e} at most (allowed: {TOLERANCE[dtype]:.0e}) and {off.mean():.1e} on average"
-    say(
-        f"log-probs of {len(found)} tokens, in nats: merged and adapter differ by {distance}, "
-        f"base and adapter by {moved.mean():.1e} on average"
-    )
+    say(f"log-probs of {len(found)} tokens, in nats: merged and adapter differ by {distance}, "
+        f"base and adapter by {moved.mean():.1e} on average")  # fmt: skip
     if moved.mean() <= NOISE:
         say("The adapter changes nothing: it has not been trained.")
     elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():

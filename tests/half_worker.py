@@ -16,6 +16,24 @@ from dpo_trainer import DPOTrainer
 from mdpo.startup import run
 
 CPU_Accelerator.is_fp16_supported = lambda self: True
+prepare = DPOTrainer._prepare_for_training
+
+
+def tell_dtypes(self, *args, **kwargs):
+    """Prints what a run's tensors really are, once DeepSpeed has them."""
+    prepared = prepare(self, *args, **kwargs)
+    if not self.is_deepspeed_enabled:
+        return prepared
+    optimizer = self.model_wrapped.optimizer
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_partitioned_groups_flat
+    reference = [p.dtype for p in self.ref_model.parameters()] if self.ref_model is not None else []
+    kinds = {p.dtype for p in self.model.parameters()}, set(reference), {master.dtype for master in masters}
+    if self.is_world_process_zero():
+        print("seen:", *("/".join(sorted(map(str, kind))) or "none" for kind in kinds))
+    return prepared
+
+
+DPOTrainer._prepare_for_training = tell_dtypes
 
 
 def main(argv: list[str]) -> None:

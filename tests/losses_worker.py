@@ -30,10 +30,13 @@ def main(argv: list[str]) -> None:
             models=lambda: [tiny_llama(tokenizer, seed=n, initializer_range=0.1) for n in (0, 1)],
             optim="sgd",
             learning_rate=1e-2,
+            per_device_eval_batch_size=3,
             train_sampling_strategy="sequential",  # in the order above: longest first sorts nearly as aot does
             **options,
         )
         trainer.train()
+        if stream:  # by 3 pairs a rank, so that the last batch is filled up
+            trainer.evaluate()
         if trainer.is_world_process_zero():
             weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
             save_file(weights, folder / f"{name}.safetensors")

@@ -469,7 +469,6 @@ def test_handbook_recipe_works(load):
         ({"bf16": True, "dtype": "bfloat16"}, {"bf16": False, "dtype": "float32"}, "(bf16, dtype)"),
         ({"bf16": False, "dtype": "auto"}, {"bf16": False, "dtype": "float32"}, "(dtype)"),
         ({"bf16": False, "fp16": True}, {"bf16": False, "fp16": False}, "(fp16)"),
-        ({"bf16": False, "bf16_full_eval": True}, {"bf16": False, "bf16_full_eval": False}, "(bf16_full_eval)"),
         ({"bf16": False, "dtype": "float32"}, {"bf16": False, "dtype": "float32"}, None),
     ],
 )

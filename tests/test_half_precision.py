@@ -5,6 +5,7 @@ bit, whatever the weights' precision."""
 import json
 import math
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
+from mdpo.options import check_options
 from mdpo.packing import PairCollator
 from mdpo.precision import Precision, cast_weights, cpu_has_bf16, refuse_two_precisions
+from mdpo.reference import lost_in_sync
 from mdpo.render import RenderSettings
 from mdpo.sums import sum_by_pair
 from mdpo.tokens import tokenize_dataset
@@ -71,10 +74,14 @@ def on_cpus(config: str, precision: str, folder) -> str:
 
 
 def launch_runs(config, precision, runs: dict[str, list[str]], shop, operators, out) -> tuple[dict[str, list], str]:
-    """(name -> logs of training, all that was printed) of several runs in the processes of one launch."""
+    """(name -> logs of training, all that was printed) of several runs in the processes of one launch, or without
+    `config` in one process."""
     given = {name: run if run[0].endswith(".yaml") else [str(shop / "recipe.yaml"), *run] for name, run in runs.items()}
     (out / "runs.json").write_text(json.dumps([[n, [*run, f"--output_dir={out / n}"]] for n, run in given.items()]))
-    command = [*LAUNCHER, "--config_file", on_cpus(config, precision, out), "--main_process_port", "0"]
+    launcher = (
+        [*LAUNCHER, "--config_file", on_cpus(config, precision, out), "--main_process_port", "0"] if config else []
+    )
+    command = launcher or [sys.executable]
     env = {"MDPO_CPU_BF16": "1", "HF_HOME": str(out / "hf"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "tests/half_worker.py", str(out / "runs.json")],
@@ -113,6 +120,10 @@ def test_nothing_learnt_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path): 
     # The negative control casts the reference's log-probs to bfloat16, as Trainer does.
     assert max(abs(step["loss"] - LN2) for step in wrong) > 1e-3
     dtypes = "policy bfloat16, reference bfloat16, gradients bfloat16, master weights float32 (DeepSpeed's)"
+    # In the step full runs have a reference of their own; precomputed, or of LoRA, there is none.
+    seen = [line for line in printed.splitlines() if line.startswith("seen:")]
+    references = ["torch.bfloat16" if name.startswith("false") and "lora" not in name else "none" for name in runs]
+    assert seen == [f"seen: torch.bfloat16 {reference} torch.float32" for reference in references]
     assert printed.count(f"dtypes: {dtypes}") == 13 and f"device: 2 × cpu, ZeRO-{stage}" in printed
 
 
@@ -125,6 +136,22 @@ def test_nothing_learnt_is_ln_2_in_float16(shop, extensions, tmp_path):  # noqa:
     for name, steps in logs.items():
         assert [step["loss"] for step in steps] == [LN2] * 3, name
     assert "dtypes: policy float16, reference float16" in printed
+
+
+@pytest.mark.slow
+def test_nothing_learnt_is_ln_2_in_one_process(shop, tmp_path):
+    """Without DeepSpeed: float32 weights, or an adapter's on bfloat16 or float32 ones, and products in bfloat16."""
+    kinds = {"full": ["--dtype=float32"], "lora": LORA, "lora32": ["--dtype=null", *LORA]}
+    runs = {
+        f"{kind}-{ahead}": [*flags, f"--precompute_ref_log_probs={ahead}", "--per_device_train_batch_size=2"]
+        for kind, flags in kinds.items()
+        for ahead in ("true", "false")
+    }
+    logs, printed = launch_runs(None, "bf16", runs, shop, tmp_path, tmp_path)
+    for name, steps in logs.items():
+        assert [step["loss"] for step in steps] == [LN2] * 3, name
+    assert printed.count("dtypes: policy float32, computing in bfloat16, reference float32, computing in bfloat16") == 4
+    assert printed.count("dtypes: policy bfloat16, adapter float32, reference bfloat16, gradients float32") == 2
 
 
 @pytest.mark.slow
@@ -265,6 +292,24 @@ def test_deepspeed_does_not_compute_in_float32_with_half_precision_weights(monke
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     with pytest.raises(UserError, match="dtype: bfloat16 under DeepSpeed needs bf16: true"):
         refuse_two_precisions({"dtype": "bfloat16"}, arguments("no", 2))
+
+
+@pytest.mark.parametrize("key", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_has_the_precision_of_training(key, tmp_path):
+    args = MDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **{key: True})
+    with pytest.raises(UserError, match=f"{key}: is not supported"):
+        check_options(args)
+
+
+def test_mixing_in_half_precision_is_told():
+    """Of a step of one unit of precision α = 0.3 makes nothing and α = 0.6 all of it."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    moved = model.weight.data.clone()
+    moved.lerp_(torch.nextafter(moved, torch.full_like(moved, 2)), 0.3)
+    assert torch.equal(moved, model.weight.data)
+    assert lost_in_sync(model, 0.3)[0].startswith("warning: sync_ref_model mixes weights in bfloat16")
+    assert not lost_in_sync(model, 1.0) and not lost_in_sync(model.float(), 0.3)
 
 
 def test_buffers_keep_their_dtype():

@@ -16,13 +16,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
-    {"allocations", "sharding"},
+    {"allocations", "sharding", "ranks", "copies"},
+    {"failures"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "attention", "fused", "files", "messages"},
     {"sandbox", "sandbox_child", "answers"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
-    {"precision", "launcher"},
+    {"precision", "launcher", "saved_weights"},
     {"render", "recipe", "logprobs", "options", "history", "machine", "progress"},
-    {"tokens", "sums", "layout"},
+    {"tokens", "sums", "layout", "dropout", "reference_columns"},
     {"turns"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},
     {"pairs", "card", "sampling", "checkpointed_trainer", "run_identity", "footprint", "rollouts"},

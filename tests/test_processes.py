@@ -61,3 +61,14 @@ def test_one_and_two_processes_agree(name, trained):
     logs = [json.loads((folder / f"{name}.json").read_text())[:2] for folder in trained]
     for a, b in zip(*logs, strict=True):
         assert {k: v for k, v in a.items() if "runtime" not in k} == pytest.approx(b, rel=1e-3, abs=1e-3)
+
+
+def test_a_stream_is_evaluated_in_two_processes_as_in_one(trained):
+    """Each of the 8 pairs once, whatever the last batch is filled up with."""
+    one, two = (
+        next(log for log in json.loads((folder / "stream.json").read_text()) if "eval_loss" in log)
+        for folder in trained
+    )
+    assert one["eval_pairs"] == two["eval_pairs"] == 8
+    same = lambda log: {k: v for k, v in log.items() if "second" not in k and "runtime" not in k}  # noqa: E731
+    assert same(two) == pytest.approx(same(one), rel=1e-4, abs=1e-4)

@@ -4,11 +4,12 @@ import gc
 import os
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_packing import tiny
 from test_trainer import own, tokenizer  # noqa: F401
@@ -18,15 +19,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import dpo_trainer
 from dpo_trainer import DPOTrainer
-from mdpo import reference_cache
+from mdpo import reference_cache, reference_columns
 from mdpo.identity import cached_length, named_digest, reference_identity, weights_digest
 from mdpo.recipe import load_recipe
 from mdpo.reference import as_reference, keep_own_adapter
-from mdpo.reference_cache import ReferenceCache, precompute, read_shard, row_keys, write_shard
+from mdpo.reference_cache import ReferenceCache, precompute, read_shard, write_shard
 from mdpo.settings import ROOT
 from mdpo.types import UserError
 
 KEYS = [bytes([i]) * 16 for i in range(4)]
+COMPUTED = reference_cache._computed
 COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 
 
@@ -34,10 +36,24 @@ def sides(*lengths):
     return tuple(np.arange(n, dtype=np.float32) - 0.5 for n in lengths)
 
 
+def rows_of(arrays):
+    """key -> log-probs of both sides, from a shard's arrays."""
+    parts = iter(np.split(arrays["logps"], arrays["counts"].reshape(-1).cumsum()[:-1]))
+    return {key.tobytes(): (next(parts), next(parts)) for key in arrays["keys"]}
+
+
+def loaded(cache):
+    """(rows of all shards, lines about damaged ones)."""
+    rows, damaged = {}, []
+    for arrays in cache.shards(damaged):
+        rows |= rows_of(arrays)
+    return rows, damaged
+
+
 def test_a_shard_gives_back_what_was_written(tmp_path):
     rows = {KEYS[0]: sides(3, 2), KEYS[1]: sides(0, 1), KEYS[2]: sides(5, 0)}
     write_shard(tmp_path / "a.safetensors", rows)
-    found = dict(read_shard(tmp_path / "a.safetensors"))
+    found = rows_of(read_shard(tmp_path / "a.safetensors"))
     assert list(found) == list(rows)
     for key, (chosen, rejected) in rows.items():
         assert np.array_equal(found[key][0], chosen) and np.array_equal(found[key][1], rejected)
@@ -66,11 +82,11 @@ def test_damaged_shards_are_named_and_removed(damage, tmp_path):
         cache.flush()
     first = sorted(tmp_path.glob("*.safetensors"))[0]
     DAMAGE[damage](first)
-    found, lines = cache.load(set(KEYS))
+    found, lines = loaded(cache)
     assert list(found) == [KEYS[1]]
     assert len(lines) == 1 and str(first) in lines[0] and "computed again" in lines[0]
     assert not first.exists()
-    assert cache.load(set(KEYS))[1] == []
+    assert loaded(cache)[1] == []
 
 
 def test_shards_are_written_as_time_passes(tmp_path, monkeypatch):
@@ -81,7 +97,7 @@ def test_shards_are_written_as_time_passes(tmp_path, monkeypatch):
         now[0] = seconds
         cache.add(KEYS[i], sides(1, 1))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1  # at 31 s, with three rows
-    assert set(cache.load(set(KEYS))[0]) == set(KEYS[:3])
+    assert set(loaded(cache)[0]) == set(KEYS[:3])
 
 
 # ------------------------------------------------------------------------------------------------ keys and identities
@@ -93,6 +109,9 @@ def tokenised(**changes):
 
 
 def test_keys_change_with_ids_masks_and_reference_alone():
+    def row_keys(dataset, identity):
+        return [key.tobytes() for key in reference_cache.row_keys(dataset, identity)]
+
     [key] = row_keys(tokenised(), "a")
     assert len(key) == 16 and row_keys(tokenised(), "a") == [key]
     assert row_keys(tokenised(margin=2.0, chosen_weights=[1.0, 0.5, 1.0], key="x"), "a") == [key]
@@ -212,7 +231,7 @@ def test_an_own_adapter_is_copied_whole(kind, adapter, tokenizer):  # noqa: F811
 def test_a_shard_that_the_disk_does_not_give_stays(tmp_path, monkeypatch):
     write_shard(tmp_path / "1.safetensors", {b"k" * 16: (np.zeros(1, np.float32), np.zeros(1, np.float32))})
     monkeypatch.setattr(reference_cache, "read_shard", lambda path: (_ for _ in ()).throw(OSError("stale handle")))
-    found, lines = ReferenceCache(tmp_path).load({b"k" * 16})
+    found, lines = loaded(ReferenceCache(tmp_path))
     assert found == {} and "cannot be read now (stale handle)" in lines[0]
     assert (tmp_path / "1.safetensors").exists()
 
@@ -434,18 +453,46 @@ def test_two_ranks_share_the_work_and_run_equally_often(tmp_path, monkeypatch):
             calls[rank] += 1
             return torch.cat([batch["ids"], batch["ids"] + 10]).float()
 
-        monkeypatch.setattr(reference_cache, "gather_object", lambda x: kept.append(x[0]) or x)
-        try:
+        monkeypatch.setattr(reference_cache, "_computed", lambda *args: kept.append(COMPUTED(*args)) or kept[-1])
+        with pytest.raises(KeyError, match="2 pairs without" if rank == 0 else "3 pairs without"):
             precompute(Dataset.from_list(rows), score, collator, 2, Ranks(rank), ReferenceCache(tmp_path), "train")
-        except KeyError:  # alone a rank knows its own half only
-            pass
         shutil.rmtree(tmp_path)
     assert calls == {0: 2, 1: 2}
-    halves = [part for part in kept if isinstance(part, dict)]
-    assert [len(half) for half in halves] == [3, 2]
-    merged = {**halves[0], **halves[1]}
-    keys = row_keys(Dataset.from_list(rows), "")
-    assert [(merged[k][0].tolist(), merged[k][1].tolist()) for k in keys] == [([i], [i + 10.0]) for i in range(5)]
+    assert [[len(rows) for rows, *_ in half] for half in kept] == [[2, 1], [2]]
+    rows, counts, logps = (np.concatenate([piece[k] for half in kept for piece in half]) for k in range(3))
+    assert counts.tolist() == [[1, 1]] * 5
+    assert dict(zip(rows.tolist(), logps.reshape(5, 2).tolist(), strict=True)) == {i: [i, i + 10.0] for i in range(5)}
+
+
+def test_columns_are_in_the_order_of_the_rows_whatever_the_order_of_coming(monkeypatch):
+    """Equal rows, empty sides, a shard with rows that nobody wants, pieces in blocks of one, and a set of which some
+    rows are selected."""
+    monkeypatch.setattr(reference_columns, "AT_ONCE", 1)
+    monkeypatch.setattr(reference_columns, "ROWS", 2)
+    keys = np.frombuffer(b"".join(KEYS[i] for i in (2, 0, 1, 2, 0)), np.uint8).reshape(-1, 16)
+    distinct = reference_columns.Distinct(keys)
+    assert distinct.of_row.tolist() == [0, 1, 2, 0, 1] and distinct.first.tolist() == [0, 1, 2]
+    values = {KEYS[0]: ([0.5], []), KEYS[1]: ([], [1.5, 1.25]), KEYS[2]: ([2.0, 2.5, 2.25], [2.75])}
+    columns = reference_columns.Columns.of(keys, 3, kept=False)
+    unwanted = np.array([[9] * 16], np.uint8)
+    shard = np.concatenate([unwanted, np.frombuffer(KEYS[1], np.uint8).reshape(1, 16)])
+    columns.take(distinct.places(shard), np.array([[1, 1], [0, 2]]), np.array([7, 7, 1.5, 1.25], np.float32))
+    assert columns.known.tolist() == [False, False, True]
+    with pytest.raises(KeyError, match="2 pairs without"):
+        columns.added_to(Dataset.from_dict({"row": range(5)}), distinct.of_row)
+    pieces = []
+    for i, key in ((1, KEYS[0]), (0, KEYS[2])):
+        chosen, rejected = values[key]
+        counts = np.array([[len(chosen), len(rejected)]])
+        pieces.append((np.array([i]), counts, np.array(chosen + rejected, np.float32)))
+    columns.take_from_all(pieces)
+    rows = Dataset.from_dict({"row": range(10)}).select([1, 3, 5, 7, 9])
+    found = columns.added_to(rows, distinct.of_row)
+    assert found["row"][:] == [1, 3, 5, 7, 9]
+    wanted = [values[key.tobytes()] for key in keys]
+    assert list(zip(*(found[name][:] for name in COLUMNS), strict=True)) == wanted
+    assert found.features[COLUMNS[0]] == List(Value("float32"))
+    assert Path(columns.path).exists() and found.cache_files[-1]["filename"] == str(columns.path)  # mapped
 
 
 def test_recipes_compute_the_reference_ahead():

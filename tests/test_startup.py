@@ -14,7 +14,8 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import LlamaConfig
 
 import run_dpo
-from mdpo.startup import MAIN_SPEAKS_FIRST_S, clear_stale_build_locks, run
+from mdpo import failures
+from mdpo.startup import clear_stale_build_locks, run
 from mdpo.tokenizer import check_model
 from mdpo.types import UserError
 
@@ -91,12 +92,17 @@ def test_user_errors_are_short_and_exit_1(capsys):
 
 
 def test_the_main_process_speaks_first(capsys, monkeypatch):
-    """The launcher kills the rest as soon as one process has ended: who is not rank 0 waits, then says it in full."""
-    waited = []
+    """Before ranks can ask each other who is not rank 0 waits, then says it in full: the launcher kills the rest as
+    soon as one process has ended."""
+    waited, left = [], []
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr("mdpo.startup.time.sleep", lambda s: waited.append((s, capsys.readouterr().err)))
-    assert run(fail, []) == 1
-    assert waited == [(MAIN_SPEAKS_FIRST_S, "")]
+    monkeypatch.setattr(failures.time, "sleep", lambda s: waited.append((s, capsys.readouterr().err)))
+    monkeypatch.setattr(failures, "exit_without_teardown", lambda *how: left.append(how) or sys.exit())
+    with pytest.raises(SystemExit):
+        run(fail, [])
+    assert waited == [(failures.WITHOUT_GROUP_S, "")]
+    assert left == [(1, failures.LEAVE_S)]
     assert capsys.readouterr().err == "\nerror [rank 3]: data.jsonl: line 3 is broken.\nMend it.\n"
 
 
@@ -203,9 +209,10 @@ def test_a_finished_run_of_several_processes_is_not_aborted_at_its_exit(tmp_path
 
 
 def test_a_crash_of_several_processes_keeps_its_traceback(tmp_path):
-    for code, _, err in gloo_pair(tmp_path, "crash"):
-        assert code != 0
-        assert "SystemError: a crash" in err
+    """It is the same one on both, and said once."""
+    first, second = gloo_pair(tmp_path, "crash")
+    assert (first[0], second[0]) == (1, 1)
+    assert "SystemError: a crash" in first[2] and second[2] == ""
 
 
 def test_a_configuration_is_looked_for_where_the_model_is(tmp_path):

@@ -1,0 +1,90 @@
+"""Everything random in a model's training mode, switched off: layers of dropout, and rates that its own code passes on.
+
+With dropout on, log ratios of a policy that equals its reference are noise: the first loss is not ln 2.
+"""
+
+import re
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mdpo.logprobs import score_tokens
+from mdpo.types import UserError
+
+RATE = re.compile(r"drop|jitter|noise")
+# PhiMoE's router has a threshold of this name, in evaluation too; others copy the rate under another name.
+NO_RATE = ("router_jitter_noise",)
+TOKENS = 64  # of a row, whose log-probs are computed again
+BEFORE = "_mdpo_dropout_before"  # of a model: (configuration, field, value) of all that was switched off
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every rate of dropout and of noise to 0: those of dropout modules, those that other modules keep as plain
+    numbers (OPT, BioGPT, XGLM) and those of configurations, which attention reads at each call."""
+    before = vars(model).setdefault(BEFORE, [])
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in _rates(module):
+            setattr(module, name, 0.0)
+    for config in _configurations(model):
+        for name in _rates(config):
+            before.append((config, name, getattr(config, name)))
+            setattr(config, name, 0.0)
+
+
+@contextmanager
+def configured_dropout(model: nn.Module):
+    """Within it configurations have the rates that they came with, to be written beside weights."""
+    before = vars(model).get(BEFORE, [])
+    for config, name, value in before:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in before:
+            setattr(config, name, 0.0)
+
+
+def refuse_noise(model: nn.Module, accelerator, batch: dict[str, torch.Tensor]) -> None:
+    """Raises UserError where the log-probs of a few tokens of a batch depend on the generator's state in training mode:
+    then something random is left that has no rate (PhiMoE draws its experts). All ranks call it together."""
+    ids = batch["input_ids"][:1, :TOKENS]
+    places = torch.arange(ids.size(1) - 1, device=ids.device)
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "score_index": places, "score_target": ids[0, 1:]}
+
+    def logps(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return score_tokens(model, row).logps
+
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), accelerator.autocast():
+        first, again, other = logps(0), logps(0), logps(1)
+    rounding, found = ((first - x).abs().max() for x in (again, other))  # atomics add in any order
+    if accelerator.reduce((found > 10 * rounding).float(), "sum") > 0:
+        name = type(accelerator.unwrap_model(model)).__name__
+        raise UserError(
+            f"disable_dropout: {name} draws at random in training mode by more than dropout, and no option switches it "
+            f"off: log-probs of the same tokens differ by {found.item():.1e}. It cannot be compared with a reference; "
+            "disable_dropout: false trains it all the same."
+        )
+
+
+def _rates(owner) -> list[str]:
+    """Names of the rates that an object holds as plain numbers above 0."""
+    numbers = {name: value for name, value in vars(owner).items() if isinstance(value, int | float)}
+    on = [name for name, value in numbers.items() if not isinstance(value, bool) and value > 0]
+    return [name for name in on if RATE.search(name) and name not in NO_RATE]
+
+
+def _configurations(model: nn.Module) -> list:
+    """Of the model and its parts, each once, with the configurations inside them."""
+    found: dict[int, object] = {}
+    left = [module.config for module in model.modules() if hasattr(module, "config")]
+    while left:
+        config = left.pop()
+        if id(config) not in found and hasattr(config, "to_dict"):
+            found[id(config)] = config
+            left += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return list(found.values())
