@@ -99,8 +99,8 @@ def overlap_reduction(plugin) -> str | None:
     the same, which accelerate passes over without a word."""
     if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
         raise UserError(
-            f"deepspeed_config.{OVERLAP}: accelerate reads no such key in an accelerate file; under ZeRO-2 and ZeRO-3 it "
-            "is true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file."
+            f"deepspeed_config.{OVERLAP}: accelerate reads no such key in its file; under ZeRO-2 and ZeRO-3 it is "
+            "true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file."
         )
     zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {}
     if zero.get("stage") != 2 or OVERLAP in zero:
