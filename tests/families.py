@@ -14,7 +14,7 @@ MOST = 4_000_000  # weights
 NAMES = {
     32: "hidden_size d_model n_embd dim_model embedding_size word_embed_proj_dim emb_dim hidden_size_per_layer_input "
     "attention_hidden_size lru_width input_embedding_size output_embedding_size embedding_dim mamba_d_ssm "
-    "router_hidden_size",
+    "router_hidden_size hidden_size_global",
     64: "intermediate_size ffn_dim d_ff n_inner decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff dff d_inner "
     "intermediate_size_mlp dense_intermediate_size feed_forward_size",
     2: "num_hidden_layers num_layers n_layer n_layers decoder_layers encoder_layers num_decoder_layers "
