@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 NOTED = """all_reduce all_gather all_gather_into_tensor all_gather_coalesced all_reduce_coalesced broadcast barrier
-    reduce reduce_scatter reduce_scatter_tensor gather scatter all_to_all all_to_all_single monitored_barrier all_gather_object
-    broadcast_object_list gather_object scatter_object_list new_group""".split()
+    reduce reduce_scatter reduce_scatter_tensor gather scatter all_to_all all_to_all_single monitored_barrier
+    all_gather_object broadcast_object_list gather_object scatter_object_list new_group""".split()
 notes: list = []
 
 

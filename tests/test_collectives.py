@@ -1,9 +1,9 @@
 """Both ranks make the same collectives in the same order, with rows of very different lengths: what one rank alone
 does, the other waits for until NCCL's limit.
 
-What Python calls is noted on each rank with shapes and dtypes, and at the ends of steps, evaluations and checkpoints how
-many collectives the process group has seen, DDP's in C++ too. Under ZeRO torch compares each of them before it is made
-as well (DETAIL, under which DDP of torch 2.13 dies on a CPU).
+What Python calls is noted on each rank with shapes and dtypes, and around steps, evaluations and checkpoints how many
+collectives the process group has seen, DDP's in C++ too. Under ZeRO torch compares each of them before it is made as
+well (DETAIL, under which DDP of torch 2.13 dies on a CPU).
 """
 
 import json
