@@ -40,7 +40,7 @@ def common_settings(options: dict, cuda: bool) -> dict:
         "train_sampling_strategy": "sequential",
         "learning_rate": 1e-6,
         "max_length": 8192,
-        "bf16": options["dtype"] == "bfloat16",
+        "bf16": options.get("bf16", options["dtype"] == "bfloat16"),
         "use_cpu": not cuda,
         "gradient_checkpointing": False,
         "precompute_ref_log_probs": True,

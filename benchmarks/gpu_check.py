@@ -1,10 +1,13 @@
-"""What benchmarks/gpu_check.sh runs: numbers first, then speed, in one table each. Random weights, generated pairs.
+"""What benchmarks/gpu_check.sh runs: numbers first, then speed, a line as soon as it is there, 8 minutes at most on an
+80 GB card. Random weights, generated pairs. What does not fit is an "out of memory" in its cell.
 
-python benchmarks/gpu_check.py                   # the largest model that fits, bfloat16; on a CPU a tiny one, float32
-python benchmarks/gpu_check.py --billions 1
+python benchmarks/gpu_check.py                   # sizes that fit, bfloat16; on a CPU tiny ones
+python benchmarks/gpu_check.py --billions 1      # of the model whose steps are timed
+python benchmarks/gpu_check.py --minutes 20      # the time after which what is left is named and not begun
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -12,36 +15,98 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import bench_dpo  # noqa: E402
 
 import mdpo.attention  # noqa: E402
+from mdpo.attention import Segments  # noqa: E402
 from mdpo.fused import fuse  # noqa: E402
-from mdpo.logprobs import enable_scoring, score_tokens  # noqa: E402
-from mdpo.packing import PackedCollator, PairCollator, n_tokens, on_device  # noqa: E402
+from mdpo.head import HeadTransform  # noqa: E402
+from mdpo.logprobs import ChunkedLogProbs, enable_scoring, full_log_probs, score_tokens  # noqa: E402
+from mdpo.packing import PackedCollator, PairCollator, on_device  # noqa: E402
+from mdpo.varlen import kernels  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+HALF = torch.bfloat16 if CUDA else torch.float32
 # billions of weights: hidden, intermediate, layers, heads, key heads
 SIZES = {8: (4096, 14336, 32, 32, 8), 3: (3072, 8192, 28, 24, 8), 1: (2048, 8192, 16, 32, 8), 0: (256, 512, 2, 4, 2)}
-GB_A_BILLION = 26  # bfloat16 weights, gradients and AdamW's two moments, float32 log-probs and activations, both sides
+# One pair, answers of 1024 tokens, bfloat16, gradient checkpointing, forward and backward in ms on one A800: public
+# figures of prefix sharing, not measured here. Prefix: (unshared, shared).
+PUBLIC_A800 = {4096: (2786, 1814), 1024: (1141, 905)}
+MARGIN = 0.8  # of the free memory, for what the formula leaves out
+
+
+class Lines:
+    """A table that is printed line by line."""
+
+    def __init__(self, title: str, *columns: str):
+        self.widths = [max(len(column), 16) for column in columns]
+        print(f"\n{title}", flush=True)
+        self.add(*columns)
+
+    def add(self, *cells) -> None:
+        texts = [str(cell).ljust(width) for cell, width in zip(cells, self.widths, strict=True)]
+        print(f"│ {' │ '.join(texts)} │", flush=True)
+
+
+class Clock:
+    """The time that is left. What would begin too late is named."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    def allows(self, name: str, seconds: float) -> bool:
+        if self.end - time.monotonic() >= seconds:
+            return True
+        print(f"not begun, as its time would be over: {name}", flush=True)
+        return False
+
+
+def attempt(function, *args):
+    """What it returns, or "out of memory" where that is how it ends."""
+    try:
+        return function(*args)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    finally:
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def config(billions: int, vocabulary: int) -> LlamaConfig:
     hidden, intermediate, layers, heads, key_heads = SIZES[billions]
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    sizes |= {
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "max_position_embeddings": 8192,
-        "initializer_range": 0.06,
-    }
-    return LlamaConfig(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "max_position_embeddings": 8192}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaConfig(vocab_size=vocabulary, initializer_range=0.06, **sizes, **special)
+
+
+def qwen_7b() -> Qwen2Config:
+    """Qwen2.5-7B's shape; on a CPU a hundredth of it."""
+    part = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    if not CUDA:
+        part = {"hidden_size": 224, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+    return Qwen2Config(num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=8192, **part)
+
+
+def weights_of(settings) -> tuple[int, int]:
+    """Weights in layers, and of embeddings and head."""
+    h, i, heads = settings.hidden_size, settings.intermediate_size, settings.num_attention_heads
+    keys = h * settings.num_key_value_heads // heads
+    return settings.num_hidden_layers * (2 * h * h + 2 * h * keys + 3 * h * i), 2 * settings.vocab_size * h
+
+
+def needed(settings, tokens: int) -> int:
+    """Bytes of a forward and a backward pass in half precision: weights and gradients, what layers keep (flash
+    attention, nothing recomputed: 17 numbers a token and hidden unit, 3 of its MLP), and the head's chunk."""
+    kept = settings.num_hidden_layers * tokens * 2 * (17 * settings.hidden_size + 3 * settings.intermediate_size)
+    return 4 * sum(weights_of(settings)) + kept + (2 << 30) + 4 * settings.vocab_size * settings.hidden_size
 
 
 def random_rows(pairs: int, shared: int, own: int, vocabulary: int) -> list[dict]:
@@ -59,82 +124,16 @@ def random_rows(pairs: int, shared: int, own: int, vocabulary: int) -> list[dict
     return rows
 
 
-def model_of(billions: int, vocabulary: int, dtype: torch.dtype, fused: bool = False):
+def model_of(settings, dtype: torch.dtype, fused: bool = False):
     torch.manual_seed(0)
     with DEVICE:
-        model = AutoModelForCausalLM.from_config(config(billions, vocabulary), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa")
     enable_scoring(model, fused and fuse(model, DEVICE)[0])
     return model
 
 
-def scored(model, batch, gradients: bool):
-    """Log-probs of a batch, and with `gradients` those of their weighted sum, as one long list of the first layer's."""
-    batch = on_device(batch, DEVICE)
-    logps = score_tokens(model, batch).logps
-    if not gradients:
-        return logps.detach(), None
-    model.zero_grad()
-    (logps * torch.linspace(-1, 1, len(logps), device=DEVICE)).sum().backward()
-    found = torch.cat([p.grad.float().flatten() for p in model.model.layers[0].parameters()])
-    model.zero_grad()
-    return logps.detach(), found
-
-
-def numbers(billions: int, vocabulary: int) -> None:
-    """Packed against padded, and compiled against not, relative to the norm."""
-    table = Table(title="difference from padded batches and uncompiled modules, relative to the norm")
-    for column in ("dtype", "attention", "fused_ops", "log-probs", "gradients of layer 0"):
-        table.add_column(column)
-    rows, varlen = random_rows(3, 96, 64, vocabulary), mdpo.attention._varlen
-    for dtype in (torch.float32, torch.bfloat16):
-        wanted = scored(model_of(billions, vocabulary, dtype), PairCollator(0)(rows), True)
-        for name, kernel in attentions(dtype).items():
-            for fused in (False, True):
-                mdpo.attention._varlen = kernel
-                found = scored(model_of(billions, vocabulary, dtype, fused), PackedCollator()(rows), True)
-                mdpo.attention._varlen = varlen
-                errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True)]
-                table.add_row(str(dtype).split(".")[1], name, str(fused), *(f"{e:.1e}" for e in errors))
-    Console(width=130).print(table)
-
-
-def attentions(dtype: torch.dtype) -> dict:
-    """Ways to attend by name: what `_varlen` is put to."""
-    found = {"by segment": lambda *_: None}
-    if CUDA and dtype != torch.float32:
-        found["torch varlen"] = lambda *_: mdpo.attention._torch_varlen
-        if mdpo.attention.importlib.util.find_spec("flash_attn"):
-            found["flash-attn"] = lambda *_: mdpo.attention._flash
-    return found
-
-
-def speed_of_parts(billions: int, vocabulary: int, dtype: torch.dtype) -> None:
-    """Forward and backward of one packed batch, for each way to attend, with and without compiled modules."""
-    table = Table(title="forward and backward of 4 pairs, 1536 shared and 2 × 512 own tokens: ms, median of 5")
-    for column in ("layout", "attention", "fused_ops", "ms", "peak GB"):
-        table.add_column(column)
-    sizes = (1536, 512) if CUDA else (96, 32)
-    rows, varlen = random_rows(4, *sizes, vocabulary), mdpo.attention._varlen
-    for fused in (False, True):
-        model = model_of(billions, vocabulary, dtype, fused)
-        cases = [("packed", name, kernel) for name, kernel in attentions(dtype).items()]
-        for layout, name, kernel in [*cases, ("padded", "sdpa", varlen)]:
-            mdpo.attention._varlen, times = kernel, []
-            batch = (PackedCollator() if layout == "packed" else PairCollator(0))(rows)
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(7):
-                synchronize()
-                start = time.perf_counter()
-                scored(model, batch, True)
-                synchronize()
-                times.append(1000 * (time.perf_counter() - start))
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if CUDA else ""
-            table.add_row(layout, name, str(fused), f"{statistics.median(times[2:]):.1f}", peak)
-        del model
-    mdpo.attention._varlen = varlen
-    print(f"{n_tokens(batch)} tokens of both sides")
-    Console(width=110).print(table)
+def collated(layout: str, rows: list[dict]) -> dict:
+    return on_device((PackedCollator() if layout == "packed" else PairCollator(0))(rows), DEVICE)
 
 
 def synchronize() -> None:
@@ -142,25 +141,194 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def against_trl(billions: int, vocabulary: int, dtype: str) -> None:
-    """bench_dpo.py on a folder with a random model and a tokenizer of words."""
+def milliseconds(function, times: int = 5, warm: int = 2) -> float:
+    found = []
+    for _ in range(times + warm):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        found.append(1000 * (time.perf_counter() - start))
+    return statistics.median(found[warm:])
+
+
+def peak() -> str:
+    return f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if CUDA else ""
+
+
+def attentions(dtype: torch.dtype) -> dict:
+    """Ways to attend by name: what `_varlen` is put to."""
+    found = {"by segment": lambda *_: None}
+    if CUDA and dtype != torch.float32:
+        found |= {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels(DEVICE).items()}
+    return found
+
+
+def attending(kernel, function, *args):
+    before, mdpo.attention._varlen = mdpo.attention._varlen, kernel
+    try:
+        return attempt(function, *args)
+    finally:
+        mdpo.attention._varlen = before
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def scored(model, batch) -> tuple[torch.Tensor, ...]:
+    """Log-probs, the loss of what the sides' mean log-probs differ by, and the first layer's gradients as one list."""
+    logps = score_tokens(model, batch).logps
+    loss = -torch.nn.functional.logsigmoid(((1 - 2 * batch["score_side"]) * logps).mean())
+    model.zero_grad()
+    loss.backward()
+    found = torch.cat([p.grad.float().flatten() for p in model.model.layers[0].parameters()])
+    model.zero_grad()
+    return logps.detach(), loss.detach(), found
+
+
+def numbers(billions: int, vocabulary: int) -> None:
+    """Packed against padded, and compiled against not, relative to the norm."""
+    title = "difference from padded batches and uncompiled modules, relative to the norm"
+    lines = Lines(title, "dtype", "attention", "fused_ops", "log-probs", "loss", "gradients of layer 0")
+    rows, settings = random_rows(3, 96, 64, vocabulary), config(billions, vocabulary)
+    for dtype in (torch.float32, torch.bfloat16):
+        wanted = attempt(lambda dtype=dtype: scored(model_of(settings, dtype), collated("padded", rows)))
+        for name, kernel in attentions(dtype).items():
+            for fused in (False, True):
+                ours = lambda d=dtype, f=fused: scored(model_of(settings, d, f), collated("packed", rows))  # noqa: E731
+                found = attending(kernel, ours)
+                if isinstance(found, str) or isinstance(wanted, str):
+                    cells = ["out of memory"] * 3
+                else:
+                    cells = [f"{((a - b).norm() / b.norm()).item():.1e}" for a, b in zip(found, wanted, strict=True)]
+                lines.add(str(dtype).split(".")[1], name, fused, *cells)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def head_speed() -> None:
+    """The chunked head against whole float32 logits, forward and backward."""
+    tokens, hidden, words = (4096, 3584, 152064) if CUDA else (64, 64, 512)
+    lines = Lines(f"LM head: {tokens} tokens, {hidden} wide, {words} words", "head", "ms", "peak GB")
+    with DEVICE:
+        h, w = (torch.randn(shape, dtype=HALF).requires_grad_() for shape in ((tokens, hidden), (words, hidden)))
+        target = torch.randint(0, words, (tokens,))
+    chunk = max(64, (1 << 29) // (4 * words))
+    ways = {
+        "chunks, compiled": lambda: ChunkedLogProbs.apply(h, w, None, target, HeadTransform(), chunk, False, True)[0],
+        "chunks": lambda: ChunkedLogProbs.apply(h, w, None, target, HeadTransform(), chunk)[0],
+        "whole logits": lambda: full_log_probs(h, w, None, target),
+    }
+    for name, way in ways.items():
+        once = lambda way=way: torch.autograd.grad(way().sum(), [h, w])  # noqa: E731
+        found = attempt(lambda once=once: (f"{milliseconds(once):.1f}", peak()))
+        lines.add(name, *(found if isinstance(found, tuple) else (found, "")))
+
+
+def attention_speed() -> None:
+    """One layer's attention over packed pairs, forward and backward."""
+    pairs, shared, own, heads, key_heads = (4, 1536, 512, 32, 8) if CUDA else (2, 48, 16, 4, 2)
+    lines = Lines(f"attention: {pairs} pairs, {shared} shared and 2 × {own} own tokens", "attention", "ms", "peak GB")
+    segments, n = Segments([[shared, own, own]] * pairs), pairs * (shared + 2 * own)
+    with DEVICE:
+        q, k, v = (torch.randn(1, x, n, 128, dtype=HALF).requires_grad_() for x in (heads, key_heads, key_heads))
+    layer = torch.nn.Module()
+
+    def once():
+        out = mdpo.attention.packed_attention(layer, q, k, v, None, segments=segments)[0]
+        torch.autograd.grad(out.sum(), [q, k, v])
+
+    for name, kernel in attentions(HALF).items():
+        found = attending(kernel, lambda: (f"{milliseconds(once):.2f}", peak()))
+        lines.add(name, *(found if isinstance(found, tuple) else (found, "")))
+
+
+def step_flops(settings, batch: dict) -> float:
+    """Of forward and backward: each computed token once, the head where a token is scored, attention where it sees."""
+    if "segments" in batch:
+        sizes = Segments(batch["segments"])
+        seen = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(sizes.sizes, sizes.key_sizes, strict=True))
+    else:
+        seen = sum(n * (n + 1) / 2 for n in batch["lengths"])
+    head = settings.vocab_size * settings.hidden_size * len(batch["score_index"])
+    attention = 2 * seen * settings.hidden_size * settings.num_hidden_layers
+    return 6 * (weights_of(settings)[0] * batch["input_ids"].numel() + head + attention)
+
+
+def step_speed(billions: int, vocabulary: int, rate: float) -> None:
+    """Forward and backward of one batch, for each way to attend, with and without compiled modules."""
+    pairs, shared, own = (4, 1536, 512) if CUDA else (2, 96, 32)
+    title = f"forward and backward, {billions}B weights: {pairs} pairs, {shared} shared and 2 × {own} own tokens"
+    lines = Lines(title, "layout", "attention", "fused_ops", "ms", "pairs/s", "MFU", "peak GB")
+    rows, settings = random_rows(pairs, shared, own, vocabulary), config(billions, vocabulary)
+    for fused in (True, False):
+        model = attempt(model_of, settings, HALF, fused)
+        for layout, name, kernel in [*(("packed", *x) for x in attentions(HALF).items()), ("padded", "sdpa", None)]:
+            cells = ["out of memory", "", "", ""]
+            if not isinstance(model, str):
+                batch = collated(layout, rows)
+                found = attending(
+                    kernel or (lambda *_: None),
+                    lambda model=model, batch=batch: (milliseconds(lambda: scored(model, batch)), peak()),
+                )
+                if isinstance(found, tuple):
+                    ms = found[0]
+                    cells = [f"{ms:.1f}", f"{1000 * pairs / ms:.2f}"]
+                    cells += [f"{1000 * step_flops(settings, batch) / ms / rate:.2f}", found[1]]
+            lines.add(layout, name, fused, *cells)
+        del model
+        attempt(lambda: None)
+
+
+def public_row() -> None:
+    """Qwen2.5-7B's shape beside public figures of prefix sharing."""
+    title = "Qwen2.5-7B's shape, one pair, answers of 1024 tokens, gradient checkpointing, forward and backward in ms"
+    print(f"\n{title}.\nThe A800's figures are public ones, of another implementation on one A800; not measured here.")
+    lines = Lines("", "prefix", "unshared", "shared", "ratio", "A800 unshared", "A800 shared", "A800 ratio", "peak GB")
+    settings = qwen_7b()
+    model = attempt(model_of, settings, HALF, True)
+    if isinstance(model, str):
+        lines.add(*[model] * 8)
+        return
+    model.train().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for prefix, (unshared, shared) in PUBLIC_A800.items():
+        sizes = (prefix, 1024) if CUDA else (prefix // 64, 16)
+        rows, found = random_rows(1, *sizes, settings.vocab_size), []
+        for layout in ("padded", "packed"):
+            batch = collated(layout, rows)
+            found.append(attempt(lambda batch=batch: milliseconds(lambda: scored(model, batch), times=3, warm=1)))
+            memory = peak()
+        times = [x if isinstance(x, str) else f"{x:.0f}" for x in found]
+        ratio = "" if any(isinstance(x, str) for x in found) else f"{found[0] / found[1]:.2f}"
+        lines.add(sizes[0], *times, ratio, unshared, shared, f"{unshared / shared:.2f}", memory)
+
+
+# ---------------------------------------------------------------------------------------------------------- against TRL
+
+
+def against_trl(billions: int, vocabulary: int) -> None:
+    """bench_dpo.py on a folder with a random model and a tokenizer of words. Float32 weights, which full fine-tuning
+    without DeepSpeed needs; on a GPU bfloat16 computes."""
     words = sorted({w for row in bench_dpo.workloads.chat_rows(4, 200, 1, 200) for m in row["chosen"]
                     for w in m["content"].split()})  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        with DEVICE:
-            model = AutoModelForCausalLM.from_config(config(billions, vocabulary), dtype=getattr(torch, dtype))
-        model.save_pretrained(folder)
-        del model
+        model_of(config(billions, vocabulary), torch.float32).save_pretrained(folder)
         tokenizer_of(words).save_pretrained(folder)
-        if CUDA:
-            torch.cuda.empty_cache()
-        options = {"model": folder, "dtype": dtype, "steps": 5, "threads": torch.get_num_threads()}
-        tokens = 2048 if CUDA else 64
-        rows = bench_dpo.workloads.chat_rows(4 * 8, history=tokens // 2, turns=2, answer=tokens // 4)
-        results = [bench_dpo.compare("half shared", rows, 4, options, sides=(side,)) for side in ("trl", "ours")]
-        both = {**results[1], **results[0], "seconds": {**results[0]["seconds"], **results[1]["seconds"]}}
-        bench_dpo.show([both], [bench_dpo.matmul_rate(options["threads"], dtype)])
+        attempt(lambda: None)
+        options = {"model": folder, "dtype": "float32", "bf16": CUDA, "steps": 5 if CUDA else 1}
+        options["threads"] = torch.get_num_threads()
+        tokens, pairs = (2048, 2) if CUDA else (64, 2)
+        rows = bench_dpo.workloads.chat_rows(pairs * 8, history=tokens // 2, turns=2, answer=tokens // 4)
+        results = []
+        for side in ("trl", "ours"):
+            try:
+                results.append(bench_dpo.compare("half shared", rows, pairs, options, sides=(side,)))
+            except Exception as error:  # the side's own process has ended, most likely for memory
+                print(f"{side}: out of memory, or {type(error).__name__}: its words are above", flush=True)
+        if len(results) == 2:
+            both = {**results[1], **results[0], "seconds": {**results[0]["seconds"], **results[1]["seconds"]}}
+            bench_dpo.show([both], [bench_dpo.matmul_rate(options["threads"], "bfloat16" if CUDA else "float32")])
 
 
 def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
@@ -180,18 +348,32 @@ def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def largest(free: float, vocabulary: int) -> int:
+    """Of SIZES, in billions: what a padded batch of 4 pairs of 2048 tokens a side fits in `free` bytes with."""
+    return next(size for size in SIZES if not size or needed(config(size, vocabulary), 4 * 2 * 2048) <= MARGIN * free)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=int, choices=list(SIZES))
+    parser.add_argument("--minutes", type=float, default=7)
     args = parser.parse_args()
-    free = torch.cuda.mem_get_info()[0] / 1e9 if CUDA else 0.0
-    fits = next(size for size in SIZES if size * GB_A_BILLION <= free)
-    billions = fits if args.billions is None else args.billions
-    vocabulary, dtype = (128256, torch.bfloat16) if billions else (512, torch.float32)
+    clock, free = Clock(args.minutes), torch.cuda.mem_get_info()[0] if CUDA else 0
+    vocabulary = 128256 if CUDA else 512
+    billions = largest(free, vocabulary) if args.billions is None else args.billions
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, {billions}B weights")
-    numbers(min(billions, 1), vocabulary)
-    speed_of_parts(billions, vocabulary, dtype if CUDA else torch.float32)
-    against_trl(billions, vocabulary, "bfloat16" if CUDA else "float32")
+    rate = bench_dpo.matmul_rate(torch.get_num_threads(), "bfloat16" if CUDA else "float32")
+    parts = {  # seconds that each takes at most on an 80 GB card, guessed: none has run there yet
+        "numbers": (60, numbers, (min(billions, 1), vocabulary)),
+        "LM head": (20, head_speed, ()),
+        "attention": (20, attention_speed, ()),
+        "steps": (60, step_speed, (billions, vocabulary, rate)),
+        "Qwen2.5-7B's shape": (90, public_row, ()),
+        "against TRL": (150, against_trl, (min(billions, 1), vocabulary)),
+    }
+    for name, (seconds, part, arguments) in parts.items():
+        if clock.allows(name, seconds):
+            part(*arguments)
 
 
 if __name__ == "__main__":
