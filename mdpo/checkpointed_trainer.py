@@ -125,8 +125,8 @@ class CheckpointedTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         final = folder == Path(self.args.output_dir)
         written = folder / SAVING / "final" if final else folder
-        if self._weights_are_whole():
-            if self.args.should_save:  # accelerate would copy all weights on every rank, and a tied one twice
+        if (plugin := self.args.deepspeed_plugin) is not None and plugin.zero_stage < 3:
+            if self.args.should_save:  # it has all; accelerate would copy them on every rank, and a tied one twice
                 self._save(str(written), state_dict=copied(self.model))
         else:
             super().save_model(str(written), _internal_call=True)
@@ -136,11 +136,6 @@ class CheckpointedTrainer(Trainer):
                 move_files(written, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _weights_are_whole(self) -> bool:
-        """Under ZeRO-1 and 2, where rank 0 has all weights and DeepSpeed's buffers hold them."""
-        plugin = self.args.deepspeed_plugin
-        return self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage < 3
 
     # ------------------------------------------------------------------------------------------------ going on
 
@@ -226,19 +221,15 @@ class CheckpointedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._sharded or not load_weights(resume_from_checkpoint, self.model):
+        if self.is_deepspeed_enabled or not load_weights(resume_from_checkpoint, self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         folder = Path(self.state.best_model_checkpoint)
         if wrong := faults(folder):
             raise UserError(f"load_best_model_at_end: {folder}: {'; '.join(wrong)}.")
-        if self._sharded or not load_weights(folder, self.model):
+        if self.is_deepspeed_enabled or not load_weights(folder, self.model):
             super()._load_best_model()
-
-    @property
-    def _sharded(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
 
 class _GoOn(TrainerCallback):
