@@ -46,7 +46,8 @@ class Layout:
         if inner not in self._heads or (packed and inner not in self._packs):
             first, training = first_pairs(batch, 2) if packed else batch, inner.training
             inner.eval()  # no dropout
-            with torch.no_grad(), self.accelerator.autocast():
+            # A model that is compiled as a whole (torch_compile) is looked at uncompiled: its calls are watched.
+            with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 self._check_head(model, inner, unpacked(first, self.pad_token_id) if packed else first)
                 self._heads.add(inner)
                 if packed:

@@ -162,15 +162,9 @@ def scored_beside(model, target: torch.Tensor):
         found.append(ChunkedLogProbs.apply(rows, *weights, target, transform, chunk(rows.device), False, fused)[0])
         return own(hidden)
 
-    with _forward_of(head, forward, before):
-        yield found
-
-
-@contextmanager
-def _forward_of(head, forward, before):
     head.forward = forward
     try:
-        yield
+        yield found
     finally:
         if before is None:
             del head.forward
@@ -196,8 +190,14 @@ def _chunked(head, *settings):
     def forward(hidden):
         return ChunkedLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), *settings)
 
-    with _forward_of(head, forward, before):
+    head.forward = forward  # written out: torch.compile goes through this, and not through one generator in another
+    try:
         yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
 
 
 def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_loss=False) -> TokenScores:
