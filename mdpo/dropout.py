@@ -58,24 +58,24 @@ def refuse_noise(model: nn.Module, accelerator, batch: dict[str, torch.Tensor]) 
         torch.manual_seed(seed)
         return score_tokens(model, row).logps
 
-    devices = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), accelerator.autocast():
+    kind, inner = ids.device.type, accelerator.unwrap_model(model)
+    with torch.random.fork_rng([ids.device] if kind == "cuda" else []), torch.no_grad(), accelerator.autocast():
         first, again, other = logps(0), logps(0), logps(1)
-    rounding, found = ((first - x).abs().max() for x in (again, other))  # atomics add in any order
-    if accelerator.reduce((found > 10 * rounding).float(), "sum") > 0:
-        name = type(accelerator.unwrap_model(model)).__name__
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inner.dtype
+    rounding, found = ((first - x).abs().max() for x in (again, other))  # a GPU's atomics add in any order
+    allowed = 10 * rounding + torch.finfo(dtype).eps * first.abs().max()
+    if accelerator.reduce((found > allowed).float(), "sum") > 0:
         raise UserError(
-            f"disable_dropout: {name} draws at random in training mode by more than dropout, and no option switches it "
-            f"off: log-probs of the same tokens differ by {found.item():.1e}. It cannot be compared with a reference; "
-            "disable_dropout: false trains it all the same."
+            f"disable_dropout: {type(inner).__name__} draws at random in training mode by more than dropout, and no "
+            f"option switches it off: log-probs of the same tokens differ by {found.item():.1e}. It cannot be compared "
+            "with a reference; disable_dropout: false trains it all the same."
         )
 
 
 def _rates(owner) -> list[str]:
-    """Names of the rates that an object holds as plain numbers above 0."""
-    numbers = {name: value for name, value in vars(owner).items() if isinstance(value, int | float)}
-    on = [name for name, value in numbers.items() if not isinstance(value, bool) and value > 0]
-    return [name for name in on if RATE.search(name) and name not in NO_RATE]
+    """Names of the rates that an object holds as plain numbers in (0, 1]."""
+    numbers = {name: x for name, x in vars(owner).items() if isinstance(x, int | float) and not isinstance(x, bool)}
+    return [name for name, x in numbers.items() if 0 < x <= 1 and RATE.search(name) and name not in NO_RATE]
 
 
 def _configurations(model: nn.Module) -> list:
