@@ -117,7 +117,11 @@ TROUBLES = {  # rank, flags, what that rank says
     "out_of_memory": ("1", [], "error [rank 1]: Out of memory: CUDA out of memory. Tried to …"),
     "collator": ("1", [], "error [rank 1]: KeyError('a column')"),
     "disk": ("1", [], "checkpoint-2 could not be written: [Errno 28] No space left on device"),
-    "reference": ("1", ["--precompute_ref_log_probs", "--reference_cache_dir=cache"], "error [rank 1]: reference log-probs of train: not finite in"),
+    "reference": (
+        "1",
+        ["--precompute_ref_log_probs", "--reference_cache_dir=cache"],
+        "error [rank 1]: reference log-probs of train: not finite in",
+    ),
     "tokenizing": ("0", [], "error: ValueError('a bug')"),
     "digests": ("0", [], "error: OSError(5, 'Input/output error')"),
 }
