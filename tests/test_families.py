@@ -109,7 +109,7 @@ def check(folder, peft_config=None) -> None:
         with torch.no_grad():
             packed = score_tokens(model, whole.layout.fit(model, batch)).logps
             padded = score_tokens(model, unpacked(batch, TOKENIZER.pad_token_id)).logps
-        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+        assert (packed - padded).norm() <= 1e-4 * padded.norm()
     shutil.rmtree(folder / "checkpoint-2")
     resumed = trained(folder, folder / "checkpoint-1", peft_config)
     assert losses(resumed)[-1] == second
