@@ -48,7 +48,6 @@ REFUSED = {
 NOT_FOR_TEXT = {
     "blt": (AttributeError, "has no attribute 'num_hidden_layers'"),  # in transformers' cache
     "gemma4_unified_assistant": (ValueError, "inputs_embeds and shared_kv_states cannot be None"),  # a draft model
-    "nemotron": (TypeError, "missing 1 required positional argument: 'segments'"),  # to be removed once mended
     "reformer": (ValueError, "If training, make sure that config.axial_pos_shape"),
 }
 # Linear layers that PEFT cannot adapt, by family: a pattern for exclude_modules.
