@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
-    mdpo.logprobs.CHUNK_BYTES = 1  # chunks of 64 tokens
+    mdpo.logprobs.CHUNK_BYTES = {"cpu": 1}  # chunks of 64 tokens
     model = tiny_llama(tokenizer_for(CHATML))
     enable_scoring(model)
     engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
