@@ -32,7 +32,7 @@ from mdpo.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_tab
 from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
-from mdpo.precision import engine_dtype
+from mdpo.precision import engine_dtype, in_float32
 from mdpo.ranks import agreed, first_of_node
 from mdpo.reference import (
     OWN_ADAPTER,
@@ -98,8 +98,6 @@ class DPOTrainer(GuardedTrainer):
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
-        if optimizers[0] is None:
-            _say(args, *refuse_lost_steps(model, args))
         self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.aux_loss_coef != 0.0  # TRL's names for both
@@ -195,6 +193,8 @@ class DPOTrainer(GuardedTrainer):
                 model = get_peft_model(model, peft_config, autocast_adapter_dtype=quantized or not zero3)
             except (ValueError, NotImplementedError) as error:  # lora_dropout on experts, say
                 raise UserError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
+            if args.deepspeed_plugin is None:
+                in_float32(model)
         elif isinstance(model, PeftModel) and ref_model is None and not _reference_name(args):
             keep_own_adapter(model)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
@@ -411,6 +411,8 @@ class DPOTrainer(GuardedTrainer):
         return prepared
 
     def train(self, *args, **kwargs):
+        if self.optimizer is None:  # whoever gives one has thought of it
+            _say(self.args, *refuse_lost_steps(self.model, self.args))
         result = super().train(*args, **kwargs)
         for counts in self.drop_counts.values():
             if counts.streamed:

@@ -45,9 +45,9 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(argv)
     args, data = recipe.training, recipe.data
     marks(args.output_dir)
-    refuse_unusable_gpus(recipe.written.get("use_cpu", False))
-    overlapped = overlap_reduction(args.deepspeed_plugin)
-    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args), *filter(None, [overlapped]))
+    lines = refuse_unusable_gpus(recipe.written.get("use_cpu", False))
+    lines += filter(None, [overlap_reduction(args.deepspeed_plugin)])
+    say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args), *lines)
 
     ################
     # Options, tokenizer, the model's configuration: before the data

@@ -15,25 +15,26 @@ SCRIPT = "run_dpo.py"  # what stands behind it is ours, not the launcher's
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def refuse_unusable_gpus(use_cpu: bool) -> None:
+def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
     """Raises UserError where a run that is meant for GPUs would train on the CPU without a word: where it is started by
-    DeepSpeed or in several processes, or has an NVIDIA driver beside it, while torch can use no GPU. `use_cpu` is the
-    recipe's; the accelerate file's and the launcher's flags ask for the CPU too."""
-    if torch.accelerator.is_available() or use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        return
+    DeepSpeed or in several processes, while torch can use no GPU. One process beside an NVIDIA driver gets a line.
+    `use_cpu` is the recipe's; the accelerate file, the launcher's flags and CUDA_VISIBLE_DEVICES='' ask for the CPU
+    too."""
+    asked = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if asked or torch.accelerator.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
     driver = nvidia_driver()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    if not (deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1 or driver):
-        return
+    if not (deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return [f"warning: training on the CPU: {_torch_says(driver)}"] if driver else []
     file, asked = launch_request()
     if asked:
-        return
+        return []
     wants = f"{file} says use_cpu: false" if file else "This launch has DeepSpeed or several processes"
     raise UserError(
-        f"{wants if deepspeed or not driver else 'This machine has an NVIDIA driver'}, but torch can use no GPU here: "
-        f"{_torch_says(driver)} Install a torch that is built for this driver's CUDA (README, Training on 8 GPUs), or "
-        "newer drivers. To train on the CPU all the same, take training_configs/cpu.yaml, zero2_cpu.yaml or "
-        "zero3_cpu.yaml, or set use_cpu: true."
+        f"{wants}, but torch can use no GPU here: {_torch_says(driver)} Install a torch that is built for this "
+        "driver's CUDA (README, Training on 8 GPUs), or newer drivers. To train on the CPU all the same, take "
+        "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true."
     )
 
 

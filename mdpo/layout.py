@@ -65,7 +65,9 @@ class Layout:
         with scored_beside(_base(inner), ids[0, 1:]) as found:
             logits = model(**inputs).logits[0, -n:-1].float()
         reason = (
-            head_disagreement(found[0], logits, ids[0, 1:], inner.dtype) if found else "it is not called as a module"
+            head_disagreement(found[0], logits, ids[0, 1:], inner.dtype)
+            if found
+            else "it is not called on what its body gives"
         )
         if self._anywhere(reason):
             raise UserError(

@@ -13,6 +13,7 @@ from mdpo.files import first_line
 SAME_ATTENTION = 1e-5  # of the norm, float32
 KERNEL = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # a kernel's own rounding, one layer's
 SAME_QUERIES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of each token, in the first layer
+QUERIES = 256  # of the slow twin at a time
 GROUPS = 2  # of heads that share a key head: what is looked at in float32
 IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of its own
 
@@ -53,9 +54,9 @@ class Watch:
         def get_interface(name, *default, **kwargs):
             attend, packed = find(name, *default, **kwargs), name == NAME
 
-            def watched(module, query, key, value, mask, *args, **kwargs):
-                self._look(attend, packed, module, query, key, value, mask, args, kwargs)
-                return attend(module, query, key, value, mask, *args, **kwargs)
+            def watched(module, query, key, value, attention_mask=None, *args, **kwargs):
+                self._look(attend, packed, module, query, key, value, attention_mask, args, kwargs)
+                return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
             return watched
 
@@ -139,15 +140,19 @@ class Watch:
 
 
 def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
-    """The slow twin: causal attention of one sequence, (1, T, heads, D) from (1, heads, T, D)."""
+    """The slow twin: causal attention of one sequence, (1, T, heads, D) from (1, heads, T, D), QUERIES at a time: whole
+    matrices of 16k tokens would take more memory than the step that they are to vouch for."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scaling, softcap, window = (kwargs.get(name) for name in ("scaling", "softcap", "sliding_window"))
-    scores = q @ k.transpose(2, 3) * (q.size(-1) ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    at = torch.arange(q.size(2), device=q.device)
-    behind = at[:, None] - at
-    seen = (behind >= 0) & (behind < (math.inf if window is None else window))
-    return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(1, 2)
+    at, out = torch.arange(q.size(2), device=q.device), []
+    for rows in at.split(QUERIES):
+        keys = slice(0, int(rows.numel() + len(out) * QUERIES))
+        scores = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * (q.size(-1) ** -0.5 if scaling is None else scaling)
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        behind = rows[:, None] - at[keys]
+        seen = (behind >= 0) & (behind < (math.inf if window is None else window))
+        out.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, keys])
+    return torch.cat(out, 2).transpose(1, 2)
 
 
 def _part(mask: torch.Tensor | None, row: int, length: int, heads: int) -> torch.Tensor | None:
@@ -166,8 +171,8 @@ def _computed(x: torch.Tensor) -> torch.dtype:
 @contextmanager
 def _float32(device):
     """Products in it, not in TensorFloat32, and no autocast."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    own = torch.backends.cuda.matmul  # torch's older switch fails where somebody has used this one (`tf32: true`)
+    before, own.fp32_precision = own.fp32_precision, "ieee"
     try:
         with (
             torch.autocast(device.type, enabled=False)
@@ -176,7 +181,7 @@ def _float32(device):
         ):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        own.fp32_precision = before
 
 
 def _differs(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> str | None:

@@ -124,8 +124,7 @@ def enable_scoring(model, fused: bool = False) -> None:
             return own_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes labels=None
         kwargs["use_cache"] = False
-        body = model.model if model.base_model is model else model.base_model  # Llama-4's class misnames it
-        outputs = body(*args, **kwargs)
+        outputs = _body(model)(*args, **kwargs)
         hidden = outputs.last_hidden_state[:, -score_length:]
         hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
         head = _plain_head(model)
@@ -151,25 +150,36 @@ def enable_scoring(model, fused: bool = False) -> None:
 @contextmanager
 def scored_beside(model, target: torch.Tensor):
     """Within it, where the model's own forward calls its LM head, the S hidden states before a row's last are also
-    scored as in training, against `target` (S,); their log-probs come into the list that is yielded. `model` is without
+    scored as in training, against `target` (S,); their log-probs come into the list that is yielded. They are the
+    body's own: what a model does to them before its head (BERT's transform) would be missing. `model` is without
     wrappers."""
     head, (transform, chunk, fused) = _plain_head(model), model._head_settings
-    own, before, found = head.forward, head.__dict__.get("forward"), []
+    own, before, found, states = head.forward, head.__dict__.get("forward"), [], []
+    # OPT and Bart kinds call their body's decoder past the body; where both are called, the body's output comes last.
+    bodies = [part for part in (getattr(_body(model), "decoder", None), _body(model)) if part is not None]
+    hooks = [part.register_forward_hook(lambda module, inputs, outputs: states.append(outputs[0])) for part in bodies]
 
     def forward(hidden):
-        rows = hidden.reshape(-1, hidden.size(-1))[-len(target) - 1 : -1]
         weights = head.weight, getattr(head, "bias", None)
-        found.append(ChunkedLogProbs.apply(rows, *weights, target, transform, chunk(rows.device), False, fused)[0])
+        if states and states[-1].size(-1) == weights[0].size(-1):
+            rows = states[-1].reshape(-1, states[-1].size(-1))[-len(target) - 1 : -1]
+            found.append(ChunkedLogProbs.apply(rows, *weights, target, transform, chunk(rows.device), False, fused)[0])
         return own(hidden)
 
     head.forward = forward
     try:
         yield found
     finally:
+        for hook in hooks:
+            hook.remove()
         if before is None:
             del head.forward
         else:
             head.forward = before
+
+
+def _body(model) -> torch.nn.Module:
+    return model.model if model.base_model is model else model.base_model  # Llama-4's class misnames it
 
 
 def _plain_head(model) -> torch.nn.Module:

@@ -70,6 +70,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
         raise UserError(
             "zero_stage: 0 is not supported; take ZeRO-2 or ZeRO-3, or an accelerate file without DeepSpeed."
         )
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        _refuse_scattered_weights(args.deepspeed_plugin.deepspeed_config)
     modes = ("drop", "keep_start") if own else ("keep_start",)
     if args.truncation_mode not in modes:
         raise UserError(f"truncation_mode: {args.truncation_mode!r} is not one of {', '.join(modes)}.")
@@ -82,6 +84,16 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
     if args.disable_dropout and dropout:
         without_effect.append(f"lora_dropout: {dropout} has no effect with disable_dropout, which is on.")
     return without_effect
+
+
+def _refuse_scattered_weights(engine: dict) -> None:
+    """Under ZeRO-3 weights are written by the first rank, if DeepSpeed is told to gather them. Without it the first
+    checkpoint would be the end of the run."""
+    if not engine.get("zero_optimization", {}).get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "zero3_save_16bit_model: true is needed in the accelerate file under ZeRO-3, in a deepspeed_config_file "
+            "stage3_gather_16bit_weights_on_model_save: true; else no model could be written."
+        )
 
 
 def refuse_missing_margins(args: DPOConfig, rows, name: str) -> None:

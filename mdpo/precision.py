@@ -42,7 +42,7 @@ def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         # Else TrainingArguments refuses bf16, and under a CPU ZeRO launch every rank takes itself for the only one.
         values["use_cpu"] = True
     if values.get("attn_implementation") == "flash_attention_2" and (on_cpu or flash_attn()[0] is None):
-        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (pip install '.[flash]', see README)"
+        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (optional, see README)"
         values["attn_implementation"] = None  # not sdpa: transformers refuses it for Gemma-2
         notes.append(f"attn_implementation: the model's own choice in place of flash_attention_2: {why}.")
     return values
@@ -121,7 +121,7 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 def without_master(args, dtype: torch.dtype, count: str = "the") -> str | None:
     """Why weights of `dtype` must not be trained under `args`, with advice; None where they may. A weight of 8 bits
     precision takes steps of 1/256 of itself and no smaller ones: those of DPO's learning rates round to none."""
-    if dtype not in HALF or args.deepspeed_plugin is not None:
+    if dtype not in HALF or (args.deepspeed_plugin is not None and _keeps_master(args)):
         return None
     return (
         f"dtype: {count} weights would be trained in {_name(dtype)} without a float32 master copy, and steps of "
@@ -129,6 +129,19 @@ def without_master(args, dtype: torch.dtype, count: str = "the") -> str | None:
         "bfloat16; or use_peft: true, whose adapter is float32; or take DeepSpeed, on one GPU too: accelerate launch "
         "--config_file training_configs/zero2_for_dpo.yaml --num_processes 1."
     )
+
+
+def _keeps_master(args) -> bool:
+    """Whether DeepSpeed keeps float32 weights: not where its configuration file says that half precision will do."""
+    engine = getattr(args.deepspeed_plugin, "deepspeed_config", None) or {}
+    return not any(engine.get(key, {}).get(f"{key}_master_weights_and_grads") for key in MIXED)
+
+
+def in_float32(model: torch.nn.Module) -> None:
+    """What is trained of a PEFT model whose base is in half precision: PEFT leaves `modules_to_save` as they are."""
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype in HALF:
+            weight.data = weight.data.float()
 
 
 def refuse_two_precisions(recipe: dict[str, Any], args) -> None:

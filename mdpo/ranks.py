@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mdpo.preemption import Preempted
 from mdpo.types import UserError
 
 LIMIT_S = 24 * 3600  # longer than any work of one rank: an end for ranks that no longer agree where they are
@@ -151,13 +152,16 @@ def _told(store, key: str, work: Callable[[], Any]) -> Any:
 
 
 def _outcome(error: BaseException) -> tuple[None, str, str]:
-    return None, "user" if isinstance(error, UserError) else "other", str(error) or type(error).__name__
+    kind = "user" if isinstance(error, UserError) else "left" if isinstance(error, Preempted) else "other"
+    return None, kind, str(error) or type(error).__name__
 
 
 def _heard(store, key: str, first: int) -> Any:
     value, kind, message = pickle.loads(_await(store, key))
     if kind == "user":
         raise UserError(message)
+    if kind == "left":
+        raise Preempted(message)
     if kind == "other":
         raise RankFailed(f"rank {first} failed: {message}")
     return value

@@ -1,5 +1,5 @@
-"""tests/device_steps.py in a process of its own: autograd counts devices once, at its first backward, and a stand-in for
-a GPU that comes later has no queue."""
+"""tests/device_steps.py in a process of its own: autograd counts devices once, at its first backward, and a stand-in
+for a GPU that comes later has no queue."""
 
 import os
 import re

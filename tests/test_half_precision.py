@@ -19,7 +19,7 @@ from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
 from mdpo.options import check_options
 from mdpo.packing import PairCollator
-from mdpo.precision import Precision, cast_weights, cpu_has_bf16, refuse_two_precisions
+from mdpo.precision import MIXED, Precision, cast_weights, cpu_has_bf16, refuse_two_precisions, without_master
 from mdpo.reference import lost_in_sync
 from mdpo.render import RenderSettings
 from mdpo.sums import sum_by_pair
@@ -254,8 +254,52 @@ def test_half_precision_without_a_master_copy_is_refused(shop, tmp_path):
         settings = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
         return DPOTrainer(model, args=settings, **data, **more)
 
+    scoring = trainer(MDPOConfig)  # which may evaluate
+    assert scoring.evaluate(data["train_dataset"])["eval_loss"] == pytest.approx(LN2)
     with pytest.raises(UserError, match="bfloat16 without a float32 master copy.*dtype: float32 with bf16: true"):
-        trainer(MDPOConfig)
+        scoring.train()
+    owned = trainer(MDPOConfig)
+    owned.optimizer = torch.optim.SGD(owned.model.parameters(), lr=1.0)
+    owned.args.max_steps = 1
+    owned.train()
+
+
+def test_modules_to_save_are_trained_in_float32(shop, tmp_path):
+    """PEFT copies them in the base's dtype."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    model = AutoModelForCausalLM.from_pretrained(shop / "model", dtype=torch.bfloat16)
+    trainer = DPOTrainer(
+        model,
+        args=MDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to="none", max_steps=1),
+        train_dataset=Dataset.from_list(agent_rows(4)),
+        processing_class=tokenizer_for(CHATML, "byte", eos="<|im_end|>"),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    trained = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert trained == {torch.float32} and model.lm_head.original_module.weight.dtype == torch.bfloat16
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(LN2, abs=2e-3)
+
+
+@pytest.mark.parametrize("key", ["bf16", "fp16"])
+def test_deepspeed_without_master_weights_is_refused(key):
+    args = arguments(key, 2)
+    args.deepspeed_plugin.deepspeed_config = {key: {"enabled": True, f"{key}_master_weights_and_grads": True}}
+    assert "without a float32 master copy" in without_master(args, MIXED[key])
+    args.deepspeed_plugin.deepspeed_config[key].pop(f"{key}_master_weights_and_grads")
+    assert without_master(args, MIXED[key]) is None
+
+
+def test_zero3_that_could_write_no_model_is_refused_at_the_start(tmp_path):
+    args = MDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    engine = {"zero_optimization": {"stage": 3}}
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3, deepspeed_config=engine)
+    with pytest.raises(UserError, match="^zero3_save_16bit_model: true is needed"):
+        check_options(args)
+    engine["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    check_options(args)
 
 
 def test_half_precision_without_a_master_copy_is_refused_before_the_data(shop, capsys, monkeypatch):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """A machine whose torch finds no GPU, in no launch; `driver` writes the kernel driver's version file."""
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "WORLD_SIZE"):
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(mdpo.launcher, "DRIVER", tmp_path / "version")
@@ -34,7 +34,7 @@ def driver(tmp_path):
 
 def test_a_laptop_trains_on_its_cpu(machine):
     assert nvidia_driver() is None
-    refuse_unusable_gpus(False)
+    assert not refuse_unusable_gpus(False)
 
 
 @pytest.mark.parametrize("variable", [("ACCELERATE_USE_DEEPSPEED", "true"), ("WORLD_SIZE", "8")])
@@ -53,12 +53,15 @@ def test_a_launch_for_gpus_that_torch_cannot_use_is_an_error(machine, variable, 
     refuse_unusable_gpus(False)
 
 
-def test_one_process_beside_a_driver_is_an_error_too(machine, tmp_path):
+def test_one_process_beside_a_driver_is_told(machine, tmp_path):
     driver(tmp_path)
-    with pytest.raises(UserError, match="This machine has an NVIDIA driver, but torch can use no GPU"):
-        refuse_unusable_gpus(False)
+    (line,) = refuse_unusable_gpus(False)
+    assert line.startswith("warning: training on the CPU: torch") and "470.57.02" in line
+    machine.setenv("CUDA_VISIBLE_DEVICES", "")  # asks for the CPU
+    assert not refuse_unusable_gpus(False)
+    machine.delenv("CUDA_VISIBLE_DEVICES")
     machine.setenv("ACCELERATE_USE_CPU", "True")
-    refuse_unusable_gpus(False)
+    assert not refuse_unusable_gpus(False)
 
 
 STAND_IN = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'run_dpo.py']))"

@@ -12,7 +12,9 @@ import pytest
 import torch
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
+from mdpo import ranks
 from mdpo.metrics import mean_over_steps, of_all_ranks
+from mdpo.preemption import Preempted
 from mdpo.ranks import gathered, gathered_tensor, pickled, shares
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +158,32 @@ def test_trouble_of_one_rank_ends_all_ranks_with_its_message(name, troubles):
 
 
 # ------------------------------------------------------------------------------------------------------ in one process
+
+
+def test_a_request_to_leave_is_passed_on_as_one():
+    """A rank that waits for rank 0's work leaves as rank 0 does, and does not fail."""
+
+    class Store:
+        def __init__(self):
+            self.values = {}
+
+        def set(self, key, value):
+            self.values[key] = value
+
+        def check(self, keys):
+            return all(key in self.values for key in keys)
+
+        def get(self, key):
+            return self.values[key]
+
+    def work():
+        raise Preempted("SIGUSR1")
+
+    store = Store()
+    with pytest.raises(Preempted, match="SIGUSR1"):
+        ranks._told(store, "agreed-0", work)
+    with pytest.raises(Preempted, match="SIGUSR1"):
+        ranks._heard(store, "agreed-0", 0)
 
 
 def test_no_tensor_of_a_device_is_pickled():

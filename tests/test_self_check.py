@@ -11,6 +11,7 @@ from test_packing import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
 
 import mdpo.attention
 import mdpo.layout
+import mdpo.layout_check
 import mdpo.varlen
 from mdpo.attention import NAME, Segments
 from mdpo.layout import Layout, head_disagreement
@@ -202,6 +203,30 @@ def test_a_shifted_batch_has_the_same_log_probs():
     assert moved["input_ids"].shape[1] == batch["input_ids"].shape[1] + 3
     model = tiny("Llama")
     torch.testing.assert_close(score_tokens(model, moved).logps, score_tokens(model, batch).logps)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_plain_attention_in_parts_is_attention(window):
+    """700 tokens are three parts; torch's own attention beside it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 700, 8) for heads in (4, 2, 2))
+    behind = torch.arange(700)[:, None] - torch.arange(700)
+    seen = (behind >= 0) & (behind < (window or 700))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    found = plain_attention(q, k, v, {"sliding_window": window})
+    assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
+
+
+def test_the_check_does_not_care_about_tensorfloat32():
+    """`tf32: true` sets torch's newer switch, beside which the older one cannot be read."""
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with mdpo.layout_check._float32(torch.device("cpu")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = before
 
 
 def test_plain_attention_by_hand():
