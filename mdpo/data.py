@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from mdpo.forms import as_preference
 from mdpo.messages import is_text, normalise_messages, parsed, same_message
 from mdpo.types import DropPair, Message, Pair, UserError
 
@@ -18,6 +19,7 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     turn, the same on both sides or, with `different_prompts`, each side's own; with `mask_turns` False it is TRL's: the
     turns (or characters) that both sides begin with.
     """
+    row = as_preference(row)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
     if not all(sides):
         raise DropPair("not a pair")

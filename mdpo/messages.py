@@ -37,6 +37,21 @@ def parsed(value: Any, what: str) -> Any:
         raise DropPair(f"{what} are not JSON") from e
 
 
+def conversation(value: Any) -> Any:
+    """A text that holds a JSON list of messages, or one message, as that list; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    listed = [found] if isinstance(found, dict) else found
+    named = (
+        [isinstance(m, dict) and bool({"role", "from"} & set(m)) for m in listed] if isinstance(listed, list) else []
+    )
+    return listed if named and all(named) else value
+
+
 def is_text(value: Any) -> bool:
     """Whether a value is a text that has bytes: half of a surrogate pair, a cut emoji, has none."""
     try:

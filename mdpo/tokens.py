@@ -1,6 +1,7 @@
 """A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
 
 import json
+from collections import Counter
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,7 +18,7 @@ from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, TokenizedPair, UserError
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 3
+VERSION = 4
 SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {
@@ -32,19 +33,24 @@ FEATURES = Features(
         "longest": Value("int32"),
         "cut": Value("bool"),
         "special_in_context": Value("int32"),
+        "remarks": List(Value("string")),
+        "unread": List(Value("string")),
         "drop_reason": Value("string"),
     }
 )
 
 
 SPECIAL, CUT, LOWER = "special tokens inside user or tool text", "a turn cut in its middle", "a margin below 0"
+COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut"]
+NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread"]
 FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on the terminal
 
 
 @dataclass
 class DropCounts:
     """What became of the rows of one set: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to
-    the keys of kept rows. `longest` holds the tokens of the longer side of every row that came to have any."""
+    the keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `longest`
+    holds the tokens of the longer side of every row that came to have any."""
 
     name: str
     read: int = 0
@@ -52,18 +58,20 @@ class DropCounts:
     streamed: bool = False  # counted while the set is read, an epoch after the other
     reasons: dict[str, list[str]] = field(default_factory=dict)
     kept_with: dict[str, list[str]] = field(default_factory=dict)
+    unread: Counter = field(default_factory=Counter)
     longest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, row: dict[str, Any]) -> None:
         """Counts a row as FEATURES has it."""
         self.read += 1
+        self.unread.update(row["unread"])
         if row["drop_reason"]:
             self.reasons.setdefault(row["drop_reason"], []).append(row["key"])
             return
         self.kept += 1
         margin = row["margin"]
         remarks = {SPECIAL: row["special_in_context"], CUT: row["cut"], LOWER: margin is not None and margin < 0}
-        for remark in (name for name, true in remarks.items() if true):
+        for remark in [*(name for name, true in remarks.items() if true), *row["remarks"]]:
             self.kept_with.setdefault(remark, []).append(row["key"])
 
     def drop(self, keys: list[str], reason: str) -> None:
@@ -85,6 +93,8 @@ class DropCounts:
         if rest := by_rows[MOST_REASONS:]:
             lines.append(f"  dropped {sum(len(keys) for _, keys in rest)}: {len(rest)} further reasons")
         lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
+        if self.unread:
+            lines.append("  message fields not used: " + ", ".join(f"{k} ({n} rows)" for k, n in self.unread.items()))
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,7 +103,7 @@ class DropCounts:
         out = {
             what: {name: {"rows": len(k), "first": k[:FIRST_KEYS]} for name, k in d.items()} for what, d in both.items()
         }
-        return {"read": self.read, "kept": self.kept, **out}
+        return {"read": self.read, "kept": self.kept, **out, "message_fields_not_used": dict(self.unread)}
 
 
 def _some(keys: list[str]) -> str:
@@ -128,12 +138,14 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists."""
     row = whole_row(row, index)
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
-    out |= {"margin": None, "digest": ""}
+    out |= {"margin": None, "digest": "", "unread": []}
     try:
         pair = row_to_pair(row, settings.mask_turns, settings.different_prompts)
+        out["unread"] = pair.unread
         tokenised = vars(tokenize_pair(pair, template, settings))
         out |= {
             **tokenised,
+            "remarks": list(dict.fromkeys([*pair.remarks, *tokenised["remarks"]])),
             "margin": pair.margin,
             "prompt_key": _digest(_question_of(pair)),
             "digest": _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
@@ -183,7 +195,7 @@ def tokenize_dataset(
         desc=f"Tokenising {name}",
     )
     counts = DropCounts(name)
-    light = done.select_columns(["key", "drop_reason", "margin", "special_in_context", "cut", "longest"])
+    light = done.select_columns([*COUNTED, "longest"])
     for batch in light.iter(batch_size=10_000):
         for values in zip(*batch.values(), strict=True):
             counts.add(dict(zip(batch, values, strict=True)))
@@ -191,7 +203,7 @@ def tokenize_dataset(
     kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
     if not counts.kept:
         raise UserError("no pair is left.\n" + "\n".join(counts.lines()))
-    return kept.remove_columns(["drop_reason", "longest"]), counts
+    return kept.remove_columns(NOT_TRAINED_ON), counts
 
 
 def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, name: str):
@@ -210,7 +222,7 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
 
     options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
     tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
-    return tokenised.filter(keep).remove_columns(["drop_reason", "longest"]), counts
+    return tokenised.filter(keep).remove_columns(NOT_TRAINED_ON), counts
 
 
 def side_lengths(rows: Dataset) -> np.ndarray:

@@ -26,7 +26,8 @@ class Pair:
 
     `chosen` and `rejected` are whole conversations: the prompt's messages first. `n_prompt` messages of them are
     context on both sides; their assistant turns are not supervised. `weights` holds a number for each message of
-    chosen and of rejected, empty lists where all are 1. `margin` is the row's, in units of reward.
+    chosen and of rejected, empty lists where all are 1. `margin` is the row's, in units of reward. `remarks` name what
+    the report counts of rows that are kept, `unread` the fields of messages that nothing reads.
     """
 
     chosen: list[Message] | str
@@ -37,6 +38,8 @@ class Pair:
     weights: tuple[list[float], list[float]] = ([], [])
     margin: float | None = None
     prompt_given: bool = True  # in plain strings; else the prompt is what both sides begin with
+    remarks: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -58,6 +61,7 @@ class TokenizedPair:
     rejected_weights: list[float] = field(default_factory=list)
     longest: int = 0
     cut: bool = False
+    remarks: list[str] = field(default_factory=list)  # as `Pair.remarks`
 
 
 @dataclass

@@ -19,7 +19,7 @@ ORDER = [
     {"allocations", "sharding", "ranks", "copies", "head"},
     {"failures"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "files", "messages"},
-    {"varlen", "fused"},
+    {"varlen", "fused", "forms"},
     {"sandbox", "sandbox_child", "answers", "attention"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"precision", "launcher", "saved_weights"},
