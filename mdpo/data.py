@@ -4,11 +4,15 @@ import math
 from typing import Any
 
 from mdpo.forms import as_preference
-from mdpo.messages import is_text, normalise_messages, parsed, same_message
+from mdpo.messages import is_text, normalise_messages, parsed, read_messages, same_message
+from mdpo.tool_calls import read_tools
 from mdpo.types import DropPair, Message, Pair, UserError
 
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
            "score_chosen", "score_rejected", "key")  # fmt: skip
+
+
+TOLD = ("unread", "remarks")
 
 
 def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False) -> Pair:
@@ -29,11 +33,11 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     sides = [_as_messages(side, isinstance(prompt, list)) for side in sides]
     if isinstance(prompt, str):
         prompt = _question(prompt, sides) if prompt.strip() else None
-    chosen, rejected = (normalise_messages(side) for side in sides)
-    weights = [_weights(raw, side) for raw, side in zip(sides, (chosen, rejected), strict=True)]
-    raw_prompt = prompt or []
-    if raw_prompt or (prompt is not None and not mask_turns):
-        prompt, n = normalise_messages(raw_prompt), len(raw_prompt)
+    read = [read_messages(side, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
+    (chosen, rejected), weights = (side.messages for side in read), [side.weights for side in read]
+    asked = read_messages(prompt or [], "prompt")
+    if asked.messages or (prompt is not None and not mask_turns):
+        prompt, n = asked.messages, len(asked.messages)
         both = zip((chosen, rejected), weights, strict=True)
         (chosen, w), (rejected, v) = (_behind(prompt, side, of, once=mask_turns) for side, of in both)
         weights = [w, v]
@@ -46,17 +50,17 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
         n = _common_start(chosen, rejected)
     if mask_turns and not all(side[-1]["role"] == "assistant" for side in (chosen, rejected)):
         raise DropPair("last turn not from the assistant")
-    if any(w != 1 for side in weights for w in side[:n]) or any(m.get("weight") is not None for m in raw_prompt):
+    if any(w not in (0, 1) for side in (*weights, asked.weights) for w in side[:n]):
         raise DropPair("a weight in the prompt, which is not supervised")
-    if any(weights) and not mask_turns:
-        raise UserError(
-            "Messages have a `weight`, which multiplies a turn's log-ratios: it needs mask_user_turns: true."
-        )
+    if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
+        raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
+                        "mask_user_turns: true.")  # fmt: skip
     if row.get("system") and not any(side[0]["role"] == "system" for side in (chosen, rejected)):
         first = normalise_messages([{"role": "system", "content": row["system"]}])
         chosen, rejected, n = first + chosen, first + rejected, n + 1
         weights = [[1.0, *side] if side else [] for side in weights]
-    return Pair(chosen, rejected, n, weights=tuple(weights), **extra)
+    told = {what: list(dict.fromkeys(x for part in (asked, *read) for x in getattr(part, what))) for what in TOLD}
+    return Pair(chosen, rejected, n, weights=tuple(weights), **extra, **told)
 
 
 def _prompt(row: dict[str, Any]) -> str | list[Message] | None:
@@ -71,12 +75,10 @@ def _prompt(row: dict[str, Any]) -> str | list[Message] | None:
 
 def _for_template(row: dict[str, Any]) -> dict[str, Any]:
     """What a row has for the chat template: tools, and variables of its own."""
-    tools, kwargs = (parsed(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DropPair("tools is not a list of objects")
+    tools, kwargs = read_tools(row.get("tools")), parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")
     if kwargs and (not isinstance(kwargs, dict) or {"tools", "messages", "add_generation_prompt"} & set(kwargs)):
         raise DropPair("chat_template_kwargs is not an object of the template's own variables")
-    return {"tools": tools or None, "template_kwargs": kwargs or {}}
+    return {"tools": tools, "template_kwargs": kwargs or {}}
 
 
 def _behind(prompt: list[Message], side: list[Message], weights: list[float], once: bool):
@@ -145,18 +147,6 @@ def _margin(row: dict[str, Any]) -> float | None:
 def _finite(value: Any) -> bool:
     """Whether a value is a number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
-
-
-def _weights(raw: list[Message], messages: list[Message]) -> list[float]:
-    """The `weight` of each raw message, 1 where there is none; an empty list where all are 1. DropPair for a bad one,
-    or one on a message that is not the assistant's."""
-    weights = [m.get("weight") for m in raw]
-    if any(w is not None and not (_finite(w) and w >= 0) for w in weights):
-        raise DropPair("a message's weight is not a number >= 0")
-    if any(w is not None and m["role"] != "assistant" for m, w in zip(messages, weights, strict=True)):
-        raise DropPair("a weight on a message that is not the assistant's")
-    weights = [1.0 if w is None else float(w) for w in weights]
-    return [] if set(weights) == {1.0} else weights
 
 
 def _common_start(a, b) -> int:

@@ -15,6 +15,7 @@ from mdpo.render import tokenize
 from mdpo.sets import load_sets
 from mdpo.shown import CONTEXT, END, SHARED, SIDES, SUPERVISED
 from mdpo.template import ChatTemplate
+from mdpo.template_fit import fit
 from mdpo.tokenizer import token_text
 from mdpo.types import DropPair, UserError
 
@@ -73,7 +74,7 @@ class Explainer:
         "raw", the row's JSON, in place of the last two."""
         out = {"key": row["key"], "reason": reason}
         try:
-            pair = row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts)
+            pair = fit(row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts), self.template)
             shared = kept["shared_len"] if kept else 0
             sides = [self._side(pair, name, kept, shared) for name in SIDES]
         except DropPair:

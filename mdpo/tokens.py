@@ -15,10 +15,11 @@ from mdpo.data import row_to_pair
 from mdpo.files import whole_row
 from mdpo.render import RenderSettings, refuse_slow, special_tokens_in_context, tokenize_pair
 from mdpo.template import ChatTemplate
+from mdpo.template_fit import fit
 from mdpo.types import DropPair, TokenizedPair, UserError
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 4
+VERSION = 5
 SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {
@@ -140,7 +141,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
     out |= {"margin": None, "digest": "", "unread": []}
     try:
-        pair = row_to_pair(row, settings.mask_turns, settings.different_prompts)
+        pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
         tokenised = vars(tokenize_pair(pair, template, settings))
         out |= {

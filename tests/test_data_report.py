@@ -33,8 +33,11 @@ def says(*texts):
 # A row for each way to be dropped, and the name that it is dropped under; max_length is 64, a token is a byte.
 BAD = [
     ({"chosen": [U, *says("4")], "rejected": None}, "not a pair"),
-    ({"chosen": [{"role": "robot", "content": "x"}, *says("4")], "rejected": [U, *says("5")]}, "unknown role: robot"),
-    ({"chosen": [U, *says(" ")], "rejected": [U, *says("5")]}, "empty or missing content"),
+    (
+        {"chosen": [{"role": "robot", "content": "x"}, *says("4")], "rejected": [U, *says("5")]},
+        "chosen, message 1: unknown role: robot",
+    ),
+    ({"chosen": [U, *says(" ")], "rejected": [U, *says("5")]}, "chosen, message 2: an empty assistant turn"),
     ({"chosen": [{"role": "user", "content": "?"}, *says("4")], "rejected": [U, *says("5")]}, "prompt mismatch"),
     ({"prompt": [U, *says("4")], "chosen": [U, *says("4")], "rejected": [U, *says("4")]}, "no assistant turn"),
     ({"chosen": [U, *says("4"), U], "rejected": [U, *says("5")]}, "last turn not from the assistant"),

@@ -16,9 +16,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module may import those in lines above its own.
 ORDER = [
     {"types", "preemption"},
-    {"allocations", "sharding", "ranks", "copies", "head"},
-    {"failures"},
-    {"marks", "config", "retired", "startup", "checkpoints", "losses", "files", "messages"},
+    {"allocations", "sharding", "ranks", "copies", "head", "json_texts", "turn_weights"},
+    {"failures", "content", "tool_calls", "message_forms"},
+    {"marks", "config", "retired", "startup", "checkpoints", "losses", "files", "messages", "template_fit"},
     {"varlen", "fused", "forms"},
     {"sandbox", "sandbox_child", "answers", "attention"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
