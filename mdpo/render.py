@@ -47,6 +47,7 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
     for _, mask, weights in sides:
         if not any(m and w for m, w in zip(mask, weights, strict=True)) and any(mask):
             raise DropPair("every turn of a side has weight 0")
+    sides = [_without_unlearned(side) if 0 in side[2] else side for side in sides]
     shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
     (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
     weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
@@ -54,6 +55,12 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
     masks = [(mask, uncut) for (_, mask, _), (_, uncut, _) in zip(sides, whole, strict=True)]
     cut = any(len(mask) < len(uncut) and mask[-1] and uncut[len(mask)] for mask, uncut in masks)
     return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights, longest, cut)
+
+
+def _without_unlearned(side: Side) -> Side:
+    """A turn of weight 0 is context: nothing of it is supervised."""
+    ids, mask, weights = side
+    return ids, [m if w else 0 for m, w in zip(mask, weights, strict=True)], [w or 1.0 for w in weights]
 
 
 def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
