@@ -14,9 +14,9 @@ TEXTS = {**dict.fromkeys(("text", "input_text", "output_text"), ("text", "value"
 THOUGHTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "text"), "reasoning_text": ("text",),
             "summary_text": ("text",)}  # fmt: skip
 OTHERS = ("tool_use", "tool_result", "redacted_thinking")
-# Known, and nothing that a text model takes.
+# Known, and refused: what a text model does not take, and Vercel's calls.
 MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "audio_url", "file",
-         "input_file", "document")  # fmt: skip
+         "input_file", "document", "tool-call", "tool-result")  # fmt: skip
 KNOWN = {*TEXTS, *THOUGHTS, *OTHERS, *MEDIA}
 BEGINS = re.compile(r"""["\s]*\[\s*\{\s*\\*["']type\\*["']\s*:\s*\\*["'](\w+)""")
 Piece = tuple[str, Any]  # "text" or "thought" with a text, "call" with a call, "output" with a tool message's fields,
@@ -25,8 +25,10 @@ Piece = tuple[str, Any]  # "text" or "thought" with a text, "call" with a call, 
 
 def pieces(content: Any) -> Iterator[Piece]:
     """The pieces of a message's content, in order. Raises DropPair for what is none."""
-    if isinstance(content, dict):
-        content = content["parts"] if isinstance(content.get("parts"), list) else [content]
+    if isinstance(content, dict) and isinstance(content.get("parts"), list):
+        content = content["parts"]
+    elif isinstance(content, dict) and {"type", "text"} & set(content):
+        content = [content]
     if not isinstance(content, list):
         if not isinstance(content, str):
             raise DropPair(f"content is {kind_of(content)}, not text")
@@ -128,6 +130,11 @@ def tool_output(value: Any) -> str:
 
 def _kind(part: dict[str, Any]) -> str:
     return part["type"] if isinstance(part.get("type"), str) else ""
+
+
+def are_results(content: Any) -> bool:
+    listed = isinstance(content, list) and content and all(isinstance(p, dict) for p in content)
+    return bool(listed) and all(part.get("type") == "tool_result" for part in content)
 
 
 def parts_as_text(content: str) -> list[dict[str, Any]] | None:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from mdpo.forms import as_preference
-from mdpo.messages import is_text, normalise_messages, parsed, read_messages, same_message
+from mdpo.messages import is_text, normalise_messages, parsed, read_messages, refuse_broken, same_message
 from mdpo.tool_calls import read_tools
 from mdpo.types import DropPair, Message, Pair, UserError
 
@@ -24,6 +24,8 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     turns (or characters) that both sides begin with.
     """
     row = as_preference(row)
+    for name in ("prompt", "conversations", "chosen", "rejected"):
+        refuse_broken(row.get(name), name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
     if not all(sides):
         raise DropPair("not a pair")

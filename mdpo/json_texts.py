@@ -54,13 +54,9 @@ def unfolded(text: str) -> Any:
     return value if isinstance(value, list | dict) else None
 
 
-def refuse_broken(text: str, roles, what: str) -> None:
-    """Raises DropPair for a text that is no JSON and yet begins as a list of messages does: a known role behind `role`
-    or `from` in its first object. A cut answer in JSON, or code, does not."""
+def begun(text: str) -> tuple[str, str]:
+    """Of a text that is no JSON: (the first role in it, in lower case, the quotation mark) where it begins as a list of
+    messages or one message would; two empty texts where it does not."""
     begins = BEGINS.match(text)
     found = begins and KEY.search(text[:10_000])
-    if not found or found[1].lower() not in roles:
-        return
-    if "'" in begins[0]:
-        raise DropPair(f"{what} is messages as Python writes them, not JSON: write it with json.dumps")
-    raise DropPair(f"{what} begins as messages in JSON and is not JSON")
+    return (found[1].lower(), "'" if "'" in begins[0] else '"') if found else ("", "")

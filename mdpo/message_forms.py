@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdpo.json_texts import refuse_broken, unfolded
+from mdpo.json_texts import begun, unfolded
 from mdpo.types import DropPair
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,6 +23,7 @@ ITEMS = (CALL, "function_call_output", REASONING)  # OpenAI Responses: entries o
 SPEAKERS = ("role", "from", "author", "speaker", "sender")
 CONTENTS = ("content", "value", "parts", "message", "text")
 CALLS = ("tool_calls", "function_call")
+SPOKEN = {"role", "from", "lc"}
 PEOPLE = ("human", "ai", "humanmessage", "aimessage")  # LangChain's types that are nobody else's
 LISTS = ("messages", "conversations", "conversation")
 BOOKKEEPING = ("type", "id", "status", "call_id")  # of Responses' items and LangChain's messages
@@ -117,32 +118,52 @@ def _unknown(given: Any, kind: Any, message: dict[str, Any]) -> str:
 
 def are_messages(values: Any) -> bool:
     """Whether a list holds messages, rather than data that have a `role` or a `type` for reasons of their own:
-    [{"role": "cook"}], [{"type": "function", …}]."""
-    if not isinstance(values, list) or not values or not all(isinstance(m, dict) for m in values):
+    [{"role": "cook"}], [{"type": "function", …}]. One with a known role and a content tells; the others of its list
+    are then read, or refused by name."""
+    return isinstance(values, list) and any(map(_tells, values))
+
+
+def _tells(value: Any) -> bool:
+    if not isinstance(value, dict) or not (SPOKEN & set(value) or str(value.get("type")).lower() in PEOPLE):
         return False
     try:
-        found = [named(m) for m in values]
+        found = named(value)
     except DropPair:
         return False
-    spoken = any({"role", "from", "lc"} & set(m) or str(m.get("type")).lower() in PEOPLE for m in values)
-    return spoken and all(not m.missing or m.calls or m.item for m in found)
+    return not found.missing or bool(found.calls or found.item)
 
 
-def conversation(value: Any, what: str = "a text") -> Any:
+def role_of(message: Any) -> str | None:
+    """The role of what any format calls a message, one of ROLES; None for all else."""
+    try:
+        return named(message).role
+    except DropPair:
+        return None
+
+
+def conversation(value: Any) -> Any:
     """A text that holds messages as JSON (a list, one message, or an object with such a list; encoded once or several
     times) as that list, and so a list of JSON texts of one message each; anything else as it is, so that an answer in
-    JSON stays a text. Raises DropPair for a text that begins as messages do and is not JSON."""
+    JSON stays a text."""
     if isinstance(value, list) and value and all(isinstance(m, str) and m.lstrip().startswith("{") for m in value):
         found = [unfolded(text) for text in value]
         return found if are_messages(found) else value
-    if not isinstance(value, str) or not value[:100].lstrip().startswith(("[", "{", '"')):
-        return value
-    found = unfolded(value)
-    if found is None:
-        refuse_broken(value, ALIASES, what)
-        return value
+    found = unfolded(value) if isinstance(value, str) else None
     if isinstance(found, dict):
         found = next((found[k] for k in LISTS if isinstance(found.get(k), list)), [found])
-    if all(isinstance(m, str) for m in found):  # a list of texts that are JSON
+    if isinstance(found, list) and all(isinstance(m, str) for m in found):  # a list of texts that are JSON
         found = [unfolded(text) for text in found]
     return found if are_messages(found) else value
+
+
+def refuse_broken(value: Any, what: str) -> None:
+    """Raises DropPair for a text that begins as messages do, with a known role, and is not JSON: cut, or written by
+    Python's repr. An answer that is cut JSON of another kind, or code, is a text like any other."""
+    role, mark = (
+        begun(value) if isinstance(value, str) and value[:100].lstrip().startswith(("[", "{", '"')) else ("", "")
+    )
+    if role not in ALIASES or unfolded(value) is not None:
+        return
+    if mark == "'":
+        raise DropPair(f"{what} is messages as Python writes them, not JSON: write it with json.dumps")
+    raise DropPair(f"{what} begins as messages in JSON and is not JSON")

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdpo.content import Piece, parts_as_text, pieces, tool_output
+from mdpo.content import Piece, are_results, parts_as_text, pieces, tool_output
 from mdpo.json_texts import is_text as is_text
 from mdpo.json_texts import parsed as parsed
 from mdpo.message_forms import CALL, REASONING, ROLES, Named, named
 from mdpo.message_forms import conversation as conversation
+from mdpo.message_forms import refuse_broken as refuse_broken
+from mdpo.message_forms import role_of as role_of
 from mdpo.tool_calls import read_calls
 from mdpo.turn_weights import turn_weight
 from mdpo.types import DropPair, Message
@@ -124,6 +126,8 @@ def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
         if listed := parts_as_text(found.content):
             found.content = listed
             out.remarks[JSON_PARTS] = None
+    if found.role == "tool" and are_results(found.content):
+        found.role = "user"  # Anthropic's blocks, in the message of their own that other formats have
     if found.role == "tool":
         if found.missing and set(found.rest) - {"name", "id", "tool_call_id"}:
             raise DropPair(f"empty or missing content (message has keys: {', '.join(sorted(found.rest))[:80]})")
@@ -157,10 +161,10 @@ def _assistant(found: Named, out: Conversation) -> dict[str, Any]:
             raise DropPair("both reasoning_content and thoughts in the content")
         fields["reasoning_content"] = thoughts
         out.unread["reasoning_content"] = None
-    if said["call"] and found.calls:
-        raise DropPair("both tool_calls and calls in the content")
-    if calls := said["call"] or found.calls:
-        fields["tool_calls"] = read_calls(calls)
+    calls, others = (read_calls(of) if of else [] for of in (found.calls, said["call"]))
+    if calls and others and [c["function"] for c in calls] != [c["function"] for c in others]:  # LangChain has both
+        raise DropPair("both tool_calls and calls in the content, which differ")
+    fields |= {"tool_calls": calls or others} if calls or others else {}
     return fields
 
 
