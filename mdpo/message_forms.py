@@ -15,7 +15,8 @@ ALIASES = {
     **dict.fromkeys(("human", "prompter", "humanmessage", "humanmessagechunk"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "chatbot", "aimessage", "aimessagechunk"), "assistant"),
     **dict.fromkeys(("systemmessage", "systemmessagechunk"), "system"),
-    **dict.fromkeys(("ipython", "observation", "function", "tool_response", "tool_result", "tool_output", "function_response",
+    **dict.fromkeys(("ipython", "observation", "function", "tool_response", "tool_result", "tool_output",
+                     "function_response",
                      "function_result", "toolmessage", "toolmessagechunk", "functionmessage"), "tool"),
     **dict.fromkeys((CALL, "tool_call"), CALL),  # ShareGPT, ms-swift: the content is the call as JSON
 }  # fmt: skip

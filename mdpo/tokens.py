@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import astuple, dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from datasets.fingerprint import Hasher
 
 from mdpo.data import row_to_pair
 from mdpo.files import whole_row
+from mdpo.forms import look
 from mdpo.render import RenderSettings, refuse_slow, special_tokens_in_context, tokenize_pair
 from mdpo.template import ChatTemplate
 from mdpo.template_fit import fit
@@ -123,14 +123,13 @@ class PlainText:
     render = locate
 
 
-def _template_for(tokenizer, settings: RenderSettings, rows):
+def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
     """Plain strings do with a tokenizer whose chat template is missing or of no use."""
+    _, conversations = look(map(whole_row, rows), name, settings.mask_turns)
     try:
         return ChatTemplate(tokenizer, settings.template_kwargs, locates=settings.mask_turns)
     except UserError:
-        rows = (whole_row(row) for row in islice(rows, 100))
-        sides = (row.get(name) for row in rows for name in ("chosen", "rejected", "prompt", "conversations"))
-        if any(isinstance(side, list | dict) for side in sides):
+        if conversations:
             raise
         return PlainText(tokenizer)
 
@@ -182,7 +181,7 @@ def tokenize_dataset(
 
     Cached by content: rows, tokenizer, template and settings. Raises UserError when no row is left."""
     refuse_slow(tokenizer)
-    template = _template_for(tokenizer, settings, rows)
+    template = _template_for(tokenizer, settings, rows, name)
     specials = tokenizer.special_tokens_map  # templates write them
     identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)
     done = rows.map(
@@ -211,7 +210,7 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
     """As `tokenize_dataset`, row by row while the stream is read: (IterableDataset, counts that grow meanwhile).
 
     The first row that is dropped for a reason is named at once; counts of dataloader workers stay in the workers."""
-    first, template = next(iter(rows)), _template_for(tokenizer, settings, rows)
+    first, template = next(iter(rows)), _template_for(tokenizer, settings, rows, name)
     counts = DropCounts(name, streamed=True)
 
     def keep(row: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from mdpo.types import DropPair, UserError
 SYSTEM = {"role": "system", "content": "Be brief."}
 U1, U2 = {"role": "user", "content": "Two?"}, {"role": "user", "content": "Three?"}
 A1, A2, A3 = ({"role": "assistant", "content": c} for c in ("2", "3", "4"))
+MISMATCH = "prompt mismatch: message {} of the sides differs; allow_different_prompts: true keeps both"
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
@@ -128,7 +129,10 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]}, "prompt mismatch"),
+        (
+            {"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]},
+            "prompt mismatch: the text in prompt is not the first user message of the sides",
+        ),
         ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "chosen, message 1: an empty assistant turn"),
         ({"chosen": "text", "rejected": "  "}, "empty or missing content"),
         ({"chosen": "text", "rejected": ""}, "not a pair"),
@@ -155,7 +159,8 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
         ({"chosen": [U1, A1], "rejected": None}, "not a pair"),
         ({"chosen": [U1, A1], "rejected": []}, "not a pair"),
         ({"chosen": [U1, A1], "rejected": "text"}, "not a pair"),
-        ({"chosen": [U1, A1], "rejected": [U2, A2]}, "prompt mismatch"),
+        ({"chosen": [U1, A1], "rejected": [U2, A2]}, MISMATCH.format(1)),
+        ({"chosen": [SYSTEM, U1, A1], "rejected": [SYSTEM, U1, U2, A2]}, MISMATCH.format(3)),
         (
             {"chosen": [{"role": "robot", "content": "x"}, A1], "rejected": [U1, A2]},
             "chosen, message 1: unknown role: robot",
@@ -165,7 +170,8 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
             "chosen, message 1: empty or missing content",
         ),
         ({"chosen": [U1, {"role": "assistant"}], "rejected": [U1, A2]}, "chosen, message 2: an empty assistant turn"),
-        ({"chosen": [U1, A1, U2], "rejected": [U1, A2]}, "last turn not from the assistant"),
+        ({"chosen": [U1], "rejected": [U1, A2]}, "last turn not from the assistant"),
+        ({"prompt": [U1, A1, U2], "chosen": [U1, A1, U2, U1], "rejected": [A2]}, "last turn not from the assistant"),
         (
             {"chosen": [{"role": "user", "content": [{"type": "image"}]}, A1], "rejected": [U1, A2]},
             "chosen, message 1: content part {type: image}",
