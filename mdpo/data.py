@@ -41,6 +41,8 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
         first = normalise_messages([{"role": "system", "content": row["system"]}], "system")
         both, n = [first + side for side in both], n + 1
         weights = [[1.0, *side] if side else [] for side in weights]
+    if not n:  # without turn masks: what both sides begin with
+        raise DropPair("the prompt is empty: the sides begin with no message in common")
     remarks = row["remarks"] + list(told.remarks)
     return Pair(*both, n, weights=tuple(weights), remarks=remarks, unread=list(told.unread), **extra)
 
@@ -78,7 +80,7 @@ def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: boo
 def _shared_context(both: Sides, different: bool) -> tuple[Sides, int, list[str]]:
     """(both sides, messages of context, remarks) where no prompt is given: what stands before the first answer has to
     say the same on both sides, and chosen's words are used for both. Raises DropPair."""
-    firsts = [_first_answer(side) for side in both]
+    firsts = [first_answer(side) for side in both]
     n, starts = min(firsts), [side[:first] for side, first in zip(both, firsts, strict=True)]
     shorter = min(map(len, starts))
     differs = next((i for i in range(shorter) if not same_message(starts[0][i], starts[1][i])), shorter)
@@ -94,7 +96,7 @@ def _shared_context(both: Sides, different: bool) -> tuple[Sides, int, list[str]
     return both, n, []
 
 
-def _first_answer(messages: list[Message]) -> int:
+def first_answer(messages: list[Message]) -> int:
     """Index of the first assistant turn behind a user turn; what the assistant says before is a greeting."""
     asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), -1)
     return next((i for i, m in enumerate(messages) if i > asked and m["role"] == "assistant"), len(messages))

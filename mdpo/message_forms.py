@@ -143,15 +143,15 @@ def role_of(message: Any) -> str | None:
 
 
 def conversation(value: Any) -> Any:
-    """A text that holds messages as JSON (a list, one message, or an object with such a list; encoded once or several
-    times) as that list, and so a list of JSON texts of one message each; anything else as it is, so that an answer in
-    JSON stays a text."""
+    """A text that holds messages as JSON (a list, one message, or an object with nothing but such a list; encoded once
+    or several times) as that list, and so a list of JSON texts of one message each; anything else as it is, so that an
+    answer in JSON stays a text."""
     if isinstance(value, list) and value and all(isinstance(m, str) and m.lstrip().startswith("{") for m in value):
         found = [unfolded(text) for text in value]
         return found if are_messages(found) else value
     found = unfolded(value) if isinstance(value, str) else None
     if isinstance(found, dict):
-        found = next((found[k] for k in LISTS if isinstance(found.get(k), list)), [found])
+        found = next((found[k] for k in LISTS if set(found) == {k}), [found])  # beside other keys, these count too
     if isinstance(found, list) and all(isinstance(m, str) for m in found):  # a list of texts that are JSON
         found = [unfolded(text) for text in found]
     return found if are_messages(found) else value

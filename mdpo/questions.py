@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from mdpo.messages import conversation, normalise_messages, same_message
-from mdpo.sides import Form, Row, role_of
+from mdpo.columns import Form, Row, role_of, structured
+from mdpo.messages import normalise_messages, same_message
 from mdpo.types import DropPair, Message
 
 
 def messages_in(value: Any) -> list[Message]:
     """A list of messages, one message, an object with `messages`, or any of these as JSON text; [] for all else."""
-    value = conversation(value)
+    value = structured(value)
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         value = value["messages"]
     value = [value] if isinstance(value, dict) and role_of(value) else value
@@ -128,9 +128,11 @@ def _one_list(row: Row, answer: Any) -> tuple[list[Message], str]:
 
 def _without_answer(messages: list[Message], answer: Any) -> list[Message]:
     """A conversation that ends with the chosen answer, as SFT data has it, up to there."""
-    last = messages[-1].get("content", messages[-1].get("value"))
-    if role_of(messages[-1]) == "assistant" and isinstance(answer, str) and last == answer:
-        return messages[:-1]
+    given = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    given = normalise_messages(given if isinstance(given, list) else [given])
+    start, end = messages[: -len(given)], normalise_messages(messages)[-len(given) :]
+    if start and len(end) == len(given) and role_of(end[0]) == "assistant" and all(map(same_message, end, given)):
+        return start
     return messages
 
 

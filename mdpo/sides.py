@@ -2,25 +2,10 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from mdpo.message_forms import role_of as known_role
-from mdpo.types import DropPair, Message
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Form:
-    """One documented way to write a part of a pair: the columns that a row of this form has, further ones that it
-    reads, where it is documented and how it is read (lines of docs/rows.md), and `read`, row → the part."""
-
-    columns: tuple[str, ...]
-    source: str
-    rule: str
-    read: Callable[[Row], Any]
-    also: tuple[str, ...] = ()
+from mdpo.columns import Form, Row, number, role_of
+from mdpo.types import DropPair
 
 
 def named(chosen: str, rejected: str) -> Callable[[Row], Row]:
@@ -44,14 +29,6 @@ def judged(first: str, second: str, verdict: Callable[[Row], float]) -> Callable
 
 def with_margin(read: Callable[[Row], Row], size: Callable[[Row], float]) -> Callable[[Row], Row]:
     return lambda row: {**read(row), "margin": size(row)}
-
-
-def number(row: Row, name: str) -> float:
-    """A number in a column. Raises DropPair."""
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e308:
-        raise DropPair(f"{name} is not a finite number")
-    return float(value)
 
 
 def one_of_two(name: str, first: Any) -> Callable[[Row], float]:
@@ -114,14 +91,6 @@ def after_last_user(row: Row) -> Row:
     if last < 0:
         raise DropPair("no user turn in messages")
     return {"prompt": messages[: last + 1], "chosen": messages[last + 1 :], "rejected": rejected}
-
-
-def role_of(message: Any) -> str | None:
-    """user, system or assistant by any usual name; another role as it is."""
-    if not isinstance(message, dict):
-        return None
-    role = known_role(message) or message.get("role", message.get("from", message.get("type")))
-    return "system" if role == "developer" else role.lower() if isinstance(role, str) else None
 
 
 def completions(row: Row) -> Row:
@@ -227,18 +196,3 @@ SIDES = (
 def sides_form(columns: Any) -> Form | None:
     """The first form whose columns are all there."""
     return next((form for form in SIDES if set(form.columns) <= set(columns)), None)
-
-
-def unwrapped(side: Any) -> tuple[Any, list[Message] | None]:
-    """(what stands in an object with `messages` or `conversations`, its tools); any other side as it is."""
-    if isinstance(side, dict) and not {"role", "from"} & set(side):
-        for name in ("messages", "conversations", "conversation"):
-            if isinstance(side.get(name), list):
-                system = side.get("system") or side.get("system_prompt")
-                first = (
-                    [{"role": "system", "content": system}]
-                    if system and role_of((side[name] or [0])[0]) != "system"
-                    else []
-                )  # noqa: E501
-                return first + side[name], side.get("tools")
-    return side, None

@@ -10,7 +10,7 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
-from mdpo.data import row_to_pair
+from mdpo.data import first_answer, row_to_pair
 from mdpo.files import whole_row
 from mdpo.forms import look
 from mdpo.render import RenderSettings, refuse_slow, special_tokens_in_context, tokenize_pair
@@ -166,8 +166,7 @@ def _question_of(pair) -> Any:
         start = pair.chosen[: pair.n_prompt]
         # Without a prompt the common start may run into the answers: it is cut where a line begins.
         return start if pair.prompt_given or "\n" not in start else start[: start.rindex("\n")]
-    first = next((i for i, m in enumerate(pair.chosen) if m["role"] == "assistant"), len(pair.chosen))
-    return pair.chosen[:first]
+    return pair.chosen[: first_answer(pair.chosen)]
 
 
 def _digest(value: Any) -> str:

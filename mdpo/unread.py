@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
+from mdpo.columns import Row, role_of
 from mdpo.messages import normalise_messages
-from mdpo.sides import Row, role_of
 from mdpo.types import DropPair
 
 NO_QUESTION = "no user turn and no prompt"
@@ -15,8 +15,8 @@ ABOUT = re.compile(
     r"time|timestamp|created|url|link|path|file|meta|metadata|score|scores|rating|ratings|reward|rewards|winner|tokens|"
     r"length|version|status|annotator|judge|images?)($|_)"
 )
-ASKS = re.compile(r"(?i)(prompt|question|query|instruction|problem|task|request|post|user|ask|input|dialog|dialogue|"
-                  r"conversation|messages|history|context|turns)")  # fmt: skip
+ASKS = re.compile(r"(?i)(^|_)(prompt|question|query|instruction|problem|request|post|input|dialog|dialogue|"
+                  r"conversation|messages|history|context|turns)s?($|_)")  # fmt: skip
 ROLE_MARKS = re.compile(
     r"(?im)^\W*(human|user|question|instruction|prompt|q|post|subreddit)\W*:|\[INST\]|^#+ *(human|user|instruction|"
     r"question)\b|<[|｜](user|im_start|start_header_id|prompter)|<start_of_turn>"
