@@ -31,10 +31,18 @@ def left_out(messages: list[Message], n_prompt: int, marks: Marks) -> list[str]:
     return found
 
 
-def without_tools(tools: list[dict[str, Any]], text: str) -> bool:
-    """Whether a tool's name stands nowhere in the text."""
+def lacks_tools(tools: list[dict[str, Any]], messages: list[Message], marks: Marks) -> bool:
+    """Whether a tool's name is missing from what the template wrote before the first message and before those of users
+    and the system: names in calls and in what tools answer do not count."""
     functions = (tool.get("function") or tool for tool in tools)
-    return any(str(f.get("name") or "") not in text for f in functions if isinstance(f, dict))
+    missing = {f["name"] for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)}
+    for i, message in enumerate(messages):
+        if not missing:
+            break
+        if (i == 0 or message["role"] not in ("assistant", "tool")) and (opening := marks.opening(i)) is not None:
+            before = marks.text[marks.end_before(i) : opening]
+            missing = {name for name in missing if name not in before}
+    return bool(missing)
 
 
 def _thoughts(message: Message) -> list[str]:

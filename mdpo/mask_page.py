@@ -12,7 +12,7 @@ from mdpo.data import row_to_pair
 from mdpo.files import whole_row
 from mdpo.pairs import prepare_pairs, render_settings
 from mdpo.sets import load_sets
-from mdpo.shown import CONTEXT, END, SHARED, SIDES, SUPERVISED
+from mdpo.shown import CONTEXT, END, SHARED, SIDES, SUPERVISED, special_ids
 from mdpo.spans import supervised, tokenize
 from mdpo.template import ChatTemplate
 from mdpo.tokenizer import token_text
@@ -66,7 +66,7 @@ class Explainer:
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings, self.text_of = tokenizer, settings, token_text(tokenizer)
         self.template = ChatTemplate(tokenizer, settings.template_kwargs) if tokenizer.chat_template else None
-        self.specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.specials = special_ids(tokenizer)
 
     def __call__(self, row: dict[str, Any], kept: dict[str, Any] | None, reason: str) -> dict[str, Any]:
         """{"key", "reason" ("" where kept), "shared": tokens, "sides": two lists of [text, id, role, kind]}, or

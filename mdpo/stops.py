@@ -56,13 +56,3 @@ def probe_header(template) -> str:
     prompt = THINK_OPENER.sub("", prompt)
     tokens = list(template.special.finditer(prompt)) or list(template.added.finditer(prompt))
     return prompt[tokens[-1].start() :] if tokens else ""
-
-
-def probe_tools(template) -> bool:
-    """Whether the template writes a list of tools."""
-    function = {"name": "QzTool", "description": "Qz.", "parameters": {"type": "object", "properties": {}}}
-    tools = [{"type": "function", "function": function}]
-    try:
-        return "QzTool" in template.render([{"role": "user", "content": "Qz0"}], tools)
-    except DropPair:
-        return False

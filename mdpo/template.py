@@ -9,12 +9,11 @@ end-of-turn markers included, without moving a boundary.
 import json
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from mdpo.left_out import SPACE, TOOLS, UNCLOSED, left_out, without_tools
+from mdpo.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
 from mdpo.marks import NOT_DERIVABLE, Marker, Marks, fresh_nonces, numbered
-from mdpo.stops import THINK_OPENER, any_of, probe_header, probe_stop, probe_tools
+from mdpo.stops import THINK_OPENER, any_of, probe_header, probe_stop
 from mdpo.types import DropPair, Message, UserError, common_prefix
 
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
@@ -62,14 +61,13 @@ class ChatTemplate:
         self.text_parts = self._needs_text_parts()
         self.stops = {tokenizer.eos_token} - {None} | (probe_stop(self) if locates else set())
         self.header = probe_header(self) if locates else ""
+        # Ordinary added tokens that the template writes as others write special ones.
+        own = {*self.stops, *self.added.findall(self.header)}
+        self.special = any_of([*(t.content for t in added if t.special), *own])
 
     def find_special(self, text: str) -> list[str]:
-        """The special tokens that stand in a text as text."""
+        """The special tokens, and the template's own ones, that stand in a text as text."""
         return self.special.findall(text)
-
-    @cached_property
-    def writes_tools(self) -> bool:
-        return probe_tools(self)
 
     def render(self, messages: list[Message], tools=None, generation: bool = False, **kwargs) -> str:
         """The template's text. Tool-call arguments go in as objects; as JSON strings where a template needs those.
@@ -96,7 +94,7 @@ class ChatTemplate:
         marked, marker, marks = self._mark(messages, text, tools, kwargs)
         spans = []
         remarks = left_out(messages, n_prompt, marks)
-        if tools and (without_tools(tools, text) or not self.writes_tools):
+        if tools and lacks_tools(tools, messages, marks):
             remarks.append(TOOLS)
         for i, m in enumerate(messages):
             if i >= n_prompt and m["role"] == "assistant":
@@ -145,6 +143,8 @@ class ChatTemplate:
             if (header := self._behind_header(tail[:ahead], base)) and tail[n:ahead].strip():
                 n = header
                 remarks.append(SPACE)
+            if opening is None:
+                marks.end_of(i)  # raises, and says what is missing
             if opening is None or tail[n:ahead].strip():
                 raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
         own = opening is not None and anchor + n >= marks.unmarked(opening)  # the policy's own words begin here

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from mdpo.render import RenderSettings, tokenize_pair
 from mdpo.spans import APART, STRADDLE, span_mask, tokenize
+from mdpo.stops import any_of
 from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, Pair
 
@@ -236,6 +237,8 @@ def test_an_end_of_turn_that_is_read_only_as_a_word_of_its_own():
 def test_the_old_stop_of_ordinary_tokens_was_the_next_header():
     """The wrong twin: with special tokens alone `<|im_start|>` of the next turn closes this one."""
     template = ChatTemplate(edited(tokenizer_for(CHATML, "letters"), **KINDS["ordinary"]))
-    assert template.special.findall(f"b{END}\n{START}") == [START]
+    special = [t.content for t in template.tokenizer.added_tokens_decoder.values() if t.special]
+    assert any_of(special).findall(f"b{END}\n{START}") == [START]
+    assert template.find_special(f"b{END}\n{START}") == [END, START]  # counted where they stand in a user's text
     got = tokenize_pair(pair_of(rounds("a?", "bc", "e", "f")), template, SETTINGS)
     assert ones(got.chosen_mask) == [21, 22, 23, 45, 46]
