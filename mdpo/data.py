@@ -3,65 +3,116 @@
 import math
 from typing import Any
 
-from mdpo.forms import as_preference
-from mdpo.messages import is_text, normalise_messages, parsed, same_message
+from mdpo.forms import COLUMNS, as_preference
+from mdpo.messages import Conversation, is_text, normalise_messages, parsed, read_messages, refuse_broken, same_message
+from mdpo.questions import begins
+from mdpo.tool_calls import read_tools
 from mdpo.types import DropPair, Message, Pair, UserError
 
-COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
-           "score_chosen", "score_rejected", "key")  # fmt: skip
+__all__ = ["COLUMNS", "row_to_pair"]
+TRAILING = "a turn of the environment behind the last answer"
+SPACED = "prompts that differ in white space or further fields, chosen's used for both"
+NO_USER = "no user turn"
+Sides = list[list[Message]]
 
 
 def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False) -> Pair:
-    """One row in TRL's preference form or ShareGPT's, messages or plain strings, with or without `prompt`
-    (`conversations` in ShareGPT's). Raises DropPair.
+    """One row in any form of docs/rows.md, messages or plain strings. Raises DropPair.
 
-    With a `prompt`, its assistant turns are context. Without one the prompt is everything before the first assistant
-    turn, the same on both sides or, with `different_prompts`, each side's own; with `mask_turns` False it is TRL's: the
-    turns (or characters) that both sides begin with.
+    With a prompt, its assistant turns are context. Without one the prompt is everything before the first answer, the
+    first assistant turn behind a user turn, the same on both sides or, with `different_prompts`, each side's own; with
+    `mask_turns` False it is TRL's: the turns (or characters) that both sides begin with. With `mask_turns`, messages
+    behind the last answer are left out.
     """
-    row = as_preference(row)
+    row = as_preference(row, mask_turns)
+    for name in ("prompt", "conversations", "chosen", "rejected"):
+        refuse_broken(row.get(name), name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
     if not all(sides):
         raise DropPair("not a pair")
     if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
         return _strings(row, prompt, sides)
     extra = {**_for_template(row), "margin": _margin(row)}
-    sides = [_as_messages(side, isinstance(prompt, list)) for side in sides]
-    if isinstance(prompt, str):
-        prompt = _question(prompt, sides) if prompt.strip() else None
-    chosen, rejected = (normalise_messages(side) for side in sides)
-    weights = [_weights(raw, side) for raw, side in zip(sides, (chosen, rejected), strict=True)]
-    raw_prompt = prompt or []
-    if raw_prompt or (prompt is not None and not mask_turns):
-        prompt, n = normalise_messages(raw_prompt), len(raw_prompt)
-        both = zip((chosen, rejected), weights, strict=True)
-        (chosen, w), (rejected, v) = (_behind(prompt, side, of, once=mask_turns) for side, of in both)
-        weights = [w, v]
-    elif mask_turns:
-        n = min(_first_assistant(side) for side in (chosen, rejected))
-        same = chosen[: _first_assistant(chosen)] == rejected[: _first_assistant(rejected)]
-        if not same and not different_prompts:
-            raise DropPair("prompt mismatch")
-    else:
-        n = _common_start(chosen, rejected)
-    if mask_turns and not all(side[-1]["role"] == "assistant" for side in (chosen, rejected)):
-        raise DropPair("last turn not from the assistant")
-    if any(w != 1 for side in weights for w in side[:n]) or any(m.get("weight") is not None for m in raw_prompt):
-        raise DropPair("a weight in the prompt, which is not supervised")
-    if any(weights) and not mask_turns:
-        raise UserError(
-            "Messages have a `weight`, which multiplies a turn's log-ratios: it needs mask_user_turns: true."
-        )
-    if row.get("system") and not any(side[0]["role"] == "system" for side in (chosen, rejected)):
-        first = normalise_messages([{"role": "system", "content": row["system"]}])
-        chosen, rejected, n = first + chosen, first + rejected, n + 1
+    both, weights, n, told = _conversations(prompt, sides, mask_turns, different_prompts)
+    if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
+        raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
+                        "mask_user_turns: true.")  # fmt: skip
+    if row.get("system") and not any(side[0]["role"] == "system" for side in both):
+        first = normalise_messages([{"role": "system", "content": row["system"]}], "system")
+        both, n = [first + side for side in both], n + 1
         weights = [[1.0, *side] if side else [] for side in weights]
-    return Pair(chosen, rejected, n, weights=tuple(weights), **extra)
+    if not n:  # without turn masks: what both sides begin with
+        raise DropPair("the prompt is empty: the sides begin with no message in common")
+    remarks = row["remarks"] + list(told.remarks)
+    return Pair(*both, n, weights=tuple(weights), remarks=remarks, unread=list(told.unread), **extra)
+
+
+def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: bool):
+    """(both sides as whole conversations, their weights, messages of context, what is worth a line)."""
+    sides = [_as_messages(side, isinstance(prompt, list)) for side in sides]
+    read = [read_messages(side, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
+    both, weights = [side.messages for side in read], [side.weights for side in read]
+    if isinstance(prompt, str):
+        prompt = _question(prompt, both) if prompt.strip() else None
+    asked, remarks = read_messages(prompt or [], "prompt"), []
+    if asked.messages or (prompt is not None and not mask_turns):
+        prompt, n = asked.messages, len(asked.messages)
+        found = [_behind(prompt, *side, once=mask_turns) for side in zip(both, weights, strict=True)]
+        both, weights = [side for side, _ in found], [w for _, w in found]
+        remarks += [NO_USER] if not any(m["role"] == "user" for m in both[0]) else []
+    elif mask_turns:
+        both, n, remarks = _shared_context(both, different_prompts)
+    else:
+        n = _common_start(*both)
+    if mask_turns:
+        ends = [_last_answer(side, n) + 1 for side in both]
+        remarks += [TRAILING] if any(end < len(side) for end, side in zip(ends, both, strict=True)) else []
+        both, weights = ([of[:end] for of, end in zip(each, ends, strict=True)] for each in (both, weights))
+    if any(w not in (0, 1) for side in (*weights, asked.weights) for w in side[:n]):
+        raise DropPair("a weight in the prompt, which is not supervised")
+    told = Conversation(remarks=dict.fromkeys(remarks))
+    for part in (asked, *read):
+        told.unread |= part.unread
+        told.remarks |= part.remarks
+    return both, weights, n, told
+
+
+def _shared_context(both: Sides, different: bool) -> tuple[Sides, int, list[str]]:
+    """(both sides, messages of context, remarks) where no prompt is given: what stands before the first answer has to
+    say the same on both sides, and chosen's words are used for both. Raises DropPair."""
+    firsts = [first_answer(side) for side in both]
+    n, starts = min(firsts), [side[:first] for side, first in zip(both, firsts, strict=True)]
+    shorter = min(map(len, starts))
+    differs = next((i for i in range(shorter) if not same_message(starts[0][i], starts[1][i])), shorter)
+    if differs == max(map(len, starts)):
+        same = starts[0] == starts[1]
+        return (both if same else [both[0], starts[0] + both[1][n:]]), n, [] if same else [SPACED]
+    if not different:
+        raise DropPair(
+            f"prompt mismatch: message {differs + 1} of the sides differs; allow_different_prompts: true keeps both"
+        )
+    if any(m["role"] == "assistant" for start in starts for m in start[n:]):
+        raise DropPair("prompt mismatch: the assistant's greeting stands at another place on the other side")
+    return both, n, []
+
+
+def first_answer(messages: list[Message]) -> int:
+    """Index of the first assistant turn behind a user turn; what the assistant says before is a greeting."""
+    asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), -1)
+    return next((i for i, m in enumerate(messages) if i > asked and m["role"] == "assistant"), len(messages))
+
+
+def _last_answer(side: list[Message], n: int) -> int:
+    """Index of the last assistant turn. Raises DropPair where what follows the context of `n` messages has none."""
+    last = max((i for i, m in enumerate(side) if m["role"] == "assistant"), default=-1)
+    if last < n and last < len(side) - 1:
+        raise DropPair("last turn not from the assistant")
+    return last
 
 
 def _prompt(row: dict[str, Any]) -> str | list[Message] | None:
     given = [row[name] for name in ("prompt", "conversations") if row.get(name) not in (None, [], {})]
-    if len(given) > 1 and given[0] != given[1]:
+    if len(given) > 1 and not _same(*given):
         raise DropPair("both prompt and conversations, which differ")
     prompt = given[0] if given else row.get("prompt")
     if prompt is not None and not isinstance(prompt, str | list | dict):
@@ -69,14 +120,17 @@ def _prompt(row: dict[str, Any]) -> str | list[Message] | None:
     return ([prompt] if prompt else None) if isinstance(prompt, dict) else prompt
 
 
+def _same(a: Any, b: Any) -> bool:
+    lists = isinstance(a, list) and isinstance(b, list)
+    return a == b or (lists and len(a) == len(b) and begins(a, b))
+
+
 def _for_template(row: dict[str, Any]) -> dict[str, Any]:
     """What a row has for the chat template: tools, and variables of its own."""
-    tools, kwargs = (parsed(row.get(name), name) for name in ("tools", "chat_template_kwargs"))
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DropPair("tools is not a list of objects")
+    tools, kwargs = read_tools(row.get("tools")), parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")
     if kwargs and (not isinstance(kwargs, dict) or {"tools", "messages", "add_generation_prompt"} & set(kwargs)):
         raise DropPair("chat_template_kwargs is not an object of the template's own variables")
-    return {"tools": tools or None, "template_kwargs": kwargs or {}}
+    return {"tools": tools, "template_kwargs": kwargs or {}}
 
 
 def _behind(prompt: list[Message], side: list[Message], weights: list[float], once: bool):
@@ -88,7 +142,9 @@ def _behind(prompt: list[Message], side: list[Message], weights: list[float], on
     asked = next((m for m in prompt if m["role"] == "user"), None)
     again = next((m for m in side[:2] if m["role"] != "system"), None)
     if once and asked and again and same_message(asked, again):
-        raise DropPair("prompt mismatch")
+        raise DropPair(
+            "prompt mismatch: a side begins with the prompt's question and does not go on as the prompt does"
+        )
     return prompt + side, [1.0] * n + weights if weights else []
 
 
@@ -100,10 +156,11 @@ def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
     if not all(side.strip() for side in sides):
         raise DropPair("empty or missing content")
     if isinstance(prompt, str):
-        return Pair(prompt + sides[0], prompt + sides[1], len(prompt), margin=_margin(row))
+        whole = [prompt + side for side in sides]
+        return Pair(*whole, len(prompt), margin=_margin(row), remarks=row["remarks"])
     n = _common_start(*sides)
     n = n - 1 if n and sides[0][n - 1] == " " else n
-    return Pair(*sides, n, margin=_margin(row), prompt_given=False)
+    return Pair(*sides, n, margin=_margin(row), prompt_given=False, remarks=row["remarks"])
 
 
 def _as_messages(side: Any, after_prompt: bool) -> list[Message]:
@@ -120,12 +177,13 @@ def _as_messages(side: Any, after_prompt: bool) -> list[Message]:
 def _question(prompt: str, sides: list[list[Message]]) -> list[Message] | None:
     """What a prompt that is a text stands for, beside conversations: None where it is their first user message (as in
     UltraFeedback), that message where they begin with the assistant."""
-    first = [next((m for m in normalise_messages(side[:2]) if m["role"] != "system"), None) for side in sides]
-    if all(m and m["role"] == "assistant" for m in first):
+    both = [[m for m in side if m["role"] != "system"] for side in sides]
+    asked = [next((m["content"].strip() for m in side if m["role"] == "user"), None) for side in both]
+    if all(text == prompt.strip() for text in asked):  # behind the assistant's greeting, maybe
+        return None
+    if all(side and side[0]["role"] == "assistant" for side in both):
         return [{"role": "user", "content": prompt}]
-    if not all(m and m["role"] == "user" and m["content"].strip() == prompt.strip() for m in first):
-        raise DropPair("prompt mismatch")
-    return None
+    raise DropPair("prompt mismatch: the text in prompt is not the first user message of the sides")
 
 
 def _margin(row: dict[str, Any]) -> float | None:
@@ -147,23 +205,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
 
 
-def _weights(raw: list[Message], messages: list[Message]) -> list[float]:
-    """The `weight` of each raw message, 1 where there is none; an empty list where all are 1. DropPair for a bad one,
-    or one on a message that is not the assistant's."""
-    weights = [m.get("weight") for m in raw]
-    if any(w is not None and not (_finite(w) and w >= 0) for w in weights):
-        raise DropPair("a message's weight is not a number >= 0")
-    if any(w is not None and m["role"] != "assistant" for m, w in zip(messages, weights, strict=True)):
-        raise DropPair("a weight on a message that is not the assistant's")
-    weights = [1.0 if w is None else float(w) for w in weights]
-    return [] if set(weights) == {1.0} else weights
-
-
 def _common_start(a, b) -> int:
     """First index at which two sequences differ; one less than the shorter where they do not (TRL's rule)."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter - 1)
-
-
-def _first_assistant(messages: list[Message]) -> int:
-    return next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))

@@ -3,8 +3,8 @@
 import torch
 from transformers import GenerationConfig
 
-from mdpo.render import tokenize
 from mdpo.rollouts import Reply
+from mdpo.spans import tokenize
 from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, Message, UserError
 

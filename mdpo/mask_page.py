@@ -11,10 +11,11 @@ from typing import Any
 from mdpo.data import row_to_pair
 from mdpo.files import whole_row
 from mdpo.pairs import prepare_pairs, render_settings
-from mdpo.render import tokenize
 from mdpo.sets import load_sets
-from mdpo.shown import CONTEXT, END, SHARED, SIDES, SUPERVISED
+from mdpo.shown import CONTEXT, END, SHARED, SIDES, SUPERVISED, special_ids
+from mdpo.spans import supervised, tokenize
 from mdpo.template import ChatTemplate
+from mdpo.template_fit import fit
 from mdpo.tokenizer import token_text
 from mdpo.types import DropPair, UserError
 
@@ -66,14 +67,14 @@ class Explainer:
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings, self.text_of = tokenizer, settings, token_text(tokenizer)
         self.template = ChatTemplate(tokenizer, settings.template_kwargs) if tokenizer.chat_template else None
-        self.specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.specials = special_ids(tokenizer)
 
     def __call__(self, row: dict[str, Any], kept: dict[str, Any] | None, reason: str) -> dict[str, Any]:
         """{"key", "reason" ("" where kept), "shared": tokens, "sides": two lists of [text, id, role, kind]}, or
         "raw", the row's JSON, in place of the last two."""
         out = {"key": row["key"], "reason": reason}
         try:
-            pair = row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts)
+            pair = fit(row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts), self.template)
             shared = kept["shared_len"] if kept else 0
             sides = [self._side(pair, name, kept, shared) for name in SIDES]
         except DropPair:
@@ -91,15 +92,17 @@ class Explainer:
             texts = [self.text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
         else:
             rendered = self.template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
-            ids, ranges = tokenize(rendered.text, self.tokenizer)
-            # A character that is split between tokens is the first one's.
+            sampled, encoded = [(s.start, s.end) for s in rendered.spans], tokenize(rendered.text, self.tokenizer)
+            ids, ranges, mask, _ = supervised(rendered.text, sampled, encoded, self.tokenizer)
+            # A character that is split between tokens is the first one's, one of no token that of the token before.
             reached = [0, *accumulate((end for _, end in ranges), max)]
-            texts = [rendered.text[max(start, seen) : end] for (start, end), seen in zip(ranges, reached, strict=False)]
-            spans = [(s.start, s.end, "assistant") for s in rendered.spans]
+            begins = [*(start for start, _ in ranges[1:]), 0]
+            places = zip(ranges, reached, begins, strict=False)
+            texts = [rendered.text[max(start, seen) : max(end, begin)] for (start, end), seen, begin in places]
+            spans = [(start, end, "assistant") for start, end in sampled]
             contents = [(a, b, messages[i]["role"]) for a, b, i in rendered.contents]
             roles = [next((role for a, b, role in spans + contents if a <= start and end <= b), "template")
                      for start, end in ranges]  # fmt: skip
-            mask = [int(any(a <= start and end <= b for a, b, _ in spans)) for start, end in ranges]
         if kept:
             trained = kept[f"{name}_ids"]
             assert ids[: len(trained)] == trained, (

@@ -5,8 +5,9 @@ import os
 import torch
 from datasets import Dataset
 
-from mdpo.data import COLUMNS
 from mdpo.data_report import DataReport, describe
+from mdpo.files import whole_row
+from mdpo.forms import look
 from mdpo.options import refuse_missing_margins
 from mdpo.precision import Precision, without_master
 from mdpo.ranks import first_of_node
@@ -57,7 +58,8 @@ def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataRepo
     for part in parts:
         rows, name = part.rows, f"{part.name} ({kind})"
         rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
-        if unused := sorted(set(part.columns) - set(COLUMNS)):
+        read, _ = look(map(whole_row, rows), name, settings.mask_turns)
+        if unused := sorted(set(part.columns) - read):
             report.unused[name] = unused
         workers = args.dataset_num_proc or len(os.sched_getaffinity(0))
         rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers)

@@ -6,14 +6,14 @@ the rendered text before it leaves this module.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from tokenizers import Tokenizer, processors
+from mdpo.marks import NOT_DERIVABLE, numbered
+from mdpo.plain_texts import plain_sides
+from mdpo.spans import APART, same_text, supervised, tokenize
+from mdpo.template import ChatTemplate, Rendered
+from mdpo.types import DropPair, Pair, TokenizedPair, common_prefix
 
-from mdpo.template import NOT_DERIVABLE, ChatTemplate, Rendered
-from mdpo.types import DropPair, Pair, TokenizedPair, UserError, common_prefix
-
-STRADDLE = "a token straddles a turn's boundary"
+NO_STOP = "end-of-turn missing"
 Side = tuple[list[int], list[int], list[float]]  # ids, mask, weights: a number a token each
 
 
@@ -31,15 +31,20 @@ class RenderSettings:
 def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:
     """Ids and masks of both sides, cut to `max_length` where the settings say so.
     Raises DropPair with the reason when this pair cannot be trained on."""
-    if isinstance(pair.chosen, str) or not settings.mask_turns:
+    remarks: list[str] = []
+    if isinstance(pair.chosen, str):
+        sides, remarks = plain_sides(pair, template, settings.mask_turns)
+    elif not settings.mask_turns:
         sides = _completion_sides(pair, template)
     else:
-        sides = _turn_sides(pair, template, settings)
+        sides, remarks = _turn_sides(pair, template, settings)
     try:
-        return _trained(sides, settings)
+        trained = _trained(sides, settings)
     except DropPair as reason:
         reason.longest = max(len(ids) for ids, *_ in sides)
         raise
+    trained.remarks = list(dict.fromkeys(remarks))
+    return trained
 
 
 def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
@@ -47,6 +52,7 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
     for _, mask, weights in sides:
         if not any(m and w for m, w in zip(mask, weights, strict=True)) and any(mask):
             raise DropPair("every turn of a side has weight 0")
+    sides = [_without_unlearned(side) if 0 in side[2] else side for side in sides]
     shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
     (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
     weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
@@ -54,6 +60,12 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
     masks = [(mask, uncut) for (_, mask, _), (_, uncut, _) in zip(sides, whole, strict=True)]
     cut = any(len(mask) < len(uncut) and mask[-1] and uncut[len(mask)] for mask, uncut in masks)
     return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights, longest, cut)
+
+
+def _without_unlearned(side: Side) -> Side:
+    """A turn of weight 0 is context: nothing of it is supervised."""
+    ids, mask, weights = side
+    return ids, [m if w else 0 for m, w in zip(mask, weights, strict=True)], [w or 1.0 for w in weights]
 
 
 def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
@@ -65,7 +77,8 @@ def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
     return sum(len(template.find_special(text)) for text in texts)
 
 
-def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> list[Side]:
+def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings):
+    """Both sides, and remarks."""
     both = (pair.chosen, pair.rejected)
     texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
     encoded = [tokenize(text, template.tokenizer) for text in texts]
@@ -75,72 +88,23 @@ def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings) ->
         reason.longest = longest
         raise reason
     given = zip(both, pair.weights, texts, encoded, strict=True)
-    return [_turn_side(*side, pair, template) for side in given]
+    sides, remarks = zip(*(_turn_side(*side, pair, template) for side in given), strict=True)
+    return list(sides), [remark for of_side in remarks for remark in of_side]
 
 
-def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template: ChatTemplate) -> Side:
+def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template: ChatTemplate) -> tuple[Side, list]:
     rendered = template.locate(messages, pair.n_prompt, pair.tools, text, **pair.template_kwargs)
     if not rendered.spans:
         raise DropPair("no assistant turn")
-    ids, ranges = encoded
-    mask = span_mask(ranges, [(s.start, s.end) for s in rendered.spans])
+    spans = [(s.start, s.end) for s in rendered.spans]
+    ids, ranges, mask, apart = supervised(text, spans, encoded, template.tokenizer)
     _verify(rendered, ids, ranges, template)
     weights = [1.0] * len(ids)
     for span in rendered.spans if turn_weights else ():
         for t, (start, end) in enumerate(ranges):
             if span.start <= start and end <= span.end:
                 weights[t] = turn_weights[span.message]
-    return ids, mask, weights
-
-
-def refuse_slow(tokenizer) -> None:
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast one: it cannot report positions.")
-
-
-def tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a rendered text and the characters [start, end) behind each token.
-
-    Tokens tile the text: characters between two reported ranges belong to the later token.
-    """
-    refuse_slow(tokenizer)
-    encoded = _untrimmed(tokenizer).encode(text, add_special_tokens=False)
-    ranges, previous = [], 0
-    for start, end in encoded.offsets:
-        start = min(start, previous) if end > previous else start
-        ranges.append((start, end))
-        previous = max(previous, end)
-    return encoded.ids, ranges
-
-
-@lru_cache(maxsize=8)
-def _untrimmed(tokenizer) -> Tokenizer:
-    """The tokenizer's own engine, but reporting ranges with their white space: GPT-2's post-processor cuts it off."""
-    engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    engine.no_truncation()
-    engine.no_padding()
-    engine.post_processor = processors.ByteLevel(trim_offsets=False)
-    return engine
-
-
-def span_mask(ranges: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """1 where a token lies inside a span; DropPair where one lies half inside.
-
-    Example: ranges [(0, 4), (4, 6), (6, 9)] with the span (4, 9) -> [0, 1, 1].
-    Both tokens of a character that is split in two carry that character's range.
-    """
-    mask, k = [], 0
-    for start, end in ranges:
-        while k < len(spans) and start >= spans[k][1]:
-            k += 1
-        a, b = spans[k] if k < len(spans) else (10**18, 10**18)
-        if start >= a and end <= b:
-            mask.append(1)
-        elif end > a:
-            raise DropPair(STRADDLE)
-        else:
-            mask.append(0)
-    return mask
+    return (ids, mask, weights), rendered.remarks + [APART] * apart
 
 
 def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
@@ -148,45 +112,23 @@ def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
     for span in rendered.spans:
         inside = [t for t, (start, end) in zip(ids, ranges, strict=True) if span.start <= start and end <= span.end]
         expected = rendered.text[span.start : span.end]
-        if not _same_text(expected, inside, template.tokenizer):
-            raise DropPair(NOT_DERIVABLE)
+        if not same_text(expected, inside, template.tokenizer):
+            raise DropPair(f"{NOT_DERIVABLE}: {numbered(span.message)} has other tokens than its text")
         if span.stop and template.tokenizer.convert_ids_to_tokens(inside[-1]) != span.stop:
-            raise DropPair("end-of-turn missing")
+            raise DropPair(f"{NO_STOP}: {span.stop} behind {numbered(span.message)} is not read as one token")
         if not span.stop and rendered.text[span.end :].strip():
-            raise DropPair("end-of-turn missing")
-
-
-def _same_text(expected: str, ids: list[int], tokenizer) -> bool:
-    """Whether ids decode to the text, white space aside (Metaspace tokenizers lose a leading space). A tokenizer that
-    rewrites text (NFKC, lower case) is asked what it makes of the expected text alone."""
-
-    def squeeze(text):
-        return "".join(text.split())
-
-    def decode(tokens):
-        return squeeze(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    decoded = decode(ids)
-    return decoded == squeeze(expected) or decoded == decode(tokenizer(expected, add_special_tokens=False)["input_ids"])
+            raise DropPair(f"{NO_STOP}: nothing closes {numbered(span.message)}")
 
 
 def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
-    """TRL 1.16's rule: ids of the whole text; supervised is what comes after the common token prefix of the prompt
-    (with its generation prompt) and both sides. Plain strings end with EOS, conversations as their template writes."""
-    tokenizer, n = template.tokenizer, pair.n_prompt
-
-    def encode(text):
-        return tokenizer(text, add_special_tokens=isinstance(pair.chosen, str), verbose=False)["input_ids"]
-
-    if isinstance(pair.chosen, str):
-        eos = tokenizer.eos_token
-        if not eos:
-            raise UserError("Plain texts end with the end-of-sequence token, and the tokenizer has none.")
-        prompt, sides = pair.chosen[:n], [s if s.endswith(eos) else s + eos for s in (pair.chosen, pair.rejected)]
-    else:
-        prompt = template.render(pair.chosen[:n], pair.tools, generation=True, **pair.template_kwargs)
-        sides = [template.render(side, pair.tools, **pair.template_kwargs) for side in (pair.chosen, pair.rejected)]
-    prompt_ids, sides = encode(prompt), [encode(side) for side in sides]
+    """TRL 1.16's rule for conversations: ids of the whole text as the template writes it; supervised is what comes
+    after the common token prefix of the prompt (with its generation prompt) and both sides."""
+    prompt = template.render(pair.chosen[: pair.n_prompt], pair.tools, generation=True, **pair.template_kwargs)
+    sides = [template.render(side, pair.tools, **pair.template_kwargs) for side in (pair.chosen, pair.rejected)]
+    encoded = [
+        template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, *sides)
+    ]
+    prompt_ids, sides = encoded[0], encoded[1:]
     start = min(common_prefix(prompt_ids, ids) for ids in sides)
     return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in sides]
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mdpo.answers import gold_answer, is_right, last_boxed
 from mdpo.files import json_rows
-from mdpo.messages import normalise_messages
+from mdpo.messages import conversation, normalise_messages
 from mdpo.sandbox import RunResult
 from mdpo.types import DropPair, Message, UserError
 
@@ -96,6 +96,7 @@ def read_questions(path: str, instruction: str = "") -> list[Question]:
 
 
 def _prompt(asked: Any, instruction: str) -> list[Message]:
+    asked = conversation(asked)
     if isinstance(asked, str):
         return [{"role": "user", "content": f"{instruction}\n\n{asked}" if instruction else asked}]
     if instruction:

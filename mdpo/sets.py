@@ -17,6 +17,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 
 from mdpo.files import first_line, kind_of, number_rows, read_files
+from mdpo.forms import refuse_no_pairs
 from mdpo.types import UserError
 
 
@@ -46,12 +47,7 @@ def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[s
             if len(rows) == 0:
                 raise UserError(f"dataset {name!r}, split {split!r}: no rows in it.")
             columns = [column for column in columns if column != "key"]
-            missing = {"chosen", "rejected"} - set(columns)
-            if missing:
-                raise UserError(
-                    f"dataset {name!r}, split {split!r}: no column {' or '.join(sorted(missing))}. "
-                    f"It has: {', '.join(columns)}."
-                )
+            refuse_no_pairs(columns, name if split == "train" else f"{name}, split {split}")
             if splits is None or "train" in split:
                 kept = int(fraction * len(rows) + 1e-9)  # 0.29 of 100 is 28.999999999999996
                 if not kept:

@@ -43,7 +43,8 @@ def training_pairs(argv: list[str]):
 
 
 def special_ids(tokenizer) -> set[int]:
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """Those of added tokens too: one that is not special may end a turn."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
 
 
 def as_object(row: dict, text_of, specials: set[int]) -> dict:

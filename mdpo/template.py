@@ -8,16 +8,16 @@ end-of-turn markers included, without moving a boundary.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from mdpo.marks import Marker, Marks, fresh_nonces
+from mdpo.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
+from mdpo.marks import NOT_DERIVABLE, Marker, Marks, fresh_nonces, numbered
+from mdpo.stops import THINK_OPENER, any_of, probe_header, probe_stop
 from mdpo.types import DropPair, Message, UserError, common_prefix
 
-THINK_OPENER = re.compile(r"<think>\s*(</think>\s*)?$")  # what a generation prompt may add and history leaves out
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 REST_OF_EMPTY_THINK = re.compile(r"\s*</think>\s*")
-NOT_DERIVABLE = "mask not derivable"
 
 
 @dataclass
@@ -35,12 +35,13 @@ class Span:
 
 @dataclass
 class Rendered:
-    """A rendered conversation: its text, the spans of assistant messages from `n_prompt` on, and (start, end, message)
-    of all pieces of content."""
+    """A rendered conversation: its text, the spans of assistant messages from `n_prompt` on, (start, end, message) of
+    all pieces of content, and remarks on what the text lacks (`Pair.remarks`)."""
 
     text: str
     spans: list[Span]
     contents: list[tuple[int, int, int]]
+    remarks: list[str] = field(default_factory=list)
 
 
 class ChatTemplate:
@@ -55,16 +56,18 @@ class ChatTemplate:
                 "Set chat_template in the recipe to a .jinja file."
             )
         self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
-        added = tokenizer.added_tokens_decoder.values()
-        self.special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
-        self._special_re = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        self.special, self.added = any_of(t.content for t in added if t.special), any_of(t.content for t in added)
         self.text_parts = self._needs_text_parts()
-        self.stops = {tokenizer.eos_token} - {None} | (self._probe_stop() if locates else set())
-        self.header = self._probe_header() if locates else ""
+        self.stops = {tokenizer.eos_token} - {None} | (probe_stop(self) if locates else set())
+        self.header = probe_header(self) if locates else ""
+        # Ordinary added tokens that the template writes as others write special ones.
+        own = {*self.stops, *self.added.findall(self.header)}
+        self.special = any_of([*(t.content for t in added if t.special), *own])
 
     def find_special(self, text: str) -> list[str]:
-        """The special tokens that stand in a text as text."""
-        return self._special_re.findall(text)
+        """The special tokens, and the template's own ones, that stand in a text as text."""
+        return self.special.findall(text)
 
     def render(self, messages: list[Message], tools=None, generation: bool = False, **kwargs) -> str:
         """The template's text. Tool-call arguments go in as objects; as JSON strings where a template needs those.
@@ -90,20 +93,24 @@ class ChatTemplate:
         text = self.render(messages, tools, **kwargs) if rendered is None else rendered
         marked, marker, marks = self._mark(messages, text, tools, kwargs)
         spans = []
-        for i, message in enumerate(messages):
-            if i >= n_prompt and message["role"] == "assistant":
-                start = self._start(marks, marker, marked, i, tools, kwargs)
+        remarks = left_out(messages, n_prompt, marks)
+        if tools and lacks_tools(tools, messages, marks):
+            remarks.append(TOOLS)
+        for i, m in enumerate(messages):
+            if i >= n_prompt and m["role"] == "assistant":
+                start = self._start(marks, marker, marked, i, tools, kwargs, remarks)
                 end, stop = self._end(marks, marker, marked, i, tools, kwargs)
                 spans.append(Span(start, end, i, stop))
+                remarks += [] if stop else [UNCLOSED]
         foreign = marks.ranges([i for i, m in enumerate(messages) if m["role"] != "assistant"])
         for span in spans:
             if span.start >= span.end or any(a < span.end and span.start < b for a, b in foreign):
-                raise DropPair(NOT_DERIVABLE)
-        return Rendered(text, spans, marks.contents())
+                raise DropPair(f"{NOT_DERIVABLE}: where {numbered(span.message)} begins and ends")
+        return Rendered(text, spans, marks.contents(), list(dict.fromkeys(remarks)))
 
     def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], Marker, Marks]:
         """Messages with sentinels, and the marked text: without its sentinels it has to be the template's own text."""
-        nonce = next(fresh_nonces(text))
+        nonce, marks = next(fresh_nonces(text)), None
         for inside in (False, True):
             marker = Marker(nonce, inside)
             marked = [marker.message(m, i) for i, m in enumerate(messages)]
@@ -113,9 +120,9 @@ class ChatTemplate:
                 continue
             if marks.plain == text:
                 return marked, marker, marks
-        raise DropPair(NOT_DERIVABLE)
+        raise DropPair(f"{NOT_DERIVABLE}: the template rewrites {marks.owner(text) if marks else 'marked text'}")
 
-    def _start(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs) -> int:
+    def _start(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs, remarks) -> int:
         """Where the policy begins to sample message `i`: after the generation prompt for the messages before it.
 
         Example (Qwen3, last turn): the text goes on with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
@@ -133,8 +140,13 @@ class ChatTemplate:
         else:  # another kind of opener that history leaves out: then the content has to follow at once
             ahead = 0 if opening is None else marks.unmarked(opening) - anchor
             n = min(common_prefix(tail, base), ahead)
+            if (header := self._behind_header(tail[:ahead], base)) and tail[n:ahead].strip():
+                n = header
+                remarks.append(SPACE)
+            if opening is None:
+                marks.end_of(i)  # raises, and says what is missing
             if opening is None or tail[n:ahead].strip():
-                raise DropPair(NOT_DERIVABLE)
+                raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
         own = opening is not None and anchor + n >= marks.unmarked(opening)  # the policy's own words begin here
         if self.header and not own and tail.startswith(self.header, n):  # no generation prompt after tool output
             n += len(self.header)
@@ -144,6 +156,13 @@ class ChatTemplate:
         if block is None and THINK_OPENER.search(tail[:n]):
             block = REST_OF_EMPTY_THINK.match(tail, n)
         return anchor + (block.end() if block else n)
+
+    def _behind_header(self, written: str, prompt: str) -> int:
+        """Where the header ends in what the template wrote before a turn's words, if all of it is the generation
+        prompt but for white space before that header; else 0."""
+        begin = written.rfind(self.header) if self.header and prompt.endswith(self.header) else -1
+        before = written[: max(begin, 0)].split(), prompt.removesuffix(self.header).split()
+        return begin + len(self.header) if begin >= 0 and "".join(before[0]) == "".join(before[1]) else 0
 
     def _generation_prompts(self, marker, before, i, tools, kwargs) -> list[str]:
         """What the template writes behind the messages `before` for the policy to go on from: as the recipe asks for
@@ -166,7 +185,7 @@ class ChatTemplate:
         last = marks.end_of(i)
         tail = marks.text[last : marks.next_message(i, last)]
         found = [(tail.find(s), s) for s in self.stops if s in tail]
-        if not found and (specials := list(self._special_re.finditer(tail))):
+        if not found and (specials := list(self.special.finditer(tail))):
             alone = Marks(self.render(marked[: i + 1], tools, **kwargs), marker)
             closing = self.find_special(alone.text[alone.end_of(i) :])
             n = common_prefix([m.group() for m in specials], closing)
@@ -187,41 +206,6 @@ class ChatTemplate:
             except DropPair:
                 continue
         return False
-
-    def _probe_stop(self) -> set[str]:
-        """The token with which the template closes an assistant turn in the middle of a conversation.
-
-        The closing is what the template writes after the turn whether or not a user turn follows; its last special
-        token counts (Cohere writes two). Where the two ways have nothing in common (`<|return|>` and `<|end|>` of
-        gpt-oss, GLM-4's bare `<|user|>`) it is the first special token.
-        """
-        turns = [{"role": r, "content": f"Qz{i}"} for i, r in enumerate(["user", "assistant", "user", "assistant"])]
-        try:
-            middle = self.render(turns).partition("Qz1")[2].partition("Qz2")[0]
-            final = self.render(turns[:2]).partition("Qz1")[2]
-        except DropPair:
-            return set()
-        specials = self._special_re.findall(middle)
-        if not specials:
-            raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path!r} writes {middle!r} after an assistant turn, and "
-                "none of it is a special token of the tokenizer: the end of a turn cannot be supervised. Use a "
-                "template whose end-of-turn token the tokenizer knows, or add that token to the tokenizer."
-            )
-        closing = specials[: common_prefix(specials, self._special_re.findall(final))]
-        if self.tokenizer.eos_token in closing:
-            return set()
-        return {closing[-1] if closing else specials[0]}
-
-    def _probe_header(self) -> str:
-        """The assistant's header as the generation prompt writes it, from its last special token on."""
-        try:
-            prompt = self.render([{"role": "user", "content": "Qz0"}], generation=True).partition("Qz0")[2]
-        except DropPair:
-            return ""
-        prompt = THINK_OPENER.sub("", prompt)
-        specials = list(self._special_re.finditer(prompt))
-        return prompt[specials[-1].start() :] if specials else ""
 
 
 def _refusal(error: Exception) -> str:

@@ -1,9 +1,7 @@
 """A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
 
 import json
-from collections import Counter
-from dataclasses import astuple, dataclass, field
-from itertools import islice
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -11,14 +9,19 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
-from mdpo.data import row_to_pair
+from mdpo.counts import DropCounts
+from mdpo.data import first_answer, row_to_pair
 from mdpo.files import whole_row
-from mdpo.render import RenderSettings, refuse_slow, special_tokens_in_context, tokenize_pair
+from mdpo.forms import look
+from mdpo.plain_texts import PlainText
+from mdpo.render import RenderSettings, special_tokens_in_context, tokenize_pair
+from mdpo.spans import refuse_slow
 from mdpo.template import ChatTemplate
+from mdpo.template_fit import fit
 from mdpo.types import DropPair, TokenizedPair, UserError
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 4
+VERSION = 5
 SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {
@@ -40,96 +43,17 @@ FEATURES = Features(
 )
 
 
-SPECIAL, CUT, LOWER = "special tokens inside user or tool text", "a turn cut in its middle", "a margin below 0"
 COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut"]
 NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread"]
-FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on the terminal
 
 
-@dataclass
-class DropCounts:
-    """What became of the rows of one set: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to
-    the keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `longest`
-    holds the tokens of the longer side of every row that came to have any."""
-
-    name: str
-    read: int = 0
-    kept: int = 0
-    streamed: bool = False  # counted while the set is read, an epoch after the other
-    reasons: dict[str, list[str]] = field(default_factory=dict)
-    kept_with: dict[str, list[str]] = field(default_factory=dict)
-    unread: Counter = field(default_factory=Counter)
-    longest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Counts a row as FEATURES has it."""
-        self.read += 1
-        self.unread.update(row["unread"])
-        if row["drop_reason"]:
-            self.reasons.setdefault(row["drop_reason"], []).append(row["key"])
-            return
-        self.kept += 1
-        margin = row["margin"]
-        remarks = {SPECIAL: row["special_in_context"], CUT: row["cut"], LOWER: margin is not None and margin < 0}
-        for remark in [*(name for name, true in remarks.items() if true), *row["remarks"]]:
-            self.kept_with.setdefault(remark, []).append(row["key"])
-
-    def drop(self, keys: list[str], reason: str) -> None:
-        """Kept rows that are dropped after all."""
-        self.kept -= len(keys)
-        self.reasons.setdefault(reason, []).extend(keys)
-        gone = set(keys)
-        self.kept_with = {name: [k for k in of if k not in gone] for name, of in self.kept_with.items()}
-
-    @property
-    def dropped(self) -> int:
-        return self.read - self.kept
-
-    def lines(self) -> list[str]:
-        """For the terminal: a line for the set, and one for each reason and remark with its first keys."""
-        lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.dropped} dropped"]
-        by_rows = sorted(self.reasons.items(), key=lambda item: -len(item[1]))
-        lines += [f"  dropped {len(keys)}: {reason} {_some(keys)}" for reason, keys in by_rows[:MOST_REASONS]]
-        if rest := by_rows[MOST_REASONS:]:
-            lines.append(f"  dropped {sum(len(keys) for _, keys in rest)}: {len(rest)} further reasons")
-        lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
-        if self.unread:
-            lines.append("  message fields not used: " + ", ".join(f"{k} ({n} rows)" for k, n in self.unread.items()))
-        return lines
-
-    def as_dict(self) -> dict[str, Any]:
-        """For reports, the first keys only."""
-        both = {"dropped": self.reasons, "kept_with": self.kept_with}
-        out = {
-            what: {name: {"rows": len(k), "first": k[:FIRST_KEYS]} for name, k in d.items()} for what, d in both.items()
-        }
-        return {"read": self.read, "kept": self.kept, **out, "message_fields_not_used": dict(self.unread)}
-
-
-def _some(keys: list[str]) -> str:
-    return f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-
-
-class PlainText:
-    """Stands in for ChatTemplate where rows are plain strings, which no template renders."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def locate(self, *_, **__):
-        raise DropPair("a conversation among plain texts")
-
-    render = locate
-
-
-def _template_for(tokenizer, settings: RenderSettings, rows):
+def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
     """Plain strings do with a tokenizer whose chat template is missing or of no use."""
+    _, conversations = look(map(whole_row, rows), name, settings.mask_turns)
     try:
         return ChatTemplate(tokenizer, settings.template_kwargs, locates=settings.mask_turns)
     except UserError:
-        rows = (whole_row(row) for row in islice(rows, 100))
-        sides = (row.get(name) for row in rows for name in ("chosen", "rejected", "prompt", "conversations"))
-        if any(isinstance(side, list | dict) for side in sides):
+        if conversations:
             raise
         return PlainText(tokenizer)
 
@@ -140,7 +64,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
     out |= {"margin": None, "digest": "", "unread": []}
     try:
-        pair = row_to_pair(row, settings.mask_turns, settings.different_prompts)
+        pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
         tokenised = vars(tokenize_pair(pair, template, settings))
         out |= {
@@ -166,8 +90,7 @@ def _question_of(pair) -> Any:
         start = pair.chosen[: pair.n_prompt]
         # Without a prompt the common start may run into the answers: it is cut where a line begins.
         return start if pair.prompt_given or "\n" not in start else start[: start.rindex("\n")]
-    first = next((i for i, m in enumerate(pair.chosen) if m["role"] == "assistant"), len(pair.chosen))
-    return pair.chosen[:first]
+    return pair.chosen[: first_answer(pair.chosen)]
 
 
 def _digest(value: Any) -> str:
@@ -181,7 +104,7 @@ def tokenize_dataset(
 
     Cached by content: rows, tokenizer, template and settings. Raises UserError when no row is left."""
     refuse_slow(tokenizer)
-    template = _template_for(tokenizer, settings, rows)
+    template = _template_for(tokenizer, settings, rows, name)
     specials = tokenizer.special_tokens_map  # templates write them
     identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)
     done = rows.map(
@@ -210,13 +133,16 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
     """As `tokenize_dataset`, row by row while the stream is read: (IterableDataset, counts that grow meanwhile).
 
     The first row that is dropped for a reason is named at once; counts of dataloader workers stay in the workers."""
-    first, template = next(iter(rows)), _template_for(tokenizer, settings, rows)
+    first, template = next(iter(rows)), _template_for(tokenizer, settings, rows, name)
     counts = DropCounts(name, streamed=True)
 
     def keep(row: dict[str, Any]) -> bool:
         reason = row["drop_reason"]
         if reason and reason not in counts.reasons:
             print(f"{name}: dropped {row['key']}: {reason} (further ones are counted)", flush=True)
+        for remark in [] if reason else row["remarks"]:
+            if remark not in counts.kept_with:
+                print(f"{name}: kept {row['key']} with {remark} (further ones are counted)", flush=True)
         counts.add(row)
         return not reason
 

@@ -26,6 +26,7 @@ from mdpo.types import DropPair, UserError
 SYSTEM = {"role": "system", "content": "Be brief."}
 U1, U2 = {"role": "user", "content": "Two?"}, {"role": "user", "content": "Three?"}
 A1, A2, A3 = ({"role": "assistant", "content": c} for c in ("2", "3", "4"))
+MISMATCH = "prompt mismatch: message {} of the sides differs; allow_different_prompts: true keeps both"
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
@@ -128,39 +129,59 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]}, "prompt mismatch"),
-        ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "empty or missing content"),
+        (
+            {"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]},
+            "prompt mismatch: the text in prompt is not the first user message of the sides",
+        ),
+        ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "chosen, message 1: an empty assistant turn"),
         ({"chosen": "text", "rejected": "  "}, "empty or missing content"),
         ({"chosen": "text", "rejected": ""}, "not a pair"),
         ({"chosen": 1, "rejected": 2}, "not a pair"),
-        ({"chosen": ["text"], "rejected": [A1]}, "unknown role: str"),
-        ({"chosen": [{"role": ["user"], "content": "x"}], "rejected": [A1]}, "unknown role: ['user']"),
-        ({"chosen": [U1, {"role": "assistant", "content": 5}], "rejected": [U1, A1]}, "content is not text"),
+        ({"chosen": ["text"], "rejected": [A1]}, "chosen, message 1: unknown role: str"),
+        (
+            {"chosen": [{"role": ["user"], "content": "x"}], "rejected": [A1]},
+            "chosen, message 1: unknown role: ['user']",
+        ),
+        (
+            {"chosen": [U1, {"role": "assistant", "content": 5}], "rejected": [U1, A1]},
+            "chosen, message 2: content is a number, not text",
+        ),
         ({"chosen": [U1, A1], "rejected": [U1, A2], "tools": "{"}, "tools are not JSON"),
         ({"chosen": [U1, A1], "rejected": [U1, A2], "score_chosen": "8"}, "score_chosen is not a finite number"),
         (
             {"chosen": [U1, {"from": "function_call", "value": "f(1)"}], "rejected": [U1, A2]},
-            "tool call arguments are not JSON",
+            "chosen, message 2: tool calls are not JSON",
         ),
-        ({"chosen": [U1, {"from": "function_call", "value": "3"}], "rejected": [U1, A2]}, "tool call without a name"),
+        (
+            {"chosen": [U1, {"from": "function_call", "value": "3"}], "rejected": [U1, A2]},
+            "chosen, message 2: tool_calls is a number, not a list",
+        ),
         ({"chosen": [U1, A1], "rejected": None}, "not a pair"),
         ({"chosen": [U1, A1], "rejected": []}, "not a pair"),
         ({"chosen": [U1, A1], "rejected": "text"}, "not a pair"),
-        ({"chosen": [U1, A1], "rejected": [U2, A2]}, "prompt mismatch"),
-        ({"chosen": [{"role": "robot", "content": "x"}, A1], "rejected": [U1, A2]}, "unknown role: robot"),
-        ({"chosen": [{"role": "user", "content": " "}, A1], "rejected": [U1, A2]}, "empty or missing content"),
-        ({"chosen": [U1, {"role": "assistant"}], "rejected": [U1, A2]}, "empty or missing content"),
-        ({"chosen": [U1, A1, U2], "rejected": [U1, A2]}, "last turn not from the assistant"),
+        ({"chosen": [U1, A1], "rejected": [U2, A2]}, MISMATCH.format(1)),
+        ({"chosen": [SYSTEM, U1, A1], "rejected": [SYSTEM, U1, U2, A2]}, MISMATCH.format(3)),
+        (
+            {"chosen": [{"role": "robot", "content": "x"}, A1], "rejected": [U1, A2]},
+            "chosen, message 1: unknown role: robot",
+        ),
+        (
+            {"chosen": [{"role": "user", "content": " "}, A1], "rejected": [U1, A2]},
+            "chosen, message 1: empty or missing content",
+        ),
+        ({"chosen": [U1, {"role": "assistant"}], "rejected": [U1, A2]}, "chosen, message 2: an empty assistant turn"),
+        ({"chosen": [U1], "rejected": [U1, A2]}, "last turn not from the assistant"),
+        ({"prompt": [U1, A1, U2], "chosen": [U1, A1, U2, U1], "rejected": [A2]}, "last turn not from the assistant"),
         (
             {"chosen": [{"role": "user", "content": [{"type": "image"}]}, A1], "rejected": [U1, A2]},
-            "content is not text",
+            "chosen, message 1: content part {type: image}",
         ),
         (
             {
                 "chosen": [U1, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
                 "rejected": [U1, A2],
             },
-            "tool call arguments are not JSON",
+            "chosen, message 2: tool call arguments are not JSON",
         ),
     ],
 )

@@ -30,14 +30,18 @@ def says(*texts):
     return [{"role": "assistant", "content": text} for text in texts]
 
 
+MISMATCH = "prompt mismatch: message 1 of the sides differs; allow_different_prompts: true keeps both"
 # A row for each way to be dropped, and the name that it is dropped under; max_length is 64, a token is a byte.
 BAD = [
     ({"chosen": [U, *says("4")], "rejected": None}, "not a pair"),
-    ({"chosen": [{"role": "robot", "content": "x"}, *says("4")], "rejected": [U, *says("5")]}, "unknown role: robot"),
-    ({"chosen": [U, *says(" ")], "rejected": [U, *says("5")]}, "empty or missing content"),
-    ({"chosen": [{"role": "user", "content": "?"}, *says("4")], "rejected": [U, *says("5")]}, "prompt mismatch"),
+    (
+        {"chosen": [{"role": "robot", "content": "x"}, *says("4")], "rejected": [U, *says("5")]},
+        "chosen, message 1: unknown role: robot",
+    ),
+    ({"chosen": [U, *says(" ")], "rejected": [U, *says("5")]}, "chosen, message 2: an empty assistant turn"),
+    ({"chosen": [{"role": "user", "content": "?"}, *says("4")], "rejected": [U, *says("5")]}, MISMATCH),
     ({"prompt": [U, *says("4")], "chosen": [U, *says("4")], "rejected": [U, *says("4")]}, "no assistant turn"),
-    ({"chosen": [U, *says("4"), U], "rejected": [U, *says("5")]}, "last turn not from the assistant"),
+    ({"chosen": [U], "rejected": [U, *says("5")]}, "last turn not from the assistant"),
     ({"chosen": [U, *says("4")], "rejected": [U, *says("4")]}, "chosen equals rejected"),
     ({"chosen": [U, *says("4" * 99)], "rejected": [U, *says("5")]}, "over-long"),
     (

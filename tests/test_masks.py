@@ -677,7 +677,7 @@ def test_truth_table(conversation, name):
     for template in both_kinds(name):
         with pytest.raises(DropPair) as dropped:
             tokenize_pair(pair_of(messages, tools=tools), template, SETTINGS)
-        assert str(dropped.value) == reason
+        assert str(dropped.value).startswith(reason)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -227,7 +227,7 @@ def test_weight_zero_is_a_mask(options, tmp_path, tokenizer):  # noqa: F811
 
     masked.train_dataset = masked.train_dataset.map(without_first_turn)
     batches = [next(iter(trainer.get_train_dataloader())) for trainer in (zero, masked)]
-    assert len(batches[0]["score_pair"]) > len(batches[1]["score_pair"])
+    assert len(batches[0]["score_pair"]) == len(batches[1]["score_pair"])
     (loss, gradients), (wanted, wanted_gradients) = (
         loss_and_gradients(trainer, batch) for trainer, batch in zip((zero, masked), batches, strict=True)
     )
@@ -273,8 +273,12 @@ def test_shared_prefix_ends_where_weights_differ(tmp_path, tokenizer):  # noqa: 
 
 BAD_WEIGHTS = {
     "every turn of a side has weight 0": lambda m: {**m, "weight": 0} if m["role"] == "assistant" else m,
-    "a message's weight is not a number >= 0": lambda m: {**m, "weight": -1} if m["role"] == "assistant" else m,
-    "a weight on a message that is not the assistant's": lambda m: {**m, "weight": 1} if m["role"] == "user" else m,
+    "chosen, message 2: a message's weight is not a number >= 0": lambda m: {**m, "weight": -1}
+    if m["role"] == "assistant"
+    else m,
+    "chosen, message 1: a weight on a message that is not the assistant's": lambda m: (
+        {**m, "weight": 1} if m["role"] == "user" else m
+    ),
 }
 
 

@@ -181,7 +181,7 @@ BAD_ROWS = {
     "number": ({"question": 5, "answer": 1}, "q.jsonl:2: a prompt has to be a text"),
     "ends with the assistant": ({"prompt": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}],
                                  "answer": 1}, "q.jsonl:2: a prompt has to be a text"),
-    "role": ({"prompt": [{"role": "moon", "content": "1?"}], "answer": 1}, "q.jsonl:2: unknown role: moon"),
+    "role": ({"prompt": [{"role": "moon", "content": "1?"}], "answer": 1}, "q.jsonl:2: message 1: unknown role: moon"),
     "key twice": ({"question": "1?", "answer": 1, "key": "a"}, "q.jsonl:2: the key 'a' comes twice"),
 }  # fmt: skip
 

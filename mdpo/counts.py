@@ -1,0 +1,74 @@
+"""What became of the rows of a set, counted while they are tokenized: for the terminal and for reports."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SPECIAL, CUT, LOWER = "special tokens inside user or tool text", "a turn cut in its middle", "a margin below 0"
+FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on the terminal
+
+
+@dataclass
+class DropCounts:
+    """What became of the rows of one set: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to
+    the keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `longest`
+    holds the tokens of the longer side of every row that came to have any."""
+
+    name: str
+    read: int = 0
+    kept: int = 0
+    streamed: bool = False  # counted while the set is read, an epoch after the other
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    kept_with: dict[str, list[str]] = field(default_factory=dict)
+    unread: Counter = field(default_factory=Counter)
+    longest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Counts a row as FEATURES has it."""
+        self.read += 1
+        self.unread.update(row["unread"])
+        if row["drop_reason"]:
+            self.reasons.setdefault(row["drop_reason"], []).append(row["key"])
+            return
+        self.kept += 1
+        margin = row["margin"]
+        remarks = {SPECIAL: row["special_in_context"], CUT: row["cut"], LOWER: margin is not None and margin < 0}
+        for remark in [*(name for name, true in remarks.items() if true), *row["remarks"]]:
+            self.kept_with.setdefault(remark, []).append(row["key"])
+
+    def drop(self, keys: list[str], reason: str) -> None:
+        """Kept rows that are dropped after all."""
+        self.kept -= len(keys)
+        self.reasons.setdefault(reason, []).extend(keys)
+        gone = set(keys)
+        self.kept_with = {name: [k for k in of if k not in gone] for name, of in self.kept_with.items()}
+
+    @property
+    def dropped(self) -> int:
+        return self.read - self.kept
+
+    def lines(self) -> list[str]:
+        """For the terminal: a line for the set, and one for each reason and remark with its first keys."""
+        lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.dropped} dropped"]
+        by_rows = sorted(self.reasons.items(), key=lambda item: -len(item[1]))
+        lines += [f"  dropped {len(keys)}: {reason} {_some(keys)}" for reason, keys in by_rows[:MOST_REASONS]]
+        if rest := by_rows[MOST_REASONS:]:
+            lines.append(f"  dropped {sum(len(keys) for _, keys in rest)}: {len(rest)} further reasons")
+        lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
+        if self.unread:
+            lines.append("  message fields not used: " + ", ".join(f"{k} ({n} rows)" for k, n in self.unread.items()))
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports, the first keys only."""
+        both = {"dropped": self.reasons, "kept_with": self.kept_with}
+        out = {
+            what: {name: {"rows": len(k), "first": k[:FIRST_KEYS]} for name, k in d.items()} for what, d in both.items()
+        }
+        return {"read": self.read, "kept": self.kept, **out, "message_fields_not_used": dict(self.unread)}
+
+
+def _some(keys: list[str]) -> str:
+    return f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
