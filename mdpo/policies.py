@@ -31,6 +31,19 @@ def adapter_config(checkpoint: str) -> PeftConfig | None:
         raise UserError(f"CHECKPOINT: {checkpoint} cannot be had: {error}") from error
 
 
+def starting_policy(model, args, quantization_config=None):
+    """The policy as training begins: loaded, where `model` is a name or a folder. Raises UserError."""
+    if not isinstance(model, str):
+        for given, name in ((args.model_init_kwargs, "model_init_kwargs"), (quantization_config, "quantization")):
+            if given is not None:
+                raise UserError(f"{name} only takes effect where the model is given by name, not as an object.")
+        return model
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return load_model(model, **kwargs)
+
+
 def scoring_arguments(checkpoint: str, recipe: Recipe) -> dict[str, Any]:
     """What DPOTrainer takes to score the checkpoint against the recipe's reference: the model that it names, else its
     base. Changes the recipe's training arguments to that end. An adapter's weights are not loaded yet: the trainer

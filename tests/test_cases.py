@@ -29,6 +29,7 @@ def models(tmp_path_factory):
         size = 100 if name == "small_vocabulary" else len(tokenizer)
         LlamaConfig(vocab_size=size, architectures=["LlamaForCausalLM"]).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        (folder / name / "model.safetensors").touch()
         if name == "without_template":
             (folder / name / "chat_template.jinja").unlink()
         if name == "without_pad":
