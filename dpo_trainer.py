@@ -104,8 +104,8 @@ class DPOTrainer(GuardedTrainer):
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._fused, self._positions = self._enable_scoring(base, args), learned_positions(base)
+        self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.aux_loss_coef != 0.0  # TRL's names for both
         self.router_aux_loss_coef = self.aux_loss_coef
@@ -226,7 +226,7 @@ class DPOTrainer(GuardedTrainer):
         if isinstance(dataset, IterableDataset):
             if args.precompute_ref_log_probs:
                 raise UserError("precompute_ref_log_probs: needs a set of known length, not a stream.")
-            refuse_long_rows(dataset, name, self._positions, args.max_length)
+            refuse_long_rows(dataset, name, self._positions, args)
             dataset, self.drop_counts[name] = tokenize_stream(dataset, tokenizer, self.render_settings, name)
             if name != "train" and not args.dataloader_num_workers:  # workers would count from 0 each
                 dataset = dataset.map(lambda _, row: {"row": row}, with_indices=True)  # those of a last batch filled up
@@ -240,7 +240,7 @@ class DPOTrainer(GuardedTrainer):
         ############## MODIFICATION 5: margins from the data.
         refuse_missing_margins(args, dataset, name)
         ############## MODIFICATION 5 END
-        refuse_long_rows(dataset, name, self._positions, args.max_length)
+        refuse_long_rows(dataset, name, self._positions, args)
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))
         return dataset
@@ -297,7 +297,7 @@ class DPOTrainer(GuardedTrainer):
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
             ############## MODIFICATION 3: a reference other than the starting policy, by name.
-            ref_model = build_reference(self.model, path, kwargs, made_by_caller=self._policy_name is None)
+            ref_model = build_reference(self.model, path, kwargs, self._policy_name is None)
             ############## MODIFICATION 3 END
         if self.args.disable_dropout:
             disable_dropout(ref_model)

@@ -26,11 +26,18 @@ def refuse_unloadable(model, args) -> None:
     names = {"model_name_or_path": (model.model_name_or_path, model.model_revision)}
     names["ref_model_name_or_path"] = (getattr(args, "ref_model_name_or_path", None), None)
     for key, (name, revision) in names.items():
-        if name:
+        if name and "gguf_file" in kwargs:
             refuse_missing_folder(key, name)
-        if name and "gguf_file" not in kwargs:
-            refuse_adapter(name, key, revision, kwargs.get("subfolder", ""))
-            refuse_without_weights(name, key, kwargs.get("subfolder", ""))
+        elif name:
+            refuse_no_model(key, name, revision, kwargs.get("subfolder", ""))
+
+
+def refuse_no_model(key: str, name: str, revision: str | None = None, subfolder: str = "") -> None:
+    """Raises UserError where `name`, a folder or a name on the hub, is no model as far as can be told. `key` is what
+    the user wrote it in."""
+    refuse_missing_folder(key, name)
+    refuse_adapter(name, key, revision, subfolder)
+    refuse_without_weights(name, key, subfolder)
 
 
 def refuse_adapter(name: str, key: str = "model", revision: str | None = None, subfolder: str = "") -> None:
@@ -40,8 +47,8 @@ def refuse_adapter(name: str, key: str = "model", revision: str | None = None, s
     if found is None:
         return
     try:
-        settings = json.loads(Path(found).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = dict(json.loads(Path(found).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{key}: {found} cannot be read: {error}") from error
     kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
     what = f"{key}: {name} is an adapter ({settings.get('peft_type')}), not a model"
@@ -119,5 +126,6 @@ def refuse_objects(model, ref_model) -> None:
 def refuse_frozen(model) -> None:
     """Raises UserError where training would change nothing."""
     if not any(weight.requires_grad for weight in model.parameters()):
-        hint = " PeftModel.from_pretrained takes is_trainable=True." if isinstance(model, PeftModel) else ""
-        raise UserError(f"model: none of the weights of {type(model).__name__} is to be trained (requires_grad).{hint}")
+        adapter = "PeftModel.from_pretrained takes is_trainable=True"
+        hint = adapter if isinstance(model, PeftModel) else "after merge_and_unload, call model.requires_grad_(True)"
+        raise UserError(f"model: no weight of {type(model).__name__} is to be trained (requires_grad); {hint}.")

@@ -19,7 +19,8 @@ from mdpo.types import UserError
 TABLE = re.compile(r"pos|^wpe$")  # in the name of a table of positions
 MORE = 8  # rows that a table has at most beyond its positions: an offset
 LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
-IN_CONFIG = {"mpt": "max_seq_len"}  # whose limit is no table: ALiBi's biases are made for so many
+# Whose limit is no such table: ALiBi's biases are made for so many, axial tables multiply.
+IN_CONFIG = {"mpt": "max_seq_len", "reformer": "max_position_embeddings"}
 
 
 def positions_of(config, trust_remote_code: bool = False) -> int | None:
@@ -37,7 +38,15 @@ def positions_of(config, trust_remote_code: bool = False) -> int | None:
 
 
 def learned_positions(model) -> int | None:
-    """The most tokens that a row of a causal model, without wrappers, may have; None where nothing ends."""
+    """The most tokens that a row of a causal model may have, those of prompt-learning PEFT not counted; None where
+    nothing ends."""
+    adapters = getattr(model, "peft_config", {}).values()
+    own = max((adapter.num_virtual_tokens for adapter in adapters if adapter.is_prompt_learning), default=0)
+    limit = _of_base(model.get_base_model() if adapters else model)
+    return None if limit is None else limit - own
+
+
+def _of_base(model) -> int | None:
     config = model.config.get_text_config()
     if config.model_type in IN_CONFIG:
         return getattr(config, IN_CONFIG[config.model_type])
@@ -63,30 +72,28 @@ def _before(table: nn.Embedding) -> int:
     return getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
-def refuse_long_rows(rows, name: str, limit: int | None, max_length: int | None) -> None:
-    """Raises UserError where a set of tokenized pairs has, or a stream may have, sides beyond a model's `limit`."""
+def refuse_long_rows(rows, name: str, limit: int | None, args) -> None:
+    """Raises UserError where a set of tokenized pairs has, or a stream may have, sides beyond a model's `limit`, with
+    what `args.pad_to_multiple_of` adds to them."""
     if limit is None:
         return
+    multiple = args.pad_to_multiple_of or 1
+    most = limit // multiple * multiple  # with padding a row may only be so long
+    what = (
+        f"the model has {limit} positions and no more. Set max_length: {most} or less, which drops and counts others."
+    )
     if not isinstance(rows, Dataset):
-        if max_length is None or max_length > limit:
-            raise UserError(f"max_length: {max_length} for the stream {name}, but {_has(limit)}. {_do(limit)}")
+        if args.max_length is None or args.max_length > most:
+            raise UserError(f"max_length: {args.max_length} for the stream {name}, but {what}")
         return
     longest = side_lengths(rows).max(1, initial=0)
-    if over := int((longest > limit).sum()):
-        first = int((longest > limit).argmax())
-        key = rows[first]["key"] if "key" in rows.column_names else f"number {first}"
+    if over := int((longest > most).sum()):
+        row = int(longest.argmax())
+        key = rows[row]["key"] if "key" in rows.column_names else f"number {row}"
         raise UserError(
-            f"max_length: {over} of {len(rows)} pairs of {name} are longer than the model can take: {_has(limit)}, the "
-            f"longest side has {longest.max()} tokens, and row {key} {longest[first]}. {_do(limit)}"
+            f"max_length: {over} of {len(rows)} pairs of {name} have a side of more than {most} tokens, the longest, "
+            f"row {key}, {longest[row]}; {what}"
         )
-
-
-def _has(limit: int) -> str:
-    return f"it has learned {limit} positions and no more"
-
-
-def _do(limit: int) -> str:
-    return f"Set max_length: {limit} or less, which drops and counts longer pairs."
 
 
 def check_lengths(config, sets: dict[str, Any], args) -> None:
@@ -99,7 +106,7 @@ def check_lengths(config, sets: dict[str, Any], args) -> None:
         {n: rows for n, rows in sets.items() if rows is not None},
     )
     for name, rows in sets.items():
-        refuse_long_rows(rows, name, limit, args.max_length)
+        refuse_long_rows(rows, name, limit, args)
     trained = _trained_length(config.get_text_config())
     longest = max((int(side_lengths(rows).max(initial=0)) for rows in sets.values()), default=0)
     if limit is None and trained is not None and longest > trained:

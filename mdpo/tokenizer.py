@@ -85,8 +85,8 @@ def refuse_small_vocabulary(tokenizer, config, key: str = "") -> None:
     token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if highest >= size:
         raise UserError(
-            f"{key}The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}: the id of {token!r}, "
-            f"{highest}, lies beyond. Use the model's own tokenizer, or resize the model's embeddings."
+            f"{key}The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. Use the model's own "
+            f"tokenizer, or resize the model's embeddings. The highest id is {highest}, of {token!r}."
         )
 
 
