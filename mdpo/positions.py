@@ -91,8 +91,8 @@ def refuse_long_rows(rows, name: str, limit: int | None, args) -> None:
         row = int(longest.argmax())
         key = rows[row]["key"] if "key" in rows.column_names else f"number {row}"
         raise UserError(
-            f"max_length: {over} of {len(rows)} pairs of {name} have a side of more than {most} tokens, the longest, "
-            f"row {key}, {longest[row]}; {what}"
+            f"max_length: {over} of {len(rows)} pairs of {name} have a side of more than {most} tokens, the longest "
+            f"one, {longest[row]} in {key}; {what}"
         )
 
 
