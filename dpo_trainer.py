@@ -46,6 +46,7 @@ from mdpo.reference import (
     keep_own_adapter,
     load_moved,
     lost_in_sync,
+    partitioned,
     place_reference,
     refuse_sync,
     save_moved,
@@ -368,7 +369,8 @@ class DPOTrainer(GuardedTrainer):
         name, revision = _reference_name(self.args), None
         if not name and ref_model is None and OWN_ADAPTER not in getattr(self.model, "peft_config", {}):
             name, revision = self._policy_name, (self.args.model_init_kwargs or {}).get("revision")
-            if name is None and not self._policy_is_reference():
+            gone = self.state.global_step or partitioned(self.model)  # what it was cannot be told from the object
+            if name is None and gone and not self._policy_is_reference():
                 name = self.model.config._name_or_path or None
         kwargs = self.args.model_init_kwargs or {}
         if name:

@@ -38,13 +38,18 @@ def load_model(name_or_path: str, **kwargs):
         ) from e
 
 
+def partitioned(model) -> bool:
+    """Whether ZeRO-3 has spread the model's weights over the ranks."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_caller: bool = False):
     """The reference beside a fully trained policy, on the policy's dtype and attention: from `name_or_path`, else from
     the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy. A caller
     may have changed a model since it was loaded (`merge_and_unload` leaves the base's path): it is copied."""
     path = name_or_path or getattr(model.config, "_name_or_path", "")
-    sharded = any(hasattr(p, "ds_id") for p in model.parameters())
-    if name_or_path or (path and (sharded or not made_by_caller or hasattr(model, "peft_config"))):
+    sharded = partitioned(model)
+    if name_or_path or (path and (sharded or not made_by_caller)):
         if name_or_path:  # the revision is the policy's
             init_kwargs = {k: v for k, v in init_kwargs.items() if k != "revision"}
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -55,6 +60,10 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_
     reference = copy.deepcopy(model)
     inner = reference.get_base_model() if hasattr(reference, "peft_config") else reference
     vars(inner).pop("forward", None)  # `enable_scoring` closed over the policy: the copy would call and switch that
+    if hasattr(reference, "peft_config"):
+        if reference.active_peft_config.is_prompt_learning:
+            return inner
+        reference.base_model.disable_adapter_layers()  # for good: the model that the adapter was put on
     return reference
 
 

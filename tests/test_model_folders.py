@@ -19,6 +19,7 @@ from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
 from mdpo.model_folders import refuse_adapter, refuse_frozen, refuse_unloadable
 from mdpo.policies import load_model
+from mdpo.reference import build_reference
 from mdpo.types import UserError
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
@@ -231,6 +232,23 @@ def test_policy_and_reference_of_a_merged_object_begin_as_it_is(base, tmp_path):
     for log in (ahead, continued):
         assert log["logps/chosen"] == pytest.approx(first["logps/chosen"], rel=1e-5)
     assert abs(bare["logps/chosen"] - first["logps/chosen"]) > 1
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_copied_reference_of_a_new_adapter_is_the_model_beneath(prompts, base, tmp_path):
+    """As under DeepSpeed, where log-probs that are computed ahead need a model of their own."""
+    merged = adapter("sft", base).merge_and_unload().requires_grad_(True)
+    ids = torch.arange(5, 50)[None]
+    with torch.no_grad():
+        wanted = merged(ids).logits
+        kind = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3) if prompts else None
+        policy = get_peft_model(merged, kind or LoraConfig(**LORA, init_lora_weights=False))
+        assert policy.config._name_or_path == base
+        reference = build_reference(policy, None, {}, made_by_caller=True)
+        assert torch.equal(reference(input_ids=ids).logits, wanted)
+        assert not torch.equal(policy(input_ids=ids).logits[:, -45:], wanted)
+        from_path = build_reference(policy, None, {})
+        assert not torch.equal(from_path(input_ids=ids).logits, wanted)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
