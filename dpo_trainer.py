@@ -30,7 +30,7 @@ from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
 from mdpo.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
 from mdpo.model_folders import refuse_frozen, refuse_objects
-from mdpo.modes import evaluating, generators_kept
+from mdpo.modes import evaluating
 from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
@@ -134,8 +134,7 @@ class DPOTrainer(GuardedTrainer):
             disable_dropout(self.model)
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
         self._reference_source, self._reference_made = (ref_model, quantization_config), False
-        with generators_kept(args.device):  # else what training draws would hang on where the reference comes from
-            self._set_up_reference()
+        self._set_up_reference()
         self._noise_checked = False
         self._train_tokens = 0  # since the start, this rank
 
@@ -341,7 +340,7 @@ class DPOTrainer(GuardedTrainer):
         identity = self._reference_identity()
         cache = ReferenceCache(self._cache_dir / identity if identity else None, self.args.process_index)
         size, longest = self.args.precompute_ref_batch_size or batch_size, cached_length(self.model.config)
-        with evaluating(self.model), generators_kept(self.args.device):
+        with evaluating(self.model):
             dataset = precompute(
                 dataset, score, self.data_collator, size, self.accelerator, cache, name, identity or "", longest
             )

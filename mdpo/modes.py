@@ -1,8 +1,7 @@
-"""A model that is deterministic for a while, and generators that stand afterwards where they stood."""
+"""A model that is deterministic for a while, then as it was."""
 
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 
@@ -16,8 +15,3 @@ def evaluating(model: nn.Module):
     finally:
         for module, training in before:
             module.training = training
-
-
-def generators_kept(device: torch.device):
-    """A context whose draws from torch's generators, of the CPU and of `device`, no one sees afterwards."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
