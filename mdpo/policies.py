@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import get_quantization_config
 
+from mdpo.loading import load_model
 from mdpo.pairs import model_init_kwargs
 from mdpo.recipe import Recipe
-from mdpo.reference import load_model
 from mdpo.saved_weights import load_adapters
 from mdpo.startup import say
 from mdpo.tokenizer import refuse_missing_folder

@@ -5,37 +5,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from mdpo.attention import own_attention
-from mdpo.files import first_line
 from mdpo.fused import fuse
 from mdpo.identity import OWN_ADAPTER
+from mdpo.loading import load_model
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
-from mdpo.model_folders import refuse_adapter
 from mdpo.modes import evaluating
 from mdpo.precision import HALF, cast_weights
 from mdpo.types import UserError
 
 MOVED = "reference"  # folder inside a checkpoint
-
-
-def load_model(name_or_path: str, **kwargs):
-    """A causal language model for training or as reference. Raises UserError where it cannot be had."""
-    refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except AssertionError as e:  # nn.Embedding's
-        hint = "Is pad_token_id in its config.json below vocab_size?"
-        raise UserError(f"model {name_or_path!r} cannot be loaded: {first_line(e)}\n{hint}") from e
-    except (OSError, ValueError, ImportError, SafetensorError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(
-            f"model {name_or_path!r} cannot be loaded: {reason}\n"
-            "Where the hub cannot be reached, set model_name_or_path (or ref_model_name_or_path) to a local folder."
-        ) from e
 
 
 def partitioned(model) -> bool:

@@ -23,7 +23,7 @@ ORDER = [
     {"sandbox", "sandbox_child", "answers", "attention"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"precision", "launcher", "saved_weights", "model_folders"},
-    {"render", "recipe", "logprobs", "layout_check", "options", "history", "machine", "progress"},
+    {"render", "recipe", "loading", "logprobs", "layout_check", "options", "history", "machine", "progress"},
     {"tokens", "sums", "layout", "dropout", "reference_columns"},
     {"turns", "positions"},
     {"reference", "reference_cache", "metrics", "data_report", "report"},
