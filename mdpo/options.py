@@ -44,6 +44,10 @@ INSTEAD = {
         ("bf16_full_eval", "fp16_full_eval"),
         "it would round the policy, and not its reference, and the final model with it",
     ),
+    **dict.fromkeys(
+        ("torch_compile_mode", "torch_compile", "torch_compile_backend"),
+        "leave it out; fused_ops, on by default in recipes, compiles what gains by it",
+    ),
     "save_on_each_node": "output_dir has to be on a file system that all nodes share",
 }
 
@@ -61,7 +65,11 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
     _check_losses(args, own)
     for key, advice in INSTEAD.items():
         if getattr(args, key):
+            key = next((name for name in INSTEAD if name.startswith(key) and (recipe or {}).get(name)), key)
             raise UserError(f"{key}: is not supported; {advice}.")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if dynamo not in ("no", ""):
+        raise UserError(f"dynamo_backend: {dynamo} in the accelerate file is not supported; leave dynamo_config out.")
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise UserError("fsdp: is not supported; training_configs/zero3_for_dpo.yaml shards the same with DeepSpeed.")
     if own and args.train_sampling_strategy not in ("random", "sequential"):
