@@ -26,8 +26,10 @@ from trl import DPOConfig, ModelConfig
 
 from mdpo.config import DataArguments, MDPOConfig
 from mdpo.precision import fit_to_machine
-from mdpo.settings import FIELDS, HINTS, PARTS, ROOT, WORDS, Dumper, Setting, flag, members, nearest, read_settings
+from mdpo.settings import FIELDS, HINTS, PARTS, ROOT, WORDS, Setting, flag, members, nearest, read_settings
 from mdpo.types import UserError
+from mdpo.values import expanded, meant
+from mdpo.yaml_nodes import Dumper
 
 DEFAULT_RECIPE = ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml"
 # Not written beside a checkpoint: a secret, and what a launcher passes to one process.
@@ -68,8 +70,9 @@ def load_recipe(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     notes: list[str] = []
     path, settings = read_settings(argv, DEFAULT_RECIPE, notes)
-    values = {key: typed(setting) for key, setting in settings.items()}
     origins = {key: setting.origin for key, setting in settings.items()}
+    values = {key: typed(meant(setting, accepted(key), notes)) for key, setting in settings.items()}
+    values = {key: expanded(key, value, origins[key]) for key, value in values.items()}
     for key in ("model_name_or_path", "dataset_mixer"):
         if not values.get(key):
             raise UserError(f"{path}: {key} is missing; a recipe has to name its model and its training sets.")
