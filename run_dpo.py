@@ -17,6 +17,7 @@ from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import writing
+from mdpo.late_values import check_steps, refuse_late_values, refuse_unfit
 from mdpo.launcher import device_line, refuse_unusable_gpus
 from mdpo.options import check_options
 from mdpo.out_of_memory import explained
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> None:
     resume = prepare_output_dir(args, facts)
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
+    with recipe.placed():
+        say(*check_steps(args, len(train_dataset)))
     facts["contents"] = agreed(lambda: content_facts(recipe, tokenizer, train_dataset))
     if resume:
         refuse_another_run(resume, facts)
@@ -109,11 +112,16 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
 def _checked_tokenizer(recipe):
     """The tokenizer, after every check that needs neither data nor weights."""
     args = recipe.training
-    check_options(args, get_peft_config(recipe.model), recipe.values)
+    peft_config = get_peft_config(recipe.model)
+    with recipe.placed():
+        check_options(args, peft_config, recipe.values)
+        say(*refuse_late_values(args, recipe.model))
     refuse_two_precisions(recipe.values, args)
     refuse_missing_login(args)
     tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
     config = check_model(tokenizer, recipe.model, args)
+    with recipe.placed():
+        refuse_unfit(args, peft_config, config)
     say(f"dtypes: {checked_precision(recipe, config)}")
     if args.ref_model_name_or_path:
         refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)

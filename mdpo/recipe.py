@@ -14,6 +14,7 @@ import re
 import textwrap
 import typing
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
+from mdpo.adapters import one_entry
 from mdpo.config import DataArguments, MDPOConfig
 from mdpo.precision import fit_to_machine
 from mdpo.settings import FIELDS, HINTS, PARTS, ROOT, WORDS, Setting, flag, members, nearest, read_settings
@@ -47,10 +49,19 @@ class Recipe:
     notes: list[str]
     values: dict[str, Any] = dataclasses.field(repr=False)  # may hold hub_token
     written: dict[str, Any] = dataclasses.field(repr=False, default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(repr=False, default_factory=dict)  # key -> where it was set
 
     def resolved(self) -> dict[str, Any]:
         """key -> value as plain YAML data, for the report and for `write`."""
         return {key: value for key, value in self.values.items() if key not in PRIVATE_KEYS}
+
+    @contextmanager
+    def placed(self):
+        """A UserError that names keys names their places too."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(_placed(str(error), self.origins)) from error
 
     def write(self, path: str | Path) -> None:
         """Write the resolved recipe; load_recipe reads it back to the same values (all but PRIVATE_KEYS)."""
@@ -80,7 +91,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         values["output_dir"] = _default_output_dir(path)
         notes.append(f"output_dir is not set; writing to {values['output_dir']}.")
     values, written = fit_to_machine(values, notes), values
-    return Recipe(**_build(values, origins), path=path, notes=notes, values=values, written=written)
+    return Recipe(**_build(values, origins), path=path, notes=notes, values=values, written=written, origins=origins)
 
 
 def _default_output_dir(path: Path) -> str:
@@ -101,6 +112,7 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
                 parts[name] = part(**{key: value for key, value in values.items() if key in names})
         except (ValueError, TypeError, OSError) as error:
             raise UserError(_placed(str(error).strip().split("\n\n")[0], origins)) from error
+    one_entry(parts["model"])
     return parts
 
 

@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from mdpo.parallelism import ADVICE
 from mdpo.settings import FIELDS, WORDS, Setting, members
 from mdpo.types import UserError
 
@@ -29,6 +30,8 @@ def meant(setting: Setting, hint: Any, notes: list[str]) -> Setting:
     """The setting with null where a word for it stands in other languages, which `notes` are told. `hint` is the type
     of its key. Raises UserError where text is wanted and such a word, or one for true or false, is no text."""
     text, kinds = setting.text, members(hint)
+    if setting.key == "parallelism_config" and setting.value is not None:
+        raise UserError(f"{setting.origin}: {ADVICE}.")
     if setting.key == "report_to" and (setting.value is None or (text is not None and text.lower() in NULLS)):
         return dataclasses.replace(setting, value="none", text="none")  # Trainer takes no null
     choices = {choice for kind in kinds if typing.get_origin(kind) is typing.Literal for choice in kind.__args__}
