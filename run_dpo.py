@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the imports take seconds; until `marks` signals wa
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
+from mdpo.adapters import adapter_config
 from mdpo.checkpoints import writing
 from mdpo.late_values import check_steps, refuse_late_values, refuse_unfit
 from mdpo.launcher import device_line, refuse_unusable_gpus
@@ -112,8 +113,8 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
 def _checked_tokenizer(recipe):
     """The tokenizer, after every check that needs neither data nor weights."""
     args = recipe.training
-    peft_config = get_peft_config(recipe.model)
     with recipe.placed():
+        peft_config = adapter_config(recipe.model)
         check_options(args, peft_config, recipe.values)
         say(*refuse_late_values(args, recipe.model))
     refuse_two_precisions(recipe.values, args)

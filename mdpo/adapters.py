@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from trl import get_peft_config
 
-from mdpo.files import first_line
 from mdpo.settings import nearest
 from mdpo.types import UserError
 
 ALL_LINEAR = "all-linear"
 MODULE_NAME = re.compile(r"[\w.]+")
+
+
+def adapter_config(model: Any) -> PeftConfig | None:
+    """PEFT's configuration of a trl.ModelConfig, None without use_peft. Raises UserError."""
+    try:
+        return get_peft_config(model)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{_at_fault(str(error), None)}: {error}") from error
 
 
 def one_entry(model: Any) -> None:
@@ -53,7 +61,8 @@ def refuse_targets(model: torch.nn.Module, peft_config: PeftConfig) -> None:
         get_peft_model(model, deepcopy(peft_config), autocast_adapter_dtype=False)
     except Exception as error:  # of a foreign part, which raises whatever it likes at a value
         key = _at_fault(str(error), peft_config)
-        raise UserError(f"{key}: {type(model).__name__}: {first_line(error)}") from error
+        words = " ".join(str(error).split())[:160]
+        raise UserError(f"{key}: PEFT cannot put this adapter on {type(model).__name__}: {words}") from error
 
 
 def _refuse_strangers(key: str, wanted: Any, names: list[str]) -> None:
@@ -66,15 +75,22 @@ def _refuse_strangers(key: str, wanted: Any, names: list[str]) -> None:
             raise UserError(f"{key}: the pattern {wanted!r} matches no whole path of a module, such as {names[-1]}.")
     for entry in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            ends = dict.fromkeys(part for name in names for part in (name.rpartition(".")[2],) if not part.isdigit())
+            deep = 2 if key == "lora_target_parameters" else 1
+            ends = dict.fromkeys(".".join(name.split(".")[-deep:]) for name in names if not name[-1].isdigit())
             near = nearest(entry, ends)
             known = f"Did you mean {near}?" if near else f"It has {', '.join(ends)}."
             raise UserError(f"{key}: {entry!r} is no part of the model. {known}")
 
 
-def _at_fault(message: str, peft_config: PeftConfig) -> str:
+def _at_fault(message: str, peft_config: PeftConfig | None) -> str:
     """The key that a refusal of PEFT is about, as far as its words tell."""
-    words = {"`r`": "lora_r", "rank": "lora_r", "dropout": "lora_dropout", "dora": "use_dora"}
+    words = {
+        "`r`": "lora_r",
+        "rank": "lora_r",
+        "dropout": "lora_dropout",
+        "dora": "use_dora",
+        "task type": "lora_task_type",
+    }
     found = [key for word, key in words.items() if word in message.lower()]
     if found:
         return found[0]

@@ -119,12 +119,12 @@ def _refuse_loader(args: Any) -> None:
         raise UserError("dataloader_persistent_workers: needs dataloader_num_workers.")
     if args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers:
         raise UserError("dataloader_multiprocessing_context: needs dataloader_num_workers.")
-    with _named("dataloader_multiprocessing_context" if args.dataloader_multiprocessing_context else "dataloader"):
+    with _named("dataloader_multiprocessing_context"):
         DataLoader(
             [0],
+            None,
             num_workers=args.dataloader_num_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
         )
 
 
@@ -161,6 +161,9 @@ def _dummy_optimizer(args: Any) -> torch.optim.Optimizer:
     """The recipe's optimizer over one number; another, where DeepSpeed's configuration brings its own."""
     if args.deepspeed_plugin is not None and "optimizer" in args.deepspeed_plugin.deepspeed_config:
         return torch.optim.SGD([_parameter()], lr=1.0)
+    for part in (args.optim_args or "").split(",") if args.optim_args else []:
+        if part.count("=") != 1:
+            raise UserError(f"optim_args: {part.strip()!r} is not NAME=VALUE; give them between commas.")
     key = "optim_args" if args.optim_args else "optim"
     with _named(key, f" (optim: {args.optim.value})"):
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -206,7 +209,8 @@ def _named(key: str, where: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of foreign parts, which raise whatever they like at a value
-        words = re.sub(r"\b\w+\.?__init__\(\)|\bget_\w+_schedule\w*\(\)", "it", first_line(error)).rstrip(".")
+        key = "optim" if isinstance(error, ImportError) and key.startswith("optim") else key
+        words = re.sub(r"\b\w*\.?__init__\(\) |\bget_\w+_schedule\w*\(\) ", "", first_line(error)).rstrip(".")
         raise UserError(f"{key}: {words or type(error).__name__}{where}.") from error
 
 

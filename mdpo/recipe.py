@@ -14,7 +14,7 @@ import re
 import textwrap
 import typing
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -110,10 +110,26 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             with warnings.catch_warnings():  # a default of TRL's own triggers it, and the handbook's name works
                 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
                 parts[name] = part(**{key: value for key, value in values.items() if key in names})
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(_placed(str(error).strip().split("\n\n")[0], origins)) from error
+        except (ValueError, TypeError, OSError, ImportError, AttributeError, KeyError, RuntimeError) as error:
+            message, given = (
+                " ".join(str(error).strip().split("\n\n")[0].split()),
+                {k: values[k] for k in values if k in names},
+            )
+            if not isinstance(error, UserError) and not set(re.findall(r"\w+", message)) & set(given):
+                message = f"{_culprit(part, given)}{message}"
+            raise UserError(_placed(message, origins)) from error
     one_entry(parts["model"])
     return parts
+
+
+def _culprit(part: type, given: dict[str, Any]) -> str:
+    """`KEY: ` of the first key without which the dataclass takes the others; the last set is looked at first."""
+    for key in reversed(given):
+        with suppress(Exception), warnings.catch_warnings():  # another key's refusal, in whatever form
+            warnings.simplefilter("ignore")
+            part(**copy.deepcopy({k: v for k, v in given.items() if k != key}))
+            return f"{key}: "
+    return ""
 
 
 def _placed(message: str, origins: dict[str, str]) -> str:
