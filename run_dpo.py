@@ -16,7 +16,9 @@ if __name__ == "__main__":  # the imports take seconds; until `marks` signals wa
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
+from mdpo.adapters import adapter_config
 from mdpo.checkpoints import writing
+from mdpo.late_values import check_steps, refuse_late_values, refuse_unfit
 from mdpo.launcher import device_line, refuse_unusable_gpus
 from mdpo.model_folders import refuse_unloadable
 from mdpo.options import check_options
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> None:
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
     check_lengths(config, {"the training set": train_dataset, "the held-out set": eval_dataset}, args)
+    with recipe.placed():
+        say(*check_steps(args, len(train_dataset)))
     facts["contents"] = agreed(lambda: content_facts(recipe, tokenizer, train_dataset))
     if resume:
         refuse_another_run(resume, facts)
@@ -112,12 +116,17 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
 def _checked_tokenizer(recipe):
     """(tokenizer, the model's configuration or None), after every check that needs neither data nor weights."""
     args = recipe.training
-    check_options(args, get_peft_config(recipe.model), recipe.values)
+    with recipe.placed():
+        peft_config = adapter_config(recipe.model)
+        check_options(args, peft_config, recipe.values)
+        say(*refuse_late_values(args, recipe.model))
     refuse_two_precisions(recipe.values, args)
     refuse_missing_login(args)
     refuse_unloadable(recipe.model, args)
     tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
     config = check_model(tokenizer, recipe.model, args)
+    with recipe.placed():
+        refuse_unfit(args, peft_config, config)
     say(f"dtypes: {checked_precision(recipe, config)}")
     return tokenizer, config
 
