@@ -17,6 +17,7 @@ from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
 from mdpo.checkpoints import writing
+from mdpo.dates import fix_day
 from mdpo.launcher import device_line, refuse_unusable_gpus
 from mdpo.options import check_options
 from mdpo.out_of_memory import explained
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
     ################
     facts = recipe_facts(recipe.values, args)
     resume = prepare_output_dir(args, facts)
+    say(*fix_day(recipe, tokenizer, resume))
+    facts |= recipe_facts(recipe.values, args)  # with the day, for a start that goes on from this one
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
     facts["contents"] = agreed(lambda: content_facts(recipe, tokenizer, train_dataset))

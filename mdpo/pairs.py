@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from mdpo.data import COLUMNS
 from mdpo.data_report import DataReport, describe
+from mdpo.dates import fix_day
 from mdpo.options import refuse_missing_margins
 from mdpo.precision import Precision, without_master
 from mdpo.ranks import first_of_node
@@ -25,6 +26,7 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     to ask the report. Raises UserError."""
     args, data = recipe.training, recipe.data
     report = DataReport({}, args.max_length)
+    say(*fix_day(recipe, tokenizer))
     with first_of_node():
         parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
         train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)

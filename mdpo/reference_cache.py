@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from mdpo.checkpoints import as_new_files, sync
 from mdpo.packing import SIDES, on_device
 from mdpo.ranks import gathered
 from mdpo.reference_columns import Columns, Distinct, Piece
@@ -78,8 +79,8 @@ def write_shard(path: Path, rows: dict[bytes, Sides]) -> None:
     }
     draft = path.with_suffix(".tmp")
     save_file(arrays, draft, {"digest": _digest(arrays)})
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
+    as_new_files(draft)
+    sync(draft)
     os.replace(draft, path)
 
 

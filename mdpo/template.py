@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from mdpo.dates import rendered_on_day, with_day
 from mdpo.marks import Marker, Marks, fresh_nonces
 from mdpo.types import DropPair, Message, UserError, common_prefix
 
@@ -54,7 +55,7 @@ class ChatTemplate:
                 f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. "
                 "Set chat_template in the recipe to a .jinja file."
             )
-        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
+        self.tokenizer, self.kwargs = tokenizer, with_day(tokenizer, kwargs)
         added = tokenizer.added_tokens_decoder.values()
         self.special = sorted({str(t) for t in added if t.special}, key=len, reverse=True)
         self._special_re = re.compile("|".join(map(re.escape, self.special)) or r"(?!)")
@@ -73,11 +74,11 @@ class ChatTemplate:
             messages = [_as_text_parts(m) for m in messages]
         kwargs = {**self.kwargs, **kwargs, "tools": tools, "add_generation_prompt": generation}
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+            return rendered_on_day(self.tokenizer, messages, **kwargs)
         except TypeError as first:  # deepseek_v3 concatenates the arguments to a string
             try:
                 as_json = [_json_arguments(m) for m in messages]
-                return self.tokenizer.apply_chat_template(as_json, tokenize=False, **kwargs)
+                return rendered_on_day(self.tokenizer, as_json, **kwargs)
             except Exception:
                 raise DropPair(_refusal(first)) from first
         except Exception as e:  # jinja errors of every kind, raise_exception() included

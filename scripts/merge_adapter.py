@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mdpo.checkpoints import as_new_files
 from mdpo.files import first_line
 from mdpo.report import RESOLVED
 from mdpo.saved_weights import load_adapters
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
         draft = Path(beside, "model")
         merged(model).to(getattr(torch, dtype)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        as_new_files(draft)
         del model
         check(draft, tokenizer, adapted, base, dtype)
         draft.replace(args.out)  # an empty folder gives way
@@ -141,9 +143,7 @@ def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dt
     elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
         raise UserError(f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.")
     if not off.max() <= TOLERANCE[dtype]:
-        raise UserError(
-            f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off); not written."
-        )
+        raise UserError(f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off): not kept.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ ORDER = [
     {"failures"},
     {"marks", "config", "retired", "startup", "checkpoints", "losses", "files", "messages"},
     {"varlen", "fused"},
-    {"sandbox", "sandbox_child", "answers", "attention"},
+    {"sandbox", "sandbox_child", "answers", "attention", "dates"},
     {"identity", "template", "data", "sets", "settings", "tokenizer", "objective", "packing"},
     {"precision", "launcher", "saved_weights"},
     {"render", "recipe", "logprobs", "layout_check", "options", "history", "machine", "progress"},
