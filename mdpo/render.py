@@ -94,8 +94,8 @@ def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template:
 
 
 def refuse_slow(tokenizer) -> None:
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer of {tokenizer.name_or_path!r} is not a fast one: it cannot report positions.")
+    if not getattr(tokenizer, "is_fast", False):  # mistral-common's class does not know the word
+        raise UserError(f"The tokenizer is a {type(tokenizer).__name__}, not a fast one: it cannot report positions.")
 
 
 def tokenize(text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
