@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the imports take seconds; until `marks` signals wa
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
+from mdpo.caches import refuse_unwritable
 from mdpo.checkpoints import writing
 from mdpo.dates import fix_day
 from mdpo.launcher import device_line, refuse_unusable_gpus
@@ -32,8 +33,9 @@ from mdpo.report import REPORT, RESOLVED, show_result, write_report
 from mdpo.run_folder import prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.sharding import overlap_reduction
-from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
+from mdpo.startup import clear_stale_build_locks, run, say
 from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
+from mdpo.trackers import refuse_silent_trackers
 
 LEFT_BEHIND = (("model", ""), ("page", PAGE), ("report", REPORT), ("recipe", RESOLVED))
 
@@ -114,7 +116,8 @@ def _checked_tokenizer(recipe):
     args = recipe.training
     check_options(args, get_peft_config(recipe.model), recipe.values)
     refuse_two_precisions(recipe.values, args)
-    refuse_missing_login(args)
+    refuse_silent_trackers(args)
+    refuse_unwritable(args)
     tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
     config = check_model(tokenizer, recipe.model, args)
     say(f"dtypes: {checked_precision(recipe, config)}")

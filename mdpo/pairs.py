@@ -5,6 +5,7 @@ import os
 import torch
 from datasets import Dataset
 
+from mdpo.caches import keeping_rows, refuse_unwritable
 from mdpo.data import COLUMNS
 from mdpo.data_report import DataReport, describe
 from mdpo.dates import fix_day
@@ -27,7 +28,8 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     args, data = recipe.training, recipe.data
     report = DataReport({}, args.max_length)
     say(*fix_day(recipe, tokenizer))
-    with first_of_node():
+    refuse_unwritable()
+    with first_of_node(), keeping_rows():
         parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
         train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
         evals = [p for p in parts if "train" not in p.split]

@@ -64,9 +64,18 @@ class ReferenceCache:
             self.flush()
 
     def flush(self) -> None:
+        """A disk that fails costs the cache, not the hours that the pass took: it is said, and nothing more is kept."""
         if self.folder and self._new:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_shard(self.folder / f"{time.time_ns()}-{self.rank}-{uuid.uuid4().hex[:8]}.safetensors", self._new)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_shard(self.folder / f"{time.time_ns()}-{self.rank}-{uuid.uuid4().hex[:8]}.safetensors", self._new)
+            except (OSError, SafetensorError) as error:
+                print(
+                    f"warning: reference_cache_dir: {self.folder} cannot be written to by rank {self.rank} ({error}). "
+                    "This run goes on without; another one computes the reference's log-probs again.",
+                    flush=True,
+                )
+                self.folder = None
         self._new = {}
         self._written = time.monotonic()
 
