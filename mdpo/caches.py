@@ -50,6 +50,8 @@ def _folders(args) -> Iterator[tuple[Path, str, str]]:
         yield Path(HF_MODULES_CACHE), "HF_MODULES_CACHE (or HF_HOME)", "a model's own code"
     if "trackio" in (args.report_to or []):
         yield Path(os.environ.get("TRACKIO_DIR") or Path(constants.HF_HOME, "trackio")), "TRACKIO_DIR", "trackio's runs"
+    if "tensorboard" in (args.report_to or []) and (place := os.environ.get("TENSORBOARD_LOGGING_DIR")):
+        yield Path(place), "TENSORBOARD_LOGGING_DIR", "TensorBoard's runs"
     if args.deepspeed_plugin is not None:
         yield _extensions(), "TORCH_EXTENSIONS_DIR", "operators that DeepSpeed compiles"
     if torch.cuda.is_available():  # elsewhere Triton compiles nothing

@@ -16,7 +16,8 @@ from mdpo.trackers import of_tracker
 from mdpo.types import UserError
 
 IN_WORDS = {"×": "x", "·": "*", "–": "-", "−": "-", "…": "...", "→": "->", "β": "beta", "↵": "\\n", "┊": "|", "«": "<<",
-            "»": ">>", "⟦": "[[", "⟧": "]]", "≥": ">=", "≤": "<="}  # fmt: skip
+            "»": ">>", "⟦": "[[", "⟧": "]]", "≥": ">=", "≤": "<=", "“": '"', "”": '"', "½": "1/2"}  # fmt: skip
+UTF_8 = "Set PYTHONUTF8=1, or a locale as LC_ALL=C.UTF-8."
 FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's lock: only older ones are stale
 
 
@@ -37,6 +38,8 @@ def speak_on_any_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not of a notebook, or a test
             stream.reconfigure(errors="in-words")
+    if is_main_process() and (names := sys.getfilesystemencoding()) != "utf-8":
+        print(f"warning: file names are {names} here: others are not found. {UTF_8}", file=sys.stderr)
 
 
 def _in_words(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -114,6 +117,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
     try:
         with preemption.listening(), failures.followed():
+            _refuse_undecoded(argv)
             main(argv)
     except Preempted as signal_name:
         if other := failures.other_failure():  # the launcher ends the rest when one rank has failed: no preemption
@@ -122,7 +126,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"\nleft because of {signal_name}", file=sys.stderr, flush=True)
         failures.exit_without_teardown(preemption.EXIT_CODE)  # others may be anywhere: nothing is waited for
     except Exception as raised:
-        error = of_tracker(raised) or raised
+        error = of_tracker(raised) or _of_encoding(raised) or raised
         if failures.several() or _in_process_group():
             failures.leave_with(error, debug)
         if not isinstance(error, UserError):
@@ -133,6 +137,19 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         _destroy_process_group()
         failures.exit_without_teardown(0)
     return 0
+
+
+def _of_encoding(error: Exception) -> UserError | None:
+    """What a user reads where a file's name cannot be said to this system; None of any other error."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return UserError(f"{error.object!r} is no file name here, where they are {error.encoding}. {UTF_8}")
+    return None
+
+
+def _refuse_undecoded(argv: list[str]) -> None:
+    for word in argv:
+        if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in word):
+            raise UserError(f"{word!r}: its bytes are no text in {sys.getfilesystemencoding()}. {UTF_8}")
 
 
 def _in_process_group() -> bool:
