@@ -2,6 +2,7 @@
 encoding, umasks, files with byte order marks, tokenizers of another package."""
 
 import errno
+import importlib
 import io
 import json
 import os
@@ -302,36 +303,56 @@ def test_bytes_of_a_file_name_stay_bytes(monkeypatch):
     assert raw.getvalue() == b"/data/\xf6\n"
 
 
-IN_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("terminal", [{"PYTHONIOENCODING": "ascii"}, IN_ASCII], ids=["terminal", "locale"])
-def test_a_run_and_the_scripts_on_an_ascii_terminal(terminal, made, tmp_path):
-    """Texts of the data are not ASCII either, and what is written to files stays UTF-8."""
+@pytest.fixture
+def unusual(made, tmp_path):
+    """(recipe, flags) of a run whose data is not ASCII."""
     rows = agent_rows(6)
     for row in rows:
         for side in ("chosen", "rejected"):
             row[side][0] = {"role": "user", "content": row[side][0]["content"] + " – Größe × 水 🐎 …"}
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    flags = [f"--output_dir={tmp_path}/out", f"--dataset_mixer={{{data}: 1.0}}", "--test_split_size=2"]
-    flags += ["--eval_strategy=steps", "--eval_steps=2"]
-    recipe = str(made / "recipe.yaml")
-    for command in (
-        ["run_dpo.py", recipe, *flags],
-        ["scripts/check_data.py", recipe, *flags],
-        ["scripts/show_masks.py", recipe, *flags],
-        ["scripts/show_masks.py", recipe, *flags, f"--html={tmp_path}/page.html"],
-        ["scripts/plan_memory.py", recipe, *flags, "--config_file=training_configs/cpu.yaml"],
-        ["scripts/evaluate.py", f"{tmp_path}/out", f"--recipe={recipe}", *flags[1:3]],
-        ["scripts/compare_runs.py", f"{tmp_path}/out", f"{tmp_path}/out", f"--out={tmp_path}/compare.html"],
+    flags = [f"--dataset_mixer={{{data}: 1.0}}", "--test_split_size=2", "--eval_strategy=steps", "--eval_steps=2"]
+    return str(made / "recipe.yaml"), flags
+
+
+def test_a_run_and_the_scripts_on_an_ascii_terminal(unusual, tmp_path, monkeypatch):
+    recipe, flags = unusual
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    out = f"{tmp_path}/out"
+    for name, *argv in (
+        ("run_dpo", recipe, f"--output_dir={out}", *flags),
+        ("check_data", recipe, *flags),
+        ("show_masks", recipe, *flags),
+        ("show_masks", recipe, *flags, f"--html={tmp_path}/page.html"),
+        ("plan_memory", recipe, *flags, f"--config_file={ROOT}/training_configs/cpu.yaml"),
+        ("evaluate", out, f"--recipe={recipe}", *flags[:2]),
+        ("compare_runs", out, out, f"--out={tmp_path}/compare.html"),
     ):
-        env = {**os.environ, **terminal, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True)
-        text = (done.stdout + done.stderr).decode("ascii")
-        assert done.returncode == 0 and "Traceback" not in text, f"{command}\n{text[-2000:]}"
-    assert "Größe × 水 🐎 …" in (tmp_path / "out" / "run_report.html").read_text(encoding="utf-8")
+        raw = io.BytesIO()
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+        code = run(importlib.import_module(name).main, argv)
+        text = raw.getvalue().decode("ascii")
+        assert code == 0 and text, f"{name}\n{text[-2000:]}"
+    assert "β = 0.1" in Path(out, "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_locale_without_letters(unusual, tmp_path):
+    """Every open() that names no encoding would take ASCII."""
+    recipe, flags = unusual
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "run_dpo.py", recipe, f"--output_dir={tmp_path}/out", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True)
+    text = (done.stdout + done.stderr).decode("ascii")
+    assert done.returncode == 0 and "warning: file names are ascii here" in text, text[-2000:]
+    assert "β = 0.1" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    command[3] = f"--output_dir={tmp_path}/öut"
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 1 and b"Traceback" not in done.stdout + done.stderr
+    assert b"its bytes are no text in ascii" in done.stderr
 
 
 def test_an_argument_in_no_encoding_is_refused(capsys):
