@@ -12,6 +12,10 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the imports take seconds; until `marks` signals wait
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
+    try:
+        import mdpo  # noqa: F401  it looks for what the imports below would fail on, in many words
+    except ImportError as error:
+        sys.exit(f"error: {error}")
 
 from trl import get_peft_config, get_quantization_config
 

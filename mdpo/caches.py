@@ -29,10 +29,6 @@ def refuse_unwritable(args=None) -> None:
 
 
 def _troubles(args) -> Iterator[str]:
-    try:
-        tempfile.gettempdir()
-    except OSError as error:
-        yield f"TMPDIR: there is no folder for temporary files ({error.strerror}). Set TMPDIR to one with room."
     for folder, key, holds in _folders(args):
         if why := unwritable(folder):
             yield f"{key}: {folder}, which holds {holds}, cannot be written to: {why}. Set {key} to one that can."

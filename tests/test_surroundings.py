@@ -130,13 +130,23 @@ def test_a_trackers_folder_that_cannot_be_written_is_named(variable, report_to, 
         caches.refuse_unwritable(args)
 
 
-def test_no_folder_for_temporary_files(monkeypatch):
-    def none():
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/x']")
-
-    monkeypatch.setattr("tempfile.gettempdir", none)
-    with pytest.raises(UserError, match="^TMPDIR: there is no folder for temporary files"):
-        caches.refuse_unwritable()
+def test_no_folder_for_what_torch_compiles_or_for_temporary_files():
+    """Before anything is imported that would fail on it."""
+    nowhere = (
+        "import tempfile\ndef none(): raise FileNotFoundError(2, 'No usable folder')\ntempfile.gettempdir = none\n"
+    )
+    for code, variable, env in (
+        ("import mdpo", "TORCHINDUCTOR_CACHE_DIR", {"TORCHINDUCTOR_CACHE_DIR": NOWHERE}),
+        (f"{nowhere}import mdpo", "TMPDIR", {}),
+    ):
+        bare = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}  # torch sets it
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env={**bare, **env}, capture_output=True, text=True)
+        assert done.returncode == 1 and f"ImportError: {variable}: " in done.stderr
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": NOWHERE}
+    done = subprocess.run([sys.executable, "run_dpo.py"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: TORCHINDUCTOR_CACHE_DIR: {NOWHERE} cannot be")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_disk_that_fills_up_while_rows_are_kept(start, monkeypatch):
