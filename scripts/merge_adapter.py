@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
-    for name in ("adapter", "out"):
-        parser.add_argument(name, type=Path)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("out", type=Path)
     parser.add_argument("--base")
     parser.add_argument("--dtype", choices=list(TOLERANCE))
     try:
@@ -99,8 +99,7 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
         raise UserError(f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}.")
     load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
-    beside = adapter if (args.adapter / "tokenizer_config.json").is_file() else name
-    return model, fast_tokenizer(beside), dtype
+    return model, fast_tokenizer(adapter if (args.adapter / "tokenizer_config.json").is_file() else name), dtype
 
 
 def quantised_bits(adapter: Path) -> int | None:
