@@ -96,7 +96,7 @@ class Explainer:
             ids, ranges, mask, _ = supervised(rendered.text, sampled, encoded, self.tokenizer)
             # A character that is split between tokens is the first one's, one of no token that of the token before.
             reached = [0, *accumulate((end for _, end in ranges), max)]
-            begins = [*(start for start, _ in ranges[1:]), 0]
+            begins = [*(start for start, _ in ranges[1:]), len(rendered.text)]
             places = zip(ranges, reached, begins, strict=False)
             texts = [rendered.text[max(start, seen) : max(end, begin)] for (start, end), seen, begin in places]
             spans = [(start, end, "assistant") for start, end in sampled]

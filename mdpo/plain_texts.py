@@ -9,14 +9,18 @@ PLAIN = "plain texts: no chat template or turn masks, all behind the prompt or t
 GUESSED = "plain texts without a prompt: words that both answers begin with are not supervised"
 ROLES = "role marks in plain texts: write them as messages, or set mask_user_turns: false"
 # What public sets and templates write where a role begins: chat tokens of any family, brackets, headings, names.
-ROLE = "(?:human|user|assistant|system|developer|tool|observation|prompter|chatbot|bot|gpt|model)"
+ASKS, ANSWERS = "(?:human|user|prompter)", "(?:assistant|chatbot|chatgpt|bot|gpt|ai|model)"
+ROLE = rf"(?:{ASKS}|{ANSWERS}|system|developer|tool|observation)"
 ROLE_MARKS = re.compile(
     rf"<[|｜](?:im_start|im_end|start_header_id|eot_id|start_of_role|start|turn|message|channel|end|eot|{ROLE})[|｜]?>"
     rf"|<\|(?:START|END)_OF_TURN_TOKEN\|>|</?(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|\[\|{ROLE}\|\]"
-    rf"|^[ \t]*#{{2,4}} ?(?:instruction|response|{ROLE})\b|^[ \t]*\W{{0,3}}(?:ai|chatgpt|{ROLE})\W{{0,3}}:"
-    r"|\bUSER: [\s\S]*\bASSISTANT:",
+    rf"|^[ \t]*#{{2,4}} ?(?:instruction|response|{ROLE})\b",
     re.IGNORECASE | re.MULTILINE,
 )
+NAMES = [  # lines of both: one alone may be a key in a file
+    re.compile(rf"^[ \t]*[^\w\s]{{0,3}}{names}[^\w\s]{{0,3}}:", re.IGNORECASE | re.MULTILINE)
+    for names in (ASKS, ANSWERS)
+]
 
 
 class PlainText:
@@ -75,4 +79,5 @@ def has_role_marks(text: str, template) -> bool:
     for stop in template.stops:
         inside = inside.removesuffix(stop)
     inside = inside.removeprefix(template.tokenizer.bos_token or "")
-    return bool(template.special.search(inside) or ROLE_MARKS.search(inside))
+    named = all(names.search(inside) for names in NAMES) or all(name in inside for name in ("USER: ", "ASSISTANT:"))
+    return bool(named or template.special.search(inside) or ROLE_MARKS.search(inside))

@@ -84,11 +84,11 @@ def supervised(text: str, spans: list[Range], encoded: tuple[list[int], list[Ran
         return ids, ranges, span_mask(ranges, spans), False
     except DropPair:
         ids, ranges = list(ids), list(ranges)
-    added, ends = _added(tokenizer), {end for _, end in spans}
-    for t, (start, end) in enumerate(ranges):
-        own = _own(text, (start, end), added.get(ids[t]))
-        if own and own[1] < end and own[1] in ends:
-            ranges[t] = (start, own[1])
+    stripping, ends = {i: token for i, token in _added(tokenizer).items() if token.rstrip}, {end for _, end in spans}
+    for t in [t for t, i in enumerate(ids) if i in stripping]:
+        own = _own(text, ranges[t], stripping[ids[t]])
+        if own[1] < ranges[t][1] and own[1] in ends:
+            ranges[t] = (ranges[t][0], own[1])
     apart = [_cut(text, edge, ids, ranges, tokenizer) for span in spans for edge in span]
     return ids, ranges, span_mask(ranges, spans), any(apart)
 

@@ -1,8 +1,10 @@
 """Plain texts under mask_user_turns: what is said of them, where they end, and which hold marks of roles."""
 
 import copy
+import json
 
 import pytest
+from datasets import Dataset
 from test_mask_errors import LETTERS, ones, refused
 from tiny import CHATML, tokenizer_for
 from tokenizers import processors
@@ -12,7 +14,7 @@ from mdpo.data import row_to_pair
 from mdpo.plain_texts import GUESSED, PLAIN, ROLES, PlainText, has_role_marks
 from mdpo.render import RenderSettings, tokenize_pair
 from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_row
+from mdpo.tokens import tokenize_dataset, tokenize_row, tokenize_stream
 from mdpo.types import UserError
 
 OURS, OF_TRL = RenderSettings(None), RenderSettings(None, mask_turns=False)
@@ -96,7 +98,7 @@ MARKED = [
     "<｜User｜>Hi<｜Assistant｜>Yes.",
     "<|turn>user\nHi",
     "<human>: Hi\n<bot>: Yes.",
-    "**User:** Hi",
+    "**User:** Hi\n**Assistant:** Yes.",
     "[|user|]Hi",
     "Yes.<|im_end|>\n<|im_start|>user\nMore?",
     "Yes.<eos> And more",
@@ -109,6 +111,8 @@ UNMARKED = [
     "The human: a study. The user of it says so.",
     "# Answer\n\n## Steps\n1. Add.\n#### 42",
     "if user:\n    print(user)",
+    "user: bob\nsystem: linux",
+    "model: llama\ntool: hammer",
     "The assistant manager called the system at 10:30.",
     "a < b | c > d, x[1], [link](http://a.b)",
     "def model(x): return x",
@@ -154,3 +158,22 @@ def test_conversations_say_nothing_of_it():
     messages = [{"role": "user", "content": "Human: a?"}]
     row = {name: [*messages, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     assert counted(row).kept_with == {}
+
+
+def test_a_stream_says_it_once(capsys):
+    rows = Dataset.from_list([{**ROW, "key": f"a:{i}"} for i in range(3)]).to_iterable_dataset()
+    stream, counts = tokenize_stream(rows, LETTERS.tokenizer, OURS, "a")
+    assert len(list(stream)) == 3
+    assert capsys.readouterr().out == f"a: kept a:0 with {PLAIN} (further ones are counted)\n"
+    assert counts.kept_with == {PLAIN: ["a:0", "a:1", "a:2"]}
+
+
+def test_messages_as_text_need_a_template():
+    """A tokenizer without one does for plain texts alone; messages stored as JSON are none."""
+    tokenizer = copy.deepcopy(LETTERS.tokenizer)
+    tokenizer.chat_template = None
+    ask = {"role": "user", "content": "a?"}
+    sides = {name: json.dumps([ask, {"role": "assistant", "content": name}]) for name in ("chosen", "rejected")}
+    rows = [Dataset.from_list([{**row, "key": "a:1"}]) for row in (sides, ROW)]
+    assert "has no chat template" in refused(UserError, tokenize_dataset, rows[0], tokenizer, OURS, "a")
+    assert tokenize_dataset(rows[1], tokenizer, OURS, "a")[1].kept == 1

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import sys
+from pathlib import Path
 
 import pytest
-from test_mask_errors import byte_level, ones, refused, rounds
+from test_mask_errors import LETTERS, byte_level, ones, refused, rounds
 from test_masks import TOOLS, WEATHER, assistant, one_call, pair_of, user
 from tiny import CHATML, tokenizer_for, trl_template
 from tokenizers import Tokenizer
@@ -14,6 +16,13 @@ from mdpo.spans import APART, STRADDLE, span_mask, tokenize
 from mdpo.stops import any_of
 from mdpo.template import ChatTemplate
 from mdpo.types import DropPair, Pair
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import check_data
+import show_masks
+
+from mdpo.startup import run
 
 SETTINGS = RenderSettings(None)
 
@@ -61,11 +70,25 @@ def test_header_and_answer_are_tokenized_apart(trim_offsets):
     assert (reason, "ĊĠ" in names(template.tokenizer, ids)) == (STRADDLE, True)
 
 
-@pytest.mark.parametrize("kind", ["metaspace", "always"])
+def of_kind(template, kind):
+    """As `tokenizer_for`; also `llama`, the form of Llama 2 and Phi-3: a normalizer puts a space before each text
+    between added tokens, and nothing splits it."""
+    if kind != "llama":
+        return tokenizer_for(template, kind)
+    tokenizer = copy.deepcopy(tokenizer_for(template, "metaspace"))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    state["pre_tokenizer"] = None
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "always", "llama"])
 def test_a_real_merge_of_metaspace(kind):
     """The corpus of the tests has `\\n12`: Metaspace merges it across the header's line break. An answer that goes on
     gets no space before its first word."""
-    template = ChatTemplate(tokenizer_for(CHATML, kind))
+    template = ChatTemplate(of_kind(CHATML, kind))
     tokenizer = template.tokenizer
     ids, reason = whole(template, rounds("a?", "12"))
     assert reason == STRADDLE
@@ -108,10 +131,10 @@ def test_a_turn_of_the_prompt_stays_as_its_prompt_is_tokenized():
 
 @pytest.mark.parametrize("space", ["\n", "\n\n", "\n\n\n\n", " ", "  \n", "\t"])
 @pytest.mark.parametrize("name", ["qwen2_5", "lfm2", "cohere2", "phi3", "idefics3"])
-@pytest.mark.parametrize("kind", ["byte", "metaspace", "always"])
+@pytest.mark.parametrize("kind", ["byte", "metaspace", "always", "llama"])
 def test_answers_that_begin_with_white_space_are_kept(kind, name, space):
     """Whatever merges there are, the policy's words are the supervised ones, and the prompt its own tokens."""
-    template = ChatTemplate(with_merges(tokenizer_for(trl_template(name), kind)))
+    template = ChatTemplate(with_merges(of_kind(trl_template(name), kind)))
     messages = rounds("One?", f"{space}Yes.", "Two?", f"{space}No.")
     got = tokenize_pair(pair_of(messages), template, SETTINGS)
     rendered = template.locate(messages, 1)
@@ -175,17 +198,24 @@ KINDS = {
 TURNS = ["Yes.<|im_end|>", "No.<|im_end|>"]
 
 
-@pytest.mark.parametrize("tokens", ["byte", "metaspace", "always", "letters"])
+@pytest.mark.parametrize("tokens", ["byte", "metaspace", "always", "letters", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_token_that_ends_a_turn_is_supervised_as_it_is_sampled(kind, tokens):
-    tokenizer = edited(tokenizer_for(CHATML, tokens), **KINDS[kind])
+    tokenizer = edited(of_kind(CHATML, tokens), **KINDS[kind])
     template = ChatTemplate(tokenizer)
+    if (tokens, kind) == ("llama", "ordinary, normalized"):  # the normalizer puts a space before the token's own text
+        reason = refused(DropPair, tokenize_pair, pair_of(rounds("One?", "Yes.")), template, SETTINGS)
+        return assert_not_one_token(reason)
     assert template.stops == {END, "<eos>"}
     messages = rounds("One?", "Yes.", "Two?", "No.")
     got = tokenize_pair(pair_of(messages), template, SETTINGS)
     assert said(tokenizer, got.chosen_ids, got.chosen_mask) == TURNS
     assert got.chosen_ids == tokenizer(template.render(messages), add_special_tokens=False)["input_ids"]
     assert got.remarks == []
+
+
+def assert_not_one_token(reason):
+    assert reason == "end-of-turn missing: <|im_end|> behind message 2 is not read as one token"
 
 
 def test_a_token_that_strips_leaves_the_white_space_out_of_the_ids():
@@ -199,11 +229,11 @@ def test_a_token_that_strips_leaves_the_white_space_out_of_the_ids():
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "phi3", "lfm2_2_5", "qwen3"])
-@pytest.mark.parametrize("tokens", ["byte", "metaspace"])
+@pytest.mark.parametrize("tokens", ["byte", "metaspace", "llama"])
 def test_stripping_ends_of_turn_and_tool_turns(name, tokens):
     end = "<|end|>" if name == "phi3" else END
     headers = {"<|assistant|>": {"rstrip": True}, "<|user|>": {"rstrip": True}} if name == "phi3" else {}
-    tokenizer = edited(tokenizer_for(trl_template(name), tokens), **{end: {"rstrip": True}}, **headers)
+    tokenizer = edited(of_kind(trl_template(name), tokens), **{end: {"rstrip": True}}, **headers)
     template = ChatTemplate(tokenizer)
     calls = [] if name == "phi3" else one_call(WEATHER, output="\n12\n")
     messages = [*(calls or rounds("One?", "Yes.")), user("\nAnd then?\n"), assistant("No.")]
@@ -229,7 +259,7 @@ def test_an_end_of_turn_that_is_read_only_as_a_word_of_its_own():
     """`single_word`: glued to a word it falls to pieces, and what a policy samples there is not known."""
     tokenizer = edited(tokenizer_for(CHATML), **{END: {"single_word": True}})
     reason = refused(DropPair, tokenize_pair, pair_of(rounds("One?", "Yes")), ChatTemplate(tokenizer), SETTINGS)
-    assert reason == "end-of-turn missing: <|im_end|> behind message 2 is not read as one token"
+    assert_not_one_token(reason)
     got = tokenize_pair(pair_of(rounds("One?", "Yes."), 1), ChatTemplate(tokenizer), SETTINGS)
     assert said(tokenizer, got.chosen_ids, got.chosen_mask) == ["Yes.<|im_end|>"]
 
@@ -242,3 +272,45 @@ def test_the_old_stop_of_ordinary_tokens_was_the_next_header():
     assert template.find_special(f"b{END}\n{START}") == [END, START]  # counted where they stand in a user's text
     got = tokenize_pair(pair_of(rounds("a?", "bc", "e", "f")), template, SETTINGS)
     assert ones(got.chosen_mask) == [21, 22, 23, 45, 46]
+
+
+# ---- what a user sees
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    edited(byte_level("ĊĠ"), **KINDS["ordinary, rstrip"]).save_pretrained(tmp_path / "model")
+    rows = [{"chosen": rounds("a?", f"  b{n}"), "rejected": rounds("a?", "c", f"d{n}", "e")} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "model_name_or_path: ./model\noutput_dir: out\nbf16: false\nuse_cpu: true\nmax_length: 400\n"
+        "dataset_mixer: {a.jsonl: 1.0}\n"
+    )
+    return tmp_path
+
+
+def test_check_data_and_show_masks_say_so(folder, capsys):
+    said = f"kept 3 with {APART} (a.jsonl:1, a.jsonl:2, a.jsonl:3)"
+    assert run(check_data.main, ["recipe.yaml", "--report", "."]) == 0
+    assert said in capsys.readouterr().out
+    [of_set] = json.loads((folder / "data_report.json").read_text())["sets"].values()
+    assert of_set["kept_with"] == {APART: {"rows": 3, "first": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]}}
+    assert run(show_masks.main, ["recipe.yaml", "--pairs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert "«  b0⟦<|im_end|>⟧»" in out
+
+
+def test_the_page_of_masks_shows_the_same_tokens(folder, capsys):
+    assert run(show_masks.main, ["recipe.yaml", "--html", "masks.html"]) == 0
+    text = (folder / "masks.html").read_text(encoding="utf-8")
+    shown = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    [first, *_] = shown["pairs"]
+    template = ChatTemplate(LETTERS.tokenizer)
+    for tokens, texts in zip(first["sides"], (("a?", "  b0"), ("a?", "c", "d0", "e")), strict=True):
+        assert "".join(token[0] for token in tokens) == template.render(rounds(*texts))
+        words = [text for text, _, role, kind in tokens if shown["kinds"][kind] in ("supervised", "end of turn")]
+        assert "".join(words) == "".join(f"{text}{END}\n" for text in texts[1::2])  # it takes the line break along
+        assert sum(shown["kinds"][kind] == "end of turn" for *_, kind in tokens) == len(texts) // 2
