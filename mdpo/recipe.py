@@ -10,6 +10,7 @@ Every mistake in a recipe ends as a UserError that names the place, the value an
 
 import copy
 import dataclasses
+import json
 import re
 import textwrap
 import typing
@@ -110,6 +111,9 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             with warnings.catch_warnings():  # a default of TRL's own triggers it, and the handbook's name works
                 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
                 parts[name] = part(**{key: value for key, value in values.items() if key in names})
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # of the one file that a key may name here
+            at = origins.get("deepspeed", "deepspeed")
+            raise UserError(f"{at}: {values.get('deepspeed')} is no JSON in UTF-8 ({error}).") from error
         except (ValueError, TypeError, OSError, ImportError, AttributeError, KeyError, RuntimeError) as error:
             message, given = (
                 " ".join(str(error).strip().split("\n\n")[0].split()),

@@ -48,7 +48,7 @@ def by_question(paths: list[Path]) -> dict[str, tuple[list, list]]:
     found: dict[str, tuple[list, list]] = {}
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}.") from error
         for number, line in enumerate(lines, 1):

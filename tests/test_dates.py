@@ -102,6 +102,11 @@ def test_the_resolved_recipe_and_the_scripts_have_the_day(start, clock, tmp_path
     assert "".join(json.loads(out.splitlines()[0])["chosen"]["tokens"]).count("Today Date: 28 Nov 2026") == 1
     assert run(show_masks.main, [str(tmp_path / "out" / "recipe_resolved.yaml"), "--json"]) == 0
     assert "Today Date: 27 Nov 2026" in "".join(json.loads(capsys.readouterr().out.splitlines()[0])["chosen"]["tokens"])
+    import evaluate
+
+    out, recipe = str(tmp_path / "out"), str(tmp_path / "recipe.yaml")
+    assert run(evaluate.main, [out, f"--recipe={recipe}", "--test_split_size=2"]) == 0
+    assert f"2026-11-27, the day of the first start, which {out} keeps" in capsys.readouterr().out
 
 
 def test_tokens_kept_from_yesterday_are_not_todays(clock):

@@ -223,6 +223,9 @@ def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
     moved, wanted = (load_file(out / "checkpoint-2" / "reference" / "model.safetensors") for out in (two, one))
     for name, weight in wanted.items():
         assert (moved[name] - weight).norm() <= 1e-3 * (weight - base[name]).norm(), name
+    tmp_path.joinpath("new").touch()  # what every rank wrote has the mode of a new file, but that it may be a program
+    modes = {path.stat().st_mode & ~0o111 for path in two.rglob("*") if path.is_file()}
+    assert modes == {tmp_path.joinpath("new").stat().st_mode}
     flags.append(f"--resume_from_checkpoint={two / 'checkpoint-2'}")
     code, text = launch(f"zero{stage}_cpu", workshop, extensions, again, *flags)
     assert code == 0, text[-4000:]

@@ -124,6 +124,7 @@ def test_all_that_a_model_needs_is_written(trained, tmp_path, capsys):
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= files
     assert not any("adapter" in file for file in files) and list(tmp_path.iterdir()) == [out]
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # safetensors as all else
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generation_config.top_k == 7 and model.dtype == torch.float32
     assert set(load_file(out / "model.safetensors")) == set(load_file(f"{base}/model.safetensors"))

@@ -416,6 +416,12 @@ def test_a_byte_order_mark_in_a_models_own_template(made, tmp_path, capsys):
     assert ChatTemplate(raw).render(TURNS).startswith("\ufeff")
 
 
+def test_a_deepspeed_file_that_is_no_json_is_named(start, tmp_path):
+    (tmp_path / "ds.json").write_bytes(b"\xef\xbb\xbf{}")
+    code, said = start(f"--deepspeed={tmp_path}/ds.json")
+    assert code == 1 and f"error: --deepspeed: {tmp_path}/ds.json is no JSON in UTF-8 (Unexpected UTF-8 BOM" in said
+
+
 # ------------------------------------------------------------------------------------------------------ tokenizers
 
 
