@@ -29,9 +29,13 @@ from mdpo.layout import Layout, packing_refused
 from mdpo.logprobs import enable_scoring, score_tokens
 from mdpo.losses import nll_loss
 from mdpo.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
+from mdpo.model_folders import refuse_frozen, refuse_objects
+from mdpo.modes import evaluating
 from mdpo.objective import LossSettings, PairTerms, pair_losses
 from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
 from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
+from mdpo.policies import starting_policy
+from mdpo.positions import learned_positions, refuse_long_rows
 from mdpo.precision import engine_dtype, in_float32
 from mdpo.ranks import agreed, first_of_node
 from mdpo.reference import (
@@ -40,10 +44,11 @@ from mdpo.reference import (
     build_reference,
     drop_weights,
     keep_own_adapter,
-    load_model,
     load_moved,
     lost_in_sync,
+    partitioned,
     place_reference,
+    refuse_sync,
     save_moved,
     score_reference,
 )
@@ -57,6 +62,7 @@ from mdpo.turns import joined, turn_rewards
 from mdpo.types import UserError
 
 AnyDataset = Dataset | IterableDataset
+NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows"
 
 
 class DPOTrainer(GuardedTrainer):
@@ -88,17 +94,19 @@ class DPOTrainer(GuardedTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
         refuse_inputs(model, ref_model, args, train_dataset, processing_class)
+        refuse_objects(model, ref_model)
         for line in check_options(args, peft_config):
             _say(args, line)
 
         set_seed(args.seed)  # before the model: new adapters start at random
         self._policy_name = model if isinstance(model, str) else None
-        model = self._load_policy(model, args, quantization_config)
+        model = starting_policy(model, args, quantization_config)
         processing_class = processing_class or self._load_tokenizer(model, args)
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
         self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.aux_loss_coef != 0.0  # TRL's names for both
         self.router_aux_loss_coef = self.aux_loss_coef
@@ -131,18 +139,6 @@ class DPOTrainer(GuardedTrainer):
         self._train_tokens = 0  # since the start, this rank
 
     # ------------------------------------------------------------------------------------------------ set-up
-
-    @staticmethod
-    def _load_policy(model, args: DPOConfig, quantization_config):
-        if not isinstance(model, str):
-            for given, name in ((args.model_init_kwargs, "model_init_kwargs"), (quantization_config, "quantization")):
-                if given is not None:
-                    raise UserError(f"{name} only takes effect where the model is given by name, not as an object.")
-            return model
-        kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        return load_model(model, **kwargs)
 
     @staticmethod
     def _enable_scoring(model, args: DPOConfig) -> bool:
@@ -210,7 +206,7 @@ class DPOTrainer(GuardedTrainer):
     def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
         ############## MODIFICATION 8: the tokens that both sides share are computed once, in rows without padding.
         if getattr(args, "shared_prefix", False):
-            why = packing_refused(model)
+            why = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
             if why is None:
                 return PackedCollator()
             _say(args, f"shared_prefix: off for {type(model).__name__}: {why}.")
@@ -230,6 +226,7 @@ class DPOTrainer(GuardedTrainer):
         if isinstance(dataset, IterableDataset):
             if args.precompute_ref_log_probs:
                 raise UserError("precompute_ref_log_probs: needs a set of known length, not a stream.")
+            refuse_long_rows(dataset, name, self._positions, args)
             dataset, self.drop_counts[name] = tokenize_stream(dataset, tokenizer, self.render_settings, name)
             if name != "train" and not args.dataloader_num_workers:  # workers would count from 0 each
                 dataset = dataset.map(lambda _, row: {"row": row}, with_indices=True)  # those of a last batch filled up
@@ -243,6 +240,7 @@ class DPOTrainer(GuardedTrainer):
         ############## MODIFICATION 5: margins from the data.
         refuse_missing_margins(args, dataset, name)
         ############## MODIFICATION 5 END
+        refuse_long_rows(dataset, name, self._positions, args)
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))
         return dataset
@@ -270,7 +268,7 @@ class DPOTrainer(GuardedTrainer):
         else:
             self.ref_model = self._make_reference()
         if self.args.sync_ref_model:
-            self._refuse_sync()
+            refuse_sync(self.model)
             _say(self.args, *lost_in_sync(self.ref_model, self.args.ref_model_mixup_alpha))
             self.add_callback(MoveReference(self.ref_model, self.accelerator))
 
@@ -299,7 +297,7 @@ class DPOTrainer(GuardedTrainer):
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
             ############## MODIFICATION 3: a reference other than the starting policy, by name.
-            ref_model = build_reference(self.model, path, kwargs)
+            ref_model = build_reference(self.model, path, kwargs, self._policy_name is None)
             ############## MODIFICATION 3 END
         if self.args.disable_dropout:
             disable_dropout(ref_model)
@@ -339,15 +337,14 @@ class DPOTrainer(GuardedTrainer):
 
         ############## MODIFICATION 10: kept for each token and by content, so that only new pairs are ever scored; TRL
         # keeps sums of a whole set, under a key that changes with unrelated settings.
-        identity, training = self._reference_identity(), self.model.training
+        identity = self._reference_identity()
         cache = ReferenceCache(self._cache_dir / identity if identity else None, self.args.process_index)
         size, longest = self.args.precompute_ref_batch_size or batch_size, cached_length(self.model.config)
-        self.model.eval()
-        dataset = precompute(
-            dataset, score, self.data_collator, size, self.accelerator, cache, name, identity or "", longest
-        )
+        with evaluating(self.model):
+            dataset = precompute(
+                dataset, score, self.data_collator, size, self.accelerator, cache, name, identity or "", longest
+            )
         ############## MODIFICATION 10 END
-        self.model.train(training)
         return dataset
 
     @property
@@ -371,13 +368,14 @@ class DPOTrainer(GuardedTrainer):
         name, revision = _reference_name(self.args), None
         if not name and ref_model is None and OWN_ADAPTER not in getattr(self.model, "peft_config", {}):
             name, revision = self._policy_name, (self.args.model_init_kwargs or {}).get("revision")
-            if name is None and not self._policy_is_reference():
+            gone = self.state.global_step or partitioned(self.model)  # what it was cannot be told from the object
+            if name is None and gone and not self._policy_is_reference():
                 name = self.model.config._name_or_path or None
         kwargs = self.args.model_init_kwargs or {}
         if name:
             digest = self._named_digest(name, revision, kwargs.get("subfolder", ""))
         else:
-            digest = weights_digest(self.model if ref_model is None else ref_model)
+            digest = weights_digest(self.model) if ref_model is None else weights_digest(ref_model, whole=True)
         if digest is None:
             _say(self.args, "reference log-probs: not kept on disk, as no weight file tells which reference it is.")
             return None
@@ -398,12 +396,6 @@ class DPOTrainer(GuardedTrainer):
 
         return agreed(read)
 
-    def _refuse_sync(self) -> None:
-        if isinstance(self.model, PeftModel):
-            raise UserError(
-                "sync_ref_model: an adapter's weights cannot be mixed into a whole reference. Leave one out."
-            )
-
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None and self.args.sync_ref_model:
@@ -411,6 +403,7 @@ class DPOTrainer(GuardedTrainer):
         return prepared
 
     def train(self, *args, **kwargs):
+        refuse_frozen(self.model)
         if self.optimizer is None:  # whoever gives one has thought of it
             _say(self.args, *refuse_lost_steps(self.model, self.args))
         result = super().train(*args, **kwargs)

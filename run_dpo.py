@@ -16,12 +16,16 @@ if __name__ == "__main__":  # the imports take seconds; until `marks` signals wa
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
+from mdpo.adapters import adapter_config
 from mdpo.checkpoints import writing
+from mdpo.late_values import check_steps, refuse_late_values, refuse_unfit
 from mdpo.launcher import device_line, refuse_unusable_gpus
+from mdpo.model_folders import refuse_unloadable
 from mdpo.options import check_options
 from mdpo.out_of_memory import explained
 from mdpo.page import PAGE, RunPage
 from mdpo.pairs import checked_precision, model_init_kwargs, prepare_pairs
+from mdpo.positions import check_lengths
 from mdpo.precision import refuse_two_precisions
 from mdpo.preemption import held, marks
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
@@ -32,7 +36,7 @@ from mdpo.run_folder import prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.sharding import overlap_reduction
 from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
-from mdpo.tokenizer import check_model, load_tokenizer, refuse_missing_folder
+from mdpo.tokenizer import check_model, load_tokenizer
 
 LEFT_BEHIND = (("model", ""), ("page", PAGE), ("report", REPORT), ("recipe", RESOLVED))
 
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> None:
     ################
     # Options, tokenizer, the model's configuration: before the data
     ################
-    tokenizer = _checked_tokenizer(recipe)
+    tokenizer, config = _checked_tokenizer(recipe)
 
     ################
     # Pairs → tokens: every check that needs no weights
@@ -61,6 +65,9 @@ def main(argv: list[str]) -> None:
     resume = prepare_output_dir(args, facts)
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
+    check_lengths(config, {"the training set": train_dataset, "the held-out set": eval_dataset}, args)
+    with recipe.placed():
+        say(*check_steps(args, len(train_dataset)))
     facts["contents"] = agreed(lambda: content_facts(recipe, tokenizer, train_dataset))
     if resume:
         refuse_another_run(resume, facts)
@@ -107,17 +114,21 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
 
 
 def _checked_tokenizer(recipe):
-    """The tokenizer, after every check that needs neither data nor weights."""
+    """(tokenizer, the model's configuration or None), after every check that needs neither data nor weights."""
     args = recipe.training
-    check_options(args, get_peft_config(recipe.model), recipe.values)
+    with recipe.placed():
+        peft_config = adapter_config(recipe.model)
+        check_options(args, peft_config, recipe.values)
+        say(*refuse_late_values(args, recipe.model))
     refuse_two_precisions(recipe.values, args)
     refuse_missing_login(args)
+    refuse_unloadable(recipe.model, args)
     tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
     config = check_model(tokenizer, recipe.model, args)
+    with recipe.placed():
+        refuse_unfit(args, peft_config, config)
     say(f"dtypes: {checked_precision(recipe, config)}")
-    if args.ref_model_name_or_path:
-        refuse_missing_folder("ref_model_name_or_path", args.ref_model_name_or_path)
-    return tokenizer
+    return tokenizer, config
 
 
 def _batch_line(args) -> str:

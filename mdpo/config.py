@@ -12,6 +12,12 @@ from trl import DPOConfig
 
 from mdpo.types import UserError
 
+COUNTS = """dataset_num_proc precompute_ref_batch_size dataloader_prefetch_factor ddp_timeout ref_model_sync_steps
+    pad_to_multiple_of eval_accumulation_steps"""
+NOT_NEGATIVE = """nll_coefficient margin_scale length_penalty learning_rate weight_decay max_grad_norm
+    neftune_noise_alpha eval_delay adam_epsilon seed data_seed router_aux_loss_coef dataloader_num_workers
+    warmup_steps"""
+
 
 def _positive(value: float) -> bool:
     return 0 < value < math.inf  # also False for nan
@@ -197,18 +203,26 @@ class MDPOConfig(DPOConfig):
             self,
             {
                 "beta": (_positive, "a number > 0"),
-                **dict.fromkeys(
-                    ("nll_coefficient", "margin_scale", "length_penalty"), (_not_negative, "a number >= 0")
-                ),
                 "max_length": (lambda length: length >= 2, "a whole number of tokens >= 2, or null for no limit"),
                 "truncation_mode": (lambda mode: mode in modes, " or ".join(modes)),
-                "learning_rate": (_not_negative, "a number >= 0"),
                 "num_train_epochs": (_positive, "a number > 0"),
                 "per_device_train_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
                 "per_device_eval_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
                 "gradient_accumulation_steps": (_at_least_one, "a whole number >= 1"),
                 "max_nonfinite_steps": (_at_least_one, "a whole number of steps >= 1"),
-                "dataset_num_proc": (_at_least_one, "a whole number >= 1, or leave it out"),
+                **dict.fromkeys(
+                    COUNTS.split(), (lambda n: n == "auto" or n >= 1, "a whole number >= 1, or leave it out")
+                ),
+                **dict.fromkeys(NOT_NEGATIVE.split(), (_not_negative, "a number >= 0")),
+                **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda beta: 0 <= beta < 1, "a number in [0, 1)")),
+                **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (_not_negative, "a number > 0")),
+                "include_num_input_tokens_seen": (
+                    lambda what: what in (True, False, "all", "non_padding", "no"),
+                    "all, non_padding or no",
+                ),
+                "discopop_tau": (_positive, "a number > 0"),
+                "ref_model_mixup_alpha": (lambda alpha: 0 <= alpha <= 1, "a number in [0, 1]"),
+                "max_steps": (lambda steps: steps == -1 or steps >= 1, "a whole number >= 1, or -1 for all epochs"),
             },
         )
         unset = self.accelerator_config is None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mdpo.logprobs import score_tokens
+from mdpo.modes import evaluating
 from mdpo.types import UserError
 
 RATE = re.compile(r"drop|jitter|noise")
@@ -49,7 +50,8 @@ def configured_dropout(model: nn.Module):
 
 def refuse_noise(model: nn.Module, accelerator, batch: dict[str, torch.Tensor]) -> None:
     """Raises UserError where the log-probs of a few tokens of a batch depend on the generator's state in training mode:
-    then something random is left that has no rate (PhiMoE draws its experts). All ranks call it together."""
+    then something random is left that has no rate (PhiMoE draws its experts); noise on embeddings (NEFTune) was asked
+    for. All ranks call it together."""
     ids = batch["input_ids"][:1, :TOKENS]
     places = torch.arange(ids.size(1) - 1, device=ids.device)
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "score_index": places, "score_target": ids[0, 1:]}
@@ -59,7 +61,12 @@ def refuse_noise(model: nn.Module, accelerator, batch: dict[str, torch.Tensor]) 
         return score_tokens(model, row).logps
 
     kind, inner = ids.device.type, accelerator.unwrap_model(model)
-    with torch.random.fork_rng([ids.device] if kind == "cuda" else []), torch.no_grad(), accelerator.autocast():
+    with (
+        torch.random.fork_rng([ids.device] if kind == "cuda" else []),
+        torch.no_grad(),
+        accelerator.autocast(),
+        evaluating(inner.get_input_embeddings()),
+    ):
         first, again, other = logps(0), logps(0), logps(1)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inner.dtype
     rounding, found = ((first - x).abs().max() for x in (again, other))  # a GPU's atomics add in any order

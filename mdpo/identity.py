@@ -94,10 +94,10 @@ def _write(path: Path, known: dict[str, list]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def weights_digest(model) -> str | None:
-    """Of a model in memory, what is being trained of a PEFT model left out: its reference is the rest. None where
-    ZeRO-3 has partitioned the weights."""
-    digest, adapted = xxhash.xxh3_128(), hasattr(model, "peft_config")
+def weights_digest(model, whole: bool = False) -> str | None:
+    """Of a model in memory, what is being trained of a PEFT model left out: its reference is the rest; with `whole`
+    all of it, as it computes now. None where ZeRO-3 has partitioned the weights."""
+    digest, adapted = xxhash.xxh3_128(), hasattr(model, "peft_config") and not whole
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         if hasattr(weight, "ds_id"):
             return None
@@ -108,6 +108,9 @@ def weights_digest(model) -> str | None:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     if OWN_ADAPTER in getattr(model, "peft_config", {}):
         config["adapter"] = model.peft_config[OWN_ADAPTER].to_dict()  # its scaling is no weight
+    if whole and hasattr(model, "peft_config"):
+        config["adapters"] = {name: part.to_dict() for name, part in model.peft_config.items()}
+        config["active"] = str(model.active_adapters)
     digest.update(_canonical(config))
     return digest.hexdigest()
 

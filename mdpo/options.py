@@ -1,8 +1,6 @@
 """Options of the trainer that contradict each other or would do nothing, said before anything is loaded."""
 
 import os
-from dataclasses import fields
-from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
@@ -10,7 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from mdpo.config import MDPOConfig
+from mdpo.effects import contradicted, is_set, refuse_other_runs, without_effect
 from mdpo.objective import LOSSES, OF_TRL
+from mdpo.parallelism import refuse_parallelism
 from mdpo.precision import HALF, without_master
 from mdpo.types import UserError
 
@@ -44,26 +44,38 @@ INSTEAD = {
         ("bf16_full_eval", "fp16_full_eval"),
         "it would round the policy, and not its reference, and the final model with it",
     ),
+    **dict.fromkeys(
+        ("torch_compile_mode", "torch_compile", "torch_compile_backend"),
+        "leave it out; fused_ops, on by default in recipes, compiles what gains by it",
+    ),
     "save_on_each_node": "output_dir has to be on a file system that all nodes share",
 }
 
 
 def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe: dict | None = None) -> list[str]:
     """Raises UserError for what no run could honour. Options without effect are errors under MDPOConfig, which recipes
-    use; under a plain trl.DPOConfig, which TRL lets pass, they are returned, a line each. `recipe` holds the keys that
-    were set and their values."""
+    use, if they ask for something else than what happens; those, under a plain trl.DPOConfig, which TRL lets pass, and
+    the others are returned, a line each. `recipe` holds the keys that were set and their values."""
     own = isinstance(args, MDPOConfig)
     for switch, keys in ONLY_BESIDE.items():
         for key in (key for key in keys if key in (recipe or {}) and not recipe.get(switch)):
             raise UserError(f"{key}: has no effect without {switch}: true.")
     if (recipe or {}).get("allow_different_prompts") and not args.mask_user_turns:
         raise UserError("allow_different_prompts: has no effect with mask_user_turns: false, whose prompts TRL finds.")
+    refuse_other_runs(args, recipe or {})
+    refuse_parallelism(args)
     _check_losses(args, own)
     for key, advice in INSTEAD.items():
         if getattr(args, key):
+            key = next((name for name in INSTEAD if name.startswith(key) and (recipe or {}).get(name)), key)
             raise UserError(f"{key}: is not supported; {advice}.")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if dynamo not in ("no", ""):
+        raise UserError(f"dynamo_backend: {dynamo} in the accelerate file is not supported; leave dynamo_config out.")
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise UserError("fsdp: is not supported; training_configs/zero3_for_dpo.yaml shards the same with DeepSpeed.")
+    if (recipe or {}).get("fsdp_config"):
+        raise UserError("fsdp_config: fsdp is not supported; leave it out.")
     if own and args.train_sampling_strategy not in ("random", "sequential"):
         raise UserError(f"train_sampling_strategy: {args.train_sampling_strategy} is not supported; leave it out.")
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 0:
@@ -77,13 +89,14 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
         raise UserError(f"truncation_mode: {args.truncation_mode!r} is not one of {', '.join(modes)}.")
     if args.sync_ref_model and args.precompute_ref_log_probs:
         raise UserError("sync_ref_model: moves the reference, precompute_ref_log_probs fixes it. Choose one.")
-    without_effect = list(_without_effect(args))
-    if own and without_effect:
-        raise UserError(without_effect[0])
+    lines = [*_without_effect(args), *contradicted(args)]
+    if own and lines:
+        raise UserError(lines[0])
+    lines += without_effect(args)
     dropout = getattr(peft_config, "lora_dropout", 0.0)  # not an error: 0.05 is trl.ModelConfig's default
     if args.disable_dropout and dropout:
-        without_effect.append(f"lora_dropout: {dropout} has no effect with disable_dropout, which is on.")
-    return without_effect
+        lines.append(f"lora_dropout: {dropout} has no effect with disable_dropout, which is on.")
+    return lines
 
 
 def _refuse_scattered_weights(engine: dict) -> None:
@@ -137,13 +150,8 @@ def _check_losses(args: DPOConfig, own: bool) -> None:
 
 def _without_effect(args: DPOConfig):
     """Yields a sentence for each option that is set and changes nothing."""
-    defaults = {f.name: f.default for f in fields(args)}
-
-    def is_set(key: str) -> Any:
-        return key in defaults and getattr(args, key) != defaults[key]
-
     for key, losses in ONLY_WITH.items():
-        if is_set(key) and not losses & set(args.loss_type):
+        if is_set(args, key) and not losses & set(args.loss_type):
             types, takes = ", ".join(args.loss_type), ", ".join(sorted(losses))
             yield f"{key}: has no effect with loss_type {types}; it takes {takes}."
     needs = {
@@ -156,7 +164,7 @@ def _without_effect(args: DPOConfig):
         ),
     }
     for key, met in needs.items():
-        if is_set(key) and met is not True:
+        if is_set(args, key) and met is not True:
             yield f"{key}: has no effect without {met}."
     if args.pad_to_multiple_of and getattr(args, "shared_prefix", False):
         yield "pad_to_multiple_of: has no effect with shared_prefix, which pads nothing; set one of the two off."

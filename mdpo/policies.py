@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import get_quantization_config
 
+from mdpo.loading import load_model
 from mdpo.pairs import model_init_kwargs
 from mdpo.recipe import Recipe
-from mdpo.reference import load_model
 from mdpo.saved_weights import load_adapters
 from mdpo.startup import say
 from mdpo.tokenizer import refuse_missing_folder
@@ -29,6 +29,19 @@ def adapter_config(checkpoint: str) -> PeftConfig | None:
         return PeftConfig.from_pretrained(checkpoint) if find_adapter_config_file(checkpoint) else None
     except (OSError, ValueError) as error:
         raise UserError(f"CHECKPOINT: {checkpoint} cannot be had: {error}") from error
+
+
+def starting_policy(model, args, quantization_config=None):
+    """The policy as training begins: loaded, where `model` is a name or a folder. Raises UserError."""
+    if not isinstance(model, str):
+        for given, name in ((args.model_init_kwargs, "model_init_kwargs"), (quantization_config, "quantization")):
+            if given is not None:
+                raise UserError(f"{name} only takes effect where the model is given by name, not as an object.")
+        return model
+    kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return load_model(model, **kwargs)
 
 
 def scoring_arguments(checkpoint: str, recipe: Recipe) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import re
 import textwrap
 import typing
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,10 +25,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
+from mdpo.adapters import one_entry
 from mdpo.config import DataArguments, MDPOConfig
 from mdpo.precision import fit_to_machine
-from mdpo.settings import FIELDS, HINTS, PARTS, ROOT, WORDS, Dumper, Setting, flag, members, nearest, read_settings
+from mdpo.settings import FIELDS, HINTS, PARTS, ROOT, WORDS, Setting, flag, members, nearest, read_settings
 from mdpo.types import UserError
+from mdpo.values import expanded, meant
+from mdpo.yaml_nodes import Dumper
 
 DEFAULT_RECIPE = ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml"
 # Not written beside a checkpoint: a secret, and what a launcher passes to one process.
@@ -45,10 +49,19 @@ class Recipe:
     notes: list[str]
     values: dict[str, Any] = dataclasses.field(repr=False)  # may hold hub_token
     written: dict[str, Any] = dataclasses.field(repr=False, default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(repr=False, default_factory=dict)  # key -> where it was set
 
     def resolved(self) -> dict[str, Any]:
         """key -> value as plain YAML data, for the report and for `write`."""
         return {key: value for key, value in self.values.items() if key not in PRIVATE_KEYS}
+
+    @contextmanager
+    def placed(self):
+        """A UserError that names keys names their places too."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(_placed(str(error), self.origins)) from error
 
     def write(self, path: str | Path) -> None:
         """Write the resolved recipe; load_recipe reads it back to the same values (all but PRIVATE_KEYS)."""
@@ -68,8 +81,9 @@ def load_recipe(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     notes: list[str] = []
     path, settings = read_settings(argv, DEFAULT_RECIPE, notes)
-    values = {key: typed(setting) for key, setting in settings.items()}
     origins = {key: setting.origin for key, setting in settings.items()}
+    values = {key: typed(meant(setting, accepted(key), notes)) for key, setting in settings.items()}
+    values = {key: expanded(key, value, origins[key]) for key, value in values.items()}
     for key in ("model_name_or_path", "dataset_mixer"):
         if not values.get(key):
             raise UserError(f"{path}: {key} is missing; a recipe has to name its model and its training sets.")
@@ -77,7 +91,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         values["output_dir"] = _default_output_dir(path)
         notes.append(f"output_dir is not set; writing to {values['output_dir']}.")
     values, written = fit_to_machine(values, notes), values
-    return Recipe(**_build(values, origins), path=path, notes=notes, values=values, written=written)
+    return Recipe(**_build(values, origins), path=path, notes=notes, values=values, written=written, origins=origins)
 
 
 def _default_output_dir(path: Path) -> str:
@@ -96,9 +110,26 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             with warnings.catch_warnings():  # a default of TRL's own triggers it, and the handbook's name works
                 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
                 parts[name] = part(**{key: value for key, value in values.items() if key in names})
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(_placed(str(error).strip().split("\n\n")[0], origins)) from error
+        except (ValueError, TypeError, OSError, ImportError, AttributeError, KeyError, RuntimeError) as error:
+            message, given = (
+                " ".join(str(error).strip().split("\n\n")[0].split()),
+                {k: values[k] for k in values if k in names},
+            )
+            if not isinstance(error, UserError) and not set(re.findall(r"\w+", message)) & set(given):
+                message = f"{_culprit(part, given)}{message}"
+            raise UserError(_placed(message, origins)) from error
+    one_entry(parts["model"])
     return parts
+
+
+def _culprit(part: type, given: dict[str, Any]) -> str:
+    """`KEY: ` of the first key without which the dataclass takes the others; the last set is looked at first."""
+    for key in reversed(given):
+        with suppress(Exception), warnings.catch_warnings():  # another key's refusal, in whatever form
+            warnings.simplefilter("ignore")
+            part(**copy.deepcopy({k: v for k, v in given.items() if k != key}))
+            return f"{key}: "
+    return ""
 
 
 def _placed(message: str, origins: dict[str, str]) -> str:

@@ -6,45 +6,46 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from mdpo.attention import own_attention
 from mdpo.fused import fuse
 from mdpo.identity import OWN_ADAPTER
+from mdpo.loading import load_model
 from mdpo.logprobs import TokenScores, enable_scoring, score_tokens
+from mdpo.modes import evaluating
 from mdpo.precision import HALF, cast_weights
 from mdpo.types import UserError
 
 MOVED = "reference"  # folder inside a checkpoint
 
 
-def load_model(name_or_path: str, **kwargs):
-    """A causal language model for training or as reference. Raises UserError where it cannot be had."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError, ImportError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(
-            f"model {name_or_path!r} cannot be loaded: {reason}\n"
-            "Where the hub cannot be reached, set model_name_or_path (or ref_model_name_or_path) to a local folder."
-        ) from e
+def partitioned(model) -> bool:
+    """Whether ZeRO-3 has spread the model's weights over the ranks."""
+    return any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def build_reference(model, name_or_path: str | None, init_kwargs: dict):
+def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_caller: bool = False):
     """The reference beside a fully trained policy, on the policy's dtype and attention: from `name_or_path`, else from
-    the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy."""
+    the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy. A caller
+    may have changed a model since it was loaded (`merge_and_unload` leaves the base's path): it is copied."""
     path = name_or_path or getattr(model.config, "_name_or_path", "")
-    if path:
+    sharded = partitioned(model)
+    if name_or_path or (path and (sharded or not made_by_caller)):
         if name_or_path:  # the revision is the policy's
             init_kwargs = {k: v for k, v in init_kwargs.items() if k != "revision"}
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
         kwargs = {"dtype": inner.dtype, "attn_implementation": own_attention(inner), **init_kwargs}
         return load_model(path, **kwargs)
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
+    if sharded:
         raise UserError("Under ZeRO-3 the reference needs a path: set ref_model_name_or_path, or pass ref_model.")
     reference = copy.deepcopy(model)
     inner = reference.get_base_model() if hasattr(reference, "peft_config") else reference
     vars(inner).pop("forward", None)  # `enable_scoring` closed over the policy: the copy would call and switch that
+    if hasattr(reference, "peft_config"):
+        if reference.active_peft_config.is_prompt_learning:
+            return inner
+        reference.base_model.disable_adapter_layers()  # for good: the model that the adapter was put on
     return reference
 
 
@@ -91,7 +92,7 @@ def _without_checkpointing(model, kwargs):
 
 
 def score_reference(reference, policy, accelerator, batch, layout, checkpointing_kwargs=None) -> TokenScores:
-    """The reference's scores of the batch's supervised tokens, without gradient, in the policy's precision.
+    """The reference's scores of the batch's supervised tokens, without gradient or noise, in the policy's precision.
     `reference` None means that the policy is its own: a PEFT model, or any before training. `policy` is then called as
     it was wrapped for training."""
     own, unwrapped = reference is None, accelerator.unwrap_model(policy)
@@ -99,6 +100,7 @@ def score_reference(reference, policy, accelerator, batch, layout, checkpointing
         torch.no_grad(),
         accelerator.autocast(),
         as_reference(unwrapped) if own else nullcontext(),
+        evaluating(unwrapped) if own else nullcontext(),
         _without_checkpointing(unwrapped, checkpointing_kwargs) if own else nullcontext(),
     ):
         model = policy if own else reference
@@ -146,6 +148,11 @@ def keep_own_adapter(model) -> None:
 
 
 # --------------------------------------------------------------------------------------------- a reference that moves
+
+
+def refuse_sync(policy) -> None:
+    if hasattr(policy, "peft_config"):
+        raise UserError("sync_ref_model: an adapter's weights cannot be mixed into a whole reference. Leave one out.")
 
 
 def lost_in_sync(reference, alpha: float) -> list[str]:

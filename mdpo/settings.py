@@ -7,7 +7,6 @@ Every error is a UserError that begins with the place: `recipe.yaml:12: beta` or
 import dataclasses
 import difflib
 import os
-import re
 import types
 import typing
 from collections.abc import Iterable
@@ -21,38 +20,13 @@ from trl import ModelConfig
 from mdpo.config import DataArguments, MDPOConfig
 from mdpo.retired import RETIRED_KEYS
 from mdpo.types import UserError
+from mdpo.yaml_nodes import Loader, prepare, refuse_words, syntax
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"model": ModelConfig, "data": DataArguments, "training": MDPOConfig}
 FIELDS = {field.name: field for part in PARTS.values() for field in dataclasses.fields(part)}
 HINTS = {key: hint for part in PARTS.values() for key, hint in typing.get_type_hints(part).items()}
 WORDS = {"true": True, "yes": True, "on": True, "y": True, "false": False, "no": False, "off": False, "n": False}
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars only: PyYAML's own rules are 1.1, where 4e-7 is text, `no` is false and 010 is eight."""
-
-    yaml_implicit_resolvers = {}
-
-
-class Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
-
-
-for _name, _pattern, _read in (
-    ("null", r"~|null|Null|NULL|", lambda text: None),
-    ("bool", r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    ("int", r"[-+]?[0-9]+", int),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", lambda text: _read_float(text)),
-):
-    _tag = f"tag:yaml.org,2002:{_name}"
-    for _class in (Loader, Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), None)
-    Loader.add_constructor(_tag, lambda loader, node, read=_read: read(loader.construct_scalar(node)))
-
-
-def _read_float(text: str) -> float:
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
 @dataclass(frozen=True)
@@ -67,9 +41,10 @@ class Setting:
 
 
 def _setting(key: str, node: yaml.Node, loader: Loader, origin: str) -> Setting:
-    _refuse_duplicates(node, origin, set())
-    value = loader.construct_object(node, deep=True)
     scalar = isinstance(node, yaml.ScalarNode)
+    if not scalar and key != "report_to":
+        refuse_words(node, origin, strict=key == "model_init_kwargs")
+    value = loader.construct_object(node, deep=True)
     return Setting(key, value, node.value if scalar else None, scalar and node.style is not None, origin)
 
 
@@ -87,7 +62,7 @@ def read_yaml(path: Path) -> list[Setting]:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode) or not root.value:
             raise UserError(f"{path}: holds no `key: value` lines; a recipe is a mapping of keys to values.")
-        _refuse_duplicates(root, str(path), set())
+        prepare(root, str(path))
         return [
             _setting(str(key.value), node, loader, f"{path}:{key.start_mark.line + 1}: {key.value}")
             for key, node in root.value
@@ -97,29 +72,7 @@ def read_yaml(path: Path) -> list[Setting]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(_syntax(str(path), error)) from None
-
-
-def _syntax(origin: str, error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = f":{mark.line + 1}" if mark else ""
-    return f"{origin}{line}: is not valid YAML: {getattr(error, 'problem', None) or error}."
-
-
-def _refuse_duplicates(node: yaml.Node, origin: str, seen: set[int]) -> None:
-    """Raise UserError with both lines where a mapping, at any depth, has a key twice. `seen`: ids of nodes visited."""
-    if id(node) in seen or isinstance(node, yaml.ScalarNode):
-        return
-    seen.add(id(node))
-    lines: dict[str, int] = {}
-    for item in node.value:
-        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-        if isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise UserError(f"{origin}: key {key.value!r} is on line {lines[key.value]} and again on line {line}.")
-            lines[key.value] = line
-        _refuse_duplicates(value, origin, seen)
+        raise UserError(syntax(str(path), error)) from None
 
 
 def _near_recipes(path: Path) -> str:
@@ -171,8 +124,9 @@ def flag(key: str, text: str) -> Setting:
     if any(typing.get_origin(kind) or kind is dict for kind in members(HINTS.get(key, str))):
         try:
             node = loader.get_single_node()
+            prepare(node, f"--{key}")
         except yaml.YAMLError as error:
-            raise UserError(_syntax(f"--{key}", error)) from None
+            raise UserError(syntax(f"--{key}", error)) from None
     node = node or yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
     return _setting(key, node, loader, f"--{key}")
 

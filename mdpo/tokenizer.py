@@ -47,6 +47,14 @@ def check_model(tokenizer, model, args):
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model_name_or_path: {name!r} cannot be had: {_reason(e)}") from e
     refuse_small_vocabulary(tokenizer, config)
+    if reference := getattr(args, "ref_model_name_or_path", None):
+        try:
+            of_reference = AutoConfig.from_pretrained(
+                reference, trust_remote_code=args.trust_remote_code, subfolder=place["subfolder"]
+            )
+        except (OSError, ValueError, ImportError) as e:
+            raise UserError(f"ref_model_name_or_path: {reference!r} cannot be had: {_reason(e)}") from e
+        refuse_small_vocabulary(tokenizer, of_reference, "ref_model_name_or_path: ")
     refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())
     return config
 
@@ -70,12 +78,15 @@ def refuse_pad_token(tokenizer, wanted: str | None) -> None:
         )
 
 
-def refuse_small_vocabulary(tokenizer, config) -> None:
+def refuse_small_vocabulary(tokenizer, config, key: str = "") -> None:
+    """Raises UserError where a token's id lies beyond the model's embeddings. Ids may have holes, so that their number
+    does not tell. `config` is the model's, `key` begins the message."""
     size = config.get_text_config().vocab_size
-    if len(tokenizer) > size:
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if highest >= size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. "
-            "Use the model's own tokenizer, or resize the model's embeddings."
+            f"{key}The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. Use the model's own "
+            f"tokenizer, or resize the model's embeddings. The highest id is {highest}, of {token!r}."
         )
 
 

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mdpo.files import first_line
+from mdpo.model_folders import refuse_no_model
 from mdpo.report import RESOLVED
 from mdpo.saved_weights import load_adapters
 from mdpo.settings import read_yaml
 from mdpo.startup import run, say
-from mdpo.tokenizer import refuse_missing_folder
 from mdpo.types import UserError
 
 TEXT = "What is 17 * 11 - 66? Let us compute it: 17 * 11 is 187, and 187 - 66 is 121. The answer is 121."
@@ -75,7 +75,7 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
         raise UserError(f"{adapter}: {config.peft_type.value} works beside the weights and cannot be merged.")
     if not name:
         raise UserError(f"{adapter}: its adapter_config.json names no base model. Give it: --base.")
-    refuse_missing_folder("--base", name)
+    refuse_no_model("--base", name, revision)
     saved = load_file(args.adapter / "adapter_model.safetensors")
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tiny import CHATML, tokenizer_for
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import run_dpo
 from mdpo.startup import run
@@ -24,11 +24,14 @@ THROUGH_THE_COMMAND_LINE = ["data_line_broken", "recipe_beta_negative"]
 def models(tmp_path_factory):
     """Folders of a tokenizer and a configuration, without weights: one as it should be, and others."""
     folder = tmp_path_factory.mktemp("models")
-    for name in ("model", "without_template", "without_pad", "small_vocabulary"):
+    for name in ("model", "without_template", "without_pad", "small_vocabulary", "learned_positions"):
         tokenizer = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
         size = 100 if name == "small_vocabulary" else len(tokenizer)
         LlamaConfig(vocab_size=size, architectures=["LlamaForCausalLM"]).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        (folder / name / "model.safetensors").touch()
+        if name == "learned_positions":
+            GPT2Config(vocab_size=size, n_positions=24, n_embd=8, n_head=2).save_pretrained(folder / name)
         if name == "without_template":
             (folder / name / "chat_template.jinja").unlink()
         if name == "without_pad":

@@ -46,7 +46,7 @@ BAD_YAML = [
     ("\n\nlearning-rate: 1", ["r.yaml:6:", "did you mean learning_rate?"]),
     ("batch_size: 4", ["did you mean per_device_train_batch_size?"]),
     ("qqqq: 1", ["qqqq is not a key", "--help"]),
-    ("<<: {beta: 0.1}", ["<< is not a key"]),
+    ("'<<': {beta: 0.1}", ["<< is not a key"]),
     # types
     ("beta: [1]", ["r.yaml:4: beta: [1] is not a number"]),
     ("beta: true", ["beta: true is not a number"]),

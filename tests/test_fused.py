@@ -10,13 +10,16 @@ from test_packing import AWKWARD, batches, loss_and_gradients, tiny
 from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from torch import nn
+from trl import DPOConfig
 
 import mdpo.fused
 from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
 from mdpo.fused import VARIANTS, agrees, by_rows, compiled, fuse, is_gated, is_norm
 from mdpo.logprobs import ChunkedLogProbs, HeadTransform, chunk_statistics, enable_scoring, full_log_probs, score_tokens
+from mdpo.options import check_options
 from mdpo.packing import PackedCollator
+from mdpo.types import UserError
 
 CPU = torch.device("cpu")
 
@@ -312,3 +315,24 @@ def test_non_reentrant_checkpointing_keeps_no_activation_of_a_gated_mlp(any_widt
         held.append([gate() is not None for gate in alive])
         scores.logps.sum().backward()
     assert held == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("config", [DPOConfig, MDPOConfig])
+@pytest.mark.parametrize(
+    ("options", "launched", "named"),
+    [
+        ({"torch_compile": True}, "NO", "torch_compile: "),
+        ({"torch_compile_backend": "eager"}, "NO", "torch_compile: "),
+        ({"torch_compile_mode": "default"}, "NO", "torch_compile_mode: "),
+        ({}, "INDUCTOR", "dynamo_backend: inductor in the accelerate file"),
+        ({}, "NO", None),
+    ],
+)
+def test_a_model_compiled_as_a_whole_is_refused_by_name(config, options, launched, named, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", launched)  # as `accelerate launch` sets it
+    args = config(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+    if named is None:
+        check_options(args)
+        return
+    with pytest.raises(UserError, match=f"^{named}.*not supported"):
+        check_options(args)

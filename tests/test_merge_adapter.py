@@ -176,7 +176,7 @@ def test_what_is_no_adapter_or_does_not_fit_is_refused(trained, tmp_path):
         tmp_path, [copy_of(adapter, tmp_path / "none", base_model_name_or_path=None)], "names no base model.*--base"
     )
     (tmp_path / "hollow").mkdir()
-    refused(tmp_path, [adapter, f"--base={tmp_path}/hollow"], "hollow' cannot be had: .*--base")
+    refused(tmp_path, [adapter, f"--base={tmp_path}/hollow"], "--base: .*hollow holds no weights")
     wide = save_base(tmp_path / "wide", hidden_size=64)
     refused(tmp_path, [adapter, f"--base={wide}"], "does not fit .*size mismatch")
     fewer = tiny_llama(tokenizer(), layers=1)

@@ -1,0 +1,17 @@
+"""A model that is deterministic for a while, then as it was."""
+
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Within it no module of the model is in training mode; then each is again in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
