@@ -135,6 +135,14 @@ def test_texts_that_are_nearly_messages_are_not_trained_on(text, reason):
     assert tokenize_row(row, 0, template, SETTINGS)["drop_reason"] == reason
 
 
+def test_a_question_in_a_column_of_its_own_is_looked_at_too():
+    """And a column that nothing reads may hold what it likes."""
+    row = {"question": repr([U]), "chosen": "A.", "rejected": "B."}
+    assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["drop_reason"] == PYTHONS.replace("chosen", "question")
+    row = {"prompt": [U], "chosen": "A.", "rejected": "B.", "log": repr([U])}
+    assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["drop_reason"] == ""
+
+
 def test_content_parts_that_came_as_json():
     parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
     found = read_messages([{"role": "user", "content": json.dumps(parts)}, A])
@@ -413,6 +421,23 @@ def test_ids_are_made_up_only_where_the_template_asks(template, own, written, re
     assert supervised(found, template) == f'f{{"x": 1}}{written}<|im_end|>A.<|im_end|>'
 
 
+def test_bare_tools_and_calls_without_ids_as_llama_factory_writes_them():
+    """Its demos of glaive's tool calls, on a template that wants wrapped tools and ids of nine."""
+    template = chat(
+        "{% for t in tools or [] %}{{ t.function.name + (t.function.parameters | tojson) }}{% endfor %}" + HIDES
+    )
+    shared = [
+        {"from": "human", "value": "Q?"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "12"},
+        {"from": "gpt", "value": "A."},
+    ]
+    found = out(shared, template, tools=json.dumps([FUNCTION]))
+    assert (found["drop_reason"], found["remarks"]) == ("", [])
+    assert supervised(found, template) == 'f{"x": 1}<|im_end|>A.<|im_end|>'
+    assert template.tokenizer.decode(found["chosen_ids"]).startswith('f{"type": "object"')
+
+
 def test_templates_without_ids_write_the_same_with_and_without():
     for name in ("qwen2_5", "qwen3", "llama3_1"):
         template = chat(trl_template(name))
@@ -483,6 +508,19 @@ def test_a_turn_that_is_not_learned_is_context():
     assert found["chosen_weights"] == found["rejected_weights"] == []
     row["chosen"][3] = {**B, "loss": False}
     assert tokenize_row(row, 0, template, SETTINGS)["drop_reason"] == "every turn of a side has weight 0"
+
+
+def test_agent_instruct():
+    """Its first answer is an acknowledgment that is not to be learned; users have `loss: null`."""
+    human = [{"from": "human", "value": text, "loss": None} for text in ("Rules.", "Go north?")]
+    yes = {"from": "gpt", "value": "I shall follow them.", "loss": False}
+    row = {side: [yes, human[1], {"from": "gpt", "value": f"Going {where}.", "loss": True}]
+           for side, where in (("chosen", "north"), ("rejected", "south"))}  # fmt: skip
+    template = chat(CHATML)
+    found = tokenize_row({"conversations": human[:1], **row}, 0, template, SETTINGS)
+    assert (found["drop_reason"], found["unread"]) == ("", [])
+    assert supervised(found, template) == "Going north.<|im_end|>"
+    assert supervised(found, template, "rejected") == "Going south.<|im_end|>"
 
 
 def test_a_prompt_may_say_what_it_is_not_learned_anyway():
