@@ -553,6 +553,8 @@ def test_a_prompt_may_say_what_it_is_not_learned_anyway():
         ({"role": "assistant", "content": "Let me see.\n</think>"}, "an assistant turn of thoughts alone"),
         ({"role": "tool", "output": "12"}, "empty or missing content (message has keys: output)"),
         ({"role": "user", "content": "x", "tool_calls": [call()]}, "tool calls in a user message"),
+        (calls(call(x="\ud83d")), "tool calls are not text"),
+        ({"role": "assistant", "content": "\ud83d"}, "content is not text"),
     ],
 )
 def test_reasons_name_the_message(message, reason):
@@ -573,6 +575,59 @@ def test_reasons_hold_no_long_values():
                     {"role": "assistant", "content": "x", "loss": long}, {"role": "user", "content": [{long: 1}]}):
         # fmt: on
         assert len(dropped(message)) < 150
+
+
+USE = {"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "12"}]}
+WHOLE = [
+    [U, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "L"}, USE]},
+     {"role": "user", "content": [RESULT, {"type": "text", "text": "Go."}]}, A],
+    [U, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "T"}]},
+     {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+     {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "12"}]}, A],
+    [{"lc": 1, "id": ["HumanMessage"], "kwargs": {"content": "Q"}},
+     {"type": "ai", "data": {"content": "A", "tool_calls": [{"name": "f", "args": {}, "id": "c"}],
+                             "additional_kwargs": {"tool_calls": []}}}],
+    [{"role": "user", "parts": [{"text": "Q"}]},
+     {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {}}}]},
+     {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"a": 1}}},
+                                {"toolResult": {"toolUseId": "c", "content": [{"json": {}}]}}]},
+     {"role": "model", "parts": [{"text": "B"}]}],
+    [U, {"role": "assistant", "content": "A", "loss": False, "refusal": "r"},
+     {"from": "tool_call", "value": {"name": "f"}}],
+]  # fmt: skip
+STRANGE = [None, "", "x", 5, 10**400, float("nan"), True, [], {}, ["x"], {"x": 1}, [[]], [{}], [None], "{", "[[1]]",
+           "\ud83d", [{"role": "user"}], {"role": "assistant", "content": "x"}, "9" * 5000, "[" * 5000,
+           b"x"]  # fmt: skip
+
+
+def places(value, path=()):
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from places(inner, (*path, key))
+
+
+def put(value, path, other):
+    if not path:
+        return other
+    value = copy.copy(value)
+    value[path[0]] = put(value[path[0]], path[1:], other)
+    return value
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=["anthropic", "responses", "langchain", "gemini", "others"])
+def test_no_odd_value_is_an_error_of_ours(whole):
+    """Each place of a conversation in turn holds each odd value: it is read, or dropped under a short name."""
+    kept, reasons = 0, set()
+    for path in list(places(whole))[1:]:
+        for value in STRANGE:
+            try:
+                found = normalise_messages(put(whole, path, value))
+                kept += all(m["role"] and isinstance(m["content"], str) for m in found)
+            except DropPair as reason:
+                reasons.add(str(reason))
+    assert kept > 40 and len(reasons) > 20 and max(map(len, reasons)) < 150
 
 
 # ---------------------------------------------------------------------------------------------- an oracle for all forms
