@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from trl import DPOConfig
@@ -56,7 +56,7 @@ from mdpo.reference_cache import ReferenceCache, precompute
 from mdpo.render import RenderSettings
 from mdpo.sampling import LongestFirst, pair_tokens
 from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
-from mdpo.tokenizer import refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
+from mdpo.tokenizer import fast_tokenizer, refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
 from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.turns import joined, turn_rewards
 from mdpo.types import UserError
@@ -155,9 +155,7 @@ class DPOTrainer(GuardedTrainer):
     @staticmethod
     def _load_tokenizer(model, args: DPOConfig) -> PreTrainedTokenizerBase:
         revision = (args.model_init_kwargs or {}).get("revision")
-        return AutoTokenizer.from_pretrained(
-            model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+        return fast_tokenizer(model.config._name_or_path, revision, args.trust_remote_code)
 
     @staticmethod
     def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, wanted: str | None) -> None:

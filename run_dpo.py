@@ -12,22 +12,24 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the imports take seconds; until `marks` signals wait
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
+    try:
+        import mdpo  # noqa: F401  it looks for what the imports below would fail on, in many words
+    except ImportError as error:
+        sys.exit(f"error: {error}")
 
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
-from mdpo.adapters import adapter_config
 from mdpo.checkpoints import writing
-from mdpo.late_values import check_steps, refuse_late_values, refuse_unfit
+from mdpo.dates import fix_day
+from mdpo.late_values import check_steps
 from mdpo.launcher import device_line, refuse_unusable_gpus
-from mdpo.model_folders import refuse_unloadable
-from mdpo.options import check_options
 from mdpo.out_of_memory import explained
 from mdpo.page import PAGE, RunPage
-from mdpo.pairs import checked_precision, model_init_kwargs, prepare_pairs
+from mdpo.pairs import model_init_kwargs, prepare_pairs
 from mdpo.positions import check_lengths
-from mdpo.precision import refuse_two_precisions
 from mdpo.preemption import held, marks
+from mdpo.preflight import checked_tokenizer
 from mdpo.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.ranks import agreed
 from mdpo.recipe import load_recipe
@@ -35,8 +37,7 @@ from mdpo.report import REPORT, RESOLVED, show_result, write_report
 from mdpo.run_folder import prepare_output_dir, refuse_another_run
 from mdpo.run_identity import content_facts, recipe_facts
 from mdpo.sharding import overlap_reduction
-from mdpo.startup import clear_stale_build_locks, refuse_missing_login, run, say
-from mdpo.tokenizer import check_model, load_tokenizer
+from mdpo.startup import clear_stale_build_locks, run, say
 
 LEFT_BEHIND = (("model", ""), ("page", PAGE), ("report", REPORT), ("recipe", RESOLVED))
 
@@ -56,13 +57,15 @@ def main(argv: list[str]) -> None:
     ################
     # Options, tokenizer, the model's configuration: before the data
     ################
-    tokenizer, config = _checked_tokenizer(recipe)
+    tokenizer, config = checked_tokenizer(recipe)
 
     ################
     # Pairs → tokens: every check that needs no weights
     ################
     facts = recipe_facts(recipe.values, args)
     resume = prepare_output_dir(args, facts)
+    say(*fix_day(recipe, tokenizer, resume))
+    facts |= recipe_facts(recipe.values, args)  # with the day, for a start that goes on from this one
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
     check_lengths(config, {"the training set": train_dataset, "the held-out set": eval_dataset}, args)
@@ -111,24 +114,6 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
         peft_config=get_peft_config(recipe.model),
         callbacks=callbacks,
     )
-
-
-def _checked_tokenizer(recipe):
-    """(tokenizer, the model's configuration or None), after every check that needs neither data nor weights."""
-    args = recipe.training
-    with recipe.placed():
-        peft_config = adapter_config(recipe.model)
-        check_options(args, peft_config, recipe.values)
-        say(*refuse_late_values(args, recipe.model))
-    refuse_two_precisions(recipe.values, args)
-    refuse_missing_login(args)
-    refuse_unloadable(recipe.model, args)
-    tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
-    config = check_model(tokenizer, recipe.model, args)
-    with recipe.placed():
-        refuse_unfit(args, peft_config, config)
-    say(f"dtypes: {checked_precision(recipe, config)}")
-    return tokenizer, config
 
 
 def _batch_line(args) -> str:

@@ -15,6 +15,7 @@ from mdpo.checkpoints import (
     MANIFEST,
     PREFIX,
     SAVING,
+    as_new_files,
     faults,
     move_files,
     newest_whole,
@@ -132,6 +133,7 @@ class CheckpointedTrainer(Trainer):
             super().save_model(str(written), _internal_call=True)
         if self.args.should_save:
             check_saved(written, self.accelerator.unwrap_model(self.model))
+            as_new_files(written)
             if final:
                 move_files(written, folder)
         if self.args.push_to_hub and not _internal_call:

@@ -9,7 +9,9 @@ output_dir/
 import json
 import os
 import shutil
-from contextlib import contextmanager
+import stat
+import uuid
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -69,9 +71,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def as_new_files(folder: Path) -> None:
+    """Gives `folder`, a file, or every file below it, the mode that a new file gets there, whatever decides it (umask,
+    ACLs): what safetensors writes is for its owner's eyes only. Programs stay programs."""
+    paths = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+    probe = (folder.parent if folder.is_file() else folder) / f"_mode-{uuid.uuid4().hex}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in paths:
+        with suppress(PermissionError):  # not ours, or a file system without modes
+            path.chmod(mode | stat.S_IMODE(path.stat().st_mode) & 0o111)
+
+
 def publish(staged: Path, final: Path, facts: dict) -> None:
-    """Writes the manifest into `staged` and makes it visible as `final` in one step; an older folder of that name goes
-    aside first. A kill at any moment leaves `final` whole or absent."""
+    """Writes the manifest into `staged` and makes it visible as `final` in one step, all files with the mode of new
+    ones; an older folder of that name goes aside first. A kill at any moment leaves `final` whole or absent."""
+    as_new_files(staged)
     with open(staged / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(facts, file, indent=1, ensure_ascii=False)
         file.flush()

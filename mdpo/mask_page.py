@@ -54,7 +54,7 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
     page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
-    path.write_text(page.replace("/*DATA*/null", text), encoding="utf-8")
+    path.write_text(page.replace("/*DATA*/null", text), encoding="utf-8", errors="backslashreplace")
     counts: dict[str, int] = {}
     for pair in shown:
         counts[pair["reason"] or "kept"] = counts.get(pair["reason"] or "kept", 0) + 1

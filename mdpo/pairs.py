@@ -5,7 +5,9 @@ import os
 import torch
 from datasets import Dataset
 
+from mdpo.caches import keeping_rows, refuse_unwritable
 from mdpo.data_report import DataReport, describe
+from mdpo.dates import fix_day
 from mdpo.files import whole_row
 from mdpo.forms import look
 from mdpo.options import refuse_missing_margins
@@ -26,7 +28,9 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     to ask the report. Raises UserError."""
     args, data = recipe.training, recipe.data
     report = DataReport({}, args.max_length)
-    with first_of_node():
+    say(*fix_day(recipe, tokenizer))
+    refuse_unwritable()
+    with first_of_node(), keeping_rows():
         parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
         train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
         evals = [p for p in parts if "train" not in p.split]

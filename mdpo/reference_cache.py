@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from mdpo.checkpoints import as_new_files, sync
 from mdpo.packing import SIDES, on_device
 from mdpo.ranks import gathered
 from mdpo.reference_columns import Columns, Distinct, Piece
@@ -63,9 +64,18 @@ class ReferenceCache:
             self.flush()
 
     def flush(self) -> None:
+        """A disk that fails costs the cache, not the hours that the pass took: it is said, and nothing more is kept."""
         if self.folder and self._new:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_shard(self.folder / f"{time.time_ns()}-{self.rank}-{uuid.uuid4().hex[:8]}.safetensors", self._new)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_shard(self.folder / f"{time.time_ns()}-{self.rank}-{uuid.uuid4().hex[:8]}.safetensors", self._new)
+            except (OSError, SafetensorError) as error:
+                print(
+                    f"warning: reference_cache_dir: {self.folder} cannot be written to by rank {self.rank} ({error}). "
+                    "This run goes on without; another one computes the reference's log-probs again.",
+                    flush=True,
+                )
+                self.folder = None
         self._new = {}
         self._written = time.monotonic()
 
@@ -78,8 +88,8 @@ def write_shard(path: Path, rows: dict[bytes, Sides]) -> None:
     }
     draft = path.with_suffix(".tmp")
     save_file(arrays, draft, {"digest": _digest(arrays)})
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
+    as_new_files(draft)
+    sync(draft)
     os.replace(draft, path)
 
 

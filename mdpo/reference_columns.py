@@ -151,4 +151,7 @@ def _joined(pieces: list[Piece]) -> Piece:
 
 def _not_written(error: OSError) -> UserError:
     folder = datasets.config.HF_DATASETS_CACHE
-    return UserError(f"reference log-probs: their columns cannot be written into {folder}: {error.strerror or error}.")
+    return UserError(
+        f"reference log-probs: their columns cannot be written into {folder}: {error.strerror or error}. "
+        "Set HF_DATASETS_CACHE to a folder with room."
+    )

@@ -1,5 +1,6 @@
 """Around a run: what is put right before DeepSpeed starts, and the one place where errors end."""
 
+import codecs
 import logging
 import os
 import signal
@@ -11,8 +12,12 @@ from pathlib import Path
 from mdpo import failures, preemption
 from mdpo.preemption import Preempted
 from mdpo.ranks import RankFailed
+from mdpo.trackers import of_tracker
 from mdpo.types import UserError
 
+IN_WORDS = {"×": "x", "·": "*", "–": "-", "−": "-", "…": "...", "→": "->", "β": "beta", "↵": "\\n", "┊": "|", "«": "<<",
+            "»": ">>", "⟦": "[[", "⟧": "]]", "≥": ">=", "≤": "<=", "“": '"', "”": '"', "½": "1/2"}  # fmt: skip
+UTF_8 = "Set PYTHONUTF8=1, or a locale as LC_ALL=C.UTF-8."
 FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's lock: only older ones are stale
 
 
@@ -25,6 +30,28 @@ def say(*lines: str) -> None:
     """Prints lines on the main process only."""
     if lines and is_main_process():
         print(*lines, sep="\n", flush=True)
+
+
+def speak_on_any_terminal() -> None:
+    """From now on what a terminal's encoding does not have is written in its words (`×` as `x`, others as `\\u2014`),
+    and no print ends a run. Bytes of file names that are in no encoding stay as they are."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not of a notebook, or a test
+            stream.reconfigure(errors="in-words")
+    if is_main_process() and (names := sys.getfilesystemencoding()) != "utf-8":
+        print(f"warning: file names are {names} here: others are not found. {UTF_8}", file=sys.stderr)
+
+
+def _in_words(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if 0xDC80 <= ord(letter) <= 0xDCFF:
+        return bytes([ord(letter) - 0xDC00]), error.start + 1
+    return IN_WORDS.get(letter) or letter.encode("ascii", "backslashreplace").decode(), error.start + 1
+
+
+codecs.register_error("in-words", _in_words)
 
 
 def clear_stale_build_locks() -> list[Path]:
@@ -79,32 +106,18 @@ def _works_in(process: Path, folder: Path) -> bool:
     return os.readlink(process / "cwd") == str(folder)
 
 
-def refuse_missing_login(args) -> None:
-    """Raises UserError where wandb would ask for a login, or fail, after everything else has been loaded."""
-    if "wandb" not in (args.report_to or []) or not is_main_process():
-        return
-    import wandb
-    from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
-
-    settings = wandb.setup().settings
-    known = settings.api_key or settings.identity_token_file or read_netrc_auth(host=settings.base_url)
-    if settings.mode in (None, "online", "run", "shared") and not known:
-        raise UserError(
-            f"report_to: wandb, but no login for {settings.base_url} is there. Type `wandb login`, keep the run's log "
-            "on disk with WANDB_MODE=offline (`wandb sync` sends it later), or set report_to: none."
-        )
-
-
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Exit code of `main(argv)`. What a user can mend ends in a short message and exit code 1; with `--debug`, and
     for every other error, the traceback is shown too; a run that a signal ended has exit code 75. A process of several
     ends here and does not return."""
+    speak_on_any_terminal()
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     if not is_main_process():
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
     try:
         with preemption.listening(), failures.followed():
+            _refuse_undecoded(argv)
             main(argv)
     except Preempted as signal_name:
         if other := failures.other_failure():  # the launcher ends the rest when one rank has failed: no preemption
@@ -112,7 +125,8 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         preemption.mark()
         print(f"\nleft because of {signal_name}", file=sys.stderr, flush=True)
         failures.exit_without_teardown(preemption.EXIT_CODE)  # others may be anywhere: nothing is waited for
-    except Exception as error:
+    except Exception as raised:
+        error = of_tracker(raised) or _of_encoding(raised) or raised
         if failures.several() or _in_process_group():
             failures.leave_with(error, debug)
         if not isinstance(error, UserError):
@@ -123,6 +137,19 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         _destroy_process_group()
         failures.exit_without_teardown(0)
     return 0
+
+
+def _of_encoding(error: Exception) -> UserError | None:
+    """What a user reads where a file's name cannot be said to this system; None of any other error."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return UserError(f"{error.object!r} is no file name here, where they are {error.encoding}. {UTF_8}")
+    return None
+
+
+def _refuse_undecoded(argv: list[str]) -> None:
+    for word in argv:
+        if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in word):
+            raise UserError(f"{word!r}: its bytes are no text in {sys.getfilesystemencoding()}. {UTF_8}")
 
 
 def _in_process_group() -> bool:

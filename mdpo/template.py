@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from mdpo.dates import rendered_on_day, with_day
 from mdpo.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
 from mdpo.marks import NOT_DERIVABLE, Marker, Marks, fresh_nonces, numbered
 from mdpo.stops import THINK_OPENER, any_of, probe_header, probe_stop
@@ -55,7 +56,7 @@ class ChatTemplate:
                 f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. "
                 "Set chat_template in the recipe to a .jinja file."
             )
-        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
+        self.tokenizer, self.kwargs = tokenizer, with_day(tokenizer, kwargs)
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         self.special, self.added = any_of(t.content for t in added if t.special), any_of(t.content for t in added)
         self.text_parts = self._needs_text_parts()
@@ -76,11 +77,11 @@ class ChatTemplate:
             messages = [_as_text_parts(m) for m in messages]
         kwargs = {**self.kwargs, **kwargs, "tools": tools, "add_generation_prompt": generation}
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+            return rendered_on_day(self.tokenizer, messages, **kwargs)
         except TypeError as first:  # deepseek_v3 concatenates the arguments to a string
             try:
                 as_json = [_json_arguments(m) for m in messages]
-                return self.tokenizer.apply_chat_template(as_json, tokenize=False, **kwargs)
+                return rendered_on_day(self.tokenizer, as_json, **kwargs)
             except Exception:
                 raise DropPair(_refusal(first)) from first
         except Exception as e:  # jinja errors of every kind, raise_exception() included

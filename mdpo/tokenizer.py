@@ -3,10 +3,13 @@
 from functools import lru_cache, partial
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from mdpo.startup import say
 from mdpo.types import UserError
+
+_MARK = "\ufeff"  # what an editor may put in front of a file
 
 
 def load_tokenizer(model, data, trust_remote_code: bool = False):
@@ -17,19 +20,66 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
     refuse_missing_folder(key, name)
     revision = None if data.tokenizer_name_or_path else model.model_revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as e:
-        raise UserError(
-            f"loading model {name!r}: it cannot be had: {_reason(e)}\n"
-            f"Where the hub cannot be reached, download it elsewhere and set {key} to the local folder; "
+        tokenizer = fast_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, RuntimeError) as e:
+        advice = "" if isinstance(e, ImportError) else (
+            f"\nWhere the hub cannot be reached, download it elsewhere and set {key} to the local folder; "
             "for a gated model, log in with `hf auth login`."
-        ) from e
+        )  # fmt: skip
+        raise UserError(f"loading model {name!r}: it cannot be had: {_reason(e)}{advice}") from e
     if data.chat_template:
-        path = Path(data.chat_template)
-        if not path.is_file():
-            raise UserError(f"chat_template: {path} does not exist. Give the path of a .jinja file.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(Path(data.chat_template))
+    elif (template := _without_mark(tokenizer.chat_template)) != tokenizer.chat_template:
+        tokenizer.chat_template = template
+        say(f"chat template of {name}: its byte order mark, which is no part of it, is left out.")
     return tokenizer
+
+
+def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
+    """AutoTokenizer's, which has to report where tokens stand in their text. mistral-common's own class, which
+    AutoTokenizer prefers where that package is installed, does not, and has no chat template: the model's
+    tokenizer.json is taken, as without that package. Raises UserError, and what transformers raises."""
+    wanted = (
+        "Set tokenizer_name_or_path to a folder or hub name that has the same tokenizer as a tokenizer.json (for "
+        "Mistral's models the one in transformers' format)."
+    )
+    here = {path.name for path in Path(name).glob("t*")}
+    if "tekken.json" in here and not {"tokenizer.json", "tokenizer.model"} & here:
+        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
+    if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
+            f"stand in their text. {wanted}"
+        )
+    return tokenizer
+
+
+def read_template(path: Path) -> str:
+    """A chat template's text, a byte order mark left out. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"chat_template: {path} does not exist. Give the path of a .jinja file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"chat_template: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"chat_template: {path} cannot be read: {error.strerror}.") from None
+    if not text.strip() or "\0" in text:
+        raise UserError(
+            f"chat_template: {path} is {'UTF-16 or binary' if text.strip() else 'empty'}; save it as UTF-8."
+        )
+    return text
+
+
+def _without_mark(template):
+    """Of a tokenizer's chat template, one text or several by name."""
+    if isinstance(template, dict):
+        return {name: text.removeprefix(_MARK) for name, text in template.items()}
+    return template and template.removeprefix(_MARK)
 
 
 def check_model(tokenizer, model, args):

@@ -1,7 +1,7 @@
 """A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from datasets.fingerprint import Hasher
 
 from mdpo.counts import DropCounts
 from mdpo.data import first_answer, row_to_pair
+from mdpo.dates import with_day
 from mdpo.files import whole_row
 from mdpo.forms import look
 from mdpo.plain_texts import PlainText
@@ -102,8 +103,10 @@ def tokenize_dataset(
 ) -> tuple[Dataset, DropCounts]:
     """The kept rows of `rows` as FEATURES (less `drop_reason`), and the counts.
 
-    Cached by content: rows, tokenizer, template and settings. Raises UserError when no row is left."""
+    Cached by content: rows, tokenizer, template and settings, the day too where the template may write it. Raises
+    UserError when no row is left."""
     refuse_slow(tokenizer)
+    settings = replace(settings, template_kwargs=with_day(tokenizer, settings.template_kwargs))
     template = _template_for(tokenizer, settings, rows, name)
     specials = tokenizer.special_tokens_map  # templates write them
     identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)

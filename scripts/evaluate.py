@@ -22,6 +22,7 @@ from transformers import set_seed
 
 from dpo_trainer import DPOTrainer
 from mdpo.answers import refuse_missing_verifier
+from mdpo.dates import fix_day
 from mdpo.evaluation import by_turns, count_turns, held_out_table, rollout_figures, rollout_tables
 from mdpo.generation import Generator, refuse_hidden_tool_role
 from mdpo.metrics import evaluated_once
@@ -47,7 +48,6 @@ ROLLOUTS = {  # option: (type, default, the least, what it is)
     "tool_role": (str, "user", None, "of the turns with output; M-DPO's data has user"),
     "code_seconds": (float, 10.0, 0.1, "time limit of a program"),
 }
-CHOICES = {"tool_role": ("user", "tool")}
 
 
 class Scorer(DPOTrainer):
@@ -63,10 +63,10 @@ def main(argv: list[str]) -> None:
     args, rest = parse(argv)
     recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *rest])
     adapter_config(args.checkpoint)  # whether it is there
-    say(f"recipe {recipe.path}", *recipe.notes)
     if recipe.training.world_size > 1 or recipe.training.n_gpu > 1:
         raise UserError("evaluate.py runs in one process on one device. Choose one with CUDA_VISIBLE_DEVICES=0.")
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+    say(f"recipe {recipe.path}", *recipe.notes, *fix_day(recipe, tokenizer, args.checkpoint))
     prepared = prepare_rollouts(args, recipe, tokenizer) if args.rollouts else None
     console = Console(highlight=False)
     if (figures := held_out(args.checkpoint, recipe, tokenizer)) is not None:
@@ -88,9 +88,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--recipe", required=True, metavar="RECIPE.yaml")
     parser.add_argument("--rollouts", metavar="QUESTIONS.jsonl")
     parser.add_argument("--allow_unisolated_code", action="store_true", default=None, help="see above")
-    for name, (kind, default, _, text) in ROLLOUTS.items():
+    for key, (kind, default, _, text) in ROLLOUTS.items():
         text += f" (default {default})" if default else ""
-        parser.add_argument(f"--{name}", type=kind, help=text, choices=CHOICES.get(name))
+        parser.add_argument(f"--{key}", type=kind, help=text, choices=("user", "tool") if key == "tool_role" else None)
     try:
         args, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

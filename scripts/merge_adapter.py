@@ -14,16 +14,18 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mdpo.checkpoints import as_new_files
 from mdpo.files import first_line
 from mdpo.model_folders import refuse_no_model
 from mdpo.report import RESOLVED
 from mdpo.saved_weights import load_adapters
 from mdpo.settings import read_yaml
 from mdpo.startup import run, say
+from mdpo.tokenizer import fast_tokenizer
 from mdpo.types import UserError
 
 TEXT = "What is 17 * 11 - 66? Let us compute it: 17 * 11 is 187, and 187 - 66 is 121. The answer is 121."
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> None:
         draft = Path(beside, "model")
         merged(model).to(getattr(torch, dtype)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        as_new_files(draft)
         del model
         check(draft, tokenizer, adapted, base, dtype)
         draft.replace(args.out)  # an empty folder gives way
@@ -57,8 +60,8 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
-    for name in ("adapter", "out"):
-        parser.add_argument(name, type=Path)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("out", type=Path)
     parser.add_argument("--base")
     parser.add_argument("--dtype", choices=list(TOLERANCE))
     try:
@@ -67,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(str(error)) from error
 
 
-def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
+def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     """The base with its adapter in float32, the tokenizer, and the dtype to write in. Raises UserError."""
     adapter, config = str(args.adapter), PeftConfig.from_pretrained(str(args.adapter))
     name, revision = args.base or config.base_model_name_or_path, None if args.base else config.revision
@@ -96,8 +99,7 @@ def load(args) -> tuple[PeftModel, AutoTokenizer, str]:
     if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
         raise UserError(f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}.")
     load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
-    beside = adapter if (args.adapter / "tokenizer_config.json").is_file() else name
-    return model, AutoTokenizer.from_pretrained(beside), dtype
+    return model, fast_tokenizer(adapter if (args.adapter / "tokenizer_config.json").is_file() else name), dtype
 
 
 def quantised_bits(adapter: Path) -> int | None:
@@ -141,9 +143,7 @@ def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dt
     elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
         raise UserError(f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.")
     if not off.max() <= TOLERANCE[dtype]:
-        raise UserError(
-            f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off); not written."
-        )
+        raise UserError(f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off): not kept.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Takes run_dpo.py's arguments and reads them as it does. One line on stdout, all 
 and makes no folder. scripts/launch.slurm looks there for what a run has left.
 """
 
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,7 +19,8 @@ def main(argv: list[str]) -> None:
         from mdpo.recipe import load_recipe
 
         folder = load_recipe(argv).training.output_dir
-    print(folder)
+    sys.stdout.buffer.write(os.fsencode(folder) + b"\n")  # a path, whatever the terminal can show
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

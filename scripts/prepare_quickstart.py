@@ -94,6 +94,7 @@ def convert(source, partial):
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)  # it is written as 0600
     answer, sizes = check(model, *load(partial)), {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
     (partial / MARKER).write_text(json.dumps({"source": PACKAGE, "gguf_sha256": GGUF_SHA256, "files": sizes}, indent=1))
     return answer
@@ -130,7 +131,6 @@ def check(original, model, tokenizer):
     rendered = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     demand(rendered == CHATML, f"the chat template renders {rendered!r}")
     demand(model.lm_head.weight is model.model.embed_tokens.weight, "embeddings and LM head are not tied")
-
     prompt = tokenizer(rendered, return_tensors="pt")
     logits = model(**prompt).logits
     demand(logits.isfinite().all(), "logits are not finite")

@@ -13,7 +13,7 @@ from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
 from mdpo.data import NO_USER, SPACED, TRAILING, row_to_pair
 from mdpo.forms import FORMS, LOOKED_AT, as_preference, look
-from mdpo.left_out import TOOLS as LEFT_OUT
+from mdpo.left_out import TOOLS as NO_TOOLS
 from mdpo.questions import LISTS, TEXTS
 from mdpo.render import RenderSettings
 from mdpo.sets import load_sets
@@ -171,7 +171,7 @@ def by_hand(before, chosen=G, rejected=B):
 def test_a_documented_form_is_read_as_written(name, row, before, tokenizer):
     """The text that a policy would see, and its own words in it, by hand; through JSON, as a file holds it."""
     reason, sides, out = read(json.loads(json.dumps(row)), tokenizer)
-    assert reason == "" and not set(out["remarks"]) - {LEFT_OUT}
+    assert reason == "" and not set(out["remarks"]) - {NO_TOOLS}
     if before is None:  # a conversation without a prompt: every answer behind the first question is taught
         before = AFTER
         wanted = {side: (whole, f"{SAID}<|im_end|>{own}") for side, (whole, own) in by_hand(before).items()}

@@ -1,0 +1,32 @@
+"""Before the data: every check that needs neither rows nor weights."""
+
+from mdpo.adapters import adapter_config
+from mdpo.caches import refuse_unwritable
+from mdpo.late_values import refuse_late_values, refuse_unfit
+from mdpo.model_folders import refuse_unloadable
+from mdpo.options import check_options
+from mdpo.pairs import checked_precision
+from mdpo.precision import refuse_two_precisions
+from mdpo.startup import say
+from mdpo.tokenizer import check_model, load_tokenizer
+from mdpo.trackers import refuse_silent_trackers
+
+
+def checked_tokenizer(recipe):
+    """(tokenizer, the model's configuration or None), once nothing is left that options, folders, trackers or the
+    configuration could end the run with. Raises UserError."""
+    args = recipe.training
+    with recipe.placed():
+        peft_config = adapter_config(recipe.model)
+        check_options(args, peft_config, recipe.values)
+        say(*refuse_late_values(args, recipe.model))
+    refuse_two_precisions(recipe.values, args)
+    refuse_silent_trackers(args)
+    refuse_unwritable(args)
+    refuse_unloadable(recipe.model, args)
+    tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
+    config = check_model(tokenizer, recipe.model, args)
+    with recipe.placed():
+        refuse_unfit(args, peft_config, config)
+    say(f"dtypes: {checked_precision(recipe, config)}")
+    return tokenizer, config
