@@ -47,6 +47,8 @@ def _pieces_of(part: Any) -> Iterator[Piece]:
     kind = part.get("type")
     if kind is None:
         yield from _untyped(part)
+    elif not isinstance(kind, str):
+        raise DropPair(f"content part {_name(part)}")
     elif kind in TEXTS:
         yield "text", _said(part, TEXTS[kind])
     elif kind in THOUGHTS:
@@ -115,7 +117,7 @@ def tool_output(value: Any) -> str:
         return value
     if value is None:
         return ""
-    if isinstance(value, dict) and value.get("type") in TEXTS and isinstance(value.get("text"), str):
+    if isinstance(value, dict) and _kind(value) in TEXTS and isinstance(value.get("text"), str):
         value = [value]
     if isinstance(value, list) and value and all(isinstance(p, dict) and _kind(p) in KNOWN for p in value):
         found = list(pieces(value))

@@ -24,9 +24,9 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     `mask_turns` False it is TRL's: the turns (or characters) that both sides begin with. With `mask_turns`, messages
     behind the last answer are left out.
     """
-    row = as_preference(row, mask_turns)
-    for name in ("prompt", "conversations", "chosen", "rejected"):
-        refuse_broken(row.get(name), name)
+    given, row = row, as_preference(row, mask_turns)
+    for name in (name for name in given if name in row["used"]):
+        refuse_broken(given[name], name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
     if not all(sides):
         raise DropPair("not a pair")

@@ -1,9 +1,10 @@
 """Tool calls and tools of other formats → OpenAI's form, and ids for calls that have none."""
 
+import json
 import re
 from typing import Any
 
-from mdpo.json_texts import kind_of, parsed
+from mdpo.json_texts import is_text, kind_of, parsed
 from mdpo.types import DropPair, Message
 
 # OpenAI's name, Llama 3's, Anthropic's, LangChain's.
@@ -18,7 +19,10 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
         calls = [calls]
     if not isinstance(calls, list):
         raise DropPair(f"tool_calls is {kind_of(calls)}, not a list")
-    return [_read_call(call) for call in calls]
+    found = [_read_call(call) for call in calls]
+    if not is_text(json.dumps(found, ensure_ascii=False, default=str)):
+        raise DropPair("tool calls are not text")
+    return found
 
 
 def _read_call(call: Any) -> dict[str, Any]:

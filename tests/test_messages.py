@@ -135,6 +135,14 @@ def test_texts_that_are_nearly_messages_are_not_trained_on(text, reason):
     assert tokenize_row(row, 0, template, SETTINGS)["drop_reason"] == reason
 
 
+def test_a_question_in_a_column_of_its_own_is_looked_at_too():
+    """And a column that nothing reads may hold what it likes."""
+    row = {"question": repr([U]), "chosen": "A.", "rejected": "B."}
+    assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["drop_reason"] == PYTHONS.replace("chosen", "question")
+    row = {"prompt": [U], "chosen": "A.", "rejected": "B.", "log": repr([U])}
+    assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["drop_reason"] == ""
+
+
 def test_content_parts_that_came_as_json():
     parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
     found = read_messages([{"role": "user", "content": json.dumps(parts)}, A])
@@ -413,6 +421,23 @@ def test_ids_are_made_up_only_where_the_template_asks(template, own, written, re
     assert supervised(found, template) == f'f{{"x": 1}}{written}<|im_end|>A.<|im_end|>'
 
 
+def test_bare_tools_and_calls_without_ids_as_llama_factory_writes_them():
+    """Its demos of glaive's tool calls, on a template that wants wrapped tools and ids of nine."""
+    template = chat(
+        "{% for t in tools or [] %}{{ t.function.name + (t.function.parameters | tojson) }}{% endfor %}" + HIDES
+    )
+    shared = [
+        {"from": "human", "value": "Q?"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "12"},
+        {"from": "gpt", "value": "A."},
+    ]
+    found = out(shared, template, tools=json.dumps([FUNCTION]))
+    assert (found["drop_reason"], found["remarks"]) == ("", [])
+    assert supervised(found, template) == 'f{"x": 1}<|im_end|>A.<|im_end|>'
+    assert template.tokenizer.decode(found["chosen_ids"]).startswith('f{"type": "object"')
+
+
 def test_templates_without_ids_write_the_same_with_and_without():
     for name in ("qwen2_5", "qwen3", "llama3_1"):
         template = chat(trl_template(name))
@@ -485,6 +510,19 @@ def test_a_turn_that_is_not_learned_is_context():
     assert tokenize_row(row, 0, template, SETTINGS)["drop_reason"] == "every turn of a side has weight 0"
 
 
+def test_agent_instruct():
+    """Its first answer is an acknowledgment that is not to be learned; users have `loss: null`."""
+    human = [{"from": "human", "value": text, "loss": None} for text in ("Rules.", "Go north?")]
+    yes = {"from": "gpt", "value": "I shall follow them.", "loss": False}
+    row = {side: [yes, human[1], {"from": "gpt", "value": f"Going {where}.", "loss": True}]
+           for side, where in (("chosen", "north"), ("rejected", "south"))}  # fmt: skip
+    template = chat(CHATML)
+    found = tokenize_row({"conversations": human[:1], **row}, 0, template, SETTINGS)
+    assert (found["drop_reason"], found["unread"]) == ("", [])
+    assert supervised(found, template) == "Going north.<|im_end|>"
+    assert supervised(found, template, "rejected") == "Going south.<|im_end|>"
+
+
 def test_a_prompt_may_say_what_it_is_not_learned_anyway():
     for fields in ({"loss": False}, {"loss": True}, {"weight": 0}, {"weight": 1}):
         row = {"prompt": [U, {**A, **fields}, U], "chosen": [B], "rejected": [A]}
@@ -515,6 +553,8 @@ def test_a_prompt_may_say_what_it_is_not_learned_anyway():
         ({"role": "assistant", "content": "Let me see.\n</think>"}, "an assistant turn of thoughts alone"),
         ({"role": "tool", "output": "12"}, "empty or missing content (message has keys: output)"),
         ({"role": "user", "content": "x", "tool_calls": [call()]}, "tool calls in a user message"),
+        (calls(call(x="\ud83d")), "tool calls are not text"),
+        ({"role": "assistant", "content": "\ud83d"}, "content is not text"),
     ],
 )
 def test_reasons_name_the_message(message, reason):
@@ -535,6 +575,59 @@ def test_reasons_hold_no_long_values():
                     {"role": "assistant", "content": "x", "loss": long}, {"role": "user", "content": [{long: 1}]}):
         # fmt: on
         assert len(dropped(message)) < 150
+
+
+USE = {"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}
+RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "12"}]}
+WHOLE = [
+    [U, {"role": "assistant", "content": [{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "L"}, USE]},
+     {"role": "user", "content": [RESULT, {"type": "text", "text": "Go."}]}, A],
+    [U, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "T"}]},
+     {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+     {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "12"}]}, A],
+    [{"lc": 1, "id": ["HumanMessage"], "kwargs": {"content": "Q"}},
+     {"type": "ai", "data": {"content": "A", "tool_calls": [{"name": "f", "args": {}, "id": "c"}],
+                             "additional_kwargs": {"tool_calls": []}}}],
+    [{"role": "user", "parts": [{"text": "Q"}]},
+     {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {}}}]},
+     {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"a": 1}}},
+                                {"toolResult": {"toolUseId": "c", "content": [{"json": {}}]}}]},
+     {"role": "model", "parts": [{"text": "B"}]}],
+    [U, {"role": "assistant", "content": "A", "loss": False, "refusal": "r"},
+     {"from": "tool_call", "value": {"name": "f"}}],
+]  # fmt: skip
+STRANGE = [None, "", "x", 5, 10**400, float("nan"), True, [], {}, ["x"], {"x": 1}, [[]], [{}], [None], "{", "[[1]]",
+           "\ud83d", [{"role": "user"}], {"role": "assistant", "content": "x"}, "9" * 5000, "[" * 5000,
+           b"x"]  # fmt: skip
+
+
+def places(value, path=()):
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from places(inner, (*path, key))
+
+
+def put(value, path, other):
+    if not path:
+        return other
+    value = copy.copy(value)
+    value[path[0]] = put(value[path[0]], path[1:], other)
+    return value
+
+
+@pytest.mark.parametrize("whole", WHOLE, ids=["anthropic", "responses", "langchain", "gemini", "others"])
+def test_no_odd_value_is_an_error_of_ours(whole):
+    """Each place of a conversation in turn holds each odd value: it is read, or dropped under a short name."""
+    kept, reasons = 0, set()
+    for path in list(places(whole))[1:]:
+        for value in STRANGE:
+            try:
+                found = normalise_messages(put(whole, path, value))
+                kept += all(m["role"] and isinstance(m["content"], str) for m in found)
+            except DropPair as reason:
+                reasons.add(str(reason))
+    assert kept > 40 and len(reasons) > 20 and max(map(len, reasons)) < 150
 
 
 # ---------------------------------------------------------------------------------------------- an oracle for all forms
