@@ -99,6 +99,7 @@ def trained(tmp_path, values: dict) -> tuple[list, dict]:
     return [p.detach().clone() for p in trainer.model.parameters()], found
 
 
+@pytest.mark.slow
 def test_what_is_said_to_change_nothing_changes_nothing(tmp_path):
     """All such options at once against none; and a wrong twin, an option that works."""
     values = {key: value for key, value in OTHER.items() if key != "do_predict"}
