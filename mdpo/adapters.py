@@ -1,12 +1,14 @@
 """LoRA's targets against the modules of the model, which is built without weights, before they are loaded."""
 
+import inspect
 import re
 from copy import deepcopy
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto import auto_factory
 from trl import get_peft_config
 
 from mdpo.settings import nearest
@@ -45,6 +47,17 @@ def bare_model(config: Any) -> torch.nn.Module | None:
             return (kind[0] if isinstance(kind, tuple) else kind)(config)
     except Exception:  # loading says what is wrong with it
         return None
+
+
+def refuse_unknown_kwargs(kwargs: dict[str, Any], config: Any) -> None:
+    """Raises UserError for a key of model_init_kwargs that is neither a value of the model's configuration nor named
+    anywhere in transformers' loading: it would be passed on to the model's class, which refuses it."""
+    source = inspect.getsource(PreTrainedModel.from_pretrained) + inspect.getsource(auto_factory)
+    for key in kwargs:
+        if not (hasattr(config, key) or re.search(rf"\b{re.escape(key)}\b", source)):
+            near = nearest(key, [name for name in config.to_dict() if len(name) > 3])
+            meant = f" Did you mean {near}?" if near else ""
+            raise UserError(f"model_init_kwargs: {key!r} is no value of {type(config).__name__}.{meant}")
 
 
 def refuse_targets(model: torch.nn.Module, peft_config: PeftConfig) -> None:

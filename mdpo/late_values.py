@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_bitsandbytes_available
 
-from mdpo.adapters import bare_model, refuse_targets
+from mdpo.adapters import bare_model, refuse_targets, refuse_unknown_kwargs
 from mdpo.files import first_line
 from mdpo.metrics import COLUMNS, averages
 from mdpo.settings import nearest
@@ -25,6 +26,7 @@ from mdpo.types import UserError
 
 OF_TRAINER = {"loss", "pairs", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
 OF_TURNS = re.compile(r"(margins|pairs)/turn_[1-9]\d*|(accuracies|margins|pairs)/[1-9]\d*_turns")
+UNLISTED = {"flyte": "flytekit", "azure_ml": "azureml"}  # transformers' list of what is installed may lack them
 READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -73,11 +75,8 @@ def _refuse_trackers(names: list[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"report_to: {name!r} is not one of none, all, {', '.join(INTEGRATION_TO_CALLBACK)}.")
-        if name not in installed:
-            with _named("report_to"):
-                INTEGRATION_TO_CALLBACK[name]()
-            if name in ("mlflow", "neptune"):
-                raise UserError(f"report_to: {name} is not installed.")
+        if name not in installed and not (name in UNLISTED and find_spec(UNLISTED[name])):
+            raise UserError(f"report_to: {name}: its package is not installed. Install it, or leave it out.")
 
 
 def _refuse_login(args: Any) -> None:
@@ -146,7 +145,10 @@ def _refuse_model_values(model: Any) -> None:
 
 
 def refuse_unfit(args: Any, peft_config: Any, config: Any) -> None:
-    """Raises UserError where LoRA's targets, or those of the optimizer, are no part of the model of `config`."""
+    """Raises UserError where LoRA's targets, or those of the optimizer, are no part of the model of `config`, or
+    model_init_kwargs are not for it. None for `config`: unknown, nothing is looked at."""
+    if config is not None:
+        refuse_unknown_kwargs(args.model_init_kwargs or {}, config)
     model = bare_model(config) if config is not None and (peft_config or args.optim_target_modules) else None
     if model is None:
         return

@@ -454,6 +454,7 @@ def test_handbook_recipe_works(load):
     assert recipe.data.dataset_mixer == {"HuggingFaceH4/ultrafeedback_binarized": 0.5}
     assert (recipe.training.dataset_num_proc, recipe.training.warmup_steps) == (12, 0.1)
     assert recipe.training.eval_strategy == "steps" and recipe.training.report_to == ["tensorboard", "wandb"]
+    assert check_options(recipe.training, None, recipe.values) == []
     notes = "\n".join(recipe.notes)
     for key in ("torch_dtype", "use_flash_attention_2", "preprocessing_num_workers", "warmup_ratio"):
         assert notes.count(f" {key} is ") == 1

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import trl
+from datasets import Dataset
+from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from trl import DPOConfig
 
+from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
 from mdpo.effects import NAMED, QUIET, REFUSED, REFUSED_ELSEWHERE, WORKS
 from mdpo.options import INSTEAD, check_options
@@ -79,6 +83,32 @@ def test_what_changes_nothing_is_said(key):
             check_options(args)
     else:
         assert check_options(args) == [f"{key}: has no effect: {NAMED[key]}."]
+
+
+def trained(tmp_path, values: dict) -> tuple[list, dict]:
+    """The weights after three steps, and the evaluation, of a tiny model under TRL's own configuration."""
+    tokenizer = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
+    rows = Dataset.from_list(agent_rows(6))
+    given = {**BASE, "output_dir": str(tmp_path), "report_to": "none", "max_steps": 3, "save_strategy": "no"}
+    args = DPOConfig(**given, per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-3, **values)
+    trainer = DPOTrainer(tiny_llama(tokenizer), args=args, train_dataset=rows, eval_dataset=rows,
+                         processing_class=tokenizer)  # fmt: skip
+    trainer.train()
+    timing = ("runtime", "per_second")
+    found = {name: value for name, value in trainer.evaluate().items() if not name.endswith(timing)}
+    return [p.detach().clone() for p in trainer.model.parameters()], found
+
+
+@pytest.mark.slow
+def test_what_is_said_to_change_nothing_changes_nothing(tmp_path):
+    """All such options at once against none; and a wrong twin, an option that works."""
+    values = {key: value for key, value in OTHER.items() if key != "do_predict"}
+    weights, figures = trained(tmp_path / "a", {})
+    others, same = trained(tmp_path / "b", values)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    assert figures == same and len(figures) > 10
+    twin, _ = trained(tmp_path / "c", {"weight_decay": 0.5})
+    assert not all(torch.equal(a, b) for a, b in zip(weights, twin, strict=True))
 
 
 @pytest.mark.parametrize("key", INSTEAD)

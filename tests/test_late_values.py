@@ -186,6 +186,17 @@ def test_the_model_without_weights_holds_none_and_moves_no_generator():
     assert LLAMA._attn_implementation != "eager" or LLAMA._attn_implementation_internal is None
 
 
+@pytest.mark.parametrize("key", ["use_cach", "num_layer", "atn_implementation"])
+def test_model_init_kwargs_of_no_model(key):
+    args = MDPOConfig(**BASE, model_init_kwargs={"use_cache": False, "dtype": "auto", "cache_dir": "x", key: 1})
+    with pytest.raises(UserError, match=f"^model_init_kwargs: '{key}' is no value of LlamaConfig"):
+        refuse_unfit(args, None, LLAMA)
+    known = {"revision": "main", "subfolder": "x", "quantization_config": None, "device_map": None,
+             "low_cpu_mem_usage": True, "attn_implementation": "sdpa", "trust_remote_code": True, "token": "x",
+             "local_files_only": True, "num_hidden_layers": 1, "use_safetensors": True, "variant": "x"}  # fmt: skip
+    refuse_unfit(MDPOConfig(**BASE, model_init_kwargs=known), None, LLAMA)
+
+
 def test_optimizers_of_some_modules():
     args = MDPOConfig(**BASE, optim="galore_adamw", optim_target_modules=["q_proj"])
     with pytest.raises(UserError, match="^optim: .*galore_torch"):  # not installed
