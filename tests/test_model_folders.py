@@ -184,6 +184,13 @@ def test_objects_that_cannot_be_trained(base, tmp_path):
     refuse_frozen(PeftModel.from_pretrained(tiny_llama(TOKENIZER), "sft", is_trainable=True))
 
 
+def test_a_reference_of_a_smaller_vocabulary(tmp_path):
+    fewer = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
+    assert len(fewer) < len(TOKENIZER)
+    with pytest.raises(UserError, match=f"^the reference: The tokenizer has .* an embedding for {len(fewer)}"):
+        own(tmp_path, TOKENIZER, tiny_llama(TOKENIZER), tiny_llama(fewer))
+
+
 def first_step(model, folder, peft_config=None, **options):
     args = MDPOConfig(
         str(folder), per_device_train_batch_size=4, max_steps=1, report_to="none", use_cpu=True, bf16=False,
