@@ -1,7 +1,7 @@
 """Whether what a recipe names as a model is one: an adapter's folder or hub name, or a folder without weights, is not.
 
-transformers loads an adapter as its base with the adapter's layers put in. Where PEFT then puts a new adapter on it, the
-first one is no longer heard, and policy and reference begin as the bare base.
+transformers loads an adapter as its base with the adapter's layers put in. Where PEFT puts a new adapter on that, the
+first one is no longer heard: policy and reference begin as the bare base.
 """
 
 import json
