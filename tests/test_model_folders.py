@@ -113,6 +113,16 @@ def test_adapters_that_cannot_be_merged_and_damaged_ones(base):
             refuse_unloadable(*arguments("sft"))
 
 
+def test_a_home_folder_and_names_that_no_hub_has(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapter("sft", base)
+    with pytest.raises(UserError, match=f"^model_name_or_path: {tmp_path}/sft is an adapter"):
+        refuse_unloadable(*arguments("~/sft"))
+    refuse_unloadable(*arguments("~/base"))
+    with pytest.raises(UserError, match="^model_name_or_path: 'a b/c' cannot be had"):
+        refuse_unloadable(*arguments("a b/c"))
+
+
 def test_both_keys_subfolders_and_a_model_beside(base):
     adapter("repository/sft", base)
     with pytest.raises(UserError, match="^model_name_or_path"):
