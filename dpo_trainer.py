@@ -297,6 +297,7 @@ class DPOTrainer(GuardedTrainer):
             ############## MODIFICATION 3: a reference other than the starting policy, by name.
             ref_model = build_reference(self.model, path, kwargs, self._policy_name is None)
             ############## MODIFICATION 3 END
+        refuse_small_vocabulary(self.processing_class, ref_model.config, "the reference: ")
         if self.args.disable_dropout:
             disable_dropout(ref_model)
         return place_reference(ref_model, self.accelerator, self._fused, engine_dtype(self.args))

@@ -34,12 +34,13 @@ def load_model(name_or_path: str, **kwargs):
 
 def _refuse_missing(what: str, found: dict) -> None:
     """Raises UserError for weights that are in no file: transformers draws them at random."""
-    missing = sorted(found["missing_keys"])
+    missing = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if not missing:
         return
     alike = [name for name in found["unexpected_keys"] if name.endswith(f".{missing[0]}")]
     wrapped = f" The files have it as {alike[0]}: they carry a wrapper's name." if alike else ""
+    where = "in no file" if found["missing_keys"] else "in its files in other shapes"
     raise UserError(
-        f"{what}: {len(missing)} of its weights are in no file and would begin at random, such as {missing[0]}."
+        f"{what}: {len(missing)} of its weights are {where} and would begin at random, such as {missing[0]}."
         f"{wrapped} Are all files there, and is config.json this model's?"
     )

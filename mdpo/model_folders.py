@@ -1,7 +1,7 @@
 """Whether what a recipe names as a model is one: an adapter's folder or hub name, or a folder without weights, is not.
 
-transformers loads an adapter as its base with the adapter inside, and PEFT then wraps that model as if it were bare:
-switched off, for the reference, the adapter's layers would be those of the base.
+transformers loads an adapter as its base with the adapter's layers put in. Where PEFT puts a new adapter on that, the
+first one is no longer heard: policy and reference begin as the bare base.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PromptLearningConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from mdpo.files import first_line
 from mdpo.tokenizer import refuse_missing_folder
 from mdpo.types import UserError
 
@@ -43,7 +44,11 @@ def refuse_no_model(key: str, name: str, revision: str | None = None, subfolder:
 def refuse_adapter(name: str, key: str = "model", revision: str | None = None, subfolder: str = "") -> None:
     """Raises UserError, with the command that makes a model of it, where `name`, a folder or a name on the hub, is an
     adapter. `key` is what the user wrote it in."""
-    found = find_adapter_config_file(name, revision=revision, subfolder=subfolder)
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    try:
+        found = find_adapter_config_file(name, revision=revision, subfolder=subfolder)
+    except (OSError, ValueError) as error:  # no name that the hub could have
+        raise UserError(f"{key}: {name!r} cannot be had: {first_line(error)}") from error
     if found is None:
         return
     try:
@@ -90,7 +95,7 @@ def _gone(base: str | None) -> bool:
 
 def refuse_without_weights(name: str, key: str, subfolder: str = "") -> None:
     """Raises UserError for a local folder in which there are no weights to load."""
-    folder = Path(name, subfolder)
+    folder = Path(name, subfolder).expanduser()
     if not folder.is_dir() or _weights(folder):
         return
     inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

@@ -63,6 +63,8 @@ def test_other_shapes(folder):
     configure(folder, vocab_size=len(TOKENIZER) + 8)
     with pytest.raises(UserError, match="hold other shapes than its config.json says"):
         load_model(str(folder))
+    with pytest.raises(UserError, match="2 of its weights are in its files in other shapes .* such as lm_head.weight"):
+        load_model(str(folder), ignore_mismatched_sizes=True)
 
 
 def test_weights_that_cannot_be_read(folder):

@@ -113,6 +113,16 @@ def test_adapters_that_cannot_be_merged_and_damaged_ones(base):
             refuse_unloadable(*arguments("sft"))
 
 
+def test_a_home_folder_and_names_that_no_hub_has(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapter("sft", base)
+    with pytest.raises(UserError, match=f"^model_name_or_path: {tmp_path}/sft is an adapter"):
+        refuse_unloadable(*arguments("~/sft"))
+    refuse_unloadable(*arguments("~/base"))
+    with pytest.raises(UserError, match="^model_name_or_path: 'a b/c' cannot be had"):
+        refuse_unloadable(*arguments("a b/c"))
+
+
 def test_both_keys_subfolders_and_a_model_beside(base):
     adapter("repository/sft", base)
     with pytest.raises(UserError, match="^model_name_or_path"):
@@ -182,6 +192,13 @@ def test_objects_that_cannot_be_trained(base, tmp_path):
     with pytest.raises(UserError, match="is_trainable=True"):
         own(tmp_path, TOKENIZER, frozen).train()
     refuse_frozen(PeftModel.from_pretrained(tiny_llama(TOKENIZER), "sft", is_trainable=True))
+
+
+def test_a_reference_of_a_smaller_vocabulary(tmp_path):
+    fewer = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
+    assert len(fewer) < len(TOKENIZER)
+    with pytest.raises(UserError, match=f"^the reference: The tokenizer has .* an embedding for {len(fewer)}"):
+        own(tmp_path, TOKENIZER, tiny_llama(TOKENIZER), tiny_llama(fewer))
 
 
 def first_step(model, folder, peft_config=None, **options):
