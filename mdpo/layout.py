@@ -11,6 +11,7 @@ from mdpo.attention import noting_refusals, refused
 from mdpo.files import first_line
 from mdpo.layout_check import Watch, misplaced, shifted
 from mdpo.logprobs import score_tokens, scored_beside
+from mdpo.modes import evaluating
 from mdpo.packing import first_pairs, unpacked
 from mdpo.startup import say
 from mdpo.types import UserError
@@ -44,15 +45,14 @@ class Layout:
         """The batch in the layout that `model` (wrapped or not) takes. All ranks call it together."""
         inner, packed = self.accelerator.unwrap_model(model), "segments" in batch
         if inner not in self._heads or (packed and inner not in self._packs):
-            first, training = first_pairs(batch, 2) if packed else batch, inner.training
-            inner.eval()  # no dropout
-            # A model that is compiled as a whole (torch_compile) is looked at uncompiled: its calls are watched.
-            with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            first = first_pairs(batch, 2) if packed else batch
+            # Compiled parts run eagerly: two pairs are no reason to compile.
+            eager = torch.compiler.set_stance("force_eager")
+            with evaluating(inner), torch.no_grad(), self.accelerator.autocast(), eager:
                 self._check_head(model, inner, unpacked(first, self.pad_token_id) if packed else first)
                 self._heads.add(inner)
                 if packed:
                     self._packs[inner] = self._check(model, inner, first)
-            inner.train(training)
         return unpacked(batch, self.pad_token_id) if packed and not self._packs[inner] else batch
 
     def _check_head(self, model, inner, batch) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import get_peft_config
 
+from mdpo.adapters import adapter_config
 from mdpo.files import first_line
 from mdpo.footprint import Skeleton
 from mdpo.memory import MemoryPlan, Needs
@@ -34,7 +34,7 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
     half = "bf16" if values.get("bf16", not values.get("fp16")) else "fp16" if values.get("fp16") else None
     mixed = MIXED[half or sharding.precision]
     flash = str(values.get("attn_implementation") or "").startswith(("flash", "kernels"))
-    peft, reference = get_peft_config(recipe.model), None
+    peft, reference = adapter_config(recipe.model), None
     if not args.precompute_ref_log_probs and (peft is None or args.ref_model_name_or_path):
         name = args.ref_model_name_or_path or recipe.model.model_name_or_path
         reference = _maker(_model_config(name, recipe), recipe, values)

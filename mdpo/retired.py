@@ -65,7 +65,7 @@ _REFUSED = {
     "choose precision with bf16, fp16 and dtype": "fp16_backend half_precision_backend fp16_opt_level",
     "the device is found without it; use_cpu: true keeps a run on the CPU": """use_mps_device use_ipex jit_mode_eval
         tpu_num_cores tpu_metrics_debug mp_parameters ray_scope""",
-    "use torch_compile": "torchdynamo",
+    "leave it out; fused_ops, on by default, compiles what gains by it": "torchdynamo",
     "use accelerator_config": "dispatch_batches split_batches",
     "use the accelerate file under training_configs/": "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap tp_size",
     "put the organisation in hub_model_id, as ORGANISATION/NAME": "push_to_hub_organization",
