@@ -82,7 +82,7 @@ def _texts(value: Any) -> list[str] | None:
 def after_last_user(row: Row) -> Row:
     """ms-swift: `messages` ends with the chosen answer; the rejected one stands alone, or is a whole conversation."""
     name = "rejected_messages" if row.get("rejected_messages") else "rejected_response"
-    messages, rejected = row["messages"], row[name]
+    messages, rejected = row["messages"], row.get(name)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise DropPair("messages is not a list of messages")
     if isinstance(rejected, list) and rejected and role_of(rejected[0]) in ("user", "system"):

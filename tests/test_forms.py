@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
+from test_data import ODD
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from dpo_trainer import DPOTrainer
@@ -298,6 +299,20 @@ def test_columns_about_a_row_are_no_question(name):
 def test_what_cannot_be_told_is_dropped_by_name(row, reason):
     with pytest.raises(DropPair, match=re.escape(reason)):
         row_to_pair(row)
+
+
+def test_no_odd_value_in_a_column_of_a_form_ends_a_run():
+    """Each column of each form holds each odd value in turn: read, or dropped by name."""
+    reasons = set()
+    for name, row, _ in ROWS:
+        for column, odd in ((column, odd) for column in row for odd in ODD):
+            try:
+                row_to_pair({**row, column: odd})
+            except DropPair as reason:
+                reasons.add(str(reason))
+            except Exception as error:
+                raise AssertionError(f"{name}: {column}: {odd!r:.80}") from error
+    assert len(reasons) > 50
 
 
 def test_the_same_words_in_two_columns_are_no_contradiction():
