@@ -17,8 +17,8 @@ from mdpo.types import UserError
 WORKS = {
     "transformers/trainer.py": """num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
         weight_decay adam_beta1 adam_beta2 adam_epsilon optim optim_args gradient_accumulation_steps max_grad_norm
-        bf16 fp16 activation_checkpointing activation_checkpointing_kwargs torch_compile torch_compile_backend
-        torch_compile_mode use_cache neftune_noise_alpha torch_empty_cache_steps logging_nan_inf_filter
+        bf16 fp16 activation_checkpointing activation_checkpointing_kwargs use_cache
+        neftune_noise_alpha torch_empty_cache_steps logging_nan_inf_filter
         include_num_input_tokens_seen disable_tqdm report_to eval_strategy save_strategy save_only_model push_to_hub
         hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
         metric_for_best_model greater_is_better full_determinism seed data_seed accelerator_config

@@ -49,7 +49,7 @@ def _thoughts(message: Message) -> list[str]:
     """The texts of a message's reasoning without their white space, whether in fields or before `</think>`."""
     texts = [message[name] for name in FIELDS if isinstance(message.get(name), str)]
     thought, tag, visible = (message.get("content") or "").rpartition("</think>")
-    if tag and visible.strip():  # a turn of thoughts alone is marked as its content is
+    if tag and visible.strip():
         texts.append(thought.strip().removeprefix("<think>"))
     return [squeezed for text in texts if (squeezed := "".join(text.split()))]
 

@@ -46,11 +46,6 @@ class Marker:
         if visible.strip():
             what = "the text beside a tool call" if own and calls else f"the {role} text"
             marked["content"] = thought + tag + self.text(visible, i, self.inside and not own, what)
-        elif thought.strip() and not calls:
-            begin = thought.find("<think>") + len("<think>") if thought.lstrip().startswith("<think>") else 0
-            if thought[begin:].strip():
-                thought = thought[:begin] + self.text(thought[begin:], i, what="a turn of thoughts alone")
-                marked["content"] = thought + tag + visible
         if calls:
             marked["tool_calls"] = [self.call(call, i) for call in calls]
         return marked

@@ -107,10 +107,10 @@ def _empty(message: Message) -> str:
         return ""
     if role != "assistant":
         return "" if content.strip() else "empty or missing content"
-    said = content.rpartition("</think>")[2].strip()
-    if said:
+    thought, _, said = content.rpartition("</think>")
+    if said.strip():
         return ""
-    alone = content.strip() or any(message.get(name) for name in THOUGHTS)
+    alone = thought.replace("<think>", "").strip() or any(message.get(name) for name in THOUGHTS)
     return "an assistant turn of thoughts alone" if alone else "an empty assistant turn"
 
 

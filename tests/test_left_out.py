@@ -226,16 +226,15 @@ def test_text_beside_a_call():
 
 @pytest.mark.parametrize("thought", ["Let me see.\n</think>", "<think>\nLet me see.\n</think>\n"])
 def test_a_turn_of_thoughts_alone(thought):
-    def row(template):
-        return row_of(template, [ASK, assistant(thought), user("On."), assistant("Rhone.")], [ASK, assistant("Seine.")])
-
-    assert row(ChatTemplate(tokenizer_for(CHATML))) == ("", [], [f"{thought}<|im_end|>", "Rhone.<|im_end|>"])
-    assert row(LAST_ONLY)[0].startswith("template leaves out content: a turn of thoughts alone (message 2)")
+    """Also where the template writes all of it: an answer that was cut inside its thoughts has no end to be learned."""
+    for template in (ChatTemplate(tokenizer_for(CHATML)), LAST_ONLY):
+        sides = [ASK, assistant(thought), user("On."), assistant("Rhone.")], [ASK, assistant("Seine.")]
+        assert row_of(template, *sides)[0] == "chosen, message 2: an assistant turn of thoughts alone"
 
 
 def test_an_empty_block_alone():
     reason, *_ = row_of(LAST_ONLY, [ASK, assistant("<think>\n</think>")], [ASK, assistant("Seine.")])
-    assert reason == "a turn without words (message 2)"
+    assert reason == "chosen, message 2: an empty assistant turn"
 
 
 def test_a_template_that_rewrites_one_message_names_it():

@@ -627,7 +627,8 @@ def check(name, templates, messages, tools=None, row=None, turns=None):
     segments = None
     for template in templates if isinstance(templates, list) else [templates]:
         tokenizer = template.tokenizer
-        render = partial(tokenizer.apply_chat_template, native(name, messages), tools=tools, **template.kwargs)
+        kwargs = {k: v for k, v in template.kwargs.items() if k != "strftime_now"}  # today, as without it
+        render = partial(tokenizer.apply_chat_template, native(name, messages), tools=tools, **kwargs)
         if segments is None:
             text = render(tokenize=False)
             segments = expected_segments(row or ROWS[name], messages, text, turns)
