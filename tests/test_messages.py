@@ -8,7 +8,7 @@ from tiny import CHATML, tokenizer_for, trl_template
 
 from mdpo.data import row_to_pair
 from mdpo.messages import conversation, normalise_messages, read_messages, role_of
-from mdpo.render import RenderSettings
+from mdpo.render import ENDS, RenderSettings
 from mdpo.template import ChatTemplate
 from mdpo.template_fit import MADE_UP, MISSING, REPLACED
 from mdpo.tokens import tokenize_row
@@ -691,3 +691,13 @@ def test_thoughts_that_the_template_shows_under_another_name_are_used(template, 
 @pytest.mark.parametrize("nothing", ["null", "", "[]", [], None])
 def test_no_calls(nothing):
     assert normalise_messages([U, {**A, "tool_calls": nothing}])[1] == A
+
+
+def test_an_end_of_turn_token_in_an_answer_is_counted():
+    def remarks(text):
+        return tokenize_row({"chosen": [U, {**A, "content": text}], "rejected": [U, B]}, 0, chat(CHATML), SETTINGS)[
+            "remarks"
+        ]
+
+    assert remarks("A.<|im_end|>") == remarks("A.<|im_end|>\n<|im_start|>user\nQ?") == [ENDS]
+    assert remarks("A.") == remarks("im_end") == []
