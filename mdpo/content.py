@@ -13,6 +13,7 @@ from mdpo.types import DropPair
 TEXTS = {**dict.fromkeys(("text", "input_text", "output_text"), ("text", "value", "content")), "refusal": ("refusal",)}
 THOUGHTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "text"), "reasoning_text": ("text",),
             "summary_text": ("text",)}  # fmt: skip
+RESULTS = {"functionResponse", "function_response", "toolResult"}  # Gemini's and Bedrock's keys of a tool's output
 OTHERS = ("tool_use", "tool_result", "redacted_thinking")
 # Known, and refused: what a text model does not take, and Vercel's calls.
 MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "input_audio", "audio_url", "file",
@@ -67,7 +68,7 @@ def _untyped(part: dict[str, Any]) -> Iterator[Piece]:
     """Gemini's parts and Bedrock's say by their only key what they are."""
     part = {k: v for k, v in part.items() if v is not None}
     call = next((part[k] for k in ("functionCall", "function_call", "toolUse") if k in part), None)
-    result = next((part[k] for k in ("functionResponse", "function_response", "toolResult") if k in part), None)
+    result = next((part[k] for k in part if k in RESULTS), None)
     if isinstance(part.get("text"), str):
         yield "thought" if part.get("thought") is True else "text", part["text"]
     elif isinstance(call, dict):
@@ -136,7 +137,7 @@ def _kind(part: dict[str, Any]) -> str:
 
 def are_results(content: Any) -> bool:
     listed = isinstance(content, list) and content and all(isinstance(p, dict) for p in content)
-    return bool(listed) and all(part.get("type") == "tool_result" for part in content)
+    return bool(listed) and all(part.get("type") == "tool_result" or RESULTS & set(part) for part in content)
 
 
 def parts_as_text(content: str) -> list[dict[str, Any]] | None:

@@ -13,6 +13,7 @@ __all__ = ["COLUMNS", "row_to_pair"]
 TRAILING = "a turn of the environment behind the last answer"
 SPACED = "prompts that differ in white space or further fields, chosen's used for both"
 NO_USER = "no user turn"
+OTHER_SYSTEM = "a system column of other words than the conversation's own system message, which counts"
 Sides = list[list[Message]]
 
 
@@ -37,8 +38,11 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
         raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
                         "mask_user_turns: true.")  # fmt: skip
-    if row.get("system") and not any(side[0]["role"] == "system" for side in both):
-        first = normalise_messages([{"role": "system", "content": row["system"]}], "system")
+    first = normalise_messages([{"role": "system", "content": row["system"]}], "system") if row.get("system") else []
+    own = [side[0] for side in both if side[0]["role"] == "system"]
+    if first and not all(same_message(message, *first) for message in own):
+        row["remarks"].append(OTHER_SYSTEM)
+    if first and not own:
         both, n = [first + side for side in both], n + 1
         weights = [[1.0, *side] if side else [] for side in weights]
     if not n:  # without turn masks: what both sides begin with

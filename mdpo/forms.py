@@ -8,8 +8,9 @@ from mdpo.columns import Row, role_of, structured, unwrapped
 from mdpo.messages import normalise_messages, same_message
 from mdpo.questions import QUESTIONS, begins, history, messages_in, question, text_in
 from mdpo.sides import SIDES, TRL, sides_form
+from mdpo.tool_calls import read_tools
 from mdpo.types import DropPair, Message, UserError
-from mdpo.unread import NO_QUESTION, ROLE_MARKS, WORDS, Unread, no_pairs, no_question
+from mdpo.unread import NO_QUESTION, ROLE_MARKS, WORDS, Unread, no_pairs, no_question, words_in
 
 FORMS = (*SIDES, *QUESTIONS)
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
@@ -31,7 +32,9 @@ def as_preference(row: Row, mask_turns: bool = True) -> Row:
     if form is None:
         raise DropPair(f"not a pair: its columns are {', '.join(sorted(set(row) - {'key'}))}"[:200])
     read = form.read(row)
-    out = {name: row[name] for name in COLUMNS if name in row} | {"remarks": []} | _sides(read)
+    sides = _sides(read)
+    _refuse_other_tools(row.get("tools"), sides.get("tools"), "the sides")
+    out = {name: row[name] for name in COLUMNS if name in row} | {"remarks": []} | sides
     out["margin"] = out.get("margin") if row.get("margin") is None else row["margin"]
     out |= _beside(row, out, SYSTEMS if mask_turns else SYSTEMS[:1])
     used = {*COLUMNS, *SYSTEMS, *form.columns, *form.also}
@@ -60,9 +63,13 @@ def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
     if len(given) > 1 and given[0] != given[1]:
         raise DropPair("both system and system_prompt, which differ")
     inside = row["input"].get("tools") if isinstance(row.get("input"), dict) else None
-    if inside and out.get("tools") and inside != out["tools"]:
-        raise DropPair("both tools and tools in input, which differ")
+    _refuse_other_tools(out.get("tools"), inside, "input")
     return {"system": given[0] if given else None, "tools": out.get("tools") or inside}
+
+
+def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:
+    if own and inside and own != inside and (tools := read_tools(own)) and tools != read_tools(inside):
+        raise DropPair(f"both tools and tools in {where}, which differ")
 
 
 def _prompt(row: Row, sides: tuple, of_trl: bool, mask_turns: bool) -> tuple[Row | None, set[str]]:
@@ -102,7 +109,7 @@ def _refuse_unclear(base: list[Message], columns: set[str], sides: tuple) -> Non
     if not all(isinstance(side, str) for side in sides):
         return
     words = text_in(last.get("content", last.get("value"))).strip()
-    if len(words.split()) >= WORDS and all(side.strip().startswith(words) for side in sides):
+    if words_in(words) >= WORDS and all(side.strip().startswith(words) for side in sides):
         raise DropPair(f"plain texts that begin with the words of {names}: take them out of the texts, or the column")
     if any(ROLE_MARKS.match(side.lstrip()) for side in sides):
         raise DropPair(f"plain texts with turns of their own beside {names}: take the column out, or write messages")

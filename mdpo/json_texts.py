@@ -45,6 +45,7 @@ def unfolded(text: str) -> Any:
     """What a text holds that is a JSON list or object, encoded once or several times; None where it holds neither."""
     value: Any = text
     for _ in range(DEPTH):
+        value = value.removeprefix("\ufeff") if isinstance(value, str) else value
         if not isinstance(value, str) or not value[:100].lstrip().startswith(("[", "{", '"')):
             break
         try:

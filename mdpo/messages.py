@@ -72,12 +72,9 @@ def read_messages(messages: list[Message], where: str = "") -> Conversation:
 
 
 def same_message(a: Message, b: Message) -> bool:
-    """Whether two normalised messages say the same, white space around it and other fields aside."""
-    return (a["role"], a["content"].strip(), a.get("tool_calls")) == (
-        b["role"],
-        b["content"].strip(),
-        b.get("tool_calls"),
-    )
+    """Whether two normalised messages say the same, white space around it, ids of calls and other fields aside."""
+    (said, calls), (also, others) = ((m["content"].strip(), m.get("tool_calls", ())) for m in (a, b))
+    return (a["role"], said) == (b["role"], also) and [c["function"] for c in calls] == [c["function"] for c in others]
 
 
 def _place(where: str, number: int) -> str:

@@ -14,6 +14,7 @@ from mdpo.template import ChatTemplate, Rendered
 from mdpo.types import DropPair, Pair, TokenizedPair, common_prefix
 
 NO_STOP = "end-of-turn missing"
+ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
 Side = tuple[list[int], list[int], list[float]]  # ids, mask, weights: a number a token each
 
 
@@ -99,12 +100,14 @@ def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template:
     spans = [(s.start, s.end) for s in rendered.spans]
     ids, ranges, mask, apart = supervised(text, spans, encoded, template.tokenizer)
     _verify(rendered, ids, ranges, template)
+    stops = {span.stop for span in rendered.spans} - {""}
+    inside = any(stop in (messages[span.message].get("content") or "") for span in rendered.spans for stop in stops)
     weights = [1.0] * len(ids)
     for span in rendered.spans if turn_weights else ():
         for t, (start, end) in enumerate(ranges):
             if span.start <= start and end <= span.end:
                 weights[t] = turn_weights[span.message]
-    return (ids, mask, weights), rendered.remarks + [APART] * apart
+    return (ids, mask, weights), rendered.remarks + [APART] * apart + [ENDS] * inside
 
 
 def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:

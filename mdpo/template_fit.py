@@ -7,6 +7,7 @@ from functools import lru_cache
 from mdpo.tool_calls import linked
 from mdpo.types import DropPair, Message, Pair
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # transformers gives each under the others' names as well
 MADE_UP = "tool call ids that were made up, as the template writes them and the row has none"
 REPLACED = "tool call ids that were replaced, as the template refuses the row's own"
 MISSING = "tool calls without the ids that the template writes"
@@ -21,8 +22,12 @@ def fit(pair: Pair, template) -> Pair:
     source = str(template.tokenizer.chat_template)
     if any(m.get("tool_calls") for side in (pair.chosen, pair.rejected) for m in side) and _mentions(source, "id"):
         pair = _with_ids(pair, template)
-    unread = [name for name in pair.unread if not (_mentions(source, name) and _shows(name, pair, template))]
+    unread = [name for name in pair.unread if not (_reads(source, name) and _shows(name, pair, template))]
     return dataclasses.replace(pair, unread=unread)
+
+
+def _reads(source: str, name: str) -> bool:
+    return any(_mentions(source, known) for known in (THOUGHTS if name in THOUGHTS else (name,)))
 
 
 @lru_cache(maxsize=1024)

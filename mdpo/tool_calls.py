@@ -15,6 +15,8 @@ ID = re.compile(r"[a-zA-Z0-9]{9}")  # what Mistral's templates ask for, and ever
 def read_calls(value: Any) -> list[dict[str, Any]]:
     """A list of calls, one call, or either as JSON text → calls as templates want them. Raises DropPair."""
     calls = parsed(value, "tool calls")
+    if calls is None:
+        return []
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list):

@@ -17,6 +17,11 @@ ABOUT = re.compile(
 )
 ASKS = re.compile(r"(?i)(^|_)(prompt|question|query|instruction|problem|request|post|input|dialog|dialogue|"
                   r"conversation|messages|history|context|turns)s?($|_)")  # fmt: skip
+# What such a name ends with where it is a text after all: model_input, source_text.
+TEXT = re.compile(r"(?i)_(prompt|question|query|instruction|problem|request|post|input|dialog|dialogue|text|sentence|"
+                  r"document|passage|content)s?$")  # fmt: skip
+SENTENCE = re.compile(r"[.?!。？！]\s*$")
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese
 ROLE_MARKS = re.compile(
     r"(?im)^\W*(human|user|question|instruction|prompt|q|post|subreddit)\W*:|\[INST\]|^#+ *(human|user|instruction|"
     r"question)\b|<[|｜](user|im_start|start_header_id|prompter)|<start_of_turn>"
@@ -28,10 +33,15 @@ class Unread(DropPair):
     """The question may be in a column that nothing reads."""
 
 
+def words_in(text: str) -> int:
+    """How many words a text has; in scripts that put no spaces between them, two letters count as one."""
+    return max(len(text.split()), len(UNSPACED.findall(text)) // 2)
+
+
 def holds_text(value: Any) -> bool:
     """Whether a value holds a text of WORDS words or more, at any depth, or messages."""
     if isinstance(value, str):
-        return len(value.split()) >= WORDS
+        return words_in(value) >= WORDS
     if isinstance(value, dict):
         return role_of(value) is not None or any(map(holds_text, value.values()))
     return isinstance(value, list) and any(map(holds_text, value))
@@ -39,9 +49,16 @@ def holds_text(value: Any) -> bool:
 
 def unread_text(row: Row, used: set[str]) -> str | None:
     """The first column outside `used` that may hold the question; those whose names say so come first."""
-    others = [name for name, value in row.items() if name not in used and value]
-    named = [n for n in others if ASKS.search(n) and not ABOUT.search(n) and not isinstance(row[n], int | float)]
-    return next(iter(named + [n for n in others if not ABOUT.search(n) and holds_text(row[n])]), None)
+    others = [n for n, value in row.items() if n not in used and value and not _about(n, value)]
+    named = [n for n in others if ASKS.search(n) and not isinstance(row[n], int | float)]
+    return next(iter(named + [n for n in others if holds_text(row[n])]), None)
+
+
+def _about(name: str, value: Any) -> bool:
+    """Whether a column is about its row, by its name, and holds no whole sentence."""
+    if not ABOUT.search(name) or TEXT.search(name):
+        return False
+    return not (isinstance(value, str) and holds_text(value) and SENTENCE.search(value))
 
 
 def no_question(row: Row, sides: tuple, used: set[str]) -> DropPair | None:

@@ -12,7 +12,7 @@ from tiny import CHATML, tiny_llama, tokenizer_for
 
 from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
-from mdpo.data import NO_USER, SPACED, TRAILING, row_to_pair
+from mdpo.data import NO_USER, OTHER_SYSTEM, SPACED, TRAILING, row_to_pair
 from mdpo.forms import FORMS, LOOKED_AT, as_preference, look
 from mdpo.left_out import TOOLS as NO_TOOLS
 from mdpo.questions import LISTS, TEXTS
@@ -22,7 +22,7 @@ from mdpo.sides import SIDES
 from mdpo.template import ChatTemplate
 from mdpo.tokens import tokenize_dataset, tokenize_row, tokenize_stream
 from mdpo.types import DropPair, UserError
-from mdpo.unread import NO_QUESTION
+from mdpo.unread import NO_QUESTION, Unread
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
 Q, G, B = "Which river runs through Lyon?", "The Rhone does.", "The Danube does."
@@ -472,3 +472,44 @@ def test_lines_in_the_docs_pair_trajectories(tmp_path, monkeypatch, tokenizer):
     said = "\n".join(f"    {line}" for line in code.splitlines())
     [row] = converted(said, tmp_path, monkeypatch)
     assert read(row, tokenizer)[1] == by_hand(ASK)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("文本", "请问里昂有哪条河流过？"),
+        ("text", "リヨンを流れる川はどれですか"),
+        ("source_text", "Translate this long sentence"),
+        ("model_input", "Which river?"),
+        ("source_prompt", "Which river?"),
+        ("source", "Der Hund ist heute schwarz."),
+        ("topic", "Which river runs through Lyon?"),
+    ],
+)
+def test_a_question_in_a_script_without_spaces_or_under_a_name_that_is_about_rows(column, text):
+    with pytest.raises(Unread, match=f"rename the column {column}, which nothing reads"):
+        as_preference({column: text, "chosen": "It is A.", "rejected": "It is B."})
+
+
+def test_columns_about_a_row_that_hold_no_sentence():
+    about = {"source": "ultra feedback set", "prompt_id": "a b c d", "类别": "数学", "input_tokens": 7}
+    assert as_preference({**about, "chosen": "It is A.", "rejected": "It is B."})["remarks"] == []
+
+
+def test_two_system_texts_or_two_lists_of_tools():
+    both = {side: [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": side}] for side in ("a", "b")}
+    sides = {"chosen": both["a"], "rejected": both["b"]}
+    first = {"role": "system", "content": "Be brief."}
+    for row in ({"prompt": [first], **sides}, {name: [first, *side] for name, side in sides.items()}):
+        assert row_to_pair({**row, "system": " Be brief. "}).chosen[:2] == [first, both["a"][0]]
+        assert row_to_pair({**row, "system": "Be brief."}).remarks == []
+        told = row_to_pair({**row, "system": "Be long."})
+        assert (told.chosen[0], told.remarks) == (first, [OTHER_SYSTEM])
+    tool, other = ({"name": name, "parameters": {}} for name in "fg")
+    objects = {name: {"messages": side, "tools": [tool]} for name, side in sides.items()}
+    assert row_to_pair({**objects, "tools": json.dumps([tool])}).tools[0]["function"] == tool
+    with pytest.raises(DropPair, match="both tools and tools in the sides, which differ"):
+        row_to_pair({**objects, "tools": [other]})
+    asked = {"input": {"messages": both["a"][:1], "tools": [tool]}, "preferred_output": both["a"][1:],
+             "non_preferred_output": both["b"][1:]}  # fmt: skip
+    assert row_to_pair({**asked, "tools": json.dumps([tool])}).tools[0]["function"] == tool

@@ -8,7 +8,7 @@ from tiny import CHATML, tokenizer_for, trl_template
 
 from mdpo.data import row_to_pair
 from mdpo.messages import conversation, normalise_messages, read_messages, role_of
-from mdpo.render import RenderSettings
+from mdpo.render import ENDS, RenderSettings
 from mdpo.template import ChatTemplate
 from mdpo.template_fit import MADE_UP, MISSING, REPLACED
 from mdpo.tokens import tokenize_row
@@ -658,3 +658,46 @@ def test_supervised_text_is_the_answers_own():
         assert supervised(found, template) == said
         ids.add(tuple(found["chosen_ids"]))
     assert len(ids) == 1
+
+
+def test_ids_of_calls_are_no_words_of_a_prompt():
+    asked, again = ([U, calls(call("f", i, x=1)), tool("T", i)] for i in ("c1", "c2"))
+    pair = row_to_pair({"prompt": asked, "chosen": [*again, A], "rejected": [B]})
+    assert pair.chosen == [*asked, A] and pair.n_prompt == 3
+    other = [U, calls(call("f", "c1", x=2)), tool("T", "c1")]
+    with pytest.raises(DropPair, match="prompt mismatch"):
+        row_to_pair({"prompt": asked, "chosen": [*other, A], "rejected": [B]})
+
+
+def test_messages_as_json_behind_a_byte_order_mark():
+    assert conversation("\ufeff" + json.dumps([U, A]) + "\n") == [U, A]
+    assert conversation("\ufeffAn answer") == "\ufeffAn answer"
+
+
+@pytest.mark.parametrize("role", ["user", "function", "tool"])
+def test_gemini_outputs_under_any_role(role):
+    part = {"functionResponse": {"name": "f", "response": {"r": "T"}}}
+    [read] = normalise_messages([{"role": role, "parts": [part]}])
+    assert (read["role"], read["content"]) == ("tool", '{"r": "T"}')
+
+
+@pytest.mark.parametrize(("template", "field"), [("qwen3", "reasoning"), ("gptoss", "reasoning_content")])
+def test_thoughts_that_the_template_shows_under_another_name_are_used(template, field):
+    row = {"chosen": [U, {**A, field: "Hm."}], "rejected": [U, B]}
+    assert tokenize_row(row, 0, chat(trl_template(template)), SETTINGS)["unread"] == []
+    assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["unread"] == [field]
+
+
+@pytest.mark.parametrize("nothing", ["null", "", "[]", [], None])
+def test_no_calls(nothing):
+    assert normalise_messages([U, {**A, "tool_calls": nothing}])[1] == A
+
+
+def test_an_end_of_turn_token_in_an_answer_is_counted():
+    def remarks(text):
+        return tokenize_row({"chosen": [U, {**A, "content": text}], "rejected": [U, B]}, 0, chat(CHATML), SETTINGS)[
+            "remarks"
+        ]
+
+    assert remarks("A.<|im_end|>") == remarks("A.<|im_end|>\n<|im_start|>user\nQ?") == [ENDS]
+    assert remarks("A.") == remarks("im_end") == []
