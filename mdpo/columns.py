@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mdpo.json_texts import unfolded
+from mdpo.json_texts import kind_of, unfolded
 from mdpo.messages import conversation
 from mdpo.messages import role_of as known_role
 from mdpo.types import DropPair, Message
@@ -29,7 +29,7 @@ def number(row: Row, name: str) -> float:
     """A number in a column. Raises DropPair."""
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e308:
-        raise DropPair(f"{name} is not a finite number")
+        raise DropPair(f"{name} is {kind_of(value)}, not a finite number")
     return float(value)
 
 

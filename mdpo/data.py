@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from mdpo.forms import COLUMNS, as_preference
+from mdpo.json_texts import kind_of
 from mdpo.messages import Conversation, is_text, normalise_messages, parsed, read_messages, refuse_broken, same_message
 from mdpo.questions import begins
 from mdpo.tool_calls import read_tools
@@ -13,6 +14,7 @@ __all__ = ["COLUMNS", "row_to_pair"]
 TRAILING = "a turn of the environment behind the last answer"
 SPACED = "prompts that differ in white space or further fields, chosen's used for both"
 NO_USER = "no user turn"
+FROM_JSON = "sides that were messages as JSON text"
 OTHER_SYSTEM = "a system column of other words than the conversation's own system message, which counts"
 Sides = list[list[Message]]
 
@@ -29,8 +31,11 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     for name in (name for name in given if name in row["used"]):
         refuse_broken(given[name], name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
-    if not all(sides):
-        raise DropPair("not a pair")
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not side:
+            raise DropPair(f"not a pair: {name} is {'empty' if side in ('', [], {}) else kind_of(side)}")
+    if any(isinstance(given.get(name), str) and isinstance(row[name], list) for name in ("chosen", "rejected")):
+        row["remarks"].append(FROM_JSON)
     if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
         return _strings(row, prompt, sides)
     extra = {**_for_template(row), "margin": _margin(row)}
@@ -53,7 +58,7 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
 
 def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: bool):
     """(both sides as whole conversations, their weights, messages of context, what is worth a line)."""
-    sides = [_as_messages(side, isinstance(prompt, list)) for side in sides]
+    sides = [_as_messages(*side, isinstance(prompt, list)) for side in zip(("chosen", "rejected"), sides, strict=True)]
     read = [read_messages(side, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
     both, weights = [side.messages for side in read], [side.weights for side in read]
     if isinstance(prompt, str):
@@ -167,14 +172,14 @@ def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
     return Pair(*sides, n, margin=_margin(row), prompt_given=False, remarks=row["remarks"])
 
 
-def _as_messages(side: Any, after_prompt: bool) -> list[Message]:
+def _as_messages(name: str, side: Any, after_prompt: bool) -> list[Message]:
     """A side as a list: one message stands for itself, a text after a prompt of messages for the answer."""
     if isinstance(side, str) and after_prompt:
         return [{"role": "assistant", "content": side}]
     if isinstance(side, dict):
         return [side]
     if not isinstance(side, list):
-        raise DropPair("not a pair")
+        raise DropPair(f"not a pair: {name} is {kind_of(side)}, not messages")
     return side
 
 
@@ -195,7 +200,7 @@ def _margin(row: dict[str, Any]) -> float | None:
     given = [row.get(name) for name in ("margin", "score_chosen", "score_rejected")]
     for name, value in zip(("margin", "score_chosen", "score_rejected"), given, strict=True):
         if value is not None and not _finite(value):
-            raise DropPair(f"{name} is not a finite number")
+            raise DropPair(f"{name} is {kind_of(value)}, not a finite number")
     margin, better, worse = given
     if margin is None and better is not None and worse is not None:
         margin = float(better) - float(worse)

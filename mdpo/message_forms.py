@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdpo.json_texts import begun, unfolded
+from mdpo.json_texts import begun, kind_of, unfolded
 from mdpo.types import DropPair
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -75,7 +75,7 @@ def named(message: Any) -> Named:
 def _unwrapped(message: Any) -> dict[str, Any]:
     """The message's own fields without nulls: LangChain writes them into `kwargs` or `data`."""
     if not isinstance(message, dict):
-        raise DropPair(f"unknown role: {type(message).__name__}")
+        raise DropPair(f"{kind_of(message)} in place of a message")
     inner = message.get("kwargs") if "lc" in message else message.get("data")
     if isinstance(inner, dict) and ("lc" in message or set(message) == {"type", "data"}):
         path = message.get("id")

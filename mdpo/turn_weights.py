@@ -14,7 +14,7 @@ def turn_weight(fields: dict[str, Any], role: str, unread: dict[str, None]) -> f
     says nothing. Takes those fields out; names in `unread` what is asked for and not done. Raises DropPair."""
     weight = fields.pop("weight", None)
     if weight is not None and not (_finite(weight) and weight >= 0):
-        raise DropPair("a message's weight is not a number >= 0")
+        raise DropPair(f"a message's weight is {json.dumps(weight, default=str)[:20]}, not a number >= 0")
     if weight is not None and role != "assistant":
         raise DropPair("a weight on a message that is not the assistant's")
     said = {name: _truth(name, fields.pop(name)) for name in LOSS if name in fields}
