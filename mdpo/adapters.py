@@ -90,7 +90,7 @@ def _refuse_strangers(key: str, wanted: Any, names: list[str]) -> None:
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
             deep = 2 if key == "lora_target_parameters" else 1
             ends = dict.fromkeys(".".join(name.split(".")[-deep:]) for name in names if not name[-1].isdigit())
-            near = nearest(entry, ends)
+            near = ALL_LINEAR if entry.lower() == "all_linear" else nearest(entry, ends)
             known = f"Did you mean {near}?" if near else f"It has {', '.join(ends)}."
             raise UserError(f"{key}: {entry!r} is no part of the model. {known}")
 
