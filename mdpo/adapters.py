@@ -20,6 +20,8 @@ MODULE_NAME = re.compile(r"[\w.]+")
 
 def adapter_config(model: Any) -> PeftConfig | None:
     """PEFT's configuration of a trl.ModelConfig, None without use_peft. Raises UserError."""
+    if model.use_peft and not model.lora_alpha:
+        raise UserError("lora_alpha: 0 makes the adapter's share of the model 0, and nothing would be learned.")
     try:
         return get_peft_config(model)
     except (ValueError, TypeError) as error:

@@ -28,7 +28,7 @@ from mdpo.types import UserError
 OF_TRAINER = {"loss", "pairs", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
 OF_TURNS = re.compile(r"(margins|pairs)/turn_[1-9]\d*|(accuracies|margins|pairs)/[1-9]\d*_turns")
 UNLISTED = {"flyte": "flytekit", "azure_ml": "azureml"}  # transformers' list of what is installed may lack them
-READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+READ_BY_SOME = ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def refuse_late_values(args: Any, model: Any) -> list[str]:

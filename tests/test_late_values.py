@@ -95,6 +95,8 @@ def test_what_the_optimizer_does_not_read_is_said():
     assert refuse_late_values(args, ModelConfig()) == ["adam_beta1: has no effect with optim: sgd."]
     args = MDPOConfig(**BASE, optim_args="momentum=0.5")
     assert refuse_late_values(args, ModelConfig()) == ["optim_args: has no effect with optim: adamw_torch_fused."]
+    args = MDPOConfig(**BASE, optim_args="momentum=0.5", optim_target_modules=["q_proj"])  # which mdpo.options names
+    assert refuse_late_values(args, ModelConfig()) == ["optim_args: has no effect with optim: adamw_torch_fused."]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,7 @@ TARGETS = [
     ({"lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' is no part of the model. Did you mean lm_head?"),
     ({"lora_target_parameters": ["up.weight"]}, "lora_target_parameters: 'up.weight' is no part of the model"),
     ({"lora_r": 0}, "lora_r: "),
+    ({"lora_alpha": 0}, "lora_alpha: 0 makes"),
     ({"lora_task_type": "SEQ_CLS"}, "lora_task_type: SEQ_CLS is not supported"),
     ({"lora_task_type": "CAUSAL"}, "lora_task_type: Invalid task type: 'CAUSAL'"),
 ]  # fmt: skip
