@@ -20,6 +20,8 @@ MODULE_NAME = re.compile(r"[\w.]+")
 
 def adapter_config(model: Any) -> PeftConfig | None:
     """PEFT's configuration of a trl.ModelConfig, None without use_peft. Raises UserError."""
+    if model.use_peft and not model.lora_alpha:
+        raise UserError("lora_alpha: 0 makes the adapter's share of the model 0, and nothing would be learned.")
     try:
         return get_peft_config(model)
     except (ValueError, TypeError) as error:
@@ -90,7 +92,7 @@ def _refuse_strangers(key: str, wanted: Any, names: list[str]) -> None:
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
             deep = 2 if key == "lora_target_parameters" else 1
             ends = dict.fromkeys(".".join(name.split(".")[-deep:]) for name in names if not name[-1].isdigit())
-            near = nearest(entry, ends)
+            near = ALL_LINEAR if entry.lower() == "all_linear" else nearest(entry, ends)
             known = f"Did you mean {near}?" if near else f"It has {', '.join(ends)}."
             raise UserError(f"{key}: {entry!r} is no part of the model. {known}")
 

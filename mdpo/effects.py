@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig
 
 from mdpo.types import UserError
@@ -17,8 +18,8 @@ from mdpo.types import UserError
 WORKS = {
     "transformers/trainer.py": """num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
         weight_decay adam_beta1 adam_beta2 adam_epsilon optim optim_args gradient_accumulation_steps max_grad_norm
-        bf16 fp16 activation_checkpointing activation_checkpointing_kwargs use_cache
-        neftune_noise_alpha torch_empty_cache_steps logging_nan_inf_filter
+        bf16 fp16 activation_checkpointing activation_checkpointing_kwargs
+        use_cache neftune_noise_alpha torch_empty_cache_steps logging_nan_inf_filter
         include_num_input_tokens_seen disable_tqdm report_to eval_strategy save_strategy save_only_model push_to_hub
         hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
         metric_for_best_model greater_is_better full_determinism seed data_seed accelerator_config
@@ -108,10 +109,16 @@ def _conditions(args: DPOConfig) -> dict[str, tuple[bool, str]]:
         **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), tracked),
         "num_train_epochs": (args.max_steps <= 0, f"beside max_steps: {args.max_steps}"),
         "warmup_steps": (kind not in no_warmup, f"with lr_scheduler_type: {kind.value}, which has no warm-up"),
+        "optim_target_modules": (reads_targets(args.optim), f"with optim: {args.optim.value}"),
         "greater_is_better": (args.metric_for_best_model is not None, "without metric_for_best_model"),
         "dataloader_in_order": (args.dataloader_num_workers > 0, "without dataloader_num_workers"),
         "gradient_checkpointing_kwargs": (bool(args.gradient_checkpointing), "without gradient_checkpointing"),
     }
+
+
+def reads_targets(optim: OptimizerNames) -> bool:
+    """Whether an optimizer looks at optim_target_modules."""
+    return optim.value.startswith(("galore", "apollo"))
 
 
 def is_set(args: Any, key: str) -> bool:

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_bitsandbytes_available
 
 from mdpo.adapters import bare_model, refuse_targets, refuse_unknown_kwargs
+from mdpo.effects import reads_targets
 from mdpo.files import first_line
 from mdpo.metrics import COLUMNS, averages
 from mdpo.settings import nearest
@@ -27,7 +28,7 @@ from mdpo.types import UserError
 OF_TRAINER = {"loss", "pairs", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
 OF_TURNS = re.compile(r"(margins|pairs)/turn_[1-9]\d*|(accuracies|margins|pairs)/[1-9]\d*_turns")
 UNLISTED = {"flyte": "flytekit", "azure_ml": "azureml"}  # transformers' list of what is installed may lack them
-READ_BY_SOME = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+READ_BY_SOME = ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def refuse_late_values(args: Any, model: Any) -> list[str]:
@@ -38,9 +39,9 @@ def refuse_late_values(args: Any, model: Any) -> list[str]:
     _refuse_kwargs(args)
     _refuse_loader(args)
     _refuse_model_values(model)
-    optimizer = _dummy_optimizer(args) if not args.optim_target_modules else torch.optim.SGD([_parameter()], lr=1.0)
-    _refuse_schedule(args, optimizer)
-    return [] if args.optim_target_modules else list(_unread(args))
+    targeted = args.optim_target_modules and reads_targets(args.optim)  # such an optimizer is made for a model
+    _refuse_schedule(args, _plain_optimizer(args) if targeted else _dummy_optimizer(args))
+    return [] if targeted else list(_unread(args))
 
 
 def metric_names(args: Any) -> set[str]:
@@ -162,7 +163,7 @@ def refuse_unfit(args: Any, peft_config: Any, config: Any) -> None:
 def _dummy_optimizer(args: Any) -> torch.optim.Optimizer:
     """The recipe's optimizer over one number; another, where DeepSpeed's configuration brings its own."""
     if args.deepspeed_plugin is not None and "optimizer" in args.deepspeed_plugin.deepspeed_config:
-        return torch.optim.SGD([_parameter()], lr=1.0)
+        return _plain_optimizer(args)
     for part in (args.optim_args or "").split(",") if args.optim_args else []:
         if part.count("=") != 1:
             raise UserError(f"optim_args: {part.strip()!r} is not NAME=VALUE; give them between commas.")
@@ -171,7 +172,11 @@ def _dummy_optimizer(args: Any) -> torch.optim.Optimizer:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
             kind([_parameter()], **{name: value for name, value in kwargs.items() if name != "model"})
-    return torch.optim.SGD([_parameter()], lr=1.0)
+    return _plain_optimizer(args)
+
+
+def _plain_optimizer(args: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([_parameter()], lr=args.learning_rate)  # schedules compare their own values with it
 
 
 def _parameter() -> torch.nn.Parameter:

@@ -17,6 +17,7 @@ from mdpo.tokenizer import refuse_missing_folder
 from mdpo.types import UserError
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.gguf")
+ADAPTER = "adapter_config.json"
 SHOWN = 5  # names of files in a message
 
 
@@ -73,11 +74,12 @@ def _merging(name: str, folder: Path | None, settings: dict[str, Any], key: str)
     given = str(folder) if folder else name.split("/")[-1]
     command = ["python", "scripts/merge_adapter.py", given, f"{given.rstrip('/')}-merged"]
     base, beside = settings.get("base_model_name_or_path"), ""
+    base = base if isinstance(base, str) else None
     if _gone(base):
         command.append("--base=BASE_MODEL")
         beside = f"\nIts base, {base}, is not there:" if base else "\nIt names no base:"
         beside += " put the folder or hub name of the model that it was trained on in place of BASE_MODEL."
-    elif Path(base, "adapter_config.json").is_file():
+    elif Path(base, ADAPTER).is_file():
         beside = f"\nIts base, {base}, is an adapter too: merge that one first."
     download = "" if folder else f"    hf download {shlex.quote(name)} --local-dir {shlex.quote(given)}\n"
     return (
@@ -101,11 +103,13 @@ def refuse_without_weights(name: str, key: str, subfolder: str = "") -> None:
     inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if any(path.startswith("adapter_model") for path in inside):
         raise UserError(f"{key}: {folder} holds an adapter's weights, but no adapter_config.json. Copy that too.")
-    better = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _weights(path)]
+    parts = sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))  # checkpoint-12 behind checkpoint-7
+    better = [f"{path.name} in it does hold some" for path in parts if path.is_dir() and _weights(path)]
+    better = better or [f"{path.name} in it is an adapter" for path in parts if (path / ADAPTER).is_file()]
     shown = ", ".join(inside[:SHOWN]) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
     raise UserError(
         f"{key}: {folder} holds no weights (model.safetensors); what is there: {shown or 'nothing'}."
-        + (f" {better[-1]} in it does hold some." if better else "")
+        + (f" {better[-1]}." if better else "")
     )
 
 

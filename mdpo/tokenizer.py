@@ -61,7 +61,8 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 def read_template(path: Path) -> str:
     """A chat template's text, a byte order mark left out. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"chat_template: {path} does not exist. Give the path of a .jinja file.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"chat_template: {path} {what}. Give the path of a .jinja file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

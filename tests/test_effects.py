@@ -29,6 +29,7 @@ OTHER = {
     "batch_eval_metrics": True, "label_names": ["a"], "length_column_name": "n", "remove_unused_columns": False,
 }  # fmt: skip
 CONDITIONS = [
+    ("optim_target_modules", {"optim_target_modules": ["q_proj"]}, "with optim: adamw_torch"),
     ("eval_steps", {"eval_steps": 5}, "eval_strategy: no"),
     ("eval_delay", {"eval_delay": 5}, "eval_strategy: no"),
     ("logging_steps", {"logging_steps": 3, "logging_strategy": "epoch"}, "logging_strategy: epoch"),

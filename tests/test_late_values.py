@@ -42,6 +42,9 @@ LATE = [
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs"),
     ({"lr_scheduler_kwargs": {"num_cycles": 1}}, "lr_scheduler_kwargs"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.01}}, "lr_scheduler_kwargs"),  # above lr
+    ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "lr_scheduler_kwargs"),
+    ({"optim": "sgd", "optim_args": "momentum", "optim_target_modules": ["q_proj"]}, "optim_args"),
     ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs"),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr": 1}}, "lr_scheduler_kwargs"),
     ({"report_to": "comet_ml"}, "report_to"),
@@ -75,6 +78,7 @@ FINE = [
     {"lr_scheduler_type": "reduce_lr_on_plateau", **EVALUATED},
     {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
     {"optim": "adafactor"},
+    {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-9}},
     {"gradient_checkpointing_kwargs": {"use_reentrant": True, "every_n_layers": 2}},
     {"accelerator_config": {"non_blocking": True}},
     {"report_to": ["tensorboard"]},
@@ -90,6 +94,8 @@ def test_what_the_optimizer_does_not_read_is_said():
     args = MDPOConfig(**BASE, optim="sgd", adam_beta1=0.8, optim_args="momentum=0.5")
     assert refuse_late_values(args, ModelConfig()) == ["adam_beta1: has no effect with optim: sgd."]
     args = MDPOConfig(**BASE, optim_args="momentum=0.5")
+    assert refuse_late_values(args, ModelConfig()) == ["optim_args: has no effect with optim: adamw_torch_fused."]
+    args = MDPOConfig(**BASE, optim_args="momentum=0.5", optim_target_modules=["q_proj"])  # which mdpo.options names
     assert refuse_late_values(args, ModelConfig()) == ["optim_args: has no effect with optim: adamw_torch_fused."]
 
 
@@ -144,11 +150,13 @@ TARGETS = [
     ({"lora_target_modules": ["q_projection"]}, "Did you mean q_proj?"),
     ({"lora_target_modules": ["(q|v)_proj"]}, "lora_target_modules: the pattern '(q|v)_proj' matches no whole path"),
     ({"lora_target_modules": ["(q"]}, "lora_target_modules: '(q' is no pattern"),
+    ({"lora_target_modules": ["all_linear"]}, "Did you mean all-linear?"),
     ({"lora_target_modules": ["norm"]}, "lora_target_modules: PEFT cannot put this adapter on LlamaForCausalLM"),
     ({"lora_target_modules": []}, "lora_target_modules: "),
     ({"lora_modules_to_save": ["head"]}, "lora_modules_to_save: 'head' is no part of the model. Did you mean lm_head?"),
     ({"lora_target_parameters": ["up.weight"]}, "lora_target_parameters: 'up.weight' is no part of the model"),
     ({"lora_r": 0}, "lora_r: "),
+    ({"lora_alpha": 0}, "lora_alpha: 0 makes"),
     ({"lora_task_type": "SEQ_CLS"}, "lora_task_type: SEQ_CLS is not supported"),
     ({"lora_task_type": "CAUSAL"}, "lora_task_type: Invalid task type: 'CAUSAL'"),
 ]  # fmt: skip

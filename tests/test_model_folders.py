@@ -79,7 +79,7 @@ def edited(folder, **settings) -> None:
 
 def test_where_the_base_is_not_there_the_command_asks_for_it(base):
     adapter("sft", base)
-    for gone in (None, "", "../gone", "/gone/base", "~/base", "runs/gone/base"):
+    for gone in (None, "", 3, "../gone", "/gone/base", "~/base", "runs/gone/base"):
         edited("sft", base_model_name_or_path=gone)
         with pytest.raises(UserError, match="--base=BASE_MODEL(.|\n)*in place of BASE_MODEL"):
             refuse_unloadable(*arguments("sft"))
@@ -159,6 +159,13 @@ def test_folders_without_weights(base):
     TOKENIZER.save_pretrained("run")
     with pytest.raises(UserError, match=r"run holds no weights \(model.safetensors\).*checkpoint-7 in it does hold"):
         refuse_unloadable(*arguments(base, reference="run"))
+    tiny_llama(TOKENIZER).save_pretrained("run/checkpoint-12")
+    with pytest.raises(UserError, match="checkpoint-12 in it does hold"):  # the newest, not the last by its letters
+        refuse_unloadable(*arguments("run"))
+    for step in (7, 12):
+        adapter(f"lora/checkpoint-{step}", base)
+    with pytest.raises(UserError, match="lora holds no weights .*checkpoint-12 in it is an adapter"):
+        refuse_unloadable(*arguments("lora"))
     Path("empty").mkdir()
     with pytest.raises(UserError, match="what is there: nothing"):
         refuse_unloadable(*arguments("empty"))

@@ -136,6 +136,7 @@ def recipe(tmp_path):
         ("--ref_model_name_or_path=./nothing", "ref_model_name_or_path: there is no folder"),
         ("--dataset_mixer={nothing.jsonl: 1.0}", "dataset file nothing.jsonl does not exist"),
         ("--chat_template=nothing.jinja", "chat_template: nothing.jinja does not exist"),
+        ("--chat_template=.", "chat_template: . is a folder"),
         ("--max_length=20", "no pair is left"),
         ("--test_split_size=8", "leaves no row of 8 to train on"),
         ("--resume_from_checkpoint=true", "holds no checkpoint"),
