@@ -20,7 +20,7 @@ from trl import DPOConfig
 
 from mdpo.card import write_card
 from mdpo.config import MDPOConfig
-from mdpo.dropout import configured_dropout, disable_dropout, refuse_noise
+from mdpo.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.files import first_line
 from mdpo.fused import fuse
 from mdpo.guarded_trainer import GuardedTrainer
@@ -126,6 +126,7 @@ class DPOTrainer(GuardedTrainer):
         data["data_collator"] = data_collator or self._collator(model, processing_class.pad_token_id, args)
 
         hooks = {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
+        remember_cache(model)
         super().__init__(model, args, processing_class=processing_class, **data, **hooks)
         if args.n_gpu > 1:
             raise UserError("Several GPUs are visible to one process. Start it with `accelerate launch`.")
@@ -543,7 +544,7 @@ class DPOTrainer(GuardedTrainer):
     # ------------------------------------------------------------------------------------------------ saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        with configured_dropout(self.model):
+        with configured(self.model):
             super().save_model(output_dir, _internal_call)
         if self.args.sync_ref_model and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
             save_moved(self.ref_model, self.accelerator, output_dir)

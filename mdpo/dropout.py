@@ -35,17 +35,24 @@ def disable_dropout(model: nn.Module) -> None:
             setattr(config, name, 0.0)
 
 
+def remember_cache(model: nn.Module) -> None:
+    """Before Trainer sets `use_cache` for training: a saved model generates with it as the model that it came from."""
+    before = vars(model).setdefault(BEFORE, [])
+    before += [(c, "use_cache", c.use_cache) for c in _configurations(model) if "use_cache" in vars(c)]
+
+
 @contextmanager
-def configured_dropout(model: nn.Module):
-    """Within it configurations have the rates that they came with, to be written beside weights."""
+def configured(model: nn.Module):
+    """Within it configurations have the rates and the `use_cache` that they came with, to be written beside weights."""
     before = vars(model).get(BEFORE, [])
+    now = [(config, name, getattr(config, name)) for config, name, _ in before]
     for config, name, value in before:
         setattr(config, name, value)
     try:
         yield
     finally:
-        for config, name, _ in before:
-            setattr(config, name, 0.0)
+        for config, name, value in now:
+            setattr(config, name, value)
 
 
 def refuse_noise(model: nn.Module, accelerator, batch: dict[str, torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ from mdpo.startup import is_main_process
 from mdpo.types import UserError
 
 OF_TRAINER = {"loss", "pairs", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
+MEANT = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}  # what DPO calls them
 OF_TURNS = re.compile(r"(margins|pairs)/turn_[1-9]\d*|(accuracies|margins|pairs)/[1-9]\d*_turns")
 UNLISTED = {"flyte": "flytekit", "azure_ml": "azureml"}  # transformers' list of what is installed may lack them
 READ_BY_SOME = ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -59,7 +60,7 @@ def _refuse_best_model(args: Any) -> None:
         return
     plain, known = name.removeprefix("eval_"), metric_names(args)
     if plain not in known and not OF_TURNS.fullmatch(plain):
-        near = nearest(plain, known)
+        near = MEANT.get(plain.removeprefix("eval_")) or nearest(plain.removeprefix("eval_"), known)
         meant = f" Did you mean {near}?" if near else ""
         raise UserError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(known))}.{meant}")
     if args.eval_strategy == "no" and (args.save_strategy == "best" or args.load_best_model_at_end):
@@ -98,6 +99,8 @@ def _refuse_login(args: Any) -> None:
 
 def _refuse_kwargs(args: Any) -> None:
     """gradient_checkpointing_kwargs go to torch.utils.checkpoint at the first step."""
+    if "torch_dtype" in (args.model_init_kwargs or {}):
+        raise UserError("model_init_kwargs: torch_dtype is called dtype, which is a key of its own; set that.")
     known = set(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
     known |= {"every_n_layers", "offload"}  # Trainer's
     for key, value in (args.gradient_checkpointing_kwargs or {}).items():

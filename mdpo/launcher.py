@@ -8,6 +8,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 
+from mdpo.parallelism import ADVICE
 from mdpo.types import UserError
 
 CPU_FLAGS = {"--cpu", "--use_cpu"}
@@ -69,6 +70,22 @@ def nvidia_driver() -> str | None:
 def launch_request() -> tuple[str | None, bool]:
     """(the accelerate file of the launcher that this process descends from, None without one; whether that file or the
     launcher's flags ask for the CPU). Under DeepSpeed the launcher hands `use_cpu` to nobody, so it is looked up."""
+    path, settings, flags = _launch()
+    return path, bool(CPU_FLAGS & set(flags)) or bool(settings.get("use_cpu"))
+
+
+def refuse_parallel_launch() -> None:
+    """Raises UserError where the accelerate file splits sequences or single weights among processes: for a plain launch
+    on CPUs the launcher hands that to nobody, and every process would train on its own."""
+    path, settings, _ = _launch()
+    sizes = settings.get("parallelism_config") or {}
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        if name.endswith("_size") and size not in (None, 1):
+            raise UserError(f"parallelism_config: {name}: {size} in {path} {ADVICE}.")
+
+
+def _launch() -> tuple[str | None, dict, list[str]]:
+    """(the accelerate file, what it says, the launcher's own words) of the launcher above this process."""
     for words, folder in _ancestors():
         own = words[: next((i for i, word in enumerate(words) if Path(word).name == SCRIPT), len(words))]
         if not any("accelerate" in word or word == "launch" for word in own):
@@ -79,9 +96,9 @@ def launch_request() -> tuple[str | None, bool]:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             settings = None
-        asked = bool(CPU_FLAGS & set(own)) or bool(isinstance(settings, dict) and settings.get("use_cpu"))
-        return (given or (str(path) if settings else None)), asked
-    return None, False
+        found = given or (str(path) if settings else None)
+        return found, settings if isinstance(settings, dict) else {}, own
+    return None, {}, []
 
 
 def _value(words: list[str], i: int) -> str | None:

@@ -3,6 +3,7 @@
 from mdpo.adapters import adapter_config
 from mdpo.caches import refuse_unwritable
 from mdpo.late_values import refuse_late_values, refuse_unfit
+from mdpo.launcher import refuse_parallel_launch
 from mdpo.model_folders import refuse_unloadable
 from mdpo.options import check_options
 from mdpo.pairs import checked_precision
@@ -19,14 +20,14 @@ def checked_tokenizer(recipe):
     with recipe.placed():
         peft_config = adapter_config(recipe.model)
         check_options(args, peft_config, recipe.values)
+        refuse_parallel_launch()
         say(*refuse_late_values(args, recipe.model))
-    refuse_two_precisions(recipe.values, args)
-    refuse_silent_trackers(args)
-    refuse_unwritable(args)
-    refuse_unloadable(recipe.model, args)
-    tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
-    config = check_model(tokenizer, recipe.model, args)
-    with recipe.placed():
+        refuse_two_precisions(recipe.values, args)
+        refuse_silent_trackers(args)
+        refuse_unwritable(args)
+        refuse_unloadable(recipe.model, args)
+        tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
+        config = check_model(tokenizer, recipe.model, args)
         refuse_unfit(args, peft_config, config)
     say(f"dtypes: {checked_precision(recipe, config)}")
     return tokenizer, config

@@ -61,7 +61,7 @@ _REFUSED = {
     "use project, or the variables WANDB_PROJECT and WANDB_ENTITY": "wandb_project wandb_entity",
     "use include_num_input_tokens_seen": "include_tokens_per_second",
     "use optim": "optimizer_type",
-    "weights are always written as safetensors": "save_safetensors",
+    "weights are always written as safetensors; leave it out": "save_safetensors",
     "choose precision with bf16, fp16 and dtype": "fp16_backend half_precision_backend fp16_opt_level",
     "the device is found without it; use_cpu: true keeps a run on the CPU": """use_mps_device use_ipex jit_mode_eval
         tpu_num_cores tpu_metrics_debug mp_parameters ray_scope""",

@@ -22,7 +22,7 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
     try:
         tokenizer = fast_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, RuntimeError) as e:
-        advice = "" if isinstance(e, ImportError) else (
+        advice = "" if isinstance(e, ImportError) or Path(name).is_dir() else (
             f"\nWhere the hub cannot be reached, download it elsewhere and set {key} to the local folder; "
             "for a gated model, log in with `hf auth login`."
         )  # fmt: skip

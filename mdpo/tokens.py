@@ -22,7 +22,7 @@ from mdpo.template_fit import fit
 from mdpo.types import DropPair, TokenizedPair, UserError
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 8
+VERSION = 9
 SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {

@@ -135,9 +135,9 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
         ),
         ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "chosen, message 1: an empty assistant turn"),
         ({"chosen": "text", "rejected": "  "}, "empty or missing content"),
-        ({"chosen": "text", "rejected": ""}, "not a pair"),
-        ({"chosen": 1, "rejected": 2}, "not a pair"),
-        ({"chosen": ["text"], "rejected": [A1]}, "chosen, message 1: unknown role: str"),
+        ({"chosen": "text", "rejected": ""}, "not a pair: rejected is empty"),
+        ({"chosen": 1, "rejected": 2}, "not a pair: chosen is a number, not messages"),
+        ({"chosen": ["text"], "rejected": [A1]}, "chosen, message 1: a text in place of a message"),
         (
             {"chosen": [{"role": ["user"], "content": "x"}], "rejected": [A1]},
             "chosen, message 1: unknown role: ['user']",
@@ -147,7 +147,10 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
             "chosen, message 2: content is a number, not text",
         ),
         ({"chosen": [U1, A1], "rejected": [U1, A2], "tools": "{"}, "tools are not JSON"),
-        ({"chosen": [U1, A1], "rejected": [U1, A2], "score_chosen": "8"}, "score_chosen is not a finite number"),
+        (
+            {"chosen": [U1, A1], "rejected": [U1, A2], "score_chosen": "8"},
+            "score_chosen is a text, not a finite number",
+        ),
         (
             {"chosen": [U1, {"from": "function_call", "value": "f(1)"}], "rejected": [U1, A2]},
             "chosen, message 2: tool calls are not JSON",
@@ -156,9 +159,9 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
             {"chosen": [U1, {"from": "function_call", "value": "3"}], "rejected": [U1, A2]},
             "chosen, message 2: tool_calls is a number, not a list",
         ),
-        ({"chosen": [U1, A1], "rejected": None}, "not a pair"),
-        ({"chosen": [U1, A1], "rejected": []}, "not a pair"),
-        ({"chosen": [U1, A1], "rejected": "text"}, "not a pair"),
+        ({"chosen": [U1, A1], "rejected": None}, "not a pair: rejected is null"),
+        ({"chosen": [U1, A1], "rejected": []}, "not a pair: rejected is empty"),
+        ({"chosen": [U1, A1], "rejected": "text"}, "not a pair: rejected is a text, not messages"),
         ({"chosen": [U1, A1], "rejected": [U2, A2]}, MISMATCH.format(1)),
         ({"chosen": [SYSTEM, U1, A1], "rejected": [SYSTEM, U1, U2, A2]}, MISMATCH.format(3)),
         (
@@ -213,7 +216,7 @@ def test_dropped_rows_are_counted_under_their_reason_and_key():
         row["key"] = key
     kept, counts = tokenize_dataset(Dataset.from_list(rows), tokenizer_for(CHATML), RenderSettings(None), "a.jsonl")
     assert (counts.read, counts.kept, len(kept)) == (3, 1, 1)
-    assert counts.reasons == {"chosen equals rejected": ["a.jsonl:2"], "not a pair": ["a.jsonl:3"]}
+    assert counts.reasons == {"chosen equals rejected": ["a.jsonl:2"], "not a pair: rejected is empty": ["a.jsonl:3"]}
     assert counts.lines()[0] == "a.jsonl: 3 rows read, 1 kept, 2 dropped"
     assert "  dropped 1: not a pair (a.jsonl:3)" in counts.lines()
     with pytest.raises(UserError, match="no pair is left"):

@@ -33,7 +33,7 @@ def says(*texts):
 MISMATCH = "prompt mismatch: message 1 of the sides differs; allow_different_prompts: true keeps both"
 # A row for each way to be dropped, and the name that it is dropped under; max_length is 64, a token is a byte.
 BAD = [
-    ({"chosen": [U, *says("4")], "rejected": None}, "not a pair"),
+    ({"chosen": [U, *says("4")], "rejected": None}, "not a pair: rejected is null"),
     (
         {"chosen": [{"role": "robot", "content": "x"}, *says("4")], "rejected": [U, *says("5")]},
         "chosen, message 1: unknown role: robot",

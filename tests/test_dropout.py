@@ -9,7 +9,7 @@ from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from torch import nn
 from transformers import BioGptConfig, BioGptForCausalLM, OPTConfig, OPTForCausalLM
 
-from mdpo.dropout import configured_dropout, disable_dropout, refuse_noise
+from mdpo.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.logprobs import enable_scoring
 from mdpo.types import UserError
 
@@ -66,9 +66,11 @@ def test_a_saved_configuration_has_the_rates_that_it_came_with():
     model = with_attention_dropout()
     disable_dropout(model)
     assert model.config.attention_dropout == 0.0
-    with configured_dropout(model):
-        assert model.config.attention_dropout == 0.3
-    assert model.config.attention_dropout == 0.0
+    remember_cache(model)
+    model.config.use_cache = False  # as Trainer does
+    with configured(model):
+        assert model.config.attention_dropout == 0.3 and model.config.use_cache is True
+    assert model.config.attention_dropout == 0.0 and model.config.use_cache is False
 
 
 def batch():

@@ -25,7 +25,7 @@ KEPT = {
     "02_alpaca_preference": (ANSWER, [QUESTION], []),
     "04_orca_system_question": (ANSWER, [BRIEFLY, QUESTION], []),
     "05_messages_and_sides": (ANSWER, [BRIEFLY, QUESTION], []),
-    "07_sides_as_json_text": (ANSWER, [QUESTION], []),
+    "07_sides_as_json_text": (ANSWER, [QUESTION], ["messages as JSON text"]),
     "09_openai_preference": (ANSWER, [QUESTION], ["tools that the template does not write"]),
     "10_swift_rejected_response": (ANSWER, [QUESTION], []),
     "11_swift_tool_roles": (CALL + ANSWER, [QUESTION, "tool\nThe Rhone does."], []),

@@ -28,6 +28,7 @@ def bare_environment(monkeypatch):
 
 LATE = [
     ({"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", **EVALUATED}, "metric_for_best_model"),
+    ({"model_init_kwargs": {"torch_dtype": "float16"}}, "model_init_kwargs"),
     ({"metric_for_best_model": "nll_loss"}, "metric_for_best_model"),  # shown with nll_coefficient alone
     ({"metric_for_best_model": "eval_margins/turn_0"}, "metric_for_best_model"),
     ({"save_strategy": "best"}, "save_strategy"),

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import mdpo.launcher
-from mdpo.launcher import launch_request, nvidia_driver, refuse_unusable_gpus
+from mdpo.launcher import launch_request, nvidia_driver, refuse_parallel_launch, refuse_unusable_gpus
 from mdpo.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +84,28 @@ def test_the_accelerate_file_is_found_above_this_process(tmp_path, words, conten
     done = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HOME": "/x"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("content", [{}, {"parallelism_config": {}}, {"parallelism_config": {"tp_size": 1}}])
+def test_a_launch_of_whole_pairs_passes(tmp_path, monkeypatch, content):
+    above(tmp_path, monkeypatch, content)
+    refuse_parallel_launch()
+
+
+def test_an_accelerate_file_that_splits_sequences_is_refused_though_a_launch_on_cpus_hands_it_to_nobody(
+    tmp_path, monkeypatch
+):
+    above(tmp_path, monkeypatch, {"parallelism_config": {"parallelism_config_tp_size": 2, "dp_shard_size": 1}})
+    with pytest.raises(
+        UserError, match=r"^parallelism_config: parallelism_config_tp_size: 2 in x\.yaml is not supported"
+    ):
+        refuse_parallel_launch()
+
+
+def above(folder, monkeypatch, content):
+    (folder / "x.yaml").write_text(yaml.safe_dump(content))
+    words = ["python", "accelerate", "launch", "--config_file", "x.yaml", "run_dpo.py"]
+    monkeypatch.setattr(mdpo.launcher, "_ancestors", lambda: iter([(words, str(folder))]))
 
 
 def test_no_launcher_above(monkeypatch):

@@ -124,7 +124,11 @@ def test_hovering_tells_id_and_role(page):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_dropped_rows_are_there_and_the_filter_shows_them_alone(page):
     everything = seen(page)
-    assert [card["reason"] for card in everything.cards[4:]] == ["chosen equals rejected", "not a pair", "over-long"]
+    assert [card["reason"] for card in everything.cards[4:]] == [
+        "chosen equals rejected",
+        "not a pair: rejected is null",
+        "over-long",
+    ]
     assert not any(card["hidden"] for card in everything.cards)
     filtered = seen(page, "over-long")
     assert [card["key"].rpartition(":")[2] for card in filtered.cards if not card["hidden"]] == ["7"]

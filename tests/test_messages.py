@@ -2,11 +2,12 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 from tiny import CHATML, tokenizer_for, trl_template
 
-from mdpo.data import row_to_pair
+from mdpo.data import FROM_JSON, row_to_pair
 from mdpo.messages import conversation, normalise_messages, read_messages, role_of
 from mdpo.render import ENDS, RenderSettings
 from mdpo.template import ChatTemplate
@@ -90,13 +91,16 @@ def supervised(found, template, side="chosen") -> str:
 def test_messages_that_came_as_json(messages, write):
     assert conversation(write(messages)) == messages
     whole = {"chosen": messages, "rejected": [U, B]}
-    assert row_to_pair({**whole, "chosen": write(messages)}) == row_to_pair(whole)
+    found = row_to_pair({**whole, "chosen": write(messages)})
+    assert FROM_JSON in found.remarks or isinstance(write(messages), list)
+    assert replace(found, remarks=[]) == row_to_pair(whole)
 
 
 def test_one_message_as_json_and_prompts_as_json():
     row = {"prompt": json.dumps(U), "chosen": json.dumps(A), "rejected": "B."}
-    assert row_to_pair(row) == row_to_pair({"prompt": [U], "chosen": [A], "rejected": [B]})
-    assert row_to_pair({**row, "chosen": "A."}) == row_to_pair(row)
+    found, whole = row_to_pair(row), row_to_pair({"prompt": [U], "chosen": [A], "rejected": [B]})
+    assert found.remarks == [FROM_JSON] and replace(found, remarks=[]) == whole
+    assert row_to_pair({**row, "chosen": "A."}) == whole
 
 
 ANSWERS = ['{"a": 1}', "[1, 2]", "[]", "{}", '"Yes," he said.', '[{"role": "cook", "name": "Ann"}]',
@@ -123,7 +127,7 @@ def test_answers_in_json_stay_texts(answer):
         (repr([U, A]), PYTHONS),
         (repr([{"content": "Q?", "role": "User"}]), PYTHONS),
         (json.dumps([U, {"role": "robot", "content": "x"}]), "chosen, message 2: unknown role: robot"),
-        (json.dumps([U, None]), "chosen, message 2: unknown role: NoneType"),
+        (json.dumps([U, None]), "chosen, message 2: null in place of a message"),
     ],
 )  # fmt: skip
 def test_texts_that_are_nearly_messages_are_not_trained_on(text, reason):
@@ -543,7 +547,7 @@ def test_a_prompt_may_say_what_it_is_not_learned_anyway():
     [
         ({"role": "robot", "content": "x"}, "unknown role: robot"),
         ({"content": "x", "id": 1}, "unknown role: None (message has keys: content, id)"),
-        ("x", "unknown role: str"),
+        ("x", "a text in place of a message"),
         ({"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]}, "content part {type: image_url}"),
         ({"role": "assistant", "content": [{"type": "text"}]}, "content part {type: text} without text"),
         ({"role": "assistant", "content": {"answer": 42}}, "content is an object, not text"),
@@ -651,9 +655,10 @@ def test_supervised_text_is_the_answers_own():
         "json": json.dumps(THREE),
     }  # fmt: skip
     ids = set()
-    for chosen in forms.values():
+    for name, chosen in forms.items():
         found = tokenize_row({"chosen": chosen, "rejected": [U, B], "tools": [FUNCTION]}, 0, template, SETTINGS)
-        assert found["drop_reason"] == "" and found["remarks"] == found["unread"] == []
+        assert found["drop_reason"] == "" and found["unread"] == []
+        assert found["remarks"] == [FROM_JSON] * (name == "json")
         said = f"Let me look.\n<tool_call>\n{written}\n</tool_call><|im_end|>A.<|im_end|>"
         assert supervised(found, template) == said
         ids.add(tuple(found["chosen_ids"]))

@@ -273,7 +273,7 @@ def test_shared_prefix_ends_where_weights_differ(tmp_path, tokenizer):  # noqa: 
 
 BAD_WEIGHTS = {
     "every turn of a side has weight 0": lambda m: {**m, "weight": 0} if m["role"] == "assistant" else m,
-    "chosen, message 2: a message's weight is not a number >= 0": lambda m: {**m, "weight": -1}
+    "chosen, message 2: a message's weight is -1, not a number >= 0": lambda m: {**m, "weight": -1}
     if m["role"] == "assistant"
     else m,
     "chosen, message 1: a weight on a message that is not the assistant's": lambda m: (
