@@ -218,7 +218,7 @@ def test_dropped_rows_are_counted_under_their_reason_and_key():
     assert (counts.read, counts.kept, len(kept)) == (3, 1, 1)
     assert counts.reasons == {"chosen equals rejected": ["a.jsonl:2"], "not a pair: rejected is empty": ["a.jsonl:3"]}
     assert counts.lines()[0] == "a.jsonl: 3 rows read, 1 kept, 2 dropped"
-    assert "  dropped 1: not a pair (a.jsonl:3)" in counts.lines()
+    assert "  dropped 1: not a pair: rejected is empty (a.jsonl:3)" in counts.lines()
     with pytest.raises(UserError, match="no pair is left"):
         tokenize_dataset(Dataset.from_list(rows[1:]), tokenizer_for(CHATML), RenderSettings(None), "a.jsonl")
 

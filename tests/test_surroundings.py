@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 import run_dpo
-from mdpo import caches, trackers
+from mdpo import caches, preflight, trackers
 from mdpo.checkpoints import as_new_files
 from mdpo.config import DataArguments
 from mdpo.reference_cache import ReferenceCache
@@ -111,7 +111,7 @@ def test_a_data_cache_that_cannot_be_written_is_named(start, monkeypatch):
 
 def test_a_reference_cache_that_cannot_be_written_is_named_where_it_is_used(start, monkeypatch):
     code, said = start("--precompute_ref_log_probs=true", f"--reference_cache_dir={NOWHERE}")
-    assert code == 1 and f"error: reference_cache_dir: {NOWHERE}, which holds the reference's log-probs" in said
+    assert code == 1 and f"reference_cache_dir: {NOWHERE}, which holds the reference's log-probs" in said
     monkeypatch.setattr(caches, "default_folder", lambda: Path(NOWHERE))
     assert "error: reference_cache_dir" in start("--precompute_ref_log_probs=true")[1]
     assert start("--max_steps=1", "--save_strategy=no")[0] == 0
@@ -263,13 +263,13 @@ def test_an_unreachable_wandb_ends_a_run_before_the_tokenizer(start, monkeypatch
     for name, value in {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url, "WANDB_MODE": "online"}.items():
         monkeypatch.setenv(name, value)
     wandb.teardown()  # settings of an earlier test
-    monkeypatch.setattr(run_dpo, "load_tokenizer", lambda *_: pytest.fail("came as far as the tokenizer"))
+    monkeypatch.setattr(preflight, "load_tokenizer", lambda *_: pytest.fail("came as far as the tokenizer"))
     try:
         code, said = start("--report_to=wandb")
     finally:
         wandb.teardown()
     assert code == 1 and "Traceback" not in said
-    assert f"error: report_to: wandb, but {url} cannot be reached (Connection refused). Keep the run's log" in said
+    assert f"report_to: wandb, but {url} cannot be reached (Connection refused). Keep the run's log" in said
     assert "WANDB_MODE=offline" in said
 
 
