@@ -483,8 +483,9 @@ class DPOTrainer(GuardedTrainer):
             raise UserError(
                 "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
             )
-        kwargs = self.args.gradient_checkpointing_kwargs
-        return score_reference(self.ref_model, model, self.accelerator, batch, self.layout, kwargs).logps
+        kwargs, noisy = self.args.gradient_checkpointing_kwargs, bool(self.args.neftune_noise_alpha)
+        noisy |= not self.args.disable_dropout
+        return score_reference(self.ref_model, model, self.accelerator, batch, self.layout, kwargs, noisy).logps
 
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of (B,) over the pairs of all ranks, a scalar without gradient."""

@@ -91,16 +91,19 @@ def _without_checkpointing(model, kwargs):
             model.gradient_checkpointing_enable(kwargs)
 
 
-def score_reference(reference, policy, accelerator, batch, layout, checkpointing_kwargs=None) -> TokenScores:
+def score_reference(
+    reference, policy, accelerator, batch, layout, checkpointing_kwargs=None, noisy=True
+) -> TokenScores:
     """The reference's scores of the batch's supervised tokens, without gradient or noise, in the policy's precision.
     `reference` None means that the policy is its own: a PEFT model, or any before training. `policy` is then called as
-    it was wrapped for training."""
+    it was wrapped for training, and where it may be `noisy` there, in evaluation mode; not otherwise, as RWKV changes
+    its weights with the mode, between the policy's forward and its backward."""
     own, unwrapped = reference is None, accelerator.unwrap_model(policy)
     with (
         torch.no_grad(),
         accelerator.autocast(),
         as_reference(unwrapped) if own else nullcontext(),
-        evaluating(unwrapped) if own else nullcontext(),
+        evaluating(unwrapped) if own and noisy else nullcontext(),
         _without_checkpointing(unwrapped, checkpointing_kwargs) if own else nullcontext(),
     ):
         model = policy if own else reference
