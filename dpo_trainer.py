@@ -90,9 +90,7 @@ class DPOTrainer(GuardedTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = DPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
+        args = self._default_args(model) if args is None else args
         refuse_inputs(model, ref_model, args, train_dataset, processing_class)
         refuse_objects(model, ref_model)
         for line in check_options(args, peft_config):
@@ -108,8 +106,8 @@ class DPOTrainer(GuardedTrainer):
         self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
-        self.aux_loss_enabled = self.aux_loss_coef != 0.0  # TRL's names for both
-        self.router_aux_loss_coef = self.aux_loss_coef
+        # TRL's names for both
+        self.aux_loss_enabled, self.router_aux_loss_coef = self.aux_loss_coef != 0.0, self.aux_loss_coef
         self.loss_settings = LossSettings.of(args)
 
         ############## MODIFICATION 1: turn masks. Only tokens that the policy samples are supervised; TRL supervises
@@ -136,10 +134,14 @@ class DPOTrainer(GuardedTrainer):
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
         self._reference_source, self._reference_made = (ref_model, quantization_config), False
         self._set_up_reference()
-        self._noise_checked = False
-        self._train_tokens = 0  # since the start, this rank
+        self._noise_checked, self._train_tokens = False, 0  # tokens since the start, of this rank
 
     # ------------------------------------------------------------------------------------------------ set-up
+
+    @staticmethod
+    def _default_args(model) -> DPOConfig:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return DPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
 
     @staticmethod
     def _enable_scoring(model, args: DPOConfig) -> bool:

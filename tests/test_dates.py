@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny import agent_rows, tiny_llama, tokenizer_for, trl_template
+from tiny import save_workshop, tokenizer_for, trl_template
 
 import run_dpo
 from mdpo import dates
@@ -35,14 +35,8 @@ def clock(monkeypatch):
 def start(tmp_path, monkeypatch, capsys):
     """A function: run_dpo.py with flags -> (exit code, what it says)."""
     tokenizer = tokenizer_for(trl_template(LLAMA), "byte", eos="<|eot_id|>")
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_llama(tokenizer, hidden_size=16, intermediate_size=16).save_pretrained(tmp_path / "model")
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in agent_rows(4)), encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text(
-        f"model_name_or_path: {tmp_path}/model\ndtype: float32\ndataset_mixer: {{{tmp_path}/pairs.jsonl: 1.0}}\n"
-        "max_length: 400\nlearning_rate: 1.0e-2\nper_device_train_batch_size: 1\nnum_train_epochs: 1\nsave_steps: 2\n"
-        f"report_to: none\nbf16: false\nuse_cpu: true\nfused_ops: false\noutput_dir: {tmp_path}/out\n"
-    )
+    keys = f"per_device_train_batch_size: 1\nnum_train_epochs: 1\nsave_steps: 2\noutput_dir: {tmp_path}/out\n"
+    save_workshop(tmp_path, tokenizer, keys)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
     def started(*flags):

@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from tiny import CHATML, agent_rows, save_workshop, tokenizer_for
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
@@ -42,14 +42,7 @@ NOWHERE = "/proc/nothing-can-be-made-here"
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(tokenizer, hidden_size=16, intermediate_size=16).save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in agent_rows(4)), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(
-        f"model_name_or_path: {folder}/model\ndtype: float32\ndataset_mixer: {{{folder}/pairs.jsonl: 1.0}}\n"
-        "max_length: 400\nlearning_rate: 1.0e-2\nper_device_train_batch_size: 2\nmax_steps: 2\nsave_steps: 1\n"
-        "report_to: none\nbf16: false\nuse_cpu: true\nfused_ops: false\n"
-    )
+    save_workshop(folder, tokenizer, "per_device_train_batch_size: 2\nmax_steps: 2\nsave_steps: 1\n")
     return folder
 
 

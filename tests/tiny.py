@@ -91,6 +91,17 @@ def tiny_llama(tokenizer, seed: int = 0, layers: int = 2, **config):
     return LlamaForCausalLM(config).eval()
 
 
+def save_workshop(folder: Path, tokenizer, keys: str) -> None:
+    """Into a folder: a tiny model, four pairs, and a recipe that trains it on a CPU in float32, ended by `keys`."""
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(tokenizer, hidden_size=16, intermediate_size=16).save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in agent_rows(4)), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        f"model_name_or_path: {folder}/model\ndtype: float32\ndataset_mixer: {{{folder}/pairs.jsonl: 1.0}}\n"
+        "max_length: 400\nlearning_rate: 1.0e-2\nreport_to: none\nbf16: false\nuse_cpu: true\nfused_ops: false\n" + keys
+    )
+
+
 def tiny_mixtral(tokenizer, seed: int = 0):
     """A random Mixtral with 4 experts, 2 of them for each token."""
     import torch
