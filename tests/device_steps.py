@@ -60,7 +60,7 @@ def trainer_on(gpu: FakeGpu, family: str, dtype, lora=False, checkpointing=None,
     trainer.args = SimpleNamespace(**{
         "use_weighting": True, "ld_alpha": 0.5, "precompute_ref_log_probs": False, "max_nonfinite_steps": 3,
         "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing, "preserve_rng_state": False},
-        "device": gpu.device, "disable_dropout": False, **args,
+        "device": gpu.device, "disable_dropout": False, "neftune_noise_alpha": None, **args,
     })  # fmt: skip
     cast = contextlib.nullcontext  # the stand-in for a GPU has no autocast
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=cast, device=gpu.device)
