@@ -67,6 +67,16 @@ def quick_collections():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several add up the rows of an expert's bias (gpt-oss) in whatever order they come: on a busy machine no two runs
+    are the same to the bit, resumed or not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def trained(folder, resume=None, peft_config=None) -> DPOTrainer:
     """Two steps of two pairs, with a checkpoint of each."""
     args = MDPOConfig(
