@@ -140,9 +140,12 @@ class LaunchedRun(Run):
         """rank -> process."""
         found = {}
         for process in self.processes():
-            words = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+            try:  # a short-lived one, a compiler say, may be gone by now
+                words = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+                parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
             ranks = [int(word.removeprefix("RANK=")) for word in words if word.startswith("RANK=")]
-            parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
             if ranks and parent == self.launcher.pid:
                 found[ranks[0]] = process
         return found
