@@ -1,5 +1,5 @@
-"""The whole step of training on a GPU that is not there (tests/fake_gpu.py): forward, head, sums, loss, backward,
-table, turns, reference. A tensor on the wrong device, two dtypes in one operator, or a question that waits for the GPU
+"""The whole step of training on a GPU that is not there (fake_gpu.py): forward, head, sums, loss, backward, table,
+turns, reference. A tensor on the wrong device, two dtypes in one operator, or a question that waits for the GPU
 fails."""
 
 import contextlib
@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from fake_gpu import BlockingCopy, FakeGpu
+from packed_pairs import FAMILIES, SIZES, pair
 from peft import LoraConfig, get_peft_model
-from test_packing import FAMILIES, SIZES, pair
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import mdpo.forward.packed_attention

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from datasets import Dataset
 from safetensors.torch import save_file
-from test_trl_parity import trainer_of
 from tiny import CHATML, tiny_llama, tokenizer_for
+from trainers import trainer_of
 
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig

@@ -1,8 +1,8 @@
 """The model card: the end figures and the recipe of the run."""
 
-from test_history import HISTORY, evaluation
-from test_trainer import mdpo_trainer
+from histories import HISTORY, evaluation
 from tiny import CHATML, tokenizer_for
+from trainers import mdpo_trainer
 
 from mdpo.reporting.model_card import figures
 

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 from tiny import CHATML, tokenizer_for
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import run_dpo
 from mdpo.runs.entrypoint import run
 
-CASES = Path(__file__).with_name("cases")
+CASES = ROOT / "tests/cases"
 NAMES = sorted(path.name for path in CASES.iterdir() if path.is_dir())
 THROUGH_THE_COMMAND_LINE = ["data_line_broken", "recipe_beta_negative"]
 

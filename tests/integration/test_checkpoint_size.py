@@ -4,9 +4,9 @@ import json
 
 import pytest
 import yaml
-from test_launch import ROOT, extensions, launch  # noqa: F401
-from test_memory import recipe_for
-from test_planning import BF16, TINY
+from launches import launch
+from plans import BF16, TINY, recipe_for
+from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
 from mdpo.config.recipe import load_recipe
@@ -41,7 +41,7 @@ def workshop(tmp_path_factory):
     ],
     ids=["zero2", "zero3", "zero2-lora", "one-process"],
 )
-def test_files_of_a_real_run(name, keys, sharding, workshop, extensions, tmp_path):  # noqa: F811
+def test_files_of_a_real_run(name, keys, sharding, workshop, extensions, tmp_path):
     """Within 2 %, and another sharding's size would not be."""
     raw = yaml.safe_load((ROOT / f"training_configs/{name}.yaml").read_text())
     config = tmp_path / "accelerate.yaml"

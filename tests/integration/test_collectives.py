@@ -17,13 +17,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from launches import LAUNCHER, TIMEOUT_S
+from repository import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_launch import LAUNCHER, TIMEOUT_S, extensions  # noqa: F401
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = str(ROOT / "tests/collectives_worker.py")
+WORKER = str(ROOT / "tests/helpers/collectives_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
 ACCELERATE = [*LAUNCHER, "--main_process_port", "0", "--config_file"]
 LAUNCHES = {
@@ -75,19 +75,19 @@ def workshop(tmp_path_factory):
     return folder
 
 
-def command(kind, workshop, extensions, folder, **env):  # noqa: F811
+def command(kind, workshop, extensions, folder, **env):
     """(arguments, keywords) of subprocess."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(folder=workshop) + ("use_cpu: true\n" if kind == "ddp" else ""))
     own = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    own |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    own |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}"}
     words = [*LAUNCHES[kind], WORKER, str(folder), str(recipe), f"--output_dir={folder}/out"]
     return words, {"env": {**os.environ, **own, **env}, "cwd": ROOT, "text": True}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAUNCHES)
-def test_both_ranks_make_the_same_collectives(kind, workshop, extensions, tmp_path):  # noqa: F811
+def test_both_ranks_make_the_same_collectives(kind, workshop, extensions, tmp_path):
     words, options = command(kind, workshop, extensions, tmp_path)
     done = subprocess.run(words, **options, capture_output=True, timeout=TIMEOUT_S)
     text = done.stdout + done.stderr
@@ -132,7 +132,7 @@ def first_difference(folder) -> list | None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_a_gather_out_is_noticed(workshop, extensions, tmp_path):  # noqa: F811
+def test_a_rank_that_leaves_a_gather_out_is_noticed(workshop, extensions, tmp_path):
     """The control. Such a run hangs, and is ended when its notes have been apart for a while."""
     words, options = command("ddp", workshop, extensions, tmp_path, SKIP="1")
     with open(tmp_path / "log", "w") as log:

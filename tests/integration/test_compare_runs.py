@@ -5,9 +5,8 @@ from pathlib import Path
 
 import compare_runs
 import pytest
-from test_history import HISTORY
-from test_mask_page import BROWSER
-from test_page import seen
+from browser import BROWSER, seen
+from histories import HISTORY
 
 from mdpo.runs.entrypoint import run
 

@@ -5,8 +5,8 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_trl_parity import explicit
 from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
+from trainers import explicit
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import evaluate
 import pytest
+from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
 import run_dpo
 from mdpo.errors import UserError
 from mdpo.runs.entrypoint import run
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNS = {
     "full": [],
     "precomputed": ["--precompute_ref_log_probs=true", "--beta=0.3", "--nll_coefficient=0.2"],

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
+from packed_pairs import AWKWARD, batches, loss_and_gradients, tiny
 from peft import LoraConfig, get_peft_model
-from test_packing import AWKWARD, batches, loss_and_gradients, tiny
-from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from torch import nn
+from trainers import trainer_of
 from trl import DPOConfig
 
 import mdpo.forward.compiled_ops

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from test_packing import AWKWARD, FAMILIES, Alone, batches, loss_and_gradients, tiny
-from test_trl_parity import trainer_of
+from packed_pairs import AWKWARD, FAMILIES, Alone, batches, loss_and_gradients, tiny
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from trainers import trainer_of
 
 import mdpo.forward.compiled_ops
 import mdpo.forward.packed_attention

@@ -5,18 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from tiny import agent_rows, tiny_llama
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
 from mdpo.errors import UserError
 from mdpo.forward.collators import REFERENCE
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 
 
 class Weights(TrainerCallback):

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_launch import LAUNCHER, ROOT, TIMEOUT_S, environment_of, extensions, losses  # noqa: F401
+from launches import LAUNCHER, TIMEOUT_S, environment_of, losses
+from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +85,7 @@ def launch_runs(config, precision, runs: dict[str, list[str]], shop, operators, 
     command = launcher or [sys.executable]
     env = {"MDPO_CPU_BF16": "1", "HF_HOME": str(out / "hf"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "tests/half_worker.py", str(out / "runs.json")],
+        [*command, "tests/helpers/half_worker.py", str(out / "runs.json")],
         cwd=ROOT,
         env=environment_of(operators, env),
         capture_output=True,
@@ -97,7 +98,7 @@ def launch_runs(config, precision, runs: dict[str, list[str]], shop, operators, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_nothing_learnt_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):  # noqa: F811
+def test_nothing_learnt_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
     """Precomputed or in the step, full or LoRA, 1 or 4 pairs, weights loaded in bfloat16 or left in float32."""
     runs = {
         f"{ahead}-{kind}-{pairs}": [
@@ -128,7 +129,7 @@ def test_nothing_learnt_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path): 
 
 
 @pytest.mark.slow
-def test_nothing_learnt_is_ln_2_in_float16(shop, extensions, tmp_path):  # noqa: F811
+def test_nothing_learnt_is_ln_2_in_float16(shop, extensions, tmp_path):
     """With DeepSpeed's loss scale, which begins so high that the first steps are left out."""
     half = ["--fp16=true", "--bf16=false", "--dtype=float16"]
     runs = {ahead: [*half, f"--precompute_ref_log_probs={ahead}"] for ahead in ("true", "false")}
@@ -156,7 +157,7 @@ def test_nothing_learnt_is_ln_2_in_one_process(shop, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_nothing_learnt_is_ln_2_with_a_pretrained_model(stage, shop, extensions, tmp_path):  # noqa: F811
+def test_nothing_learnt_is_ln_2_with_a_pretrained_model(stage, shop, extensions, tmp_path):
     """SmolLM2-135M. A CPU without bfloat16 units takes one step of short pairs, others four of long ones."""
     steps = 4 if cpu_has_bf16() else 1
     run = [str(SMOLLM2), "--dtype=bfloat16", "--bf16=true", "--learning_rate=0.0", f"--max_steps={steps}"]
@@ -169,7 +170,7 @@ def test_nothing_learnt_is_ln_2_with_a_pretrained_model(stage, shop, extensions,
 
 
 @pytest.mark.slow
-def test_a_bfloat16_run_learns_what_a_float32_run_learns(shop, extensions, tmp_path):  # noqa: F811
+def test_a_bfloat16_run_learns_what_a_float32_run_learns(shop, extensions, tmp_path):
     """The same pairs at the same steps, from weights that bfloat16 holds exactly. Rewards and margins may differ by
     what rounding of the weights explains, measured on the same pairs without any training."""
     run = ["--learning_rate=1.0e-3", "--max_steps=8", "--per_device_train_batch_size=4", "--precompute_ref_log_probs"]

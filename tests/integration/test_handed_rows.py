@@ -3,18 +3,17 @@ is right for the first one: the supervised text of chosen, words of the context 
 
 import json
 from functools import cache
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 from transformers import AutoTokenizer
 
 from mdpo.data.tokenize import tokenize_row
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
-ROWS = Path(__file__).with_name("rows")
+ROWS = ROOT / "tests/rows"
 QUESTION, ANSWER = "Which river runs through Lyon?", "The Rhone does.<|im_end|>"
 BRIEFLY = "Answer briefly."
 CALL = '<tool_call>{"name": "look_up", "arguments": {"query": "Which river runs through Lyon?"}}</tool_call><|im_end|>'

@@ -11,14 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from launches import TIMEOUT_S, command_of, compare, environment_of, launch, losses, on_two_cpus
+from repository import ROOT
 from safetensors.torch import load_file
-from test_slurm import cluster, end, real_launcher, start, until  # noqa: F401
-from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from slurm_job import end, real_launcher, start, until
+from tiny import CHATML, tokenizer_for
 from transformers import AutoModelForCausalLM
 
 from mdpo.data.tokenize import tokenize_dataset
@@ -26,99 +26,6 @@ from mdpo.forward.collators import PairCollator
 from mdpo.forward.pair_logps import sum_by_pair
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.masking.loss_mask import RenderSettings
-
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
-TIMEOUT_S = 400  # the first start compiles DeepSpeed's operator
-
-
-@pytest.fixture(scope="session")
-def extensions(tmp_path_factory):
-    """Where DeepSpeed builds its operator in this session; nobody else's lock can be met there."""
-    return Path(os.environ.get("MDPO_TEST_EXTENSIONS") or tmp_path_factory.mktemp("extensions"))
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """A tiny model with tokenizer, pairs and a recipe on disk; half of the rejected sides leave chosen's path late."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
-    tiny_llama(tokenizer, seed=0).save_pretrained(folder / "model")
-    tiny_llama(tokenizer, seed=1).save_pretrained(folder / "reference")
-    tokenizer.save_pretrained(folder / "model")
-    rows = agent_rows(16)
-    for i, row in enumerate(rows):  # every other pair much longer
-        row["chosen"][3]["content"] += " It is right." * (8 if i % 2 else 0)
-        row["rejected"] = row["rejected"] if i % 4 < 2 else [*row["chosen"][:3], row["rejected"][3]]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "recipe.yaml").write_text(
-        f"""
-model_name_or_path: {folder}/model
-ref_model_name_or_path: {folder}/reference
-dtype: float32
-dataset_mixer: {{{folder}/pairs.jsonl: 1.0}}
-max_length: 300
-learning_rate: 1.0e-3
-max_grad_norm: 1.0
-num_train_epochs: 1
-logging_steps: 1
-save_strategy: "no"
-report_to: none
-bf16: false
-seed: 7
-"""
-    )
-    return folder
-
-
-def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="recipe.yaml"):
-    file = config if isinstance(config, Path) else f"training_configs/{config}.yaml"
-    command = [*LAUNCHER, "--config_file", str(file), "--main_process_port", port, *of_launcher]
-    return [*command, "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
-
-
-def environment_of(extensions, env=None):
-    own = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own, **(env or {})}
-
-
-def launch(config, workshop, extensions, out, *flags, env=None, **options):
-    done = subprocess.run(
-        command_of(config, workshop, out, *flags, **options),
-        cwd=ROOT,
-        env=environment_of(extensions, env),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def one_process(workshop, extensions, tmp_path_factory):
-    out = tmp_path_factory.mktemp("one") / "out"
-    code, text = launch("cpu", workshop, extensions, out, "--per_device_train_batch_size=4", "--shared_prefix=false")
-    assert code == 0, text[-4000:]
-    return out
-
-
-def losses(out):
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [log for log in history if "loss" in log]
-
-
-def compare(out, one, workshop, tokens=True):
-    got, wanted = load_file(out / "model.safetensors"), load_file(one / "model.safetensors")
-    base = load_file(workshop / "model" / "model.safetensors")
-    assert set(got) == set(wanted)
-    for name in wanted:
-        moved = (wanted[name] - base[name]).norm()
-        assert moved > 0, f"{name} was not trained"
-        assert (got[name] - wanted[name]).norm() <= 1e-3 * moved, name
-    for a, b in zip(losses(out), losses(one), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-3)
-        assert a["num_tokens"] == b["num_tokens"] or not tokens
 
 
 def own_log_probs(folder, workshop):
@@ -232,15 +139,6 @@ def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
     compare(again, one, workshop, tokens=False)  # num_tokens begins anew, as in TRL
 
 
-def on_two_cpus(config, folder) -> Path:
-    """A file that is meant for GPUs, for two processes without any. The launcher's flag --cpu would start one process
-    without DeepSpeed."""
-    raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
-    path = folder / f"{config}_on_cpu.yaml"
-    path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2}))
-    return path
-
-
 def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -287,7 +185,7 @@ def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, t
 
 
 @pytest.mark.slow
-def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp_path):  # noqa: F811
+def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp_path):
     """scripts/launch.slurm with accelerate and the trainer themselves on two "nodes", Slurm alone is stood in for. The
     same command again takes the steps that are left."""
     own = {name: value for name, value in environment_of(extensions).items() if name.startswith(("HF_", "MDPO_TEST"))}
@@ -341,7 +239,7 @@ def test_zero3_gathers_the_head_once_each_way_whatever_the_counts(extensions, tm
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(ROOT / "tests/zero3_head_worker.py"), str(tmp_path / "found.json")],
+         str(ROOT / "tests/helpers/zero3_head_worker.py"), str(tmp_path / "found.json")],
         env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

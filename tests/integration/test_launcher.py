@@ -3,17 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from repository import ROOT
 
 import mdpo.config.launcher
 from mdpo.config.launcher import launch_request, nvidia_driver, refuse_parallel_launch, refuse_unusable_gpus
 from mdpo.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

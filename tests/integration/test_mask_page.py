@@ -1,7 +1,6 @@
 """scripts/show_masks.py --html, looked at in a real browser: supervised text is exactly what the assistant said."""
 
 import json
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,15 +8,11 @@ from urllib.parse import quote
 
 import pytest
 import show_masks
+from browser import BROWSER, QUIET
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.runs.entrypoint import run
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-QUIET = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000"),
-]
 U = {"role": "user", "content": "</script><script>document.title='broken'</script> <!-- <b>Two?</b> & <|im_end|>\n12"}
 A = [{"role": "assistant", "content": text} for text in ("It is <i>2</i> & so.\n\nDone", "  three 🎉 ")]
 KEPT = [{"chosen": [U, A[0], U, A[1]], "rejected": [U, A[0], U, {"role": "assistant", "content": "four"}]},

@@ -1,70 +1,23 @@
 """Planned memory against what PyTorch and DeepSpeed really allocate, and against DeepSpeed's own estimates."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 from datasets import Dataset
+from plans import CONFIGS, LENGTH, LORA, recipe_for
 from tiny import CHATML, tokenizer_for
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    Qwen3Config,
     TrainerCallback,
 )
 from trl import get_peft_config
 
 from dpo_trainer import DPOTrainer
-from mdpo.config.recipe import load_recipe
 from mdpo.memory.breakdown import LIBRARIES, MemoryPlan
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
 
-ROOT = Path(__file__).resolve().parent.parent
-LENGTH = 400
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 8192,
-    "max_position_embeddings": 2048,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**{**SIZES, "vocab_size": 32000}),
-    "gemma": GemmaConfig(**{**SIZES, "num_key_value_heads": 1}),
-    "qwen3": Qwen3Config(**SIZES),
-}
 CPU = Sharding(cpu=True)
-
-
-def recipe_for(folder: Path, config, **keys):
-    """A recipe that trains the model of `config`, whose configuration alone is in the folder."""
-    config.save_pretrained(folder / "model")
-    values = {
-        "model_name_or_path": str(folder / "model"),
-        "dataset_mixer": {"none.jsonl": 1.0},
-        "dataset_splits": ["train"],
-        "output_dir": str(folder / "out"),
-        "max_length": LENGTH,
-        "per_device_train_batch_size": 1,
-        "precompute_ref_log_probs": True,
-        "fused_ops": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "dtype": "float32",
-        "bf16": False,
-        **keys,
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return load_recipe([str(folder / "recipe.yaml")])
 
 
 def longest_pairs(n: int) -> Dataset:
@@ -131,9 +84,6 @@ def agree(plan: MemoryPlan, measured: int) -> None:
     assert planned == pytest.approx(measured, rel=0.05), (
         f"planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}"
     )
-
-
-LORA = {"use_peft": True, "lora_r": 16, "lora_dropout": 0.0}
 
 
 def test_a_gemma_step(tmp_path):

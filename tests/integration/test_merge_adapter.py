@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from repository import ROOT
 from safetensors.torch import load_file, save_file
-from test_slurm import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_slurm import ROOT
-from test_trainer import own
+from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from trainers import own
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer

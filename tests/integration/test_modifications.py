@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import mdpo_trainer, tokenizer  # noqa: F401
-from test_trl_parity import close, loss_and_gradients, trainer_of
 from tiny import agent_rows
+from trainers import close, loss_and_gradients, mdpo_trainer, rows_with_margins, trainer_of
 
 import mdpo.loss.functions as losses
 from dpo_trainer import DPOTrainer
@@ -146,12 +145,8 @@ def expit(x):
     return math.exp(log_sigmoid(x))
 
 
-def rows_with_margins(n=8):
-    return [{**row, "margin": 0.1 * i} for i, row in enumerate(agent_rows(n))]
-
-
 @pytest.mark.parametrize("name", FORMULAS)
-def test_in_the_trainer(name, tmp_path, tokenizer):  # noqa: F811
+def test_in_the_trainer(name, tmp_path, tokenizer):
     """The trainer's loss of a batch is the mean of the formula over the batch's own log-probs and margins."""
     scale = {"margin_scale": 2.0} if name in TOWARDS_MARGIN | {"sigmoid", "hinge"} else {}
     rows = rows_with_margins()
@@ -169,7 +164,7 @@ def test_in_the_trainer(name, tmp_path, tokenizer):  # noqa: F811
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
 
-def test_length_penalty_in_the_trainer(tmp_path, tokenizer):  # noqa: F811
+def test_length_penalty_in_the_trainer(tmp_path, tokenizer):
     plain, penalised = (mdpo_trainer(tmp_path, tokenizer, beta=0.01, length_penalty=a) for a in (0.0, 0.05))
     batch = next(iter(plain.get_train_dataloader()))
     _, policy = plain.compute_loss(plain.model, batch, return_outputs=True)
@@ -181,7 +176,7 @@ def test_length_penalty_in_the_trainer(tmp_path, tokenizer):  # noqa: F811
     assert got == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
 
 
-def test_missing_margin_is_an_error_that_names_the_row(tmp_path, tokenizer):  # noqa: F811
+def test_missing_margin_is_an_error_that_names_the_row(tmp_path, tokenizer):
     rows = rows_with_margins(4)
     rows[2]["margin"] = None
     with pytest.raises(UserError, match=r"margin_scale: 1 rows of train have no `margin`, the first one is row:3"):
@@ -204,7 +199,7 @@ def weighted(rows, weights):
     return [{"chosen": side(r["chosen"]), "rejected": side(r["rejected"])} for r in rows]
 
 
-def test_weights_of_one_change_nothing(tmp_path, tokenizer):  # noqa: F811
+def test_weights_of_one_change_nothing(tmp_path, tokenizer):
     plain, ones = (mdpo_trainer(tmp_path, tokenizer, rows) for rows in (agent_rows(4), weighted(agent_rows(4), (1, 1))))
     assert plain.train_dataset.to_list() == ones.train_dataset.to_list()
     assert "score_weight" not in next(iter(ones.get_train_dataloader()))
@@ -212,7 +207,7 @@ def test_weights_of_one_change_nothing(tmp_path, tokenizer):  # noqa: F811
 
 @pytest.mark.parametrize("options", [{}, {"nll_coefficient": 0.5}, {"loss_type": ["ipo", "sft"]}, {"ld_alpha": 0.3},
                                      {"length_penalty": 0.1}, {"use_weighting": True}], ids=str)  # fmt: skip
-def test_weight_zero_is_a_mask(options, tmp_path, tokenizer):  # noqa: F811
+def test_weight_zero_is_a_mask(options, tmp_path, tokenizer):
     """Loss, gradients and metrics are those of the same rows with the first turn's mask set to 0 by hand."""
     zero = mdpo_trainer(tmp_path, tokenizer, weighted(agent_rows(8), (0, 1)), **options)
     masked = mdpo_trainer(tmp_path, tokenizer, agent_rows(8), **options)
@@ -243,7 +238,7 @@ def test_weight_zero_is_a_mask(options, tmp_path, tokenizer):  # noqa: F811
         )
 
 
-def test_weights_multiply_a_turns_log_ratios_by_hand(tmp_path, tokenizer):  # noqa: F811
+def test_weights_multiply_a_turns_log_ratios_by_hand(tmp_path, tokenizer):
     """Log-probs of (½, 3) are half of those of (1, 0) and three times those of (0, 1)."""
     sums = []
     for weights in ((0.5, 3), (1, 0), (0, 1)):
@@ -253,7 +248,7 @@ def test_weights_multiply_a_turns_log_ratios_by_hand(tmp_path, tokenizer):  # no
     torch.testing.assert_close(sums[0], 0.5 * sums[1] + 3 * sums[2], rtol=1e-5, atol=1e-4)
 
 
-def test_weights_change_no_reference_value(tmp_path, tokenizer):  # noqa: F811
+def test_weights_change_no_reference_value(tmp_path, tokenizer):
     plain, other = (
         mdpo_trainer(tmp_path, tokenizer, rows, precompute_ref_log_probs=True).train_dataset
         for rows in (agent_rows(4), weighted(agent_rows(4), (0.25, 2)))
@@ -262,7 +257,7 @@ def test_weights_change_no_reference_value(tmp_path, tokenizer):  # noqa: F811
         assert plain[column] == other[column]
 
 
-def test_shared_prefix_ends_where_weights_differ(tmp_path, tokenizer):  # noqa: F811
+def test_shared_prefix_ends_where_weights_differ(tmp_path, tokenizer):
     same = agent_rows(1)[0]
     rows = [{"chosen": same["chosen"], "rejected": [*same["chosen"][:3], same["rejected"][3]]}]
     whole = mdpo_trainer(tmp_path, tokenizer, rows).train_dataset[0]
@@ -284,14 +279,14 @@ BAD_WEIGHTS = {
 
 
 @pytest.mark.parametrize("reason", BAD_WEIGHTS)
-def test_bad_weights_drop_the_pair_by_name(reason, tmp_path, tokenizer):  # noqa: F811
+def test_bad_weights_drop_the_pair_by_name(reason, tmp_path, tokenizer):
     rows = agent_rows(4)
     rows[1] = {side: [BAD_WEIGHTS[reason](m) for m in messages] for side, messages in rows[1].items()}
     trainer = mdpo_trainer(tmp_path, tokenizer, rows)
     assert trainer.drop_counts["train"].reasons == {reason: ["row:2"]}
 
 
-def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):  # noqa: F811
+def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):
     """Context is not supervised: a weight there would do nothing."""
     first = agent_rows(1)[0]
     prompt = [{"role": "assistant", "content": "Hello.", "weight": 0.5}, first["chosen"][0]]
@@ -302,13 +297,13 @@ def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):  # no
     assert len(mdpo_trainer(tmp_path, tokenizer, rows).train_dataset) == 1
 
 
-def test_a_stream_without_margins_is_an_error(tmp_path, tokenizer):  # noqa: F811
+def test_a_stream_without_margins_is_an_error(tmp_path, tokenizer):
     stream = Dataset.from_list(agent_rows(4)).to_iterable_dataset()
     trainer = mdpo_trainer(tmp_path, tokenizer, stream, margin_scale=1.0, max_steps=1)
     with pytest.raises(UserError, match="no `margin`"):
         trainer.train()
 
 
-def test_weights_need_turn_masks(tmp_path, tokenizer):  # noqa: F811
+def test_weights_need_turn_masks(tmp_path, tokenizer):
     with pytest.raises(UserError, match="mask_user_turns: true"):
         trainer_of(DPOTrainer, weighted(agent_rows(4), (1, 0.5)), tmp_path, tokenizer)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig, get_peft_model
-from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from torch import nn
+from trainers import trainer_of
 from transformers.integrations.neftune import activate_neftune
 
 from dpo_trainer import DPOTrainer

@@ -6,12 +6,12 @@ import resource
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from test_memory import SIZES, recipe_for
+from plans import SIZES, recipe_for
+from repository import ROOT
 from transformers import Qwen3Config
 
 from mdpo.config.recipe import load_recipe
@@ -31,7 +31,6 @@ from mdpo.memory.oom import (
 )
 from mdpo.memory.sharding import Sharding
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml"
 EIGHT = Sharding(2, 8, precision="bf16")
 
@@ -75,7 +74,7 @@ def test_a_step_that_really_runs_out():
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def step(spare: int) -> dict:
-        command = [sys.executable, ROOT / "tests/out_of_memory_worker.py", str(spare)]
+        command = [sys.executable, ROOT / "tests/helpers/out_of_memory_worker.py", str(spare)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,24 +3,13 @@
 import json
 import subprocess
 import types
-from pathlib import Path
 
 import pytest
-from test_launch import (  # noqa: F401
-    TIMEOUT_S,
-    command_of,
-    compare,
-    environment_of,
-    extensions,
-    on_two_cpus,
-    one_process,
-    workshop,
-)
+from launches import TIMEOUT_S, command_of, compare, environment_of, on_two_cpus
+from repository import ROOT
 
 from mdpo.errors import UserError
 from mdpo.memory.sharding import overlap_reduction
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def plugin(**zero):
@@ -60,14 +49,14 @@ def test_deepspeed_s_defaults_are_what_is_relied_on():
 
 
 @pytest.mark.slow
-def test_the_file_for_gpus_overlaps_and_equals_one_process(workshop, extensions, one_process, tmp_path):  # noqa: F811
+def test_the_file_for_gpus_overlaps_and_equals_one_process(workshop, extensions, one_process, tmp_path):
     """Two processes under zero2_for_dpo.yaml, with buckets so small that both of them are filled in each backward.
     A CPU has no streams: that copies wait for each other on a GPU cannot be seen here."""
     config, notes = on_two_cpus("zero2_for_dpo", tmp_path), tmp_path / "notes.json"
     command = command_of(config, workshop, tmp_path / "out", "--per_device_train_batch_size=2")
     at = command.index("run_dpo.py")
-    command[at : at + 1] = ["tests/overlap_worker.py", str(notes)]
-    env = environment_of(extensions, {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    command[at : at + 1] = ["tests/helpers/overlap_worker.py", str(notes)]
+    env = environment_of(extensions, {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}"})
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout.count("overlap_comm: true") == 1

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from families import FAMILIES, tiny_model
 from peft import PromptTuningConfig, get_peft_model
-from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tokenizer_for
+from trainers import trainer_of
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 from safetensors.torch import load_file
-from test_modifications import rows_with_margins
-from test_trl_parity import SMOOTHED
 from tiny import CHATML, tiny_llama, tokenizer_for
+from trainers import SMOOTHED, rows_with_margins
 
 from mdpo.config.validation import ONLY_WITH
 from mdpo.loss.registry import LOSSES
 
-ROOT = Path(__file__).resolve().parent.parent
 # Sorted or averaged over one rank's batch, as in TRL: another split is another loss. TRL 1.16's bco_pair has no
 # running mean any more, and kto_pair's estimates are gathered: both agree.
 OF_THE_BATCH = {"aot", "aot_unpaired", "sft"}
@@ -31,7 +29,7 @@ RUNS |= {"precomputed": {"precompute_ref_log_probs": True}, "stream": {"stream":
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folders of one process and of two."""
-    command = ["tests/losses_worker.py"]
+    command = ["tests/helpers/losses_worker.py"]
     two = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     folders = []
     for start, pairs in (([], 4), (two, 2)):
@@ -39,7 +37,7 @@ def trained(tmp_path_factory):
         runs = {name: {**options, "per_device_train_batch_size": pairs} for name, options in RUNS.items()}
         done = subprocess.run(
             [sys.executable, *start, *command, str(folder), json.dumps(runs), json.dumps(rows_with_margins(8))],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}", "OMP_NUM_THREADS": "1"},
             cwd=ROOT, capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]

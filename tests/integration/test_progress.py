@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from test_trainer import mdpo_trainer
 from tiny import CHATML, tokenizer_for
+from trainers import mdpo_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 

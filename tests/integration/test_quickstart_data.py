@@ -6,11 +6,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "recipes" / "smollm2-135m" / "data"
 TOKENIZER = ROOT / "models" / "smollm2-135m-instruct" / "tokenizer.json"
 KINDS = ["ignores_output", "no_check", "wrong_operator", "wrong_quantity"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
 from mdpo import ranks
@@ -17,14 +18,13 @@ from mdpo.errors import Preempted
 from mdpo.loss.metrics import mean_over_steps, of_all_ranks
 from mdpo.ranks import gathered, gathered_tensor, pickled, shares
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60  # far from any limit of a process group or a launcher, far above what it takes on a busy machine
 
 
 def cases(folder: Path, *wanted: tuple[str, str, list[str]]) -> dict[str, list]:
     """name -> for each rank [exit code, seconds since the cause, output]."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/ranks_worker.py"), str(folder), json.dumps(wanted)],
+        [sys.executable, str(ROOT / "tests/helpers/ranks_worker.py"), str(folder), json.dumps(wanted)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip

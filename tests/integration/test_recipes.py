@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from repository import ROOT
 from safetensors.torch import load_file
 from tiny import CHATML, agent_rows, tokenizer_for, trl_template
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,7 +32,6 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.memory.sharding import Sharding
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/dpo/config_*.yaml"))
 BILLIONS = {  # parameters as the models' authors give them
     "codegemma-7b-it": 8.54,

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, List, Value
+from packed_pairs import tiny
 from peft import IA3Config, LoraConfig, get_peft_model
-from test_packing import tiny
-from test_trainer import own, tokenizer  # noqa: F401
-from test_trl_parity import trainer_of
 from tiny import agent_rows, tiny_llama
+from trainers import own, trainer_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import dpo_trainer
@@ -128,7 +127,7 @@ def test_keys_change_with_ids_masks_and_reference_alone():
     assert len({key, *(k for [k] in others)}) == 6
 
 
-def test_digest_of_files_is_by_content(tmp_path, tokenizer):  # noqa: F811
+def test_digest_of_files_is_by_content(tmp_path, tokenizer):
     tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "a")
     digest = named_digest(str(tmp_path / "a"), None, tmp_path / "cache")
     shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")
@@ -139,7 +138,7 @@ def test_digest_of_files_is_by_content(tmp_path, tokenizer):  # noqa: F811
     assert named_digest(str(tmp_path / "elsewhere"), None, tmp_path / "cache") == digest
 
 
-def test_digest_of_an_adapter_counts_its_base(tmp_path, tokenizer):  # noqa: F811
+def test_digest_of_an_adapter_counts_its_base(tmp_path, tokenizer):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "base")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
@@ -148,7 +147,7 @@ def test_digest_of_an_adapter_counts_its_base(tmp_path, tokenizer):  # noqa: F81
     assert named_digest(str(tmp_path / "adapter"), None, tmp_path) != digest
 
 
-def test_digest_of_weights_in_memory(tokenizer):  # noqa: F811
+def test_digest_of_weights_in_memory(tokenizer):
     model = tiny_llama(tokenizer, seed=0)
     digest = weights_digest(model)
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -162,7 +161,7 @@ def test_digest_of_weights_in_memory(tokenizer):  # noqa: F811
     assert weights_digest(model) is None
 
 
-def test_only_weight_files_tell_a_model(tmp_path, tokenizer):  # noqa: F811
+def test_only_weight_files_tell_a_model(tmp_path, tokenizer):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -187,7 +186,7 @@ def test_a_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     assert named_digest("org/m", "a", tmp_path) is None
 
 
-def test_scaling_of_an_own_adapter_counts(tokenizer):  # noqa: F811
+def test_scaling_of_an_own_adapter_counts(tokenizer):
     digests = []
     for alpha in (4, 8):
         torch.manual_seed(0)
@@ -212,7 +211,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("adapter", ["default", "model", "layers"])  # parts of other names, too
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_own_adapter_is_copied_whole(kind, adapter, tokenizer):  # noqa: F811
+def test_an_own_adapter_is_copied_whole(kind, adapter, tokenizer):
     torch.manual_seed(0)
     model = get_peft_model(tiny_llama(tokenizer, seed=0), ADAPTERS[kind], adapter_name=adapter).eval()
     ids = torch.arange(3, 12)[None]
@@ -262,7 +261,7 @@ def test_longest_length_that_is_cached():
 
 
 @pytest.fixture
-def folders(tmp_path, tokenizer):  # noqa: F811
+def folders(tmp_path, tokenizer):
     tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "policy")
     tiny_llama(tokenizer, seed=1).save_pretrained(tmp_path / "reference")
     tokenizer.save_pretrained(tmp_path / "policy")
@@ -283,7 +282,7 @@ def scored(monkeypatch):
     return batches
 
 
-def run(folders, tokenizer, rows=None, out="out", **options):  # noqa: F811
+def run(folders, tokenizer, rows=None, out="out", **options):
     options = {"precompute_ref_log_probs": True, "reference_cache_dir": str(folders / "cache"), **options}
     return own(folders / out, tokenizer, str(folders / "policy"), rows=rows or agent_rows(8), **options)
 
@@ -292,7 +291,7 @@ def columns(trainer):
     return [trainer.train_dataset[name] for name in COLUMNS]
 
 
-def test_a_second_run_scores_nothing_and_loads_no_reference(folders, tokenizer, scored, monkeypatch, capsys):  # noqa: F811
+def test_a_second_run_scores_nothing_and_loads_no_reference(folders, tokenizer, scored, monkeypatch, capsys):
     reference = {"ref_model_name_or_path": str(folders / "reference")}
     first = run(folders, tokenizer, **reference)
     assert sum(scored) == 8  # evaluated rows are the same ones
@@ -306,7 +305,7 @@ def test_a_second_run_scores_nothing_and_loads_no_reference(folders, tokenizer, 
     assert f"reference log-probs of train: 8 of 8 from {folders / 'cache'}" in capsys.readouterr().out
 
 
-def test_values_are_those_of_the_slow_twin(folders, tokenizer):  # noqa: F811
+def test_values_are_those_of_the_slow_twin(folders, tokenizer):
     """Scored batch by batch in training, without any cache, packed and padded."""
     wanted = []
     for packed in (True, False):
@@ -331,7 +330,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_a_change_costs(name, folders, tokenizer, scored):  # noqa: F811
+def test_what_a_change_costs(name, folders, tokenizer, scored):
     change, options, cost = CHANGES[name]
     run(folders, tokenizer)
     rows = agent_rows(8)
@@ -341,7 +340,7 @@ def test_what_a_change_costs(name, folders, tokenizer, scored):  # noqa: F811
     assert sum(scored) - before == cost
 
 
-def test_another_reference_costs_all_rows(folders, tokenizer, scored):  # noqa: F811
+def test_another_reference_costs_all_rows(folders, tokenizer, scored):
     first = run(folders, tokenizer)
     tiny_llama(tokenizer, seed=5).save_pretrained(folders / "policy")
     other = run(folders, tokenizer)
@@ -349,7 +348,7 @@ def test_another_reference_costs_all_rows(folders, tokenizer, scored):  # noqa: 
     assert columns(first) != columns(other)
 
 
-def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, scored, monkeypatch):  # noqa: F811
+def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, scored, monkeypatch):
     monkeypatch.setattr(reference_cache, "SHARD_S", -1.0)  # a shard for each pair
     score = dpo_trainer.score_reference
 
@@ -370,13 +369,13 @@ def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, sco
     assert sum(scored) == 5 + 4  # three that were missing, one that was damaged
 
 
-def test_equal_rows_are_scored_once(folders, tokenizer, scored):  # noqa: F811
+def test_equal_rows_are_scored_once(folders, tokenizer, scored):
     trainer = run(folders, tokenizer, agent_rows(4) * 2)
     assert sum(scored) == 4
     assert trainer.train_dataset[0][COLUMNS[0]] == trainer.train_dataset[4][COLUMNS[0]]
 
 
-def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):  # noqa: F811
+def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):
     made = []
     build = dpo_trainer.build_reference
 
@@ -393,7 +392,7 @@ def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):  # noqa: 
     assert all(torch.isfinite(torch.tensor(log["loss"])) for log in trainer.state.log_history if "loss" in log)
 
 
-def test_a_new_set_after_training_is_scored_by_the_reference_of_the_start(folders, tokenizer, scored):  # noqa: F811
+def test_a_new_set_after_training_is_scored_by_the_reference_of_the_start(folders, tokenizer, scored):
     trainer = run(folders, tokenizer, learning_rate=1e-2)
     trainer.train()
     before = sum(scored)
@@ -410,7 +409,7 @@ def test_a_new_set_after_training_is_scored_by_the_reference_of_the_start(folder
             lambda r: {"chosen": r["chosen"][:3] + [{"role": "assistant", "content": "Once more."}]}))  # fmt: skip
 
 
-def test_log_probs_that_are_not_finite_are_an_error(folders, tokenizer):  # noqa: F811
+def test_log_probs_that_are_not_finite_are_an_error(folders, tokenizer):
     model = tiny_llama(tokenizer, seed=0)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
@@ -420,7 +419,7 @@ def test_log_probs_that_are_not_finite_are_an_error(folders, tokenizer):  # noqa
     assert not list((folders / "cache").glob("*/*.safetensors"))
 
 
-def test_a_plain_config_keeps_them_beside_the_hubs_models(folders, tokenizer, scored):  # noqa: F811
+def test_a_plain_config_keeps_them_beside_the_hubs_models(folders, tokenizer, scored):
     for _ in range(2):
         trainer_of(DPOTrainer, agent_rows(8), folders, tokenizer, precompute_ref_log_probs=True)
     assert sum(scored) == 8
@@ -505,7 +504,7 @@ def test_recipes_compute_the_reference_ahead():
         assert recipe.training.precompute_ref_log_probs != recipe.model.use_peft, path
 
 
-def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folders, tokenizer, monkeypatch):  # noqa: F811
+def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folders, tokenizer, monkeypatch):
     limit, batches = 75, []
     score = dpo_trainer.score_reference
 

@@ -1,10 +1,10 @@
 """mdpo/rollouts/loop.py with a scripted policy, and with real models through mdpo/rollouts/generate.py."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -27,7 +27,7 @@ from mdpo.rollouts.loop import (
 from mdpo.rollouts.sandbox import Limits, RunResult, Sandbox
 from mdpo.rollouts.tables import by_turns, count_turns, rollout_figures, rollout_tables, wilson
 
-QUICKSTART_MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
+QUICKSTART_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
 
 def question(key: str, gold: str = "42") -> Question:
@@ -148,7 +148,7 @@ def test_output_blocks():
 
 def test_the_form_is_that_of_the_quickstart_pairs(sandbox):
     """Code of the shipped pairs, run here, gives the very turns that follow it there."""
-    rows = (Path(__file__).parents[1] / "recipes/smollm2-135m/data/heldout.jsonl").read_text().splitlines()[:5]
+    rows = (ROOT / "recipes/smollm2-135m/data/heldout.jsonl").read_text().splitlines()[:5]
     seen = 0
     for row in map(json.loads, rows):
         for turn, after in zip(row["chosen"], row["chosen"][1:], strict=False):
@@ -314,7 +314,7 @@ def test_rollouts_of_the_quickstart_model(sandbox):
         pytest.skip("scripts/prepare_quickstart.py has not been run")
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL, dtype="float32")
-    rows = (Path(__file__).parents[1] / "recipes/smollm2-135m/data/heldout.jsonl").read_text().splitlines()[:4]
+    rows = (ROOT / "recipes/smollm2-135m/data/heldout.jsonl").read_text().splitlines()[:4]
     prompts = [json.loads(row)["chosen"][:1] for row in rows]
     questions = [Question(str(i), prompt, "291") for i, prompt in enumerate(prompts)]
     generate = Generator(model, tokenizer, ChatTemplate(tokenizer), max_new_tokens=20)

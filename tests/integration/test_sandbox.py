@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from mdpo.errors import UserError
 from mdpo.rollouts import sandbox
@@ -267,7 +268,7 @@ while True: pass
 """
     script = f"from mdpo.rollouts.sandbox import *\nSandbox(Limits(seconds={LONG})).run({program!r})"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # its folder stays behind
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment)
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment)
     end = time.monotonic() + LONG
 
     def running():  # the parent's own command line has the mark too

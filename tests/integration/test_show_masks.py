@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import show_masks
+from repository import ROOT
 from rich.console import Console
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.masking.tokenizer import token_text
 from scripts.dev import draw_masks
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 USER, CALL, OUTPUT, ANSWER = (
     "What is 3 * 4?",

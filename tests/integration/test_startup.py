@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import LlamaConfig
 
@@ -18,8 +18,6 @@ from mdpo.errors import UserError
 from mdpo.masking.tokenizer import check_model
 from mdpo.runs import failures
 from mdpo.runs.entrypoint import clear_stale_build_locks, run
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

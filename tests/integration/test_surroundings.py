@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from repository import ROOT
 from tiny import CHATML, agent_rows, save_workshop, tokenizer_for
 from transformers import AutoTokenizer
 from trl import ModelConfig
@@ -35,7 +36,6 @@ from mdpo.runs import preflight, trackers
 from mdpo.runs.entrypoint import run
 from mdpo.storage import as_new_files
 
-ROOT = Path(__file__).resolve().parent.parent
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 NOWHERE = "/proc/nothing-can-be-made-here"
 

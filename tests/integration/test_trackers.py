@@ -7,8 +7,8 @@ import sqlite3
 import struct
 
 import pytest
-from test_trainer import mdpo_trainer
 from tiny import CHATML, tokenizer_for
+from trainers import mdpo_trainer
 
 from mdpo.reporting.progress import StepTimer, show_progress
 

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PromptTuningConfig
-from test_trl_parity import close, compare_metrics, explicit, loss_and_gradients, trainer_of
-from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
+from tiny import agent_rows, tiny_llama, tiny_mixtral
+from trainers import close, compare_metrics, explicit, loss_and_gradients, mdpo_trainer, own, trainer_of
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
@@ -24,32 +24,6 @@ from mdpo.reference.model import drop_weights
 from mdpo.runs.checkpoints import SAVING
 from mdpo.runs.output_dir import LOCK
 from mdpo.runs.saved_weights import check_saved
-
-
-@pytest.fixture
-def tokenizer():
-    return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
-
-
-def mdpo_trainer(tmp_path, tokenizer, rows=None, **options):
-    return trainer_of(DPOTrainer, rows or agent_rows(8), tmp_path, tokenizer, config=MDPOConfig, **options)
-
-
-def own(tmp_path, tokenizer, model, ref_model=None, rows=None, config=MDPOConfig, peft_config=None, **options):
-    """A trainer on our own model objects, saved first so that a reference can be loaded from its path."""
-    args = config(
-        str(tmp_path / "out"),
-        per_device_train_batch_size=4,
-        report_to="none",
-        use_cpu=True,
-        max_length=300,
-        disable_tqdm=True,
-        logging_steps=1,
-        **{"bf16": False, **options},
-    )
-    data = Dataset.from_list(rows or agent_rows(8))
-    return DPOTrainer(model, ref_model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
-
 
 SAME_IN_BOTH = {
     **{loss: {"loss_type": [loss]} for loss in LOSSES},
@@ -114,7 +88,7 @@ def test_shared_prefix_off_where_it_cannot_be(tmp_path, tokenizer, capsys):
 
 def test_a_hybrid_model_trains_on_padded_batches_by_itself(tmp_path, tokenizer, capsys):
     """Convolutions carry a state from token to token: a packed row would mix pairs."""
-    from test_packing import tiny
+    from packed_pairs import tiny
 
     models = lambda: [tiny("Lfm2", vocab_size=len(tokenizer), layer_types=["conv", "full_attention"]) for _ in "pr"]  # noqa: E731
     trainer = mdpo_trainer(tmp_path, tokenizer, models=models, learning_rate=1e-2)

@@ -11,49 +11,12 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for, trl_template
-from trl import DPOConfig
+from trainers import SMOOTHED, close, compare_metrics, explicit, loss_and_gradients, trainer_of
 
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import OF_DIFFERENCE
 from mdpo.loss.registry import OF_TRL
-
-BETA = 0.1
-
-
-def trainer_of(cls, rows, tmp_path, tokenizer, config=DPOConfig, models=None, peft_config=None, **options):
-    """A trainer of tiny models; `models` makes (policy, reference) anew for each trainer."""
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 8,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "learning_rate": 1e-3,
-        "max_length": 300,
-        "beta": BETA,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    args = config(str(tmp_path / cls.__module__), **{**defaults, **options})
-    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    policy, reference = models() if models else (tiny_llama(tokenizer, seed=0), tiny_llama(tokenizer, seed=1))
-    return cls(
-        policy,
-        reference,
-        args,
-        train_dataset=data,
-        eval_dataset=data,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-
-
-def explicit(rows):
-    return [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
 
 
 def plain(rows):
@@ -97,20 +60,6 @@ FORMATS = {
 }
 
 
-def close(got, wanted, name=""):
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm() + 1e-12, name
-
-
-def loss_and_gradients(trainer, batch):
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    trainer.model.zero_grad()
-    trainer._metrics["train"].clear() if hasattr(trainer, "_metrics") else trainer._tables["train"].clear()
-    return loss.detach(), gradients
-
-
 def same_as_trl(rows, tmp_path, tokenizer, whole_run=True, **options):
     """Batches, loss and gradients of the first one, then two steps with their metrics, weights and an evaluation."""
     ours, theirs = (trainer_of(cls, rows, tmp_path, tokenizer, **options) for cls in (DPOTrainer, trl.DPOTrainer))
@@ -137,11 +86,6 @@ def same_as_trl(rows, tmp_path, tokenizer, whole_run=True, **options):
     return ours, theirs, their_loss.item()
 
 
-@pytest.fixture
-def tokenizer():
-    return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "keep_start"])
 def test_formats(name, cut, tmp_path):
@@ -155,9 +99,6 @@ def test_formats(name, cut, tmp_path):
     assert loss != pytest.approx(math.log(2), abs=5e-4)  # the reference is another model
     longest = max(len(ids) for ids in ours.train_dataset["chosen_ids"])
     assert longest == options["max_length"] if cut else longest < options["max_length"]
-
-
-SMOOTHED = {"exo_pair": 0.01, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.1}
 
 
 def nearby(tokenizer, noise=0.01):
@@ -303,17 +244,6 @@ def test_compute_metrics(tmp_path, tokenizer):
         shapes.append(trainer.evaluate())
     assert shapes[0]["eval_sum"] == pytest.approx(shapes[1]["eval_sum"], rel=1e-5)
     assert shapes[0]["eval_ids"] == shapes[1]["eval_ids"]
-
-
-def compare_metrics(got, wanted, prefix=""):
-    scale = abs(wanted[f"{prefix}logps/chosen"]) + abs(wanted[f"{prefix}logps/rejected"])
-    for key, value in wanted.items():
-        if any(word in key for word in ("runtime", "per_second")):
-            continue
-        absolute = 1e-5 * scale * (BETA if "reward" in key or "loss" in key else 1.0)
-        if "accuracies" in key and abs(wanted[f"{prefix}rewards/margins"]) <= absolute:
-            continue  # policy = reference: the sign of a rounding error
-        assert got[key] == pytest.approx(value, rel=1e-4, abs=max(absolute, 1e-6)), key
 
 
 def test_collator_of_trl_gives_the_same_loss(tmp_path):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import mdpo_trainer
-from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tokenizer_for
+from trainers import mdpo_trainer, trainer_of
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer

@@ -11,6 +11,7 @@ import zipfile
 
 import pytest
 from datasets import Dataset
+from odd_values import ODD
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.data import files as files_module
@@ -369,12 +370,6 @@ def test_a_prompt_of_one_message_and_prompts_that_are_none():
         pair(prompt=[U1], conversations=[U2], chosen=[A1], rejected=[A2])
     with pytest.raises(DropPair, match="neither text nor messages"):
         pair(prompt=42, chosen=[A1], rejected=[A2])
-
-
-# Values that real sets have held, and worse, for every field of a row and of its messages.
-ODD = [None, "", " ", "x", 5, 10**400, -1, float("nan"), True, [], {}, ["x"], [5], {"x": 1}, [[]], [{}], [None], "{",
-       "[[1]]", "null", "\ud83d", [{"role": "user"}], {"role": "assistant", "content": "x"}, [{"name": "f"}],
-       "9" * 5000, "[" * 5000, [{"function": "f"}], [{"function": {"name": 5}}], {"tools": []}, b"x"]  # fmt: skip
 
 
 @pytest.mark.parametrize("mask_turns", [True, False])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
-from test_data import ODD
+from odd_values import ODD
+from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from dpo_trainer import DPOTrainer
@@ -24,7 +25,7 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.left_out import TOOLS as NO_TOOLS
 from mdpo.masking.loss_mask import RenderSettings
 
-DOCS = (Path(__file__).resolve().parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8")
 Q, G, B = "Which river runs through Lyon?", "The Rhone does.", "The Danube does."
 EARLIER, SAID = "Which hill stands over Athens?", "Lycabettus does."
 ASK = [("user", Q)]

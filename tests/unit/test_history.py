@@ -1,28 +1,14 @@
 """What is read out of a log history, by hand: curves, smoothing, figures before and after, chosen log-probs."""
 
-import math
 import re
-from pathlib import Path
 
 import pytest
+from histories import HISTORY, evaluation
+from repository import ROOT
 
 from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
 from mdpo.reporting.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
 from mdpo.reporting.run_report import show_result
-
-
-def evaluation(step, chosen, rejected, **more):
-    return {"eval_loss": 0.5, "eval_logps/chosen": chosen, "eval_logps/rejected": rejected, "step": step, **more}
-
-
-HISTORY = [
-    evaluation(0, -50.0, -60.0, **{"eval_margins/turn_1": 0.0, "eval_pairs/turn_1": 8}),
-    {"loss": 0.69, "grad_norm": math.nan, "learning_rate": 1e-5, "step": 1, "margins/turn_1": 0.1, "pairs/turn_1": 4},
-    {"loss": 0.60, "grad_norm": 3.0, "learning_rate": 2e-5, "step": 2, "margins/turn_1": 0.2, "pairs/turn_1": 4},
-    evaluation(2, -53.0, -75.0),
-    evaluation(2, -54.0, -76.0, **{"eval_margins/turn_1": 1.5, "eval_pairs/turn_1": 8}),  # once more at the end
-    {"train_loss": 0.645, "train_runtime": 3.0, "step": 2},
-]
 
 
 def test_curves():
@@ -137,5 +123,5 @@ def test_the_end_s_table_and_line_agree(last, word, capsys):
 
 
 def test_readme_s_first_screen_agrees_with_itself():
-    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert agrees_with_itself(text[: text.index("## ")])

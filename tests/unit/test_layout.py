@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 from setuptools import find_packages
 
 from mdpo.config.recipe import load_recipe
 from mdpo.loss.registry import LOSSES, OF_TRL
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A package (or a module beside them) may import those in lines above its own.
 ORDER = [
@@ -98,6 +98,27 @@ def test_nothing_imports_scripts_or_tests():
     assert len(files) > 15 and "show_masks" in names
     for path in files:
         assert not {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"))} & names, path
+
+
+def of_tests(source: str) -> set[str]:
+    """The test modules that a file imports."""
+    return {name for name in imports(source) if name.split(".")[-1].startswith("test_")}
+
+
+def test_no_test_module_imports_another():
+    """What two of them need is in tests/helpers, which imports none."""
+    folders = ("unit", "integration", "faults", "helpers")
+    files = {folder: sorted((ROOT / "tests" / folder).glob("*.py")) for folder in folders}
+    assert all(len(found) >= 5 for found in files.values())
+    assert {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")} == set(folders) - {"helpers"}
+    for path in sum(files.values(), [ROOT / "tests/conftest.py"]):
+        assert not of_tests(path.read_text(encoding="utf-8")), path
+
+
+def test_an_import_between_test_modules_would_be_seen():
+    assert of_tests("def f():\n    from test_masks import ROWS") == {"test_masks"}
+    assert of_tests("from unit.test_masks import ROWS\nimport tiny") == {"unit.test_masks"}
+    assert not of_tests("from templates import ROWS\nimport pytest")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,25 @@
 """What a template leaves out is counted, or drops its pair under a reason that names the message."""
 
 import pytest
-from test_masks import (
+from conversations import (
     CLOCK,
     EXCLUDED,
     NO_TOOLS,
     REASONING,
-    ROWS,
     THINK,
     THINKING,
     THINKING_CALLS,
     TOOLS,
     WEATHER,
     assistant,
-    chat_template,
     one_call,
     pair_of,
     text_turns,
     tool,
     user,
 )
-from test_spans import said
+from mask_checks import said
+from templates import ROWS, chat_template
 from tiny import CHATML, tokenizer_for
 
 from mdpo.data.tokenize import tokenize_row

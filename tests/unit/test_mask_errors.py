@@ -1,14 +1,14 @@
 """The edges of masks, derived by hand: straddling tokens, cuts, equal sides, TRL's own rule, and what is refused."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest
+from conversations import assistant, pair_of, text_turns, tool
 from datasets import Dataset
-from test_masks import assistant, byte_ranges, chat_template, pair_of, text_turns, tool, user
+from mask_checks import LETTERS, byte_level, byte_ranges, ones, refused, rounds
+from templates import chat_template
 from tiny import CHATML, tokenizer_for
-from tokenizers import Tokenizer, processors
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from mdpo.data.rows import row_to_pair
@@ -18,32 +18,10 @@ from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.masking.spans import STRADDLE, span_mask, tokenize
 from mdpo.types import Pair
 
-# With a token a character, [user("a?"), assistant("bc")] is in ChatML
-#   0 <|im_start|>   1-5 user\n        6-7 a?     8 <|im_end|>    9 \n
-#  10 <|im_start|>  11-20 assistant\n  21-22 bc  23 <|im_end|>  24 \n
-# and a second round of one character each goes on with
-#  25 <|im_start|>  26-30 user\n       31 e      32 <|im_end|>  33 \n
-#  34 <|im_start|>  35-44 assistant\n  45 f      46 <|im_end|>  47 \n
-LETTERS = ChatTemplate(tokenizer_for(CHATML, "letters"))
-
-
-def rounds(*texts):
-    return [user(text) if k % 2 == 0 else assistant(text) for k, text in enumerate(texts)]
-
 
 def tokenized(chosen, rejected, n_prompt=1, max_length=None, truncation_mode="drop", **more):
     settings = RenderSettings(max_length, truncation_mode, **more)
     return tokenize_pair(Pair(chosen, rejected, n_prompt), LETTERS, settings)
-
-
-def ones(mask):
-    return [t for t, m in enumerate(mask) if m]
-
-
-def refused(exception, action, *args, **kwargs):
-    with pytest.raises(exception) as error:
-        action(*args, **kwargs)
-    return str(error.value)
 
 
 # ---- spans and tokens
@@ -69,18 +47,6 @@ def test_span_mask(ranges, spans, mask):
         assert refused(DropPair, span_mask, ranges, spans) == STRADDLE
     else:
         assert span_mask(ranges, spans) == mask
-
-
-def byte_level(*merges, trim_offsets=False):
-    """The tokenizer of LETTERS with these merges, reporting words with or without their space."""
-    tokenizer = copy.deepcopy(LETTERS.tokenizer)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for merge in merges:
-        state["model"]["vocab"]["".join(merge)] = 1000 + len(state["model"]["merges"])
-        state["model"]["merges"].append(list(merge))
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    return tokenizer
 
 
 @pytest.mark.parametrize(

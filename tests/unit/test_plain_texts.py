@@ -5,7 +5,7 @@ import json
 
 import pytest
 from datasets import Dataset
-from test_mask_errors import LETTERS, ones, refused
+from mask_checks import LETTERS, ones, refused
 from tiny import CHATML, tokenizer_for
 from tokenizers import processors
 

@@ -3,22 +3,21 @@
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from test_memory import CONFIGS, LORA, SIZES, recipe_for
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig, Qwen3Config
+from plans import BF16, CONFIGS, LORA, TINY, recipe_for
+from repository import ROOT
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig
 
 from mdpo.errors import UserError
 from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMISER, STEP
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
 
-ROOT = Path(__file__).resolve().parent.parent
 # Layers as wide as a 7B model's: its weights are more than DeepSpeed's buckets hold.
 WIDE = LlamaConfig(
     vocab_size=32000,
@@ -29,8 +28,6 @@ WIDE = LlamaConfig(
     num_key_value_heads=32,
     max_position_embeddings=4096,
 )
-TINY = Qwen3Config(**{**SIZES, "num_hidden_layers": 1})
-BF16 = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "fused_ops": True}
 
 ENGINE = Sharding(2, 1, precision="bf16")  # one GPU under DeepSpeed
 

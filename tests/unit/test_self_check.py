@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 import transformers
+from packed_pairs import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
 from peft import LoraConfig, get_peft_model
-from test_packing import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
 
 import mdpo.forward.layout
 import mdpo.forward.layout_check

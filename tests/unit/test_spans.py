@@ -6,8 +6,8 @@ import json
 import check_data
 import pytest
 import show_masks
-from test_mask_errors import LETTERS, byte_level, ones, refused, rounds
-from test_masks import TOOLS, WEATHER, assistant, one_call, pair_of, user
+from conversations import TOOLS, WEATHER, assistant, one_call, pair_of, user
+from mask_checks import LETTERS, byte_level, ones, refused, rounds, said
 from tiny import CHATML, tokenizer_for, trl_template
 from tokenizers import Tokenizer
 
@@ -20,17 +20,6 @@ from mdpo.runs.entrypoint import run
 from mdpo.types import Pair
 
 SETTINGS = RenderSettings(None)
-
-
-def said(tokenizer, ids, mask):
-    """The texts of the runs of supervised tokens."""
-    runs, before = [], 0
-    for token, bit in zip(ids, mask, strict=True):
-        if bit:
-            runs = runs if before else [*runs, []]
-            runs[-1].append(token)
-        before = bit
-    return [tokenizer.decode(run) for run in runs]
 
 
 def names(tokenizer, ids):
@@ -50,7 +39,7 @@ def whole(template, messages):
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_header_and_answer_are_tokenized_apart(trim_offsets):
     """`assistant\\n` + `  b` holds the token `\\n `. The prompt ends with `\\n` at inference: what is sampled are two
-    spaces and b. With a token a character (positions as in test_mask_errors.py) the answer is 21-23, its end 24."""
+    spaces and b. With a token a character (positions as in mask_checks.py) the answer is 21-23, its end 24."""
     template = ChatTemplate(byte_level("ĊĠ", trim_offsets=trim_offsets))
     messages = rounds("a?", "  b")
     got = tokenize_pair(Pair(messages, rounds("a?", "c"), 1), template, SETTINGS)

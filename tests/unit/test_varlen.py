@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_packing import flash_stand_in, torch_stand_in
+from varlen_stand_ins import flash_stand_in, torch_stand_in
 
 import mdpo.forward.varlen
 from mdpo.forward.varlen import flash, flash_attn, kernels, torch_varlen
