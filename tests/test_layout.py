@@ -100,15 +100,25 @@ def test_nothing_imports_scripts_or_tests():
         assert not {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"))} & names, path
 
 
+def lines_of(source: str) -> int:
+    """Lines of a file but those of its imports, which fold by the length of names."""
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return source.count("\n") - sum(n.end_lineno - n.lineno + 1 for n in nodes)
+
+
+def test_lines_are_counted_without_imports():
+    assert lines_of("import a\nfrom b import (\n    c,\n    d,\n)\n\nx = 1\n") == 2
+
+
 @pytest.mark.parametrize(
     ("pattern", "most"),
-    [("run_dpo.py", 150), ("dpo_trainer.py", 600), ("mdpo/**/*.py", 250), ("scripts/**/*.py", 150)],
+    [("run_dpo.py", 150), ("dpo_trainer.py", 480), ("mdpo/**/*.py", 250), ("scripts/**/*.py", 150)],
 )
 def test_files_stay_small(pattern, most):
     files = list(ROOT.glob(pattern))
     assert files
     for path in files:
-        assert path.read_text(encoding="utf-8").count("\n") <= most, path
+        assert lines_of(path.read_text(encoding="utf-8")) <= most, path
 
 
 def test_modifications_are_closed_and_in_the_readme():

@@ -130,11 +130,28 @@ def _as_mixer(key: str, sets: dict[str, float] | list[str] | None) -> dict[str, 
     return {name: float(share) for name, share in sets.items()}
 
 
+# Our keys where a plain trl.DPOConfig is given.
+TRL_VALUES = {
+    "mask_user_turns": False,
+    "nll_coefficient": 0.0,
+    "margin_scale": 0.0,
+    "length_penalty": 0.0,
+    "ref_model_name_or_path": None,
+    "shared_prefix": False,
+    "fused_ops": False,
+    "reference_cache_dir": None,
+    "sanity_check": False,
+    "overwrite_output_dir": False,
+    "max_nonfinite_steps": None,
+}
+
+
 @dataclass(repr=False)
 class MDPOConfig(DPOConfig):
     """trl.DPOConfig with what multi-turn DPO needs. A plain DPOConfig in its place gives TRL's behaviour."""
 
     __repr__ = DPOConfig.__str__  # TrainingArguments' own, which hides tokens; DPOConfig's repr shows them
+    of_trl = False  # no key: whether it stands for a plain trl.DPOConfig
 
     mask_user_turns: bool = field(
         default=True,
@@ -195,6 +212,16 @@ class MDPOConfig(DPOConfig):
         default=False,
         metadata={"help": "Trainer's own look at each loss; ours leaves out steps that are not finite without it."},
     )
+
+    @classmethod
+    def with_trl_behaviour(cls, args: DPOConfig) -> "MDPOConfig":
+        """An MDPOConfig as it is; a plain trl.DPOConfig as one with its values, every departure from TRL off, and
+        `of_trl` True."""
+        if isinstance(args, MDPOConfig):
+            return args
+        lifted = object.__new__(cls)  # its own __init__ would look for devices again
+        vars(lifted).update({**TRL_VALUES, **vars(args), "of_trl": True})
+        return lifted
 
     def __post_init__(self):
         """Raises UserError for values out of range, before TrainingArguments touches any device."""
