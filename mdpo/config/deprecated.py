@@ -35,7 +35,7 @@ def _switch(on: Any, off: Any) -> Callable[[Any], Any]:
     return convert
 
 
-# From alignment-handbook, transformers 4, TRL before 1.0 and the first M-DPO scripts; tests/test_config.py checks
+# From alignment-handbook, transformers 4, TRL before 1.0 and the first M-DPO scripts; tests/unit/test_config.py checks
 # every entry against the installed packages.
 _RENAMED = """torch_dtype=dtype evaluation_strategy=eval_strategy preprocessing_num_workers=dataset_num_proc
     per_gpu_train_batch_size=per_device_train_batch_size per_gpu_eval_batch_size=per_device_eval_batch_size

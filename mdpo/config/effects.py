@@ -2,7 +2,7 @@
 
 An option works (`WORKS` names the file that reads it), is refused where it is set (`REFUSED`, and `INSTEAD` of
 mdpo.config.validation), is named by a line where it is set (`NAMED`), or asks for what happens anyway (`QUIET`).
-tests/test_effects.py compares the table with the dataclasses' fields.
+tests/unit/test_effects.py compares the table with the dataclasses' fields.
 """
 
 from collections.abc import Iterator

@@ -199,8 +199,8 @@ class MDPOConfig(DPOConfig):
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata={
-            "help": "A run goes on from the newest whole checkpoint in output_dir, if there is one. A folder: from "
-            "that one; true: from the newest, which has to be there; false: never."
+            "help": "Unset: from the newest complete checkpoint in output_dir, if any; a folder: from that one; true: "
+            "the newest has to be there; false: never."
         },
     )
     max_nonfinite_steps: int = field(
@@ -215,8 +215,7 @@ class MDPOConfig(DPOConfig):
 
     @classmethod
     def with_trl_behaviour(cls, args: DPOConfig) -> "MDPOConfig":
-        """An MDPOConfig as it is; a plain trl.DPOConfig as one with its values, every departure from TRL off, and
-        `of_trl` True."""
+        """An MDPOConfig as it is; a plain trl.DPOConfig as one with its values and every departure from TRL off."""
         if isinstance(args, MDPOConfig):
             return args
         lifted = object.__new__(cls)  # its own __init__ would look for devices again
