@@ -45,21 +45,21 @@ class DataArguments:
 
     dataset_mixer: dict[str, float] | list[str] = field(
         default_factory=dict,
-        metadata={"help": "Training sets: name or path -> share of that set's rows, in (0, 1]. A list means 1.0 each."},
+        metadata={"help": "Training datasets: name or path -> share of its rows, in (0, 1]. A list means 1.0 each."},
     )
     dataset_splits: list[str] = field(
         default_factory=lambda: ["train", "test"],
         metadata={"help": "Splits to read. Those with 'train' in their name are trained on, the others evaluated."},
     )
     dataset_configs: list[str] | None = field(
-        default=None, metadata={"help": "Configuration name of each set in dataset_mixer, in the same order."}
+        default=None, metadata={"help": "Configuration name of each dataset in dataset_mixer, in the same order."}
     )
     eval_dataset_mixer: dict[str, float] | list[str] | None = field(
-        default=None, metadata={"help": "Separate held-out sets, written as dataset_mixer; all splits are evaluated."}
+        default=None, metadata={"help": "Separate held-out datasets, written as dataset_mixer; all splits count."}
     )
     test_split_size: float | int | None = field(
         default=None,
-        metadata={"help": "Held out by prompt, seeded, from sets with one split: rows (int) or a share in (0, 1)."},
+        metadata={"help": "Held out by prompt, seeded, where a dataset has one split: rows, or a share in (0, 1)."},
     )
     max_training_samples: int | None = field(default=None, metadata={"help": "Train on at most this many pairs."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many pairs."})
@@ -83,7 +83,8 @@ class DataArguments:
         },
     )
     max_bad_fraction: float = field(
-        default=0.2, metadata={"help": "The run ends before training where more than this share of a set is dropped."}
+        default=0.2,
+        metadata={"help": "The run ends before training where more than this share of a dataset is dropped."},
     )
 
     def __post_init__(self):
@@ -138,16 +139,22 @@ class MDPOConfig(DPOConfig):
 
     mask_user_turns: bool = field(
         default=True,
-        metadata={"help": "Supervise only what the policy itself says. False: everything after the prompt, as in TRL."},
+        metadata={
+            "help": "Supervise only tokens that the policy samples. False: everything after the prompt, as in TRL."
+        },
     )
     nll_coefficient: float = field(
-        default=0.0, metadata={"help": "Weight of the chosen side's negative log-likelihood added to the loss."}
+        default=0.0, metadata={"help": "Adds so much of the chosen side's -log p per token to each pair's loss (RPO)."}
     )
     margin_scale: float = field(
-        default=0.0, metadata={"help": "Scale of the rows' `margin` in sigmoid, hinge, kl, rev_kl, tv and hellinger."}
+        default=0.0,
+        metadata={
+            "help": "Times a row's `margin`: the reward difference to reach (sigmoid, hinge, kl, rev_kl, tv, hellinger)."
+        },
     )
     length_penalty: float = field(
-        default=0.0, metadata={"help": "Alpha of R-DPO, per supervised token by which the chosen side is longer."}
+        default=0.0,
+        metadata={"help": "Alpha of R-DPO, per supervised token by which chosen is longer; with loss sigmoid."},
     )
     truncation_mode: str = field(
         default="drop",
@@ -171,29 +178,32 @@ class MDPOConfig(DPOConfig):
     )
     reference_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where precomputed reference log-probs are kept; by default beside the hub's models."},
+        metadata={"help": "Where precomputed reference log-probs are cached; by default $HF_HOME/mdpo-reference."},
     )
     sanity_check: bool = field(
-        default=False, metadata={"help": "Train on a few pairs only, to see that a recipe runs end to end."}
+        default=False, metadata={"help": "32 training and 8 held-out rows of each dataset, to see that a recipe runs."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh in an output_dir that already holds a run."}
+        default=False,
+        metadata={"help": "Clears an earlier run and starts anew, every time: leave it out of runs that may stop."},
     )
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata={
-            "help": "A run goes on from the newest whole checkpoint in output_dir, if there is one. A folder: from "
+            "help": "A run resumes from the newest complete checkpoint in output_dir, if there is one. A folder: from "
             "that one; true: from the newest, which has to be there; false: never."
         },
     )
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "Steps in a row whose loss or gradient is not finite before the run ends; none is applied."},
+        metadata={
+            "help": "So many non-finite steps (NaN or Inf loss or gradient) in a row end the run; each is skipped."
+        },
     )
 
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Trainer's own look at each loss; ours leaves out steps that are not finite without it."},
+        metadata={"help": "Trainer's own filter of logged losses; non-finite steps are skipped without it."},
     )
 
     def __post_init__(self):
