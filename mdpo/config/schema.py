@@ -149,7 +149,8 @@ class MDPOConfig(DPOConfig):
     margin_scale: float = field(
         default=0.0,
         metadata={
-            "help": "Times a row's `margin`: the reward difference to reach (sigmoid, hinge, kl, rev_kl, tv, hellinger)."
+            "help": "Times a row's `margin`: the reward difference to reach, in sigmoid, hinge, kl, rev_kl, tv and "
+            "hellinger."
         },
     )
     length_penalty: float = field(
