@@ -37,19 +37,20 @@ WORKS = {
         lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type
         use_bnb_nested_quant bnb_4bit_quant_storage use_peft""",
     "dpo_trainer.py": """output_dir per_device_train_batch_size gradient_checkpointing gradient_checkpointing_kwargs
-        train_sampling_strategy router_aux_loss_coef disable_dropout precompute_ref_log_probs
-        precompute_ref_batch_size ld_alpha use_weighting sync_ref_model pad_token trust_remote_code
-        model_init_kwargs pad_to_multiple_of ref_model_name_or_path shared_prefix fused_ops reference_cache_dir""",
+        train_sampling_strategy router_aux_loss_coef disable_dropout precompute_ref_log_probs ld_alpha use_weighting
+        sync_ref_model pad_token trust_remote_code model_init_kwargs pad_to_multiple_of shared_prefix fused_ops""",
+    "mdpo/reference/frozen.py": "ref_model_name_or_path precompute_ref_batch_size reference_cache_dir",
+    "mdpo/config/recipe.py": "attn_implementation dtype model_revision",
     "mdpo/loss/registry.py": """loss_type loss_weights f_divergence_type f_alpha_divergence_coef label_smoothing beta
         discopop_tau nll_coefficient margin_scale length_penalty""",
     "mdpo/reference/model.py": "ref_model_mixup_alpha ref_model_sync_steps",
     "mdpo/data/prepare.py": """max_length truncation_mode mask_user_turns dataset_mixer dataset_splits dataset_configs
         eval_dataset_mixer test_split_size max_training_samples max_eval_samples chat_template_kwargs
-        allow_different_prompts dataset_num_proc sanity_check attn_implementation dtype model_revision""",
+        allow_different_prompts dataset_num_proc sanity_check""",
     "mdpo/masking/tokenizer.py": "tokenizer_name_or_path chat_template model_name_or_path",
     "mdpo/runs/output_dir.py": "overwrite_output_dir resume_from_checkpoint",
-    "mdpo/runs/resumable_trainer.py": "save_total_limit",
-    "mdpo/runs/guarded_trainer.py": "max_nonfinite_steps",
+    "mdpo/runs/checkpoint_writer.py": "save_total_limit",
+    "mdpo/runs/nonfinite_guard.py": "max_nonfinite_steps",
     "run_dpo.py": "on_bad_rows max_bad_fraction",
 }
 QUIET = {

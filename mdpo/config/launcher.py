@@ -34,7 +34,7 @@ def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
     wants = f"{file} says use_cpu: false" if file else "This launch has DeepSpeed or several processes"
     raise UserError(
         f"{wants}, but torch can use no GPU here: {_torch_says(driver)} Install a torch that is built for this "
-        "driver's CUDA (README, Training on 8 GPUs), or newer drivers. To train on the CPU all the same, take "
+        "driver's CUDA (see docs/clusters.md), or newer drivers. To train on the CPU all the same, take "
         "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true."
     )
 

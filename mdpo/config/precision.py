@@ -42,7 +42,7 @@ def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         # Else TrainingArguments refuses bf16, and under a CPU ZeRO launch every rank takes itself for the only one.
         values["use_cpu"] = True
     if values.get("attn_implementation") == "flash_attention_2" and (on_cpu or flash_attn()[0] is None):
-        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (optional, see README)"
+        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (optional, see docs/clusters.md)"
         values["attn_implementation"] = None  # not sdpa: transformers refuses it for Gemma-2
         notes.append(f"attn_implementation: the model's own choice in place of flash_attention_2: {why}.")
     return values

@@ -20,7 +20,10 @@ from dpo_trainer import DPOTrainer
 from mdpo.forward.collators import PackedCollator, PairCollator, unpacked
 from mdpo.forward.token_logps import enable_scoring
 from mdpo.loss.metrics import COLUMNS
+from mdpo.loss.pair_tables import PairTables
 from mdpo.loss.registry import LossSettings
+from mdpo.reference.frozen import Reference
+from mdpo.runs.nonfinite_guard import NonfiniteGuard
 
 ROWS = [
     {**p, "margin": 0.5, **{f"{side}_weights": [0.5 * (t % 3) for t in range(len(p[f"{side}_ids"]))]
@@ -56,11 +59,11 @@ def trainer_on(gpu: FakeGpu, family: str, dtype, lora=False, checkpointing=None,
         policy.gradient_checkpointing_enable(options)
         policy.enable_input_require_grads()
     trainer = object.__new__(DPOTrainer)
-    trainer.model, trainer.ref_model = policy, None if lora else gpu.model(made()).requires_grad_(False).eval()
+    trainer.model, reference = policy, None if lora else gpu.model(made()).requires_grad_(False).eval()
     trainer.args = SimpleNamespace(**{
         "use_weighting": True, "ld_alpha": 0.5, "precompute_ref_log_probs": False, "max_nonfinite_steps": 3,
         "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing, "preserve_rng_state": False},
-        "device": gpu.device, "disable_dropout": False, "neftune_noise_alpha": None, **args,
+        "device": gpu.device, "deepspeed_plugin": None, "disable_dropout": False, "neftune_noise_alpha": None, **args,
     })  # fmt: skip
     cast = contextlib.nullcontext  # the stand-in for a GPU has no autocast
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=cast, device=gpu.device)
@@ -73,7 +76,10 @@ def trainer_on(gpu: FakeGpu, family: str, dtype, lora=False, checkpointing=None,
     }
     trainer.loss_settings = LossSettings(**settings)
     trainer.render_settings, trainer.is_deepspeed_enabled = SimpleNamespace(mask_turns=True), False
-    trainer.aux_loss_coef, trainer._tables, trainer._train_tokens = 0.0, {"train": [], "eval": []}, 0
+    trainer.aux_loss_coef, trainer.tables = 0.0, PairTables(gpu.device)
+    trainer.nonfinite = NonfiniteGuard(trainer.args, trainer.tables)
+    trainer.reference = Reference(policy, None, trainer.args, trainer.accelerator, trainer.layout, None)
+    trainer.reference.model = reference
     return trainer
 
 
@@ -85,7 +91,7 @@ def step(gpu: FakeGpu, trainer, batch) -> None:
         loss.backward()
     assert loss.device == gpu.device and loss.dtype in (torch.float32, torch.float64) and loss.shape == ()
     assert logps.chosen.shape == (len(ROWS),)
-    (table,) = trainer._tables["train"]
+    (table,) = trainer.tables.train
     assert (table.device, table.dtype) == (gpu.device, torch.float64) and table.size(1) > len(COLUMNS)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None for p in trained)

@@ -56,7 +56,7 @@ def loss_and_gradients(trainer, batch):
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
-    trainer._metrics["train"].clear() if hasattr(trainer, "_metrics") else trainer._tables["train"].clear()
+    trainer._metrics["train"].clear() if hasattr(trainer, "_metrics") else trainer.tables.train.clear()
     return loss.detach(), gradients
 
 

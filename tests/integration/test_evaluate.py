@@ -13,7 +13,7 @@ import run_dpo
 from mdpo.errors import UserError
 from mdpo.runs.entrypoint import run
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 RUNS = {
     "full": [],
     "precomputed": ["--precompute_ref_log_probs=true", "--beta=0.3", "--nll_coefficient=0.2"],
@@ -194,12 +194,12 @@ def test_an_adapter_without_all_of_its_weights(workshop, tmp_path):
         evaluate.main([str(tmp_path), "--recipe", str(workshop / "recipe.yaml"), *flags])
 
 
-def test_readme_shows_the_commands(tmp_path):
-    commands = re.findall(r"^ +(python scripts/evaluate\.py .*)$", README, re.MULTILINE)
+def test_the_page_shows_the_commands(tmp_path):
+    commands = re.findall(r"^ +(python scripts/evaluate\.py .*)$", PAGE, re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
         args, rest = evaluate.parse(command.split()[2:])
         assert Path(args.recipe).is_file() and not rest
-    [shown] = re.findall(r'^\{"question".*\}$', README, re.MULTILINE)
+    [shown] = re.findall(r'^\{"question".*\}$', PAGE, re.MULTILINE)
     (tmp_path / "q.jsonl").write_text(shown)
     assert evaluate.read_questions(f"{tmp_path}/q.jsonl")[0].gold == "121"

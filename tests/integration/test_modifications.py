@@ -153,7 +153,7 @@ def test_in_the_trainer(name, tmp_path, tokenizer):
     trainer = mdpo_trainer(tmp_path, tokenizer, rows, loss_type=[name], beta=0.05, **scale)
     batch = next(iter(trainer.get_train_dataloader()))
     loss, policy = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    table = trainer._tables["eval"][-1] if trainer._tables["eval"] else trainer._tables["train"][-1]
+    table = trainer.tables.eval[-1] if trainer.tables.eval else trainer.tables.train[-1]
     w, l = table[:, 2].tolist(), table[:, 3].tolist()  # noqa: E741
     m = [0.1 * row * scale.get("margin_scale", 0.0) for row in batch["row"].tolist()]
     kl = [max(0.0, sum(rewards) / len(rewards)) for rewards in (w, l)]
@@ -168,7 +168,7 @@ def test_length_penalty_in_the_trainer(tmp_path, tokenizer):
     plain, penalised = (mdpo_trainer(tmp_path, tokenizer, beta=0.01, length_penalty=a) for a in (0.0, 0.05))
     batch = next(iter(plain.get_train_dataloader()))
     _, policy = plain.compute_loss(plain.model, batch, return_outputs=True)
-    table = plain._tables["eval"][-1] if plain._tables["eval"] else plain._tables["train"][-1]
+    table = plain.tables.eval[-1] if plain.tables.eval else plain.tables.train[-1]
     lengths = (policy.chosen_tokens - policy.rejected_tokens).tolist()
     assert any(lengths)
     wanted = [-log_sigmoid(x + 0.05 * n) for x, n in zip((table[:, 2] - table[:, 3]).tolist(), lengths, strict=True)]

@@ -146,11 +146,11 @@ def test_both_layouts_train_and_evaluate_to_the_same_figures(runs):
 def test_the_trainers_turns_add_up_to_its_rewards(runs):
     trainer = runs[0]
     for batch in trainer.get_eval_dataloader():
-        trainer._tables["eval"].clear()
+        trainer.tables.eval.clear()
         trainer.model.eval()
         with torch.no_grad():
             trainer.compute_loss(trainer.model, batch)
-        [table] = trainer._tables["eval"]
+        [table] = trainer.tables.eval
         turns = table[:, len(COLUMNS) :].view(len(table), -1, 4).sum(1)
         rewards = table[:, [COLUMNS.index("chosen_reward"), COLUMNS.index("rejected_reward")]]
         logps = table[:, [COLUMNS.index("chosen_logps"), COLUMNS.index("rejected_logps")]]
@@ -159,7 +159,7 @@ def test_the_trainers_turns_add_up_to_its_rewards(runs):
         assert rewards.abs().min() > 1e-3
         tokens = table[:, [COLUMNS.index("chosen_tokens"), COLUMNS.index("rejected_tokens")]]
         assert torch.equal(turns[:, 2:], tokens)
-    trainer._tables["eval"].clear()
+    trainer.tables.eval.clear()
 
 
 def test_off_with_a_plain_config(tmp_path):

@@ -286,11 +286,11 @@ def script():
     return module
 
 
-def test_readme_s_commands_run(tmp_path, script, capsys, monkeypatch):
+def test_the_page_s_commands_run(tmp_path, script, capsys, monkeypatch):
     """With a small model's configuration in place of the one on the hub."""
     monkeypatch.chdir(ROOT)
     TINY.save_pretrained(tmp_path)
-    lines = re.findall(r"^    python scripts/plan_memory.py (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines = re.findall(r"^    python scripts/plan_memory.py (.*)$", (ROOT / "docs/memory.md").read_text(), re.MULTILINE)
     assert len(lines) == 2
     for line in lines:
         script.main([*line.split(), f"--model_name_or_path={tmp_path}"])
