@@ -9,8 +9,8 @@ help:
 	@sed -n '1,2p' Makefile
 
 venv: .venv/.complete
-.venv/.complete: setup.cfg pyproject.toml scripts/check_tools.sh
-	@PYTHON="$(PYTHON)" sh scripts/check_tools.sh
+.venv/.complete: setup.cfg pyproject.toml scripts/dev/check_tools.sh
+	@PYTHON="$(PYTHON)" sh scripts/dev/check_tools.sh
 	rm -rf .venv
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip

@@ -1,7 +1,8 @@
 """DPOTrainer in TRL 1.16's interface, patched for multi-turn DPO (M-DPO, arXiv 2409.02392).
 
-With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; with `mdpo.config.MDPOConfig` the departures are on. Each
-departure stands between two MODIFICATION lines. The mathematics is in `mdpo/losses.py`, masks are in `mdpo/render.py`.
+With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; with `mdpo.config.schema.MDPOConfig` the departures are on.
+Each departure stands between two MODIFICATION lines. The mathematics is in `mdpo/loss/functions.py`, masks are in
+`mdpo/masking/loss_mask.py`.
 """
 
 import gc
@@ -18,27 +19,34 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from trl import DPOConfig
 
-from mdpo.card import write_card
-from mdpo.config import MDPOConfig
-from mdpo.dropout import configured, disable_dropout, refuse_noise, remember_cache
-from mdpo.files import first_line
-from mdpo.fused import fuse
-from mdpo.guarded_trainer import GuardedTrainer
-from mdpo.identity import cached_length, default_folder, named_digest, reference_identity, weights_digest
-from mdpo.layout import Layout, packing_refused
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.losses import nll_loss
-from mdpo.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
-from mdpo.model_folders import refuse_frozen, refuse_objects
-from mdpo.modes import evaluating
-from mdpo.objective import LossSettings, PairTerms, pair_losses
-from mdpo.options import check_options, refuse_inputs, refuse_lost_steps, refuse_missing_margins
-from mdpo.packing import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
-from mdpo.policies import starting_policy
-from mdpo.positions import learned_positions, refuse_long_rows
-from mdpo.precision import engine_dtype, in_float32
+from mdpo.config.caches import default_folder
+from mdpo.config.model_folders import refuse_frozen, refuse_objects
+from mdpo.config.precision import engine_dtype, in_float32
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_steps
+from mdpo.console import first_line
+from mdpo.data.positions import learned_positions, refuse_long_rows
+from mdpo.data.rows import refuse_missing_margins
+from mdpo.data.sampler import LongestFirst, pair_tokens
+from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
+from mdpo.errors import UserError
+from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
+from mdpo.forward.compiled_ops import fuse
+from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
+from mdpo.forward.layout import Layout, packing_refused
+from mdpo.forward.modes import evaluating
+from mdpo.forward.pair_logps import policy_weights, sum_by_pair, verbosity_weights
+from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.loss.functions import nll_loss
+from mdpo.loss.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
+from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
+from mdpo.loss.turn_metrics import joined, turn_rewards
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.masking.tokenizer import fast_tokenizer, refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
 from mdpo.ranks import agreed, first_of_node
-from mdpo.reference import (
+from mdpo.reference.fingerprint import cached_length, named_digest, reference_identity, weights_digest
+from mdpo.reference.logp_cache import ReferenceCache, precompute
+from mdpo.reference.model import (
     OWN_ADAPTER,
     MoveReference,
     build_reference,
@@ -52,14 +60,9 @@ from mdpo.reference import (
     save_moved,
     score_reference,
 )
-from mdpo.reference_cache import ReferenceCache, precompute
-from mdpo.render import RenderSettings
-from mdpo.sampling import LongestFirst, pair_tokens
-from mdpo.sums import policy_weights, sum_by_pair, verbosity_weights
-from mdpo.tokenizer import fast_tokenizer, refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
-from mdpo.tokens import DropCounts, tokenize_dataset, tokenize_stream
-from mdpo.turns import joined, turn_rewards
-from mdpo.types import UserError
+from mdpo.reporting.model_card import write_card
+from mdpo.rollouts.load_policy import starting_policy
+from mdpo.runs.guarded_trainer import GuardedTrainer
 
 AnyDataset = Dataset | IterableDataset
 NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows"
@@ -68,8 +71,8 @@ NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows
 class DPOTrainer(GuardedTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) over the tokens that the policy itself produced.
 
-    Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data.py`) or already
-    tokenised by `mdpo.tokens.tokenize_dataset`. Raises UserError for what a user can mend.
+    Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data/rows.py`) or already
+    tokenised by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can mend.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss is a mean over pairs; Trainer divides by the accumulation steps

@@ -20,24 +20,25 @@ if __name__ == "__main__":  # the imports take seconds; until `marks` signals wa
 from trl import get_peft_config, get_quantization_config
 
 from dpo_trainer import DPOTrainer
-from mdpo.checkpoints import writing
-from mdpo.dates import fix_day
-from mdpo.late_values import check_steps
-from mdpo.launcher import device_line, refuse_unusable_gpus
-from mdpo.out_of_memory import explained
-from mdpo.page import PAGE, RunPage
-from mdpo.pairs import model_init_kwargs, prepare_pairs
-from mdpo.positions import check_lengths
-from mdpo.preemption import held, marks
-from mdpo.preflight import checked_tokenizer
-from mdpo.progress import StepTimer, peak_memory_gb, show_progress
+from mdpo.config.late_values import check_steps
+from mdpo.config.launcher import device_line, refuse_unusable_gpus
+from mdpo.config.recipe import load_recipe, model_init_kwargs
+from mdpo.console import say
+from mdpo.data.positions import check_lengths
+from mdpo.data.prepare import prepare_pairs
+from mdpo.masking.dates import fix_day
+from mdpo.memory.oom import explained
+from mdpo.memory.sharding import overlap_reduction
 from mdpo.ranks import agreed
-from mdpo.recipe import load_recipe
-from mdpo.report import REPORT, RESOLVED, show_result, write_report
-from mdpo.run_folder import prepare_output_dir, refuse_another_run
-from mdpo.run_identity import content_facts, recipe_facts
-from mdpo.sharding import overlap_reduction
-from mdpo.startup import clear_stale_build_locks, run, say
+from mdpo.reporting.html_page import PAGE, RunPage
+from mdpo.reporting.progress import StepTimer, peak_memory_gb, show_progress
+from mdpo.reporting.run_report import REPORT, RESOLVED, show_result, write_report
+from mdpo.runs.checkpoints import writing
+from mdpo.runs.entrypoint import clear_stale_build_locks, run
+from mdpo.runs.output_dir import prepare_output_dir, refuse_another_run
+from mdpo.runs.preemption import held, marks
+from mdpo.runs.preflight import checked_tokenizer
+from mdpo.runs.run_fingerprint import content_facts, recipe_facts
 
 LEFT_BEHIND = (("model", ""), ("page", PAGE), ("report", REPORT), ("recipe", RESOLVED))
 

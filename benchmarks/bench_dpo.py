@@ -61,7 +61,7 @@ def worker(pipe, side: str, options: dict) -> None:
     from trl import DPOConfig
 
     from dpo_trainer import DPOTrainer
-    from mdpo.config import MDPOConfig
+    from mdpo.config.schema import MDPOConfig
 
     torch.set_num_threads(options["threads"])
     cuda = torch.cuda.is_available()
@@ -113,7 +113,7 @@ def peak_kb() -> int:
 def useful_work(trainer, pairs: int) -> dict[str, list[float]]:
     """For each step its distinct tokens, tokens of both sides, and useful FLOPs: each distinct token once, the LM head
     where a token is supervised, attention where a token sees another, two more for backward, nothing recomputed."""
-    from mdpo.attention import Segments
+    from mdpo.forward.packed_attention import Segments
 
     config, tokens, both, flops = trainer.model.config, [], [], []
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

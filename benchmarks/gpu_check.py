@@ -36,11 +36,11 @@ from gpu_tools import (  # noqa: E402
     weights_of,
 )
 
-import mdpo.attention  # noqa: E402
-from mdpo.attention import Segments  # noqa: E402
-from mdpo.head import HeadTransform  # noqa: E402
-from mdpo.logprobs import ChunkedLogProbs, full_log_probs, score_tokens  # noqa: E402
-from mdpo.varlen import kernels  # noqa: E402
+import mdpo.forward.packed_attention  # noqa: E402
+from mdpo.forward.lm_head import HeadTransform  # noqa: E402
+from mdpo.forward.packed_attention import Segments  # noqa: E402
+from mdpo.forward.token_logps import ChunkedLogProbs, full_log_probs, score_tokens  # noqa: E402
+from mdpo.forward.varlen import kernels  # noqa: E402
 
 # One pair, answers of 1024 tokens, bfloat16, gradient checkpointing, forward and backward in ms on one A800: public
 # figures of prefix sharing, not measured here. Prefix: (unshared, shared).
@@ -56,11 +56,11 @@ def attentions(dtype: torch.dtype) -> dict:
 
 
 def attending(kernel, function, *args):
-    before, mdpo.attention._varlen = mdpo.attention._varlen, kernel
+    before, mdpo.forward.packed_attention._varlen = mdpo.forward.packed_attention._varlen, kernel
     try:
         return attempt(function, *args)
     finally:
-        mdpo.attention._varlen = before
+        mdpo.forward.packed_attention._varlen = before
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -127,7 +127,7 @@ def attention_speed() -> None:
     layer = torch.nn.Module()
 
     def once():
-        out = mdpo.attention.packed_attention(layer, q, k, v, None, segments=segments)[0]
+        out = mdpo.forward.packed_attention.packed_attention(layer, q, k, v, None, segments=segments)[0]
         torch.autograd.grad(out.sum(), [q, k, v])
 
     for name, kernel in attentions(HALF).items():

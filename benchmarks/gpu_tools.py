@@ -7,9 +7,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from mdpo.fused import fuse
-from mdpo.logprobs import enable_scoring
-from mdpo.packing import PackedCollator, PairCollator, on_device
+from mdpo.forward.collators import PackedCollator, PairCollator, on_device
+from mdpo.forward.compiled_ops import fuse
+from mdpo.forward.token_logps import enable_scoring
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
+from mdpo.config.schema import MDPOConfig
 
 STEPS = 4  # the last one is looked at
 PARTS = {  # what an operator's name holds -> its part; the first that fits

@@ -20,18 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mdpo.preemption import Preempted
-from mdpo.types import UserError
+from mdpo.errors import Preempted, RankFailed, UserError
 
 LIMIT_S = 24 * 3600  # longer than any work of one rank: an end for ranks that no longer agree where they are
 PAUSE_S = (0.002, 0.25)  # between two looks, at first and at most
 FAILED = "failed"
 OF_A_RANK = re.compile(r"(?:pp_rank_|rng_state_|progress_)(\d+)")  # in names of files that this rank writes and reads
 _turns = count()
-
-
-class RankFailed(RuntimeError):
-    """What this rank waited for failed on another one, which tells of it."""
 
 
 def ranks() -> int:

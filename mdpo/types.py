@@ -1,4 +1,4 @@
-"""The containers that travel between the stages, and the one error that a user is meant to read."""
+"""The containers that travel between the stages."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,18 +6,6 @@ from typing import Any
 import torch
 
 Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, tool_call_id
-
-
-class UserError(ValueError):
-    """Something that the user can fix: shown as a short message, exit code 1, traceback only with --debug. TRL raises
-    ValueError for such things, and its users catch that."""
-
-
-class DropPair(Exception):
-    """One pair cannot be trained on; `str(e)` is the reason under which it is counted, `longest` the tokens of its
-    longer side before any cut, 0 where there are none yet."""
-
-    longest = 0
 
 
 @dataclass

@@ -10,10 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
-from mdpo.startup import run, say
-from mdpo.types import UserError
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.runs.entrypoint import run
 
 
 def main(argv: list[str]) -> None:
@@ -23,9 +24,9 @@ def main(argv: list[str]) -> None:
         args, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    from mdpo.pairs import prepare_pairs
-    from mdpo.recipe import load_recipe
-    from mdpo.tokenizer import load_tokenizer
+    from mdpo.config.recipe import load_recipe
+    from mdpo.data.prepare import prepare_pairs
+    from mdpo.masking.tokenizer import load_tokenizer
 
     recipe = load_recipe(rest)
     say(f"recipe {recipe.path}", *recipe.notes)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _clone  # noqa: F401
 import matplotlib
 import yaml
 from markupsafe import Markup
@@ -19,15 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from mdpo.history import before_and_after, curve, smoothed
-from mdpo.page import template
-from mdpo.plots import PLOTS, STYLE, Line, over_steps, page_svg, thinned
-from mdpo.report import REPORT, RESOLVED, SHOWN
-from mdpo.settings import Loader
-from mdpo.startup import run, say
-from mdpo.types import UserError
+from mdpo.config.parsing import Loader
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.reporting.html_page import template
+from mdpo.reporting.log_history import before_and_after, curve, smoothed
+from mdpo.reporting.plots import PLOTS, STYLE, Line, over_steps, page_svg, thinned
+from mdpo.reporting.run_report import REPORT, RESOLVED, SHOWN
+from mdpo.runs.entrypoint import run
 
 COLOURS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6b7a86", "#e06fa8")
 STATE = "trainer_state.json"

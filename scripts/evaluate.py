@@ -14,27 +14,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _clone  # noqa: F401
 import torch
 from rich.console import Console
 from transformers import set_seed
 
 from dpo_trainer import DPOTrainer
-from mdpo.answers import refuse_missing_verifier
-from mdpo.dates import fix_day
-from mdpo.evaluation import by_turns, count_turns, held_out_table, rollout_figures, rollout_tables
-from mdpo.generation import Generator, refuse_hidden_tool_role
-from mdpo.metrics import evaluated_once
-from mdpo.pairs import prepare_pairs
-from mdpo.policies import adapter_config, load_adapter_weights, load_policy, scoring_arguments
-from mdpo.recipe import load_recipe
-from mdpo.rollouts import Rules, read_questions, roll_out, save_all
-from mdpo.sandbox import Limits, Sandbox
-from mdpo.startup import run, say
-from mdpo.template import ChatTemplate
-from mdpo.tokenizer import load_tokenizer
-from mdpo.types import UserError
+from mdpo.config.recipe import load_recipe
+from mdpo.console import say
+from mdpo.data.prepare import prepare_pairs
+from mdpo.errors import UserError
+from mdpo.loss.metrics import evaluated_once
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.dates import fix_day
+from mdpo.masking.tokenizer import load_tokenizer
+from mdpo.rollouts.answers import refuse_missing_verifier
+from mdpo.rollouts.generate import Generator, refuse_hidden_tool_role
+from mdpo.rollouts.load_policy import adapter_config, load_adapter_weights, load_policy, scoring_arguments
+from mdpo.rollouts.loop import Rules, read_questions, roll_out, save_all
+from mdpo.rollouts.sandbox import Limits, Sandbox
+from mdpo.rollouts.tables import by_turns, count_turns, held_out_table, rollout_figures, rollout_tables
+from mdpo.runs.entrypoint import run
 
 ROLLOUTS = {  # option: (type, default, the least, what it is)
     "save": (Path, None, None, "file for conversations (default CHECKPOINT/trajectories.jsonl)"),
@@ -51,7 +51,7 @@ ROLLOUTS = {  # option: (type, default, the least, what it is)
 
 
 class Scorer(DPOTrainer):
-    """Keeps the figures of every pair that it evaluates, see mdpo.metrics."""
+    """Keeps the figures of every pair that it evaluates, see mdpo.loss.metrics."""
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)

@@ -10,23 +10,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+import _clone  # noqa: F401
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from mdpo.checkpoints import as_new_files
-from mdpo.files import first_line
-from mdpo.model_folders import refuse_no_model
-from mdpo.report import RESOLVED
-from mdpo.saved_weights import load_adapters
-from mdpo.settings import read_yaml
-from mdpo.startup import run, say
-from mdpo.tokenizer import fast_tokenizer
-from mdpo.types import UserError
+from mdpo.config.model_folders import refuse_no_model
+from mdpo.config.parsing import read_yaml
+from mdpo.console import first_line, say
+from mdpo.errors import UserError
+from mdpo.masking.tokenizer import fast_tokenizer
+from mdpo.reporting.run_report import RESOLVED
+from mdpo.runs.entrypoint import run
+from mdpo.runs.saved_weights import load_adapters
+from mdpo.storage import as_new_files
 
 TEXT = "What is 17 * 11 - 66? Let us compute it: 17 * 11 is 187, and 187 - 66 is 121. The answer is 121."
 # The most by which a token's log-prob may differ, in nats; in half precision the written weights are rounded.

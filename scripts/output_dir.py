@@ -7,16 +7,15 @@ and makes no folder. scripts/launch.slurm looks there for what a run has left.
 import os
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
-from mdpo.startup import run
+from mdpo.runs.entrypoint import run
 
 
 def main(argv: list[str]) -> None:
     with redirect_stdout(sys.stderr):  # libraries speak while they are imported
-        from mdpo.recipe import load_recipe
+        from mdpo.config.recipe import load_recipe
 
         folder = load_recipe(argv).training.output_dir
     sys.stdout.buffer.write(os.fsencode(folder) + b"\n")  # a path, whatever the terminal can show

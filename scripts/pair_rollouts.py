@@ -12,10 +12,11 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
-from mdpo.startup import run, say
-from mdpo.types import UserError
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.runs.entrypoint import run
 
 UNFINISHED = ("cut", "too long")
 

@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _clone  # noqa: F401
 
-from mdpo.startup import run, say
-from mdpo.types import UserError
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.runs.entrypoint import run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORST = (
@@ -30,9 +31,9 @@ def main(argv: list[str]) -> None:
         args, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    from mdpo.planning import plan_memory
-    from mdpo.recipe import load_recipe
-    from mdpo.sharding import Sharding
+    from mdpo.config.recipe import load_recipe
+    from mdpo.memory.estimate import plan_memory
+    from mdpo.memory.sharding import Sharding
 
     sharding = Sharding.read(args.config_file, args.processes)
     recipe = load_recipe(rest)
@@ -48,7 +49,7 @@ def show(plan, recipe, sharding) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mdpo.memory import GB, LIBRARIES
+    from mdpo.memory.breakdown import GB, LIBRARIES
 
     say(f"{recipe.path}: {sharding}; {plan.phase} needs most, at max_length {plan.length}")
     table = Table()

@@ -24,12 +24,13 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import _clone  # noqa: F401
 from rich.console import Console
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from mdpo.shown import (
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.reporting.token_view import (
     COLOURS,
     CONTEXT,
     END,
@@ -41,14 +42,13 @@ from mdpo.shown import (
     token_kinds,
     training_pairs,
 )
-from mdpo.startup import run, say
-from mdpo.types import UserError
+from mdpo.runs.entrypoint import run
 
 
 def main(argv: list[str]) -> None:
     args, rest = parse(argv)
     if args.html:
-        from mdpo.mask_page import write_page
+        from mdpo.reporting.mask_page import write_page
 
         shown = write_page(args.html, *recipe_and_tokenizer(rest), args.pairs or 100)
         return say(f"{args.html}: " + ", ".join(f"{n} {what}" for what, n in shown.items()))

@@ -41,11 +41,11 @@ for name in NOTED:  # before DeepSpeed takes them over
     setattr(dist, name, noted(name, getattr(dist, name)))
 
 import dpo_trainer  # noqa: E402
-import mdpo.checkpointed_trainer  # noqa: E402
-import mdpo.metrics  # noqa: E402
+import mdpo.loss.metrics  # noqa: E402
+import mdpo.runs.resumable_trainer  # noqa: E402
 import run_dpo  # noqa: E402
 from mdpo import ranks  # noqa: E402
-from mdpo.startup import run  # noqa: E402
+from mdpo.runs.entrypoint import run  # noqa: E402
 
 copies: list = []
 
@@ -72,13 +72,13 @@ def main(argv: list[str]) -> None:
     trainer = dpo_trainer.DPOTrainer
     for kind, method in (("step", "training_step"), ("evaluation", "evaluation_loop"), ("saving", "_save_checkpoint")):
         setattr(trainer, method, watched(kind, getattr(trainer, method)))
-    own, talk = mdpo.checkpointed_trainer.copied, ranks.gathered_tensor
-    mdpo.checkpointed_trainer.copied = lambda model: copies.append(1) or own(model)
+    own, talk = mdpo.runs.resumable_trainer.copied, ranks.gathered_tensor
+    mdpo.runs.resumable_trainer.copied = lambda model: copies.append(1) or own(model)
 
     def silent(values):
         return values[None].expand(2, *values.shape)
 
-    mdpo.metrics.gathered_tensor = silent if SKIP and rank == 1 else talk
+    mdpo.loss.metrics.gathered_tensor = silent if SKIP and rank == 1 else talk
     run_dpo.main(argv[1:])
     out = Path(next(a for a in argv if a.startswith("--output_dir=")).partition("=")[2])
     if rank == 0:

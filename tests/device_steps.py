@@ -13,14 +13,14 @@ from peft import LoraConfig, get_peft_model
 from test_packing import FAMILIES, SIZES, pair
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-import mdpo.attention
-import mdpo.sums
-import mdpo.varlen
+import mdpo.forward.packed_attention
+import mdpo.forward.pair_logps
+import mdpo.forward.varlen
 from dpo_trainer import DPOTrainer
-from mdpo.logprobs import enable_scoring
-from mdpo.metrics import COLUMNS
-from mdpo.objective import LossSettings
-from mdpo.packing import PackedCollator, PairCollator, unpacked
+from mdpo.forward.collators import PackedCollator, PairCollator, unpacked
+from mdpo.forward.token_logps import enable_scoring
+from mdpo.loss.metrics import COLUMNS
+from mdpo.loss.registry import LossSettings
 
 ROWS = [
     {**p, "margin": 0.5, **{f"{side}_weights": [0.5 * (t % 3) for t in range(len(p[f"{side}_ids"]))]
@@ -141,8 +141,8 @@ def test_varlen_kernels_get_tensors_of_one_device(family, monkeypatch):
         assert q_begins.dtype == k_begins.dtype == torch.int32
         return q + (k.sum() + v.sum() + (q_begins.sum() + k_begins.sum())).to(q.dtype)
 
-    monkeypatch.setattr(mdpo.varlen, "flash_attn", lambda: (kernel, None))
-    monkeypatch.setattr(mdpo.attention, "_varlen", lambda *_: mdpo.varlen.flash)
+    monkeypatch.setattr(mdpo.forward.varlen, "flash_attn", lambda: (kernel, None))
+    monkeypatch.setattr(mdpo.forward.packed_attention, "_varlen", lambda *_: mdpo.forward.varlen.flash)
     gpu = FakeGpu()
     step(gpu, trainer_on(gpu, family, torch.bfloat16), PackedCollator()(ROWS))
 
@@ -150,7 +150,7 @@ def test_varlen_kernels_get_tensors_of_one_device(family, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- wrong twins
 
 
-def fails_on(monkeypatch, name, wrong, error, words, module=mdpo.sums):
+def fails_on(monkeypatch, name, wrong, error, words, module=mdpo.forward.pair_logps):
     monkeypatch.setattr(module, name, wrong)
     gpu = FakeGpu()
     trainer = trainer_on(gpu, "Llama", torch.bfloat16)
@@ -159,7 +159,7 @@ def fails_on(monkeypatch, name, wrong, error, words, module=mdpo.sums):
 
 
 def test_a_tensor_made_on_the_cpu_is_noticed(monkeypatch):
-    count = mdpo.sums._per_sequence
+    count = mdpo.forward.pair_logps._per_sequence
 
     def wrong(used, place, n):
         return count(used, place, n) + torch.arange(n)
@@ -168,7 +168,7 @@ def test_a_tensor_made_on_the_cpu_is_noticed(monkeypatch):
 
 
 def test_a_question_that_waits_for_the_gpu_is_noticed(monkeypatch):
-    count = mdpo.sums._per_sequence
+    count = mdpo.forward.pair_logps._per_sequence
 
     def wrong(used, place, n):
         return torch.bincount(place[used], minlength=2 * n).view(2, n)
@@ -181,12 +181,12 @@ def test_a_question_that_waits_for_the_gpu_is_noticed(monkeypatch):
 
 
 def test_two_dtypes_are_noticed(monkeypatch):
-    attend = mdpo.attention._attend
+    attend = mdpo.forward.packed_attention._attend
 
     def wrong(q, k, v, *rest):
         return attend(q.float(), k, v, *rest)
 
-    fails_on(monkeypatch, "_attend", wrong, RuntimeError, "same dtype", mdpo.attention)
+    fails_on(monkeypatch, "_attend", wrong, RuntimeError, "same dtype", mdpo.forward.packed_attention)
 
 
 def test_a_gradient_of_another_dtype_is_noticed(monkeypatch):

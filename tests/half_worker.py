@@ -13,7 +13,7 @@ from transformers import Trainer
 
 import run_dpo
 from dpo_trainer import DPOTrainer
-from mdpo.startup import run
+from mdpo.runs.entrypoint import run
 
 CPU_Accelerator.is_fp16_supported = lambda self: True
 prepare = DPOTrainer._prepare_for_training

@@ -11,8 +11,8 @@ from test_trl_parity import trainer_of
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.startup import run
+from mdpo.config.schema import MDPOConfig
+from mdpo.runs.entrypoint import run
 
 
 def main(argv: list[str]) -> None:

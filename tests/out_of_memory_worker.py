@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.packing import score_list
+from mdpo.forward.collators import score_list
+from mdpo.forward.token_logps import enable_scoring, score_tokens
 
 SPARE = int(sys.argv[1])  # bytes above what is mapped before the step
 

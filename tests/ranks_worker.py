@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 import dpo_trainer
-import mdpo.checkpoints
-import mdpo.pairs
+import mdpo.data.prepare
 import mdpo.ranks as ranks
+import mdpo.runs.checkpoints
 import run_dpo
-from mdpo import run_folder
-from mdpo.startup import run
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.runs import output_dir as run_folder
+from mdpo.runs.entrypoint import run
 
 CLONE_NEWNS = 0x20000
 
@@ -167,7 +167,7 @@ def out_of_memory():
 
 
 def disk():
-    mdpo.checkpoints.sync = fails("disk", OSError(28, "No space left on device"))
+    mdpo.storage.sync = fails("disk", OSError(28, "No space left on device"))
 
 
 def collator():
@@ -187,7 +187,7 @@ def reference():
 
 
 def tokenizing():
-    mdpo.pairs.load_sets = fails("tokenizing", ValueError("a bug"))
+    mdpo.data.prepare.load_sets = fails("tokenizing", ValueError("a bug"))
 
 
 def digests():

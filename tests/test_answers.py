@@ -1,9 +1,9 @@
-"""mdpo/answers.py: which box counts, and when two answers are the same."""
+"""mdpo/rollouts/answers.py: which box counts, and when two answers are the same."""
 
 import pytest
 
-from mdpo.answers import gold_answer, is_right, last_boxed
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.rollouts.answers import gold_answer, is_right, last_boxed
 
 BOXES = {
     r"It is \boxed{42}.": "42",

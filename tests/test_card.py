@@ -4,7 +4,7 @@ from test_history import HISTORY, evaluation
 from test_trainer import mdpo_trainer
 from tiny import CHATML, tokenizer_for
 
-from mdpo.card import figures
+from mdpo.reporting.model_card import figures
 
 
 def test_figures():

@@ -13,7 +13,7 @@ from tiny import CHATML, tokenizer_for
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import run_dpo
-from mdpo.startup import run
+from mdpo.runs.entrypoint import run
 
 CASES = Path(__file__).with_name("cases")
 NAMES = sorted(path.name for path in CASES.iterdir() if path.is_dir())

@@ -9,10 +9,10 @@ from test_memory import recipe_for
 from test_planning import BF16, TINY
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
-from mdpo.memory import GB
-from mdpo.planning import plan_memory
-from mdpo.recipe import load_recipe
-from mdpo.sharding import Sharding
+from mdpo.config.recipe import load_recipe
+from mdpo.memory.breakdown import GB
+from mdpo.memory.estimate import plan_memory
+from mdpo.memory.sharding import Sharding
 
 FULL, LORA = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "use_peft": True, "lora_r": 128, "lora_dropout": 0.0}
 LORA["lora_target_modules"] = "all-linear"

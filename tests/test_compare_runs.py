@@ -1,19 +1,15 @@
 """scripts/compare_runs.py: differing keys, final figures and curves of runs side by side, and what is no run."""
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
 import compare_runs
+import pytest
 from test_history import HISTORY
 from test_mask_page import BROWSER
 from test_page import seen
 
-from mdpo.startup import run
+from mdpo.runs.entrypoint import run
 
 MORE = {"eval_rewards/accuracies": 0.75, "eval_rewards/margins": 1.25, "eval_pairs": 8}
 

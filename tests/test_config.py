@@ -8,15 +8,15 @@ import pytest
 import yaml
 from trl import DPOConfig, ModelConfig, get_peft_config
 
-from mdpo import precision as precision_module
-from mdpo import recipe as recipe_module
-from mdpo.config import DataArguments, MDPOConfig
-from mdpo.options import check_options
-from mdpo.precision import fit_to_machine, precision_note
-from mdpo.recipe import DEFAULT_RECIPE, load_recipe
-from mdpo.retired import RETIRED_KEYS
-from mdpo.settings import FIELDS, PARTS, ROOT
-from mdpo.types import UserError
+from mdpo.config import precision as precision_module
+from mdpo.config import recipe as recipe_module
+from mdpo.config.deprecated import RETIRED_KEYS
+from mdpo.config.parsing import FIELDS, PARTS, ROOT
+from mdpo.config.precision import fit_to_machine, precision_note
+from mdpo.config.recipe import DEFAULT_RECIPE, load_recipe
+from mdpo.config.schema import DataArguments, MDPOConfig
+from mdpo.config.validation import check_options
+from mdpo.errors import UserError
 
 BASE = "model_name_or_path: some/model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\n"  # its next line is line 4
 

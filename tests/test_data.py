@@ -13,15 +13,15 @@ import pytest
 from datasets import Dataset
 from tiny import CHATML, agent_rows, tokenizer_for
 
-from mdpo import files as files_module
-from mdpo.data import COLUMNS, row_to_pair
-from mdpo.files import ROW, whole_row, without_nulls
-from mdpo.messages import normalise_messages
-from mdpo.render import RenderSettings
-from mdpo.sets import hold_out, load_sets, mix
-from mdpo.template import ChatTemplate
-from mdpo.tokens import PlainText, tokenize_dataset, tokenize_row
-from mdpo.types import DropPair, UserError
+from mdpo.data import files as files_module
+from mdpo.data.files import ROW, whole_row, without_nulls
+from mdpo.data.messages import normalise_messages
+from mdpo.data.rows import COLUMNS, row_to_pair
+from mdpo.data.sources import hold_out, load_sets, mix
+from mdpo.data.tokenize import PlainText, tokenize_dataset, tokenize_row
+from mdpo.errors import DropPair, UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 U1, U2 = {"role": "user", "content": "Two?"}, {"role": "user", "content": "Three?"}
@@ -401,7 +401,7 @@ def test_no_odd_row_ends_a_run(strings, mask_turns):
 
 
 def test_an_error_that_nobody_thought_of_drops_its_row(monkeypatch):
-    monkeypatch.setattr("mdpo.tokens.row_to_pair", lambda *_: 1 / 0)
+    monkeypatch.setattr("mdpo.data.tokenize.row_to_pair", lambda *_: 1 / 0)
     out = tokenize_row({"chosen": "a", "rejected": "b"}, 0, None, RenderSettings(None))
     assert out["drop_reason"] == "unexpected ZeroDivisionError: division by zero"
 

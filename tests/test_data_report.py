@@ -1,26 +1,21 @@
 """The data report: what became of every row under which name, statistics by hand, the limits that end a run."""
 
 import json
-import sys
 from pathlib import Path
 
+import check_data
 import numpy as np
 import pytest
 from datasets import Dataset
 from tiny import CHATML, agent_rows, tokenizer_for
 
-from mdpo.data_report import DataReport, describe
-from mdpo.pairs import prepare_pairs, without_repeated
-from mdpo.recipe import load_recipe
-from mdpo.tokenizer import load_tokenizer
-from mdpo.tokens import DropCounts
-from mdpo.types import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import check_data
-
-from mdpo.startup import run
+from mdpo.config.recipe import load_recipe
+from mdpo.data.prepare import prepare_pairs, without_repeated
+from mdpo.data.report import DataReport, describe
+from mdpo.data.tokenize import DropCounts
+from mdpo.errors import UserError
+from mdpo.masking.tokenizer import load_tokenizer
+from mdpo.runs.entrypoint import run
 
 U, TOOL = {"role": "user", "content": "Two?"}, {"role": "user", "content": "```output\n2\n```"}
 OTHER_TOOL = {"role": "user", "content": "```output\n3\n```"}

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -12,15 +10,14 @@ from safetensors.torch import load_file
 from tiny import save_workshop, tokenizer_for, trl_template
 
 import run_dpo
-from mdpo import dates
-from mdpo.recipe import load_recipe
-from mdpo.render import RenderSettings
-from mdpo.startup import run
-from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_dataset
-from mdpo.types import DropPair, UserError
+from mdpo.config.recipe import load_recipe
+from mdpo.data.tokenize import tokenize_dataset
+from mdpo.errors import DropPair, UserError
+from mdpo.masking import dates
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.runs.entrypoint import run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 ASKING = [{"role": "user", "content": "Hi"}]
 LLAMA = "llama3_2"
 

@@ -10,8 +10,8 @@ from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 ROLES = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

@@ -9,9 +9,9 @@ from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from torch import nn
 from transformers import BioGptConfig, BioGptForCausalLM, OPTConfig, OPTForCausalLM
 
-from mdpo.dropout import configured, disable_dropout, refuse_noise, remember_cache
-from mdpo.logprobs import enable_scoring
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
+from mdpo.forward.token_logps import enable_scoring
 
 TOKENIZER = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(TOKENIZER)}

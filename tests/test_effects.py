@@ -12,13 +12,13 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.effects import NAMED, QUIET, REFUSED, REFUSED_ELSEWHERE, WORKS
-from mdpo.options import INSTEAD, check_options
-from mdpo.parallelism import refuse_parallelism
-from mdpo.recipe import load_recipe
-from mdpo.settings import FIELDS, ROOT
-from mdpo.types import UserError
+from mdpo.config.effects import NAMED, QUIET, REFUSED, REFUSED_ELSEWHERE, WORKS
+from mdpo.config.parallelism import refuse_parallelism
+from mdpo.config.parsing import FIELDS, ROOT
+from mdpo.config.recipe import load_recipe
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import INSTEAD, check_options
+from mdpo.errors import UserError
 
 BASE = {"output_dir": "out", "use_cpu": True, "bf16": False}
 # A value other than the default for each key that is refused or named.
@@ -60,7 +60,7 @@ def test_every_option_has_one_class():
     working = [key for keys in WORKS.values() for key in keys.split()]
     classes = [*working, *REFUSED, *REFUSED_ELSEWHERE, *INSTEAD, *NAMED, *QUIET]
     assert len(classes) == len(set(classes))
-    assert set(classes) == set(FIELDS), "a new option: read who uses it, and put it into mdpo/effects.py"
+    assert set(classes) == set(FIELDS), "a new option: read who uses it, and put it into mdpo/config/effects.py"
 
 
 @pytest.mark.parametrize("file", WORKS)

@@ -2,19 +2,15 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import evaluate
 import pytest
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import evaluate
-
 import run_dpo
-from mdpo.startup import run
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.runs.entrypoint import run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 RUNS = {

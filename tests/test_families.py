@@ -15,10 +15,10 @@ from peft import LoraConfig
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.logprobs import score_tokens
-from mdpo.packing import unpacked
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
+from mdpo.forward.collators import unpacked
+from mdpo.forward.token_logps import score_tokens
 
 pytestmark = pytest.mark.slow
 TOKENIZER = tokenizer_for(CHATML, "letters", eos="<|im_end|>")

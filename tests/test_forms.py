@@ -11,18 +11,18 @@ from test_data import ODD
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.data import FROM_JSON, NO_USER, OTHER_SYSTEM, SPACED, TRAILING, row_to_pair
-from mdpo.forms import FORMS, LOOKED_AT, as_preference, look
-from mdpo.left_out import TOOLS as NO_TOOLS
-from mdpo.questions import LISTS, TEXTS
-from mdpo.render import RenderSettings
-from mdpo.sets import load_sets
-from mdpo.sides import SIDES
-from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_dataset, tokenize_row, tokenize_stream
-from mdpo.types import DropPair, UserError
-from mdpo.unread import NO_QUESTION, Unread
+from mdpo.config.schema import MDPOConfig
+from mdpo.data.forms import FORMS, LOOKED_AT, as_preference, look
+from mdpo.data.questions import LISTS, TEXTS
+from mdpo.data.rows import FROM_JSON, NO_USER, OTHER_SYSTEM, SPACED, TRAILING, row_to_pair
+from mdpo.data.sides import SIDES
+from mdpo.data.sources import load_sets
+from mdpo.data.tokenize import tokenize_dataset, tokenize_row, tokenize_stream
+from mdpo.data.unread import NO_QUESTION, Unread
+from mdpo.errors import DropPair, UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.left_out import TOOLS as NO_TOOLS
+from mdpo.masking.loss_mask import RenderSettings
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
 Q, G, B = "Which river runs through Lyon?", "The Rhone does.", "The Danube does."

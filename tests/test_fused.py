@@ -12,21 +12,28 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from torch import nn
 from trl import DPOConfig
 
-import mdpo.fused
+import mdpo.forward.compiled_ops
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.fused import VARIANTS, agrees, by_rows, compiled, fuse, is_gated, is_norm
-from mdpo.logprobs import ChunkedLogProbs, HeadTransform, chunk_statistics, enable_scoring, full_log_probs, score_tokens
-from mdpo.options import check_options
-from mdpo.packing import PackedCollator
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import check_options
+from mdpo.errors import UserError
+from mdpo.forward.collators import PackedCollator
+from mdpo.forward.compiled_ops import VARIANTS, agrees, by_rows, compiled, fuse, is_gated, is_norm
+from mdpo.forward.token_logps import (
+    ChunkedLogProbs,
+    HeadTransform,
+    chunk_statistics,
+    enable_scoring,
+    full_log_probs,
+    score_tokens,
+)
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def any_width(monkeypatch):
-    monkeypatch.setattr(mdpo.fused, "MIN_WIDTH", 1)
+    monkeypatch.setattr(mdpo.forward.compiled_ops, "MIN_WIDTH", 1)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen3", "Mixtral"])
@@ -92,7 +99,7 @@ class Halved(nn.Module):
 
 
 def test_a_module_that_computes_something_else_keeps_its_own_forward(any_width):
-    assert is_gated(Halved()) and not agrees(Halved(), mdpo.fused._gated_forward, CPU)
+    assert is_gated(Halved()) and not agrees(Halved(), mdpo.forward.compiled_ops._gated_forward, CPU)
     model = tiny("Llama")
     model.model.layers[0].mlp = Halved()
     done, line = fuse(model, CPU)
@@ -112,7 +119,7 @@ def fresh():
 
     def forget():
         torch._dynamo.reset()
-        for made in (compiled, mdpo.fused._norm, mdpo.fused._gate):
+        for made in (compiled, mdpo.forward.compiled_ops._norm, mdpo.forward.compiled_ops._gate):
             made.cache_clear()
 
     forget()
@@ -152,7 +159,9 @@ def test_where_one_rank_cannot_compile_none_does(any_width, tmp_path, monkeypatc
 
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
-        assert mdpo.fused._on_all_ranks(True, CPU) and not mdpo.fused._on_all_ranks(False, CPU)
+        assert mdpo.forward.compiled_ops._on_all_ranks(True, CPU) and not mdpo.forward.compiled_ops._on_all_ranks(
+            False, CPU
+        )
         assert fuse(tiny("Llama"), CPU) == (True, None)
         monkeypatch.setattr(dist, "all_reduce", lambda found, op: found.zero_())
         model = tiny("Llama")
@@ -216,7 +225,7 @@ def test_no_function_of_a_training_step_runs_uncompiled(family, any_width, fresh
 
 
 def test_a_limit_that_is_met_is_said_and_changes_no_number(any_width, fresh, monkeypatch, capsys):
-    monkeypatch.setattr(mdpo.fused, "VARIANTS", 3)
+    monkeypatch.setattr(mdpo.forward.compiled_ops, "VARIANTS", 3)
     norm = everything_once("Qwen3")
     line = f"fused_ops: {norm.__name__}.forward met more than 3 kinds of input; it goes on uncompiled.\n"
     assert capsys.readouterr().out.count(line) == 1
@@ -252,7 +261,7 @@ def test_the_product_of_a_gated_mlp_is_not_kept_for_backward(any_width, monkeypa
 
         return product
 
-    monkeypatch.setattr(mdpo.fused, "_gate", watched)
+    monkeypatch.setattr(mdpo.forward.compiled_ops, "_gate", watched)
     lora = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
     for adapted in (False, True):
         plain, model = tiny("Llama"), tiny("Llama")
@@ -294,13 +303,13 @@ def test_the_key_switches_policy_and_reference(peft, any_width, tmp_path):
 def test_non_reentrant_checkpointing_keeps_no_activation_of_a_gated_mlp(any_width, monkeypatch):
     """Its own hooks drop what backward needs; hooks of ours on top of them would hold each layer's gate."""
     model, alive = tiny("Llama"), []
-    make = mdpo.fused._gate
+    make = mdpo.forward.compiled_ops._gate
 
     def watched(activation):
         product = make(activation)
         return lambda gate, up: (alive.append(weakref.ref(gate)), product(gate, up))[1]
 
-    monkeypatch.setattr(mdpo.fused, "_gate", watched)
+    monkeypatch.setattr(mdpo.forward.compiled_ops, "_gate", watched)
     assert fuse(model, CPU) == (True, None)
     model.train()
     batch = PackedCollator()(AWKWARD["seven"])

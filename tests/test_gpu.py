@@ -9,17 +9,17 @@ from test_packing import AWKWARD, FAMILIES, Alone, batches, loss_and_gradients, 
 from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
-import mdpo.attention
-import mdpo.fused
+import mdpo.forward.compiled_ops
+import mdpo.forward.packed_attention
 from dpo_trainer import DPOTrainer
-from mdpo.attention import Segments, packed_attention
-from mdpo.config import MDPOConfig
-from mdpo.fused import fuse
-from mdpo.head import adds_in_float32, plus_product
-from mdpo.layout import Layout
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.packing import PackedCollator, on_device
-from mdpo.varlen import flash_attn, kernels
+from mdpo.config.schema import MDPOConfig
+from mdpo.forward.collators import PackedCollator, on_device
+from mdpo.forward.compiled_ops import fuse
+from mdpo.forward.layout import Layout
+from mdpo.forward.lm_head import adds_in_float32, plus_product
+from mdpo.forward.packed_attention import Segments, packed_attention
+from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.forward.varlen import flash_attn, kernels
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -40,7 +40,7 @@ def test_kernels_equal_attention_by_segment(window, softcap, size, monkeypatch):
     upstream = torch.randn(1, n, 8, size, generator=generator).to(GPU)
 
     def attended(dtype, kernel):
-        monkeypatch.setattr(mdpo.attention, "_varlen", lambda *_: kernel)
+        monkeypatch.setattr(mdpo.forward.packed_attention, "_varlen", lambda *_: kernel)
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         options = {"segments": segments, "sliding_window": window, "softcap": softcap}
         out = packed_attention(torch.nn.Module(), *inputs, None, **options)[0]
@@ -66,7 +66,7 @@ def test_packed_and_padded_agree_in_bfloat16(family, capsys):
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Gemma3", "Qwen3"])
 def test_compiled_modules_agree(family, monkeypatch):
-    monkeypatch.setattr(mdpo.fused, "MIN_WIDTH", 1)
+    monkeypatch.setattr(mdpo.forward.compiled_ops, "MIN_WIDTH", 1)
     plain, model = (tiny(family).to(GPU) for _ in range(2))
     assert fuse(model, GPU) == (True, None)
     enable_scoring(model, fused=True)

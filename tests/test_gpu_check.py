@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mdpo.settings import ROOT
+from mdpo.config.parsing import ROOT
 
 
 @pytest.fixture

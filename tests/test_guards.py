@@ -9,9 +9,9 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.packing import REFERENCE
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
+from mdpo.forward.collators import REFERENCE
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,15 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.options import check_options
-from mdpo.packing import PairCollator
-from mdpo.precision import MIXED, Precision, cast_weights, cpu_has_bf16, refuse_two_precisions, without_master
-from mdpo.reference import lost_in_sync
-from mdpo.render import RenderSettings
-from mdpo.sums import sum_by_pair
-from mdpo.tokens import tokenize_dataset
-from mdpo.types import UserError
+from mdpo.config.precision import MIXED, Precision, cast_weights, cpu_has_bf16, refuse_two_precisions, without_master
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import check_options
+from mdpo.data.tokenize import tokenize_dataset
+from mdpo.errors import UserError
+from mdpo.forward.collators import PairCollator
+from mdpo.forward.pair_logps import sum_by_pair
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.reference.model import lost_in_sync
 
 LN2 = torch.tensor(math.log(2)).item()  # as a float32
 LORA = ["--use_peft", "--lora_r=4", "--lora_target_modules=all-linear"]
@@ -189,7 +189,7 @@ def rounding_of_rewards(shop, trained) -> float:
     """The largest change of a pair's reward or margin where the trained weights are rounded to bfloat16, at β 0.1."""
     from datasets import load_dataset
 
-    from mdpo.logprobs import enable_scoring, score_tokens
+    from mdpo.forward.token_logps import enable_scoring, score_tokens
 
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     rows = load_dataset("json", data_files=str(shop / "pairs.jsonl"), split="train")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from mdpo.render import RenderSettings
-from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_row
+from mdpo.data.tokenize import tokenize_row
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"

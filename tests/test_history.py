@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mdpo.history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
-from mdpo.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
-from mdpo.report import show_result
+from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
+from mdpo.reporting.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
+from mdpo.reporting.run_report import show_result
 
 
 def evaluation(step, chosen, rejected, **more):

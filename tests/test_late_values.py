@@ -9,11 +9,11 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import LlamaConfig
 from trl import ModelConfig
 
-from mdpo.adapters import adapter_config, bare_model, one_entry, refuse_targets
-from mdpo.config import MDPOConfig
-from mdpo.late_values import check_steps, metric_names, refuse_late_values, refuse_unfit
-from mdpo.recipe import load_recipe
-from mdpo.types import UserError
+from mdpo.config.adapters import adapter_config, bare_model, one_entry, refuse_targets
+from mdpo.config.late_values import check_steps, metric_names, refuse_late_values, refuse_unfit
+from mdpo.config.recipe import load_recipe
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
 
 BASE = {"output_dir": "out", "use_cpu": True, "bf16": False}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
@@ -96,7 +96,9 @@ def test_what_the_optimizer_does_not_read_is_said():
     assert refuse_late_values(args, ModelConfig()) == ["adam_beta1: has no effect with optim: sgd."]
     args = MDPOConfig(**BASE, optim_args="momentum=0.5")
     assert refuse_late_values(args, ModelConfig()) == ["optim_args: has no effect with optim: adamw_torch_fused."]
-    args = MDPOConfig(**BASE, optim_args="momentum=0.5", optim_target_modules=["q_proj"])  # which mdpo.options names
+    args = MDPOConfig(
+        **BASE, optim_args="momentum=0.5", optim_target_modules=["q_proj"]
+    )  # which mdpo.config.validation names
     assert refuse_late_values(args, ModelConfig()) == ["optim_args: has no effect with optim: adamw_torch_fused."]
 
 

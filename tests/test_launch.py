@@ -21,11 +21,11 @@ from test_slurm import cluster, end, real_launcher, start, until  # noqa: F401
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.packing import PairCollator
-from mdpo.render import RenderSettings
-from mdpo.sums import sum_by_pair
-from mdpo.tokens import tokenize_dataset
+from mdpo.data.tokenize import tokenize_dataset
+from mdpo.forward.collators import PairCollator
+from mdpo.forward.pair_logps import sum_by_pair
+from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.masking.loss_mask import RenderSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]

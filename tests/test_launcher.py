@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-import mdpo.launcher
-from mdpo.launcher import launch_request, nvidia_driver, refuse_parallel_launch, refuse_unusable_gpus
-from mdpo.types import UserError
+import mdpo.config.launcher
+from mdpo.config.launcher import launch_request, nvidia_driver, refuse_parallel_launch, refuse_unusable_gpus
+from mdpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,8 +22,8 @@ def machine(monkeypatch, tmp_path):
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(mdpo.launcher, "DRIVER", tmp_path / "version")
-    monkeypatch.setattr(mdpo.launcher, "launch_request", lambda: (None, False))
+    monkeypatch.setattr(mdpo.config.launcher, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(mdpo.config.launcher, "launch_request", lambda: (None, False))
     return monkeypatch
 
 
@@ -46,10 +46,10 @@ def test_a_launch_for_gpus_that_torch_cannot_use_is_an_error(machine, variable, 
     for words in (torch.__version__, "CUDA", "driver: 470.57.02", "zero2_cpu.yaml", "use_cpu: true"):
         assert words in str(caught.value)
     refuse_unusable_gpus(True)  # the recipe asks for the CPU
-    machine.setattr(mdpo.launcher, "launch_request", lambda: ("x.yaml", True))  # the accelerate file does
+    machine.setattr(mdpo.config.launcher, "launch_request", lambda: ("x.yaml", True))  # the accelerate file does
     refuse_unusable_gpus(False)
     machine.setattr(torch.accelerator, "is_available", lambda: True)
-    machine.setattr(mdpo.launcher, "launch_request", lambda: ("x.yaml", False))
+    machine.setattr(mdpo.config.launcher, "launch_request", lambda: ("x.yaml", False))
     refuse_unusable_gpus(False)
 
 
@@ -65,7 +65,9 @@ def test_one_process_beside_a_driver_is_told(machine, tmp_path):
 
 
 STAND_IN = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, 'run_dpo.py']))"
-ASK = "import sys; sys.path.insert(0, {root!r}); from mdpo.launcher import launch_request; print(launch_request())"
+ASK = (
+    "import sys; sys.path.insert(0, {root!r}); from mdpo.config.launcher import launch_request; print(launch_request())"
+)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +107,11 @@ def test_an_accelerate_file_that_splits_sequences_is_refused_though_a_launch_on_
 def above(folder, monkeypatch, content):
     (folder / "x.yaml").write_text(yaml.safe_dump(content))
     words = ["python", "accelerate", "launch", "--config_file", "x.yaml", "run_dpo.py"]
-    monkeypatch.setattr(mdpo.launcher, "_ancestors", lambda: iter([(words, str(folder))]))
+    monkeypatch.setattr(mdpo.config.launcher, "_ancestors", lambda: iter([(words, str(folder))]))
 
 
 def test_no_launcher_above(monkeypatch):
-    monkeypatch.setattr(mdpo.launcher, "_ancestors", lambda: iter([(["bash"], "/"), (["python", "-m", "pytest"], "/")]))
+    monkeypatch.setattr(
+        mdpo.config.launcher, "_ancestors", lambda: iter([(["bash"], "/"), (["python", "-m", "pytest"], "/")])
+    )
     assert launch_request() == (None, False)

@@ -4,82 +4,105 @@ import ast
 import configparser
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
-from mdpo.objective import LOSSES, OF_TRL
-from mdpo.recipe import load_recipe
+from mdpo.config.recipe import load_recipe
+from mdpo.loss.registry import LOSSES, OF_TRL
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# A module may import those in lines above its own.
+# A package (or a module beside them) may import those in lines above its own.
 ORDER = [
-    {"types", "preemption"},
-    {"allocations", "sharding", "ranks", "copies", "head", "json_texts", "turn_weights", "modes"},
-    {"failures", "trackers", "content", "tool_calls", "message_forms"},
-    {
-        "marks",
-        "config",
-        "retired",
-        "startup",
-        "checkpoints",
-        "losses",
-        "files",
-        "messages",
-        "template_fit",
-        "yaml_nodes",
-        "effects",
-        "parallelism",
-    },
-    {"varlen", "fused", "columns", "left_out", "stops", "spans", "counts"},
-    {"sandbox", "sandbox_child", "answers", "attention", "dates", "sides", "questions", "unread"},
-    {"identity", "template", "plain_texts", "settings", "tokenizer", "objective", "packing", "forms"},
-    {"precision", "launcher", "saved_weights", "data", "sets", "model_folders", "values", "adapters", "caches"},
-    {"render", "recipe", "logprobs", "layout_check", "options", "history", "machine", "progress", "loading"},
-    {"tokens", "sums", "layout", "dropout", "reference_columns"},
-    {"turns", "positions"},
-    {"reference", "reference_cache", "metrics", "data_report", "report"},
-    {"pairs", "late_values", "card", "sampling", "checkpointed_trainer", "run_identity", "footprint", "rollouts"},
-    {"memory", "preflight"},
-    {"planning"},
-    {"out_of_memory"},
-    {"guarded_trainer", "run_folder", "shown", "plots", "policies", "generation", "evaluation"},
-    {"mask_page", "page"},
+    {"errors", "storage", "types"},
+    {"console", "ranks"},
+    {"masking", "forward"},
+    {"loss"},
+    {"config"},
+    {"memory"},
+    {"data"},
+    {"reference"},
+    {"runs"},
+    {"reporting", "rollouts"},
 ]
+PACKAGES = {"config", "data", "masking", "forward", "loss", "reference", "runs", "memory", "reporting", "rollouts"}
+LEVEL = {name: n for n, names in enumerate(ORDER) for name in names}
+LIGHT = ("errors", "console", "storage")  # need neither torch nor transformers
 
 
-def imports(path: Path) -> set[str]:
-    """Names of modules that a file imports, anywhere in it."""
+def imports(source: str) -> set[str]:
+    """Names of modules that a file imports, anywhere in it; of `from mdpo import x` mdpo.x."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            names |= {f"mdpo.{alias.name}" for alias in node.names} if node.module == "mdpo" else {node.module}
     return names
 
 
-def test_stages_import_downward_only():
-    modules = {p.stem: p for p in (ROOT / "mdpo").glob("*.py") if p.stem != "__init__"}
-    level = {name: n for n, names in enumerate(ORDER) for name in names}
-    assert set(level) == set(modules), "name new modules in ORDER"
-    for name, path in modules.items():
-        for other in (i.removeprefix("mdpo.") for i in imports(path) if i.startswith("mdpo.")):
-            assert level[other] < level[name], f"mdpo/{name}.py imports mdpo/{other}.py"
-        assert not {"dpo_trainer", "run_dpo"} & imports(path), name
+def upward(package: str, source: str) -> list[str]:
+    """The imports of a file of `package` that go up or sideways."""
+    others = {name.split(".")[1] for name in imports(source) if name.startswith("mdpo.")} - {package}
+    return sorted(other for other in others if LEVEL[other] >= LEVEL[package])
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "mdpo").rglob("*.py"))
+
+
+def test_packages_import_downward_only():
+    beside = {path.stem for path in (ROOT / "mdpo").glob("*.py")} - {"__init__"}
+    assert {path.parent.name for path in (ROOT / "mdpo").glob("*/__init__.py")} == PACKAGES
+    assert beside | PACKAGES == set(LEVEL), "name new packages in ORDER"
+    assert len(modules()) > 60
+    for path in modules():
+        package = path.relative_to(ROOT / "mdpo").parts[0].removesuffix(".py")
+        if package == "__init__":
+            continue
+        source = path.read_text(encoding="utf-8")
+        assert not upward(package, source), path
+        assert not {"dpo_trainer", "run_dpo"} & imports(source), path
+
+
+def test_an_upward_import_would_be_seen():
+    assert upward("loss", "from mdpo.config import schema") == ["config"]
+    assert upward("masking", "def f():\n    import mdpo.forward.collators") == ["forward"]
+    assert upward("data", "from mdpo import runs, types") == ["runs"]
+    assert not upward("data", "from mdpo.data import rows\nfrom mdpo.config.schema import MDPOConfig")
+
+
+def test_errors_and_console_need_no_torch():
+    script = f"import sys; from mdpo import {', '.join(LIGHT)}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
+
+
+def test_each_package_says_what_it_is_for():
+    for package in PACKAGES:
+        text = (ROOT / "mdpo" / package / "README.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# mdpo.{package}\n") and text.count("\n") <= 12, package
+        for part in ("**In**", "**Out**", "**Read first**"):
+            assert part in text, package
+        named = re.findall(r"`(\w+\.py)`", text)
+        assert named and all((ROOT / "mdpo" / package / name).is_file() for name in named), package
 
 
 def test_nothing_imports_scripts_or_tests():
-    files = [ROOT / "run_dpo.py", ROOT / "dpo_trainer.py", *(ROOT / "mdpo").glob("*.py")]
-    names = {"scripts", "tests", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
+    files = [ROOT / "run_dpo.py", ROOT / "dpo_trainer.py", *modules()]
+    names = {"scripts", "tests", *(path.stem for path in (ROOT / "scripts").rglob("*.py"))}
     assert len(files) > 15 and "show_masks" in names
     for path in files:
-        assert not {name.split(".")[0] for name in imports(path)} & names, path
+        assert not {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"))} & names, path
 
 
 @pytest.mark.parametrize(
-    ("pattern", "most"), [("run_dpo.py", 150), ("dpo_trainer.py", 600), ("mdpo/*.py", 250), ("scripts/*.*", 150)]
+    ("pattern", "most"),
+    [("run_dpo.py", 150), ("dpo_trainer.py", 600), ("mdpo/**/*.py", 250), ("scripts/**/*.py", 150)],
 )
 def test_files_stay_small(pattern, most):
     files = list(ROOT.glob(pattern))
@@ -169,7 +192,8 @@ def test_pins():
     for pin in ("torch==2.13.0", "numpy>=1.26.4,<2.0", "pyarrow>=21,<26", "transformers==", "trl==", "deepspeed=="):
         assert pin in requires, pin
     assert {"flash", "quickstart", "evaluate", "dev"} <= set(config["options.extras_require"])
-    assert config["options"]["packages"].split() == ["mdpo"]
+    assert config["options"]["packages"] == "find:"
+    assert PACKAGES <= {name.removeprefix("mdpo.") for name in find_packages(str(ROOT), include=["mdpo*"])}
 
 
 def commands() -> list[str]:

@@ -23,11 +23,11 @@ from test_masks import (
 from test_spans import said
 from tiny import CHATML, tokenizer_for
 
-from mdpo import left_out
-from mdpo.render import RenderSettings, tokenize_pair
-from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_row
-from mdpo.types import DropPair
+from mdpo.data.tokenize import tokenize_row
+from mdpo.errors import DropPair
+from mdpo.masking import left_out
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 
 SETTINGS = RenderSettings(None)
 HEAD, END = "{{ '<|im_start|>' + m.role + '\n' ", "<|im_end|>\n"

@@ -9,8 +9,8 @@ from families import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, tiny_llama, tokenizer_for
 
-from mdpo.loading import load_model
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.reference.loading import load_model
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 NO_CLASS = ("emu3", "mllama")  # what these save is no language model to transformers

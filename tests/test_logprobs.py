@@ -8,18 +8,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import CHATML, tiny_llama, tokenizer_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mdpo.logprobs
-from mdpo.head import adds_in_float32
-from mdpo.logprobs import (
-    ChunkedLogProbs,
-    HeadTransform,
-    enable_scoring,
-    full_log_probs,
-    score_tokens,
-)
-from mdpo.packing import PairCollator
-from mdpo.sums import sum_by_pair, verbosity_weights
-from mdpo.types import UserError
+import mdpo.forward.token_logps
+from mdpo.errors import UserError
+from mdpo.forward.collators import PairCollator
+from mdpo.forward.lm_head import adds_in_float32
+from mdpo.forward.pair_logps import sum_by_pair, verbosity_weights
+from mdpo.forward.token_logps import ChunkedLogProbs, HeadTransform, enable_scoring, full_log_probs, score_tokens
 
 TRANSFORMS = {"plain": HeadTransform(), "scaled": HeadTransform(scale=0.25), "capped": HeadTransform(2.0, softcap=5.0)}
 
@@ -66,8 +60,10 @@ def test_tokens_without_gradient_are_left_out_of_backward(idle, monkeypatch):
     upstream = torch.randn(13, generator=torch.Generator().manual_seed(1)).index_fill(0, torch.tensor(idle), 0.0)
     slow = full_log_probs(hidden, weight, b, target)
     wanted = torch.autograd.grad(slow, [hidden, weight, b], upstream)
-    rows, derive = [], mdpo.logprobs.logits_gradient
-    monkeypatch.setattr(mdpo.logprobs, "logits_gradient", lambda raw, *a: (rows.append(len(raw)), derive(raw, *a))[1])
+    rows, derive = [], mdpo.forward.token_logps.logits_gradient
+    monkeypatch.setattr(
+        mdpo.forward.token_logps, "logits_gradient", lambda raw, *a: (rows.append(len(raw)), derive(raw, *a))[1]
+    )
     fast = ChunkedLogProbs.apply(hidden, weight, b, target, HeadTransform(), 4)[0]
     got = torch.autograd.grad(fast, [hidden, weight, b], upstream)
     assert sum(rows) == 13 - len(idle)
@@ -260,7 +256,7 @@ def test_sums_without_a_product_in_half_precision(dtype, monkeypatch):
                     calls.append(1)
                     return out.add_(a.to(out_dtype) @ b.to(out_dtype))
 
-                patch.setattr("mdpo.head.adds_in_float32", lambda device, dtype: True)
+                patch.setattr("mdpo.forward.lm_head.adds_in_float32", lambda device, dtype: True)
                 patch.setattr(torch, "mm", mm_into)
                 patch.setattr(torch, "addmm", addmm_into)
             (_, found), (_, truth) = head_gradients(dtype)
@@ -282,6 +278,7 @@ def test_torch_has_the_product_that_is_asked_for():
 
 def test_chunks_are_larger_on_a_gpu():
     rows = [
-        mdpo.logprobs.CHUNK_BYTES.get(kind, mdpo.logprobs.GPU_CHUNK_BYTES) // (4 * 152_000) for kind in ("cpu", "cuda")
+        mdpo.forward.token_logps.CHUNK_BYTES.get(kind, mdpo.forward.token_logps.GPU_CHUNK_BYTES) // (4 * 152_000)
+        for kind in ("cpu", "cuda")
     ]
     assert rows == [220, 883]

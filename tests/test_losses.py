@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import mdpo.losses as losses
-from mdpo.losses import log_ratio, nll_loss, sigmoid_loss
-from mdpo.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
+import mdpo.loss.functions as losses
+from mdpo.loss.functions import log_ratio, nll_loss, sigmoid_loss
+from mdpo.loss.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
 
 
 def t(*values):

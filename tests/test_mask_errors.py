@@ -11,11 +11,12 @@ from tiny import CHATML, tokenizer_for
 from tokenizers import Tokenizer, processors
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
-from mdpo.data import row_to_pair
-from mdpo.render import RenderSettings, tokenize_pair
-from mdpo.spans import STRADDLE, span_mask, tokenize
-from mdpo.template import ChatTemplate
-from mdpo.types import DropPair, Pair, UserError
+from mdpo.data.rows import row_to_pair
+from mdpo.errors import DropPair, UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.masking.spans import STRADDLE, span_mask, tokenize
+from mdpo.types import Pair
 
 # With a token a character, [user("a?"), assistant("bc")] is in ChatML
 #   0 <|im_start|>   1-5 user\n        6-7 a?     8 <|im_end|>    9 \n

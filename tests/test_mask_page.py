@@ -3,19 +3,15 @@
 import json
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import show_masks
 from tiny import CHATML, agent_rows, tokenizer_for
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import show_masks
-
-from mdpo.startup import run
+from mdpo.runs.entrypoint import run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 QUIET = [

@@ -18,10 +18,11 @@ from tiny import CHATML, TRL_TEMPLATES, tokenizer_for, trl_template
 from tokenizers import processors
 from transformers import tokenization_utils_base
 
-from mdpo.messages import normalise_messages
-from mdpo.render import RenderSettings, special_tokens_in_context, tokenize_pair
-from mdpo.template import ChatTemplate
-from mdpo.types import DropPair, Pair
+from mdpo.data.messages import normalise_messages
+from mdpo.errors import DropPair
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, special_tokens_in_context, tokenize_pair
+from mdpo.types import Pair
 
 SETTINGS = RenderSettings(max_length=None)
 

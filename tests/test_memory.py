@@ -18,10 +18,10 @@ from transformers import (
 from trl import get_peft_config
 
 from dpo_trainer import DPOTrainer
-from mdpo.memory import LIBRARIES, MemoryPlan
-from mdpo.planning import plan_memory
-from mdpo.recipe import load_recipe
-from mdpo.sharding import Sharding
+from mdpo.config.recipe import load_recipe
+from mdpo.memory.breakdown import LIBRARIES, MemoryPlan
+from mdpo.memory.estimate import plan_memory
+from mdpo.memory.sharding import Sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 400

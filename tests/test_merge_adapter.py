@@ -14,8 +14,8 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "merge_adapter.py"))
 merge = SCRIPT["main"]

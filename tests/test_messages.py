@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from tiny import CHATML, tokenizer_for, trl_template
 
-from mdpo.data import FROM_JSON, row_to_pair
-from mdpo.messages import conversation, normalise_messages, read_messages, role_of
-from mdpo.render import ENDS, RenderSettings
-from mdpo.template import ChatTemplate
-from mdpo.template_fit import MADE_UP, MISSING, REPLACED
-from mdpo.tokens import tokenize_row
-from mdpo.tool_calls import linked, read_tools
-from mdpo.types import DropPair
+from mdpo.data.messages import conversation, normalise_messages, read_messages, role_of
+from mdpo.data.rows import FROM_JSON, row_to_pair
+from mdpo.data.template_fit import MADE_UP, MISSING, REPLACED
+from mdpo.data.tokenize import tokenize_row
+from mdpo.data.tool_calls import linked, read_tools
+from mdpo.errors import DropPair
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import ENDS, RenderSettings
 
 U, A, B = (
     {"role": "user", "content": "Q?"},

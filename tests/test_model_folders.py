@@ -16,11 +16,11 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.loading import load_model
-from mdpo.model_folders import refuse_adapter, refuse_frozen, refuse_unloadable
-from mdpo.reference import build_reference
-from mdpo.types import UserError
+from mdpo.config.model_folders import refuse_adapter, refuse_frozen, refuse_unloadable
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
+from mdpo.reference.loading import load_model
+from mdpo.reference.model import build_reference
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

@@ -9,11 +9,12 @@ from test_trainer import mdpo_trainer, tokenizer  # noqa: F401
 from test_trl_parity import close, loss_and_gradients, trainer_of
 from tiny import agent_rows
 
-import mdpo.losses as losses
+import mdpo.loss.functions as losses
 from dpo_trainer import DPOTrainer
-from mdpo.objective import LossSettings, PairTerms, pair_losses
-from mdpo.options import TOWARDS_MARGIN
-from mdpo.types import PairLogps, UserError
+from mdpo.config.validation import TOWARDS_MARGIN
+from mdpo.errors import UserError
+from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
+from mdpo.types import PairLogps
 
 LN2, LN3 = math.log(2), math.log(3)
 

@@ -12,10 +12,10 @@ from torch import nn
 from transformers.integrations.neftune import activate_neftune
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.modes import evaluating
-from mdpo.packing import PackedCollator, PairCollator
-from mdpo.reference import score_reference
+from mdpo.config.schema import MDPOConfig
+from mdpo.forward.collators import PackedCollator, PairCollator
+from mdpo.forward.modes import evaluating
+from mdpo.reference.model import score_reference
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 ALPHA = 20.0

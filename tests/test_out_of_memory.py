@@ -14,8 +14,11 @@ from datasets import Dataset
 from test_memory import SIZES, recipe_for
 from transformers import Qwen3Config
 
-from mdpo.memory import GB, MemoryPlan
-from mdpo.out_of_memory import (
+from mdpo.config.recipe import load_recipe
+from mdpo.errors import UserError
+from mdpo.forward.collators import PackedCollator, PairCollator
+from mdpo.memory.breakdown import GB, MemoryPlan
+from mdpo.memory.oom import (
     OFFLOAD,
     ZERO3,
     Seen,
@@ -26,10 +29,7 @@ from mdpo.out_of_memory import (
     next_changes,
     report,
 )
-from mdpo.packing import PackedCollator, PairCollator
-from mdpo.recipe import load_recipe
-from mdpo.sharding import Sharding
-from mdpo.types import UserError
+from mdpo.memory.sharding import Sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml"

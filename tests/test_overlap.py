@@ -17,8 +17,8 @@ from test_launch import (  # noqa: F401
     workshop,
 )
 
-from mdpo.sharding import overlap_reduction
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.memory.sharding import overlap_reduction
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,5 +74,5 @@ def test_the_file_for_gpus_overlaps_and_equals_one_process(workshop, extensions,
     seen = json.loads(notes.read_text())
     assert seen["overlap_comm"] is True
     assert seen["used"] == [0, 1]
-    assert [3000, 3000] in seen["buffers"]  # what mdpo/memory.py plans: two buckets
+    assert [3000, 3000] in seen["buffers"]  # what mdpo/memory/breakdown.py plans: two buckets
     compare(tmp_path / "out", one_process, workshop)

@@ -9,16 +9,17 @@ import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CHATML, tokenizer_for
 
-import mdpo.attention
-import mdpo.logprobs
-import mdpo.varlen
-from mdpo.attention import NAME, Segments
-from mdpo.layout import Layout, disagreement, packing_refused
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.objective import LossSettings, PairTerms, pair_losses
-from mdpo.packing import PackedCollator, PairCollator, first_pairs, n_pairs, n_tokens, unpacked
-from mdpo.sums import sum_by_pair
-from mdpo.types import UserError, common_prefix
+import mdpo.forward.packed_attention
+import mdpo.forward.token_logps
+import mdpo.forward.varlen
+from mdpo.errors import UserError
+from mdpo.forward.collators import PackedCollator, PairCollator, first_pairs, n_pairs, n_tokens, unpacked
+from mdpo.forward.layout import Layout, disagreement, packing_refused
+from mdpo.forward.packed_attention import NAME, Segments
+from mdpo.forward.pair_logps import sum_by_pair
+from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
+from mdpo.types import common_prefix
 
 VOCAB = 97
 SIZES = {
@@ -226,8 +227,10 @@ def test_awkward_lengths(name):
 def test_shared_tokens_cost_the_head_a_backward_only_where_the_loss_has_one(coefficient, shared_rows, monkeypatch):
     # Of 9 shared tokens 1, 4, 5 and 8 are supervised; of the chosen side's 9 … 15 also 9, 12, 13, 15, of the rejected
     # side's 9 … 13 also 9, 12, 13. In β·(chosen − rejected) the shared ones cancel, in the chosen side's NLL they stay.
-    rows, derive = [], mdpo.logprobs.logits_gradient
-    monkeypatch.setattr(mdpo.logprobs, "logits_gradient", lambda raw, *a: (rows.append(len(raw)), derive(raw, *a))[1])
+    rows, derive = [], mdpo.forward.token_logps.logits_gradient
+    monkeypatch.setattr(
+        mdpo.forward.token_logps, "logits_gradient", lambda raw, *a: (rows.append(len(raw)), derive(raw, *a))[1]
+    )
     batch = PackedCollator()([pair(9, 7, 5)])
     scores = score_tokens(tiny("Llama"), batch)
     policy = sum_by_pair(scores.logps, batch, 1)
@@ -297,7 +300,7 @@ def test_without_segment_boundaries_log_probs_differ(monkeypatch):
         options = {"is_causal": True, "scale": scaling, "enable_gqa": True}
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2), None
 
-    monkeypatch.setitem(mdpo.attention.ALL_ATTENTION_FUNCTIONS, NAME, one_sequence)
+    monkeypatch.setitem(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, one_sequence)
     differs(model, PackedCollator()(rows), rows)
 
 
@@ -387,7 +390,7 @@ def test_self_check_falls_back_where_only_the_mask_knows_a_window(capsys, monkey
     model = tiny("Mistral", sliding_window=200)
     batch = PackedCollator()(AWKWARD["seven"])
     assert Layout(Alone, 0).fit(model, batch) is batch
-    attend = mdpo.attention.packed_attention
+    attend = mdpo.forward.packed_attention.packed_attention
 
     def without_window(module, *args, sliding_window=None, **kwargs):
         return attend(types.SimpleNamespace(config=model.config, training=False), *args, **kwargs)
@@ -488,24 +491,24 @@ VARLEN = [(kernel, family) for kernel in ("flash", "torch_varlen") for family in
 @pytest.mark.parametrize(("kernel", "family"), [*VARLEN, ("flash", "Gemma2")])  # torch's has no soft-caps
 def test_varlen_calls_say_what_the_padded_twin_computes(kernel, family, monkeypatch):
     """With the keyword names, windows, caps and alignment of flash-attn 2 and of torch.nn.attention.varlen."""
-    monkeypatch.setattr(mdpo.varlen, "flash_attn", lambda: (flash_stand_in, None))
+    monkeypatch.setattr(mdpo.forward.varlen, "flash_attn", lambda: (flash_stand_in, None))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_stand_in)
-    monkeypatch.setattr(mdpo.attention, "_varlen", lambda *_: getattr(mdpo.varlen, kernel))
+    monkeypatch.setattr(mdpo.forward.packed_attention, "_varlen", lambda *_: getattr(mdpo.forward.varlen, kernel))
     compare(tiny(family), AWKWARD["seven"])
 
 
 def test_varlen_is_for_half_precision_on_a_gpu(monkeypatch):
     flash, own = object(), object()
     found = {"flash-attn": flash, "torch's varlen attention": own}
-    monkeypatch.setattr(mdpo.attention, "kernels", lambda device: found)
+    monkeypatch.setattr(mdpo.forward.packed_attention, "kernels", lambda device: found)
     on_cpu = torch.empty(1, 4, 5, 8, dtype=torch.bfloat16)
-    assert mdpo.attention._varlen(on_cpu, on_cpu, 0.0, None) is None
+    assert mdpo.forward.packed_attention._varlen(on_cpu, on_cpu, 0.0, None) is None
 
     def on_gpu(size=8, dtype=torch.bfloat16):
         return types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, size=lambda dim: size)
 
     def varlen(query, value, softcap=None, dropout=0.0):
-        return mdpo.attention._varlen(query, value, dropout, softcap)
+        return mdpo.forward.packed_attention._varlen(query, value, dropout, softcap)
 
     assert varlen(on_gpu(), on_gpu(), 30.0) is varlen(on_gpu(), on_gpu()) is flash
     del found["flash-attn"]

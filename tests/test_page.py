@@ -14,11 +14,11 @@ from PIL import Image
 from test_mask_page import BROWSER, QUIET
 from tiny import CHATML, agent_rows, tokenizer_for
 
-from mdpo.data_report import DataReport, describe
-from mdpo.page import PAGE, RunPage, shown_pair
-from mdpo.progress import StepTimer
-from mdpo.render import RenderSettings
-from mdpo.tokens import tokenize_dataset
+from mdpo.data.report import DataReport, describe
+from mdpo.data.tokenize import tokenize_dataset
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.reporting.html_page import PAGE, RunPage, shown_pair
+from mdpo.reporting.progress import StepTimer
 
 SECTIONS = ["figures", "notes", "plots", "turns", "data", "masks", "recipe", "machine"]
 DRAWN = [
@@ -233,8 +233,8 @@ def test_when_it_is_drawn(tmp_path, monkeypatch):
         now[0] += 3
         drawn.append(now[0])
 
-    monkeypatch.setattr("mdpo.page.write_page", write)
-    monkeypatch.setattr("mdpo.page.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mdpo.reporting.html_page.write_page", write)
+    monkeypatch.setattr("mdpo.reporting.html_page.time.monotonic", lambda: now[0])
     page.on_train_begin(args, state, None)
     for _ in range(500):
         now[0] += 1

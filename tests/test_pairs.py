@@ -6,11 +6,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny import CHATML, tokenizer_for
 
-from mdpo.pairs import prepare_pairs
-from mdpo.recipe import load_recipe
-from mdpo.tokenizer import load_tokenizer
-from mdpo.tokens import rank_imbalance
-from mdpo.types import UserError
+from mdpo.config.recipe import load_recipe
+from mdpo.data.prepare import prepare_pairs
+from mdpo.data.tokenize import rank_imbalance
+from mdpo.errors import UserError
+from mdpo.masking.tokenizer import load_tokenizer
 
 BASE = "model_name_or_path: model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"
 FIRST_TEXT = "<|im_start|>user\nAsk 0<|im_end|>\n<|im_start|>assistant\na000<|im_end|>\n"  # chosen side of row 1

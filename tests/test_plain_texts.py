@@ -9,13 +9,13 @@ from test_mask_errors import LETTERS, ones, refused
 from tiny import CHATML, tokenizer_for
 from tokenizers import processors
 
-from mdpo.counts import DropCounts
-from mdpo.data import row_to_pair
-from mdpo.plain_texts import GUESSED, PLAIN, ROLES, PlainText, has_role_marks
-from mdpo.render import RenderSettings, tokenize_pair
-from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_dataset, tokenize_row, tokenize_stream
-from mdpo.types import UserError
+from mdpo.data.counts import DropCounts
+from mdpo.data.rows import row_to_pair
+from mdpo.data.tokenize import tokenize_dataset, tokenize_row, tokenize_stream
+from mdpo.errors import UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.masking.plain_texts import GUESSED, PLAIN, ROLES, PlainText, has_role_marks
 
 OURS, OF_TRL = RenderSettings(None), RenderSettings(None, mask_turns=False)
 

@@ -13,10 +13,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from test_memory import CONFIGS, LORA, SIZES, recipe_for
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig, Qwen3Config
 
-from mdpo.memory import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMISER, STEP
-from mdpo.planning import plan_memory
-from mdpo.sharding import Sharding
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMISER, STEP
+from mdpo.memory.estimate import plan_memory
+from mdpo.memory.sharding import Sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 # Layers as wide as a 7B model's: its weights are more than DeepSpeed's buckets hold.

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.positions import check_lengths, learned_positions, positions_of, refuse_long_rows
-from mdpo.render import RenderSettings
-from mdpo.tokenizer import refuse_small_vocabulary
-from mdpo.tokens import side_lengths, tokenize_dataset
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.data.positions import check_lengths, learned_positions, positions_of, refuse_long_rows
+from mdpo.data.tokenize import side_lengths, tokenize_dataset
+from mdpo.errors import UserError
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.masking.tokenizer import refuse_small_vocabulary
 
 TOKENIZER = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
 ENDLESS = ("llama", "gpt_neox", "bloom", "falcon", "mamba", "xglm")

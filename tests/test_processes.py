@@ -12,8 +12,8 @@ from test_modifications import rows_with_margins
 from test_trl_parity import SMOOTHED
 from tiny import CHATML, tiny_llama, tokenizer_for
 
-from mdpo.objective import LOSSES
-from mdpo.options import ONLY_WITH
+from mdpo.config.validation import ONLY_WITH
+from mdpo.loss.registry import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sorted or averaged over one rank's batch, as in TRL: another split is another loss. TRL 1.16's bco_pair has no

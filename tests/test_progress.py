@@ -12,7 +12,7 @@ from tiny import CHATML, tokenizer_for
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from mdpo.progress import ProgressLine, StepTimer, clock, figures_line, show_progress
+from mdpo.reporting.progress import ProgressLine, StepTimer, clock, figures_line, show_progress
 
 ARGS = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=2, world_size=3, device=torch.device("cpu"))
 LOGS = {"loss": 0.45216, "rewards/accuracies": 0.75, "rewards/margins": -1.2}
@@ -33,7 +33,7 @@ def timer_after(steps, monkeypatch, first=30.0, others=2.0, between=1.0):
     """A timer after steps of that many seconds, with `between` seconds (an evaluation, say) before each but the first;
     and its clock, a list of one number."""
     now, timer, state = [100.0], StepTimer(), SimpleNamespace(global_step=0, max_steps=20, log_history=[{}])
-    monkeypatch.setattr("mdpo.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("mdpo.reporting.progress.time.perf_counter", lambda: now[0])
     for step in range(steps):
         now[0] += between if step else 0
         timer.on_step_begin(ARGS, state, None)
@@ -97,7 +97,7 @@ def test_lines_in_a_file(monkeypatch):
     """One a log, 5 s apart; the last step's always; each whole, however narrow."""
     progress, out = line(False, monkeypatch, width=20)
     now, state = [0.0], SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=20)
-    monkeypatch.setattr("mdpo.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mdpo.reporting.progress.time.monotonic", lambda: now[0])
     for step in range(1, 21):
         state.global_step, now[0] = step, 2.0 * step
         progress.on_step_end(ARGS, state, None)

@@ -1,4 +1,4 @@
-"""The shipped preference pairs of recipes/smollm2-135m are what scripts/make_pairs.py makes, and are right."""
+"""The shipped preference pairs of recipes/smollm2-135m are what data/make_pairs.py there makes, and are right."""
 
 import json
 import random
@@ -49,7 +49,9 @@ def parting_turn(row):
 
 
 def test_making_them_again_gives_the_same_bytes(tmp_path):
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_pairs.py", tmp_path], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "recipes/smollm2-135m/data/make_pairs.py", tmp_path], check=True, capture_output=True
+    )
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(EXPECTED)
     for name in EXPECTED:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes(), name

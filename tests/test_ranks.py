@@ -13,8 +13,8 @@ import torch
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
 from mdpo import ranks
-from mdpo.metrics import mean_over_steps, of_all_ranks
-from mdpo.preemption import Preempted
+from mdpo.errors import Preempted
+from mdpo.loss.metrics import mean_over_steps, of_all_ranks
 from mdpo.ranks import gathered, gathered_tensor, pickled, shares
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,18 +18,18 @@ from tiny import CHATML, agent_rows, tokenizer_for, trl_template
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
 
-import mdpo.precision
-import mdpo.recipe
+import mdpo.config.precision
+import mdpo.config.recipe
 import run_dpo
 from dpo_trainer import DPOTrainer
-from mdpo.data import row_to_pair
-from mdpo.options import check_options
-from mdpo.recipe import load_recipe
-from mdpo.render import RenderSettings, tokenize_pair
-from mdpo.settings import FIELDS
-from mdpo.sharding import Sharding
-from mdpo.template import ChatTemplate
-from mdpo.types import UserError
+from mdpo.config.parsing import FIELDS
+from mdpo.config.recipe import load_recipe
+from mdpo.config.validation import check_options
+from mdpo.data.rows import row_to_pair
+from mdpo.errors import UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.memory.sharding import Sharding
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/dpo/config_*.yaml"))
@@ -86,7 +86,7 @@ def test_families_and_their_recipes():
 @pytest.fixture
 def gpu(monkeypatch):
     """The view of a machine with GPUs and flash-attn: no value falls back."""
-    monkeypatch.setattr(mdpo.recipe, "fit_to_machine", lambda values, notes: {**values, "use_cpu": True})
+    monkeypatch.setattr(mdpo.config.recipe, "fit_to_machine", lambda values, notes: {**values, "use_cpu": True})
 
 
 def idle_keys(values: dict, folder: Path) -> set[str]:
@@ -279,7 +279,7 @@ def trained(path: Path, policy: Path, reference: Path, pairs: Path, folder: Path
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run_dpo, "DPOTrainer", Kept)
-        patched.setattr(mdpo.precision, "cpu_has_bf16", lambda: False)  # else steps this small are rounded away
+        patched.setattr(mdpo.config.precision, "cpu_has_bf16", lambda: False)  # else steps this small are rounded away
         patched.setenv("ACCELERATE_MIXED_PRECISION", "no")
         run_dpo.main([str(folder / "recipe.yaml"), *flags])
     return kept[0]
@@ -451,7 +451,7 @@ def test_memory_tables_are_there_and_add_up(family):
 
 
 def test_a_stale_memory_table_is_named(tmp_path, monkeypatch):
-    memory = script("recipe_memory")
+    memory = script("dev/recipe_memory")
     monkeypatch.setattr(memory, "ROOT", tmp_path)
     monkeypatch.setattr(memory, "table", lambda family, recipe, accelerate: f"| {recipe} {accelerate} |")
     readme = tmp_path / "recipes/one/README.md"
@@ -474,8 +474,8 @@ def test_a_stale_memory_table_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_tables_are_what_the_planner_says():
-    """Of two families here, as plans of adapters take long; `python scripts/recipe_memory.py --check` does all."""
-    script("recipe_memory").main(["--check", "smollm2-135m", "mistral-7b-v0.3"])
+    """Of two families here, as plans of adapters take long; `python -m scripts.dev.recipe_memory --check` does all."""
+    script("dev/recipe_memory").main(["--check", "smollm2-135m", "mistral-7b-v0.3"])
 
 
 @pytest.mark.slow

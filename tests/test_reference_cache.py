@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 import dpo_trainer
 from dpo_trainer import DPOTrainer
-from mdpo import reference_cache, reference_columns
-from mdpo.identity import cached_length, named_digest, reference_identity, weights_digest
-from mdpo.recipe import load_recipe
-from mdpo.reference import as_reference, keep_own_adapter
-from mdpo.reference_cache import ReferenceCache, precompute, read_shard, write_shard
-from mdpo.settings import ROOT
-from mdpo.types import UserError
+from mdpo.config.parsing import ROOT
+from mdpo.config.recipe import load_recipe
+from mdpo.errors import UserError
+from mdpo.reference import logp_cache as reference_cache
+from mdpo.reference import logp_columns as reference_columns
+from mdpo.reference.fingerprint import cached_length, named_digest, reference_identity, weights_digest
+from mdpo.reference.logp_cache import ReferenceCache, precompute, read_shard, write_shard
+from mdpo.reference.model import as_reference, keep_own_adapter
 
 KEYS = [bytes([i]) * 16 for i in range(4)]
 COMPUTED = reference_cache._computed
@@ -179,10 +180,10 @@ def test_a_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
             return None
         return str(tmp_path / f"models--org--m/snapshots/{revision * 40}/config.json")
 
-    monkeypatch.setattr("mdpo.identity.cached_file", cached)
+    monkeypatch.setattr("mdpo.reference.fingerprint.cached_file", cached)
     one, again, other = (named_digest("org/m", revision, tmp_path) for revision in "aab")
     assert one == again != other
-    monkeypatch.setattr("mdpo.identity.cached_file", lambda *_, **__: None)
+    monkeypatch.setattr("mdpo.reference.fingerprint.cached_file", lambda *_, **__: None)
     assert named_digest("org/m", "a", tmp_path) is None
 
 

@@ -8,11 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from mdpo import checkpoints, run_identity
-from mdpo.checkpoints import MANIFEST, SAVING, faults, newest_whole, publish, remove_older, sealed
-from mdpo.run_identity import differences
-from mdpo.sampling import LongestFirst, longest_first
-from mdpo.types import UserError
+from mdpo.data.sampler import LongestFirst, longest_first
+from mdpo.errors import UserError
+from mdpo.runs import checkpoints
+from mdpo.runs import run_fingerprint as run_identity
+from mdpo.runs.checkpoints import SAVING, faults, newest_whole, publish, remove_older, sealed
+from mdpo.runs.run_fingerprint import differences
+from mdpo.storage import MANIFEST
 
 
 def saved(folder, step, resumable=True, **files):
@@ -167,7 +169,7 @@ def test_a_save_that_the_disk_refuses_is_told_from_a_bug():
 def test_options_that_would_break_the_guarantees_are_refused(tmp_path):
     from trl import DPOConfig
 
-    from mdpo.options import check_options
+    from mdpo.config.validation import check_options
 
     for key in ("save_on_each_node", "ignore_data_skip", "enable_jit_checkpoint", "auto_find_batch_size"):
         args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{key: True})

@@ -1,4 +1,4 @@
-"""mdpo/rollouts.py with a scripted policy, and with real models through mdpo/generation.py."""
+"""mdpo/rollouts/loop.py with a scripted policy, and with real models through mdpo/rollouts/generate.py."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,11 @@ import torch
 from tiny import CHATML, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mdpo.evaluation import by_turns, count_turns, rollout_figures, rollout_tables, wilson
-from mdpo.generation import Generator, refuse_hidden_tool_role
-from mdpo.metrics import COLUMNS
-from mdpo.rollouts import (
+from mdpo.errors import UserError
+from mdpo.loss.metrics import COLUMNS
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.rollouts.generate import Generator, refuse_hidden_tool_role
+from mdpo.rollouts.loop import (
     OUTPUT_CHARACTERS,
     Question,
     Reply,
@@ -23,9 +24,8 @@ from mdpo.rollouts import (
     roll_out,
     save_all,
 )
-from mdpo.sandbox import Limits, RunResult, Sandbox
-from mdpo.template import ChatTemplate
-from mdpo.types import UserError
+from mdpo.rollouts.sandbox import Limits, RunResult, Sandbox
+from mdpo.rollouts.tables import by_turns, count_turns, rollout_figures, rollout_tables, wilson
 
 QUICKSTART_MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 

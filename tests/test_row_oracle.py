@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import pytest
 from tiny import CHATML, tokenizer_for, trl_template
 
-from mdpo.render import RenderSettings
-from mdpo.template import ChatTemplate
-from mdpo.tokens import tokenize_row
+from mdpo.data.tokenize import tokenize_row
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings
 
 WORD = re.compile(r"zw\d{4}q")
 QUERY = {"type": "object", "properties": {"query": {"type": "string", "description": "what"}}, "required": ["query"]}

@@ -1,4 +1,4 @@
-"""mdpo/sandbox.py against programs that want out: each is really run, and looked for afterwards."""
+"""mdpo/rollouts/sandbox.py against programs that want out: each is really run, and looked for afterwards."""
 
 import ctypes
 import os
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mdpo import sandbox
-from mdpo.sandbox import ENVIRONMENT, Limits, Sandbox
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.rollouts import sandbox
+from mdpo.rollouts.sandbox import ENVIRONMENT, Limits, Sandbox
 
 LONG = 120  # seconds that nothing here takes
 QUICK = Limits(seconds=3.0)
@@ -265,7 +265,7 @@ if len(sys.argv) == 1:
     os.execv(sys.executable, [sys.executable, '-c', open('main.py').read(), {mark!r}])
 while True: pass
 """
-    script = f"from mdpo.sandbox import *\nSandbox(Limits(seconds={LONG})).run({program!r})"
+    script = f"from mdpo.rollouts.sandbox import *\nSandbox(Limits(seconds={LONG})).run({program!r})"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # its folder stays behind
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1], env=environment)
     end = time.monotonic() + LONG

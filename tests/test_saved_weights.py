@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdpo.saved_weights import check_saved, expected_shapes, load_adapters, load_saved
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.runs.saved_weights import check_saved, expected_shapes, load_adapters, load_saved
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 FILE, ADAPTER = "model.safetensors", "adapter_model.safetensors"

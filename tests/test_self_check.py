@@ -9,17 +9,17 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from test_packing import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
 
-import mdpo.attention
-import mdpo.layout
-import mdpo.layout_check
-import mdpo.varlen
-from mdpo.attention import NAME, Segments
-from mdpo.layout import Layout, head_disagreement
-from mdpo.layout_check import misplaced, plain_attention, shifted
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.packing import PackedCollator, PairCollator
-from mdpo.settings import ROOT
-from mdpo.types import UserError
+import mdpo.forward.layout
+import mdpo.forward.layout_check
+import mdpo.forward.packed_attention
+import mdpo.forward.varlen
+from mdpo.config.parsing import ROOT
+from mdpo.errors import UserError
+from mdpo.forward.collators import PackedCollator, PairCollator
+from mdpo.forward.layout import Layout, head_disagreement
+from mdpo.forward.layout_check import misplaced, plain_attention, shifted
+from mdpo.forward.packed_attention import NAME, Segments
+from mdpo.forward.token_logps import enable_scoring, score_tokens
 
 ROWS = AWKWARD["seven"][3:]  # the first two pairs are looked at: (12, 1, 9) and (6, 8, 1)
 HALVES = [torch.bfloat16, torch.float16]
@@ -84,13 +84,13 @@ def test_a_boundary_that_attention_has_moved_by_a_token(monkeypatch, capsys):
     rows = [pair(60, 140, 150, supervised_from=180)]
     model, batch = tiny("Llama").bfloat16(), PackedCollator()(rows)
     assert kept(model, batch)
-    attend = mdpo.attention.packed_attention
+    attend = mdpo.forward.packed_attention.packed_attention
 
     def moved(*args, segments=None, **kwargs):
         (prefix, chosen, rejected), *_ = segments.lengths
         return attend(*args, segments=Segments([[prefix, chosen + 1, rejected - 1]]), **kwargs)
 
-    monkeypatch.setitem(mdpo.attention.ALL_ATTENTION_FUNCTIONS, NAME, moved)
+    monkeypatch.setitem(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, moved)
     refused_by(tiny("Llama").bfloat16(), batch, "its packed attention differs by", capsys)
 
 
@@ -127,9 +127,9 @@ def test_a_window_that_is_ignored(family, monkeypatch, capsys):
 
 
 def test_a_soft_cap_that_is_ignored(monkeypatch, capsys):
-    attend = mdpo.attention.packed_attention
+    attend = mdpo.forward.packed_attention.packed_attention
     monkeypatch.setitem(
-        mdpo.attention.ALL_ATTENTION_FUNCTIONS, NAME, lambda *a, softcap=None, **k: attend(*a, **k)
+        mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, lambda *a, softcap=None, **k: attend(*a, **k)
     )  # fmt: skip
     refused_by(tiny("Gemma2").bfloat16(), PackedCollator()(ROWS), "its packed attention differs by", capsys)
 
@@ -140,7 +140,7 @@ def test_a_kernel_that_is_wrong_in_half_precision_alone(monkeypatch, capsys):
         return attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
 
     monkeypatch.setattr(
-        mdpo.attention, "_varlen", lambda query, *_: transposed if query.dtype != torch.float32 else None
+        mdpo.forward.packed_attention, "_varlen", lambda query, *_: transposed if query.dtype != torch.float32 else None
     )
     refused_by(tiny("Llama").bfloat16(), PackedCollator()(ROWS), "its packed attention differs by", capsys)
 
@@ -167,17 +167,17 @@ def test_any_exception_is_one_line(error, monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise error
 
-    monkeypatch.setitem(mdpo.attention.ALL_ATTENTION_FUNCTIONS, NAME, broken)
+    monkeypatch.setitem(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, broken)
     refused_by(tiny("Llama"), PackedCollator()(ROWS), f"{type(error).__name__}", capsys)
-    assert mdpo.attention._refusals is None
-    assert "get_interface" not in vars(mdpo.attention.ALL_ATTENTION_FUNCTIONS)
+    assert mdpo.forward.packed_attention._refusals is None
+    assert "get_interface" not in vars(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS)
 
 
 def test_memory_that_runs_out_is_not_a_difference(monkeypatch):
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(mdpo.attention.ALL_ATTENTION_FUNCTIONS, NAME, broken)
+    monkeypatch.setitem(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, broken)
     with pytest.raises(torch.OutOfMemoryError):
         kept(tiny("Llama"), PackedCollator()(ROWS))
 
@@ -222,7 +222,7 @@ def test_the_check_does_not_care_about_tensorfloat32():
     before = torch.backends.fp32_precision
     torch.backends.fp32_precision = "tf32"
     try:
-        with mdpo.layout_check._float32(torch.device("cpu")):
+        with mdpo.forward.layout_check._float32(torch.device("cpu")):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
@@ -240,7 +240,7 @@ def test_plain_attention_by_hand():
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Llama"])
 def test_the_plain_twin_serves_where_own_attention_has_no_float32(family, monkeypatch, capsys):
     """flash-attn's: ours is then compared with plain attention, which knows windows and caps."""
-    monkeypatch.setattr("mdpo.layout_check.IN_FLOAT32", ())
+    monkeypatch.setattr("mdpo.forward.layout_check.IN_FLOAT32", ())
     assert kept(tiny(family).bfloat16(), PackedCollator()(ROWS)), capsys.readouterr().out
     monkeypatch.setattr(Segments, "mask", lambda self, q, k, window, like: like.new_zeros(q, k))
     refused_by(tiny(family).bfloat16(), PackedCollator()(ROWS), "its packed attention differs by", capsys)

@@ -1,4 +1,4 @@
-"""scripts/show_masks.py and scripts/draw_masks.py show the masks that training uses, and need no weights for it."""
+"""scripts/show_masks.py and scripts/dev/draw_masks.py show the masks that training uses, and need no weights for it."""
 
 import io
 import json
@@ -10,15 +10,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import show_masks
 from rich.console import Console
 from tiny import CHATML, agent_rows, tokenizer_for
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import draw_masks
-import show_masks
-
-from mdpo.tokenizer import token_text
+from mdpo.masking.tokenizer import token_text
+from scripts.dev import draw_masks
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART_MODEL = ROOT / "models" / "smollm2-135m-instruct"
@@ -269,5 +266,5 @@ def test_docs_masks_svg_is_what_the_script_draws(monkeypatch, in_process):
     monkeypatch.chdir(ROOT)
     pair = draw_masks.first_suitable(show_masks.training_pairs([draw_masks.RECIPE]))
     made = draw_masks.draw(pair)
-    assert made == draw_masks.PICTURE.read_text(encoding="utf-8"), "run `python scripts/draw_masks.py`"
+    assert made == draw_masks.PICTURE.read_text(encoding="utf-8"), "run `python -m scripts.dev.draw_masks`"
     assert len(boxes(made)) > 100

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mdpo.types import UserError
+from mdpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "launch.slurm"

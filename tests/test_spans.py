@@ -2,27 +2,22 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
+import check_data
 import pytest
+import show_masks
 from test_mask_errors import LETTERS, byte_level, ones, refused, rounds
 from test_masks import TOOLS, WEATHER, assistant, one_call, pair_of, user
 from tiny import CHATML, tokenizer_for, trl_template
 from tokenizers import Tokenizer
 
-from mdpo.render import RenderSettings, tokenize_pair
-from mdpo.spans import APART, STRADDLE, span_mask, tokenize
-from mdpo.stops import any_of
-from mdpo.template import ChatTemplate
-from mdpo.types import DropPair, Pair
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import check_data
-import show_masks
-
-from mdpo.startup import run
+from mdpo.errors import DropPair
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.masking.spans import APART, STRADDLE, span_mask, tokenize
+from mdpo.masking.stops import any_of
+from mdpo.runs.entrypoint import run
+from mdpo.types import Pair
 
 SETTINGS = RenderSettings(None)
 

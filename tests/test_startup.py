@@ -14,10 +14,10 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import LlamaConfig
 
 import run_dpo
-from mdpo import failures
-from mdpo.startup import clear_stale_build_locks, run
-from mdpo.tokenizer import check_model
-from mdpo.types import UserError
+from mdpo.errors import UserError
+from mdpo.masking.tokenizer import check_model
+from mdpo.runs import failures
+from mdpo.runs.entrypoint import clear_stale_build_locks, run
 
 ROOT = Path(__file__).parents[1]
 

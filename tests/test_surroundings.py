@@ -24,14 +24,16 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 import run_dpo
-from mdpo import caches, preflight, trackers
-from mdpo.checkpoints import as_new_files
-from mdpo.config import DataArguments
-from mdpo.reference_cache import ReferenceCache
-from mdpo.startup import run, say, speak_on_any_terminal
-from mdpo.template import ChatTemplate
-from mdpo.tokenizer import fast_tokenizer, load_tokenizer
-from mdpo.types import UserError
+from mdpo.config import caches
+from mdpo.config.schema import DataArguments
+from mdpo.console import say, speak_on_any_terminal
+from mdpo.errors import UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.tokenizer import fast_tokenizer, load_tokenizer
+from mdpo.reference.logp_cache import ReferenceCache
+from mdpo.runs import preflight, trackers
+from mdpo.runs.entrypoint import run
+from mdpo.storage import as_new_files
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -158,7 +160,7 @@ def test_a_reference_pass_survives_a_disk_that_fills_up(tmp_path, monkeypatch, c
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mdpo.reference_cache.write_shard", full)
+    monkeypatch.setattr("mdpo.reference.logp_cache.write_shard", full)
     for key in (b"a" * 16, b"b" * 16):
         cache.add(key, (np.zeros(1, np.float32), np.zeros(1, np.float32)))
         cache.flush()

@@ -10,7 +10,7 @@ import pytest
 from test_trainer import mdpo_trainer
 from tiny import CHATML, tokenizer_for
 
-from mdpo.progress import StepTimer, show_progress
+from mdpo.reporting.progress import StepTimer, show_progress
 
 HAVE = {name: importlib.util.find_spec(name) is not None for name in ("tensorboard", "trackio")}
 WANTED = {  # of training, at steps 1 and 2

@@ -16,14 +16,14 @@ from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
-from mdpo.checkpoints import SAVING
-from mdpo.config import MDPOConfig
-from mdpo.objective import LOSSES
-from mdpo.options import TOWARDS_MARGIN
-from mdpo.reference import drop_weights
-from mdpo.run_folder import LOCK
-from mdpo.saved_weights import check_saved
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import TOWARDS_MARGIN
+from mdpo.errors import UserError
+from mdpo.loss.registry import LOSSES
+from mdpo.reference.model import drop_weights
+from mdpo.runs.checkpoints import SAVING
+from mdpo.runs.output_dir import LOCK
+from mdpo.runs.saved_weights import check_saved
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for, tr
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.objective import OF_TRL
-from mdpo.options import OF_DIFFERENCE
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import OF_DIFFERENCE
+from mdpo.loss.registry import OF_TRL
 
 BETA = 0.1
 

@@ -8,10 +8,11 @@ from tiny import CHATML, agent_rows, tokenizer_for
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
-from mdpo.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
-from mdpo.packing import PackedCollator, PairCollator, unpacked
-from mdpo.sums import sum_by_pair
-from mdpo.turns import joined, turn_figures, turn_rewards, turn_tables
+from mdpo.forward.collators import PackedCollator, PairCollator, unpacked
+from mdpo.forward.pair_logps import sum_by_pair
+from mdpo.loss.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
+from mdpo.loss.turn_metrics import joined, turn_figures, turn_rewards
+from mdpo.reporting.turn_tables import turn_tables
 
 # Chosen of pair 0 has turns of 2 and 1 tokens, its rejected side shares the first; pair 1 has three turns and one.
 ROWS = [

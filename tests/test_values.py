@@ -5,9 +5,9 @@ import os
 import pytest
 import yaml
 
-from mdpo.recipe import load_recipe
-from mdpo.types import UserError
-from mdpo.yaml_nodes import Loader, prepare
+from mdpo.config.recipe import load_recipe
+from mdpo.config.yaml_nodes import Loader, prepare
+from mdpo.errors import UserError
 
 BASE = "model_name_or_path: some/model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_packing import flash_stand_in, torch_stand_in
 
-import mdpo.varlen
-from mdpo.varlen import flash, flash_attn, kernels, torch_varlen
+import mdpo.forward.varlen
+from mdpo.forward.varlen import flash, flash_attn, kernels, torch_varlen
 
 DEVICE = torch.device("cpu")  # in a GPU's place
 
@@ -93,7 +93,7 @@ def test_older_gpus_have_none(monkeypatch):
 def test_the_pair_that_is_tried_has_a_shared_prefix():
     """Rejected's first token, at 12, sees the prefix 0 … 3 and itself: a kernel that aligns its mask at the first key
     is noticed."""
-    pair = mdpo.varlen._APair(DEVICE)
+    pair = mdpo.forward.varlen._APair(DEVICE)
     assert pair.seen[12].nonzero().flatten().tolist() == [0, 1, 2, 3, 12]
     assert pair.seen[11].nonzero().flatten().tolist() == list(range(12))
 
@@ -104,5 +104,5 @@ def test_the_pair_that_is_tried_has_a_shared_prefix():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.attention.varlen.varlen_attn", at_the_first_key)
-        assert mdpo.varlen._fails(torch_varlen, DEVICE) == "it does not give what plain attention gives"
-    assert mdpo.varlen._fails(torch_varlen, DEVICE) is None
+        assert mdpo.forward.varlen._fails(torch_varlen, DEVICE) == "it does not give what plain attention gives"
+    assert mdpo.forward.varlen._fails(torch_varlen, DEVICE) is None

@@ -12,12 +12,12 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_grad
 from tiny import CHATML, tiny_llama, tokenizer_for
 
-import mdpo.fused
-import mdpo.logprobs
-from mdpo.fused import fuse
-from mdpo.logprobs import enable_scoring, score_tokens
-from mdpo.packing import PackedCollator, PairCollator
-from mdpo.startup import run
+import mdpo.forward.compiled_ops
+import mdpo.forward.token_logps
+from mdpo.forward.collators import PackedCollator, PairCollator
+from mdpo.forward.compiled_ops import fuse
+from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.runs.entrypoint import run
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -51,7 +51,7 @@ def branching(n: int, length: int) -> dict:
 
 def packed_and_fused(rank: int) -> dict[str, float]:
     """The largest difference of a gradient under ZeRO-3 from one process's, relative to its norm."""
-    mdpo.fused.MIN_WIDTH = 1
+    mdpo.forward.compiled_ops.MIN_WIDTH = 1
     rows = [branching(25, 40), branching(0, 12)]
     model = tiny_llama(tokenizer_for(CHATML))
     fused = fuse(model, torch.device("cpu"))
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
-    mdpo.logprobs.CHUNK_BYTES = {"cpu": 1}  # chunks of 64 tokens
+    mdpo.forward.token_logps.CHUNK_BYTES = {"cpu": 1}  # chunks of 64 tokens
     model = tiny_llama(tokenizer_for(CHATML))
     enable_scoring(model)
     engine, *_ = deepspeed.initialize(model=model, config=CONFIG)

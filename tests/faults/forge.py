@@ -12,10 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-import mdpo.progress
+import mdpo.reporting.progress
 import run_dpo  # noqa: F401  for its imports
 
-mdpo.progress.BETWEEN_LINES_S = 0  # every log is a line: steps are counted by them
+mdpo.reporting.progress.BETWEEN_LINES_S = 0  # every log is a line: steps are counted by them
 
 
 def begin(argv: list[str], out: str, env: dict[str, str]) -> int:

@@ -12,10 +12,10 @@ from tiny import CHATML, agent_rows, tokenizer_for
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from mdpo.config import MDPOConfig
-from mdpo.packing import REFERENCE
-from mdpo.reference import whole
-from mdpo.types import UserError
+from mdpo.config.schema import MDPOConfig
+from mdpo.errors import UserError
+from mdpo.forward.collators import REFERENCE
+from mdpo.reference.model import whole
 
 
 class Weights(TrainerCallback):

@@ -10,7 +10,7 @@ import time
 import pytest
 from faults.runs import differing, seen, steps
 
-from mdpo.checkpoints import SAVING
+from mdpo.runs.checkpoints import SAVING
 
 pytestmark = pytest.mark.slow
 KILLS = 24

@@ -9,7 +9,7 @@ import sys
 import pytest
 from faults.runs import ROOT, differing, steps, wait
 
-from mdpo.preemption import EXIT_CODE, MARKER
+from mdpo.runs.preemption import EXIT_CODE, MARKER
 
 pytestmark = pytest.mark.slow
 

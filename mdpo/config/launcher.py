@@ -1,0 +1,120 @@
+"""What the launcher asked for, and whether this machine's GPUs can be used at all."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+
+from mdpo.config.parallelism import ADVICE
+from mdpo.errors import UserError
+
+CPU_FLAGS = {"--cpu", "--use_cpu"}
+SCRIPT = "run_dpo.py"  # what stands behind it is ours, not the launcher's
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
+    """Raises UserError where a run that is meant for GPUs would train on the CPU without a word: where it is started by
+    DeepSpeed or in several processes, while torch can use no GPU. One process beside an NVIDIA driver gets a line.
+    `use_cpu` is the recipe's; the accelerate file, the launcher's flags and CUDA_VISIBLE_DEVICES='' ask for the CPU
+    too."""
+    asked = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if asked or torch.accelerator.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    driver = nvidia_driver()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if not (deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return [f"warning: training on the CPU: {_torch_says(driver)}"] if driver else []
+    file, asked = launch_request()
+    if asked:
+        return []
+    wants = f"{file} says use_cpu: false" if file else "This launch has DeepSpeed or several processes"
+    raise UserError(
+        f"{wants}, but torch can use no GPU here: {_torch_says(driver)} Install a torch that is built for this "
+        "driver's CUDA (README, Training on 8 GPUs), or newer drivers. To train on the CPU all the same, take "
+        "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true."
+    )
+
+
+def device_line(args) -> str:
+    """Where a run computes: `device: 8 × NVIDIA H100 80GB HBM3 (cuda), ZeRO-2`."""
+    name = f"{torch.cuda.get_device_name(args.device)} ({args.device.type})" if args.device.type == "cuda" else ""
+    plugin = args.deepspeed_plugin
+    sharded = f", ZeRO-{plugin.zero_stage}" if plugin is not None else ""
+    return f"device: {args.world_size} × {name or args.device.type}{sharded}"
+
+
+def _torch_says(driver: str | None) -> str:
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    said = ""
+    if torch.version.cuda:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            said = f" ({(str(error).strip().splitlines() or [''])[0]})"
+    return f"torch {torch.__version__} {built}, NVIDIA driver: {driver or 'none found'}{said}."
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA kernel driver, such as 580.65.06; None without one."""
+    try:
+        words = DRIVER.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), "of unknown version")
+
+
+def launch_request() -> tuple[str | None, bool]:
+    """(the accelerate file of the launcher that this process descends from, None without one; whether that file or the
+    launcher's flags ask for the CPU). Under DeepSpeed the launcher hands `use_cpu` to nobody, so it is looked up."""
+    path, settings, flags = _launch()
+    return path, bool(CPU_FLAGS & set(flags)) or bool(settings.get("use_cpu"))
+
+
+def refuse_parallel_launch() -> None:
+    """Raises UserError where the accelerate file splits sequences or single weights among processes: for a plain launch
+    on CPUs the launcher hands that to nobody, and every process would train on its own."""
+    path, settings, _ = _launch()
+    sizes = settings.get("parallelism_config") or {}
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        if name.endswith("_size") and size not in (None, 1):
+            raise UserError(f"parallelism_config: {name}: {size} in {path} {ADVICE}.")
+
+
+def _launch() -> tuple[str | None, dict, list[str]]:
+    """(the accelerate file, what it says, the launcher's own words) of the launcher above this process."""
+    for words, folder in _ancestors():
+        own = words[: next((i for i, word in enumerate(words) if Path(word).name == SCRIPT), len(words))]
+        if not any("accelerate" in word or word == "launch" for word in own):
+            continue
+        given = next((_value(own, i) for i, word in enumerate(own) if word.startswith("--config_file")), None)
+        path = Path(folder, given or default_config_file)
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            settings = None
+        found = given or (str(path) if settings else None)
+        return found, settings if isinstance(settings, dict) else {}, own
+    return None, {}, []
+
+
+def _value(words: list[str], i: int) -> str | None:
+    name, equals, value = words[i].partition("=")
+    return value if equals else next(iter(words[i + 1 : i + 2]), None)
+
+
+def _ancestors() -> Iterator[tuple[list[str], str]]:
+    """(command line, working folder) of the processes above this one, the nearest first; Linux only."""
+    process = os.getppid()
+    while process > 1:
+        place = Path("/proc", str(process))
+        try:
+            words = place.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
+            folder = os.readlink(place / "cwd")
+            process = int(place.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return
+        yield [word for word in words if word], folder

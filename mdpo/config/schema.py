@@ -1,0 +1,231 @@
+"""What a recipe may say: our dataclasses beside trl.ModelConfig.
+
+`mdpo.config.recipe` fills them from YAML and the command line. Values that no run could use are refused here, by name.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+from mdpo.errors import UserError
+
+COUNTS = """dataset_num_proc precompute_ref_batch_size dataloader_prefetch_factor ddp_timeout ref_model_sync_steps
+    pad_to_multiple_of eval_accumulation_steps"""
+NOT_NEGATIVE = """nll_coefficient margin_scale length_penalty learning_rate weight_decay max_grad_norm
+    neftune_noise_alpha eval_delay adam_epsilon seed data_seed router_aux_loss_coef dataloader_num_workers
+    warmup_steps"""
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf  # also False for nan
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def _at_least_one(value: float) -> bool:
+    return value >= 1
+
+
+def _check_ranges(config: Any, ranges: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    """Raise UserError for the first key of `ranges` (key -> test, advice) whose value is set and fails its test."""
+    for key, (test, advice) in ranges.items():
+        value = getattr(config, key)
+        if value is not None and not test(value):
+            raise UserError(f"{key}: {value!r} is out of range; give {advice}.")
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained on and evaluated, and how they are rendered. A list given for a mixer becomes a dict."""
+
+    dataset_mixer: dict[str, float] | list[str] = field(
+        default_factory=dict,
+        metadata={"help": "Training sets: name or path -> share of that set's rows, in (0, 1]. A list means 1.0 each."},
+    )
+    dataset_splits: list[str] = field(
+        default_factory=lambda: ["train", "test"],
+        metadata={"help": "Splits to read. Those with 'train' in their name are trained on, the others evaluated."},
+    )
+    dataset_configs: list[str] | None = field(
+        default=None, metadata={"help": "Configuration name of each set in dataset_mixer, in the same order."}
+    )
+    eval_dataset_mixer: dict[str, float] | list[str] | None = field(
+        default=None, metadata={"help": "Separate held-out sets, written as dataset_mixer; all splits are evaluated."}
+    )
+    test_split_size: float | int | None = field(
+        default=None,
+        metadata={"help": "Held out by prompt, seeded, from sets with one split: rows (int) or a share in (0, 1)."},
+    )
+    max_training_samples: int | None = field(default=None, metadata={"help": "Train on at most this many pairs."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many pairs."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer to use in place of the model's own."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Path of a jinja file to use in place of the tokenizer's chat template."}
+    )
+    chat_template_kwargs: dict | None = field(
+        default=None, metadata={"help": "Variables passed to the chat template, such as {enable_thinking: false}."}
+    )
+    allow_different_prompts: bool = field(
+        default=False, metadata={"help": "Keep pairs whose two sides begin with different prompts."}
+    )
+    on_bad_rows: str = field(
+        default="drop",
+        metadata={
+            "help": "A row that cannot be trained on is dropped and counted ('drop') or ends the run ('error').",
+            "choices": ["drop", "error"],
+        },
+    )
+    max_bad_fraction: float = field(
+        default=0.2, metadata={"help": "The run ends before training where more than this share of a set is dropped."}
+    )
+
+    def __post_init__(self):
+        """Turn lists of sets into shares of 1.0. Raises UserError for values that no run could use."""
+        for key in ("dataset_mixer", "eval_dataset_mixer"):
+            setattr(self, key, _as_mixer(key, getattr(self, key)))
+        if not self.dataset_mixer:
+            raise UserError("dataset_mixer: names no set; give at least one, as {NAME_OR_PATH: 1.0}.")
+        if not any("train" in split for split in self.dataset_splits):
+            raise UserError(f"dataset_splits: {self.dataset_splits!r} has no name with 'train' in it; add one.")
+        if self.dataset_configs is not None and len(self.dataset_configs) != len(self.dataset_mixer):
+            raise UserError(
+                f"dataset_configs: {len(self.dataset_configs)} names for the {len(self.dataset_mixer)} sets of "
+                "dataset_mixer; give one for each, in the same order."
+            )
+        if self.chat_template and any(mark in self.chat_template for mark in ("{%", "{{", "\n")):
+            raise UserError("chat_template: holds a template's text; save it as a .jinja file and give that path.")
+        _check_ranges(
+            self,
+            {
+                "max_training_samples": (_at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
+                "max_eval_samples": (_at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
+                "on_bad_rows": (lambda what: what in ("drop", "error"), "drop or error"),
+                "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
+                "test_split_size": (
+                    lambda size: size >= 1 if isinstance(size, int) else 0 < size < 1,
+                    "a whole number of rows >= 1 or a share between 0 and 1",
+                ),
+            },
+        )
+
+
+def _as_mixer(key: str, sets: dict[str, float] | list[str] | None) -> dict[str, float] | None:
+    """{name: share of rows} as floats in (0, 1]; a list of names means 1.0 each. Raises UserError."""
+    if sets is None:
+        return None
+    if isinstance(sets, list):
+        if repeated := sorted({name for name in sets if sets.count(name) > 1}):
+            raise UserError(f"{key}: {repeated[0]!r} is listed twice; list each set once.")
+        sets = dict.fromkeys(sets, 1.0)
+    for name, share in sets.items():
+        if not 0 < share <= 1:
+            raise UserError(f"{key}: {share!r} for {name!r} is out of range; give the share of its rows, in (0, 1].")
+    return {name: float(share) for name, share in sets.items()}
+
+
+@dataclass(repr=False)
+class MDPOConfig(DPOConfig):
+    """trl.DPOConfig with what multi-turn DPO needs. A plain DPOConfig in its place gives TRL's behaviour."""
+
+    __repr__ = DPOConfig.__str__  # TrainingArguments' own, which hides tokens; DPOConfig's repr shows them
+
+    mask_user_turns: bool = field(
+        default=True,
+        metadata={"help": "Supervise only what the policy itself says. False: everything after the prompt, as in TRL."},
+    )
+    nll_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the chosen side's negative log-likelihood added to the loss."}
+    )
+    margin_scale: float = field(
+        default=0.0, metadata={"help": "Scale of the rows' `margin` in sigmoid, hinge, kl, rev_kl, tv and hellinger."}
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Alpha of R-DPO, per supervised token by which the chosen side is longer."}
+    )
+    truncation_mode: str = field(
+        default="drop",
+        metadata={
+            "help": "A pair with a side over max_length is dropped and counted ('drop') or cut ('keep_start').",
+            "choices": ["drop", "keep_start"],
+        },
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reference model, where it is not the policy that training starts from."}
+    )
+    shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute tokens that both sides of a pair share once, in rows without padding. Same numbers."
+        },
+    )
+    fused_ops: bool = field(
+        default=True,
+        metadata={"help": "Compile norms, gated activations and the LM head's softmax. Same numbers, less memory."},
+    )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where precomputed reference log-probs are kept; by default beside the hub's models."},
+    )
+    sanity_check: bool = field(
+        default=False, metadata={"help": "Train on a few pairs only, to see that a recipe runs end to end."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh in an output_dir that already holds a run."}
+    )
+    resume_from_checkpoint: str | bool | None = field(
+        default=None,
+        metadata={
+            "help": "A run goes on from the newest whole checkpoint in output_dir, if there is one. A folder: from "
+            "that one; true: from the newest, which has to be there; false: never."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={"help": "Steps in a row whose loss or gradient is not finite before the run ends; none is applied."},
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Trainer's own look at each loss; ours leaves out steps that are not finite without it."},
+    )
+
+    def __post_init__(self):
+        """Raises UserError for values out of range, before TrainingArguments touches any device."""
+        modes = type(self).__dataclass_fields__["truncation_mode"].metadata["choices"]
+        _check_ranges(
+            self,
+            {
+                "beta": (_positive, "a number > 0"),
+                "max_length": (lambda length: length >= 2, "a whole number of tokens >= 2, or null for no limit"),
+                "truncation_mode": (lambda mode: mode in modes, " or ".join(modes)),
+                "num_train_epochs": (_positive, "a number > 0"),
+                "per_device_train_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
+                "per_device_eval_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
+                "gradient_accumulation_steps": (_at_least_one, "a whole number >= 1"),
+                "max_nonfinite_steps": (_at_least_one, "a whole number of steps >= 1"),
+                **dict.fromkeys(
+                    COUNTS.split(), (lambda n: n == "auto" or n >= 1, "a whole number >= 1, or leave it out")
+                ),
+                **dict.fromkeys(NOT_NEGATIVE.split(), (_not_negative, "a number >= 0")),
+                **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda beta: 0 <= beta < 1, "a number in [0, 1)")),
+                **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (_not_negative, "a number > 0")),
+                "include_num_input_tokens_seen": (
+                    lambda what: what in (True, False, "all", "non_padding", "no"),
+                    "all, non_padding or no",
+                ),
+                "discopop_tau": (_positive, "a number > 0"),
+                "ref_model_mixup_alpha": (lambda alpha: 0 <= alpha <= 1, "a number in [0, 1]"),
+                "max_steps": (lambda steps: steps == -1 or steps >= 1, "a whole number >= 1, or -1 for all epochs"),
+            },
+        )
+        unset = self.accelerator_config is None
+        super().__post_init__()
+        if unset and self.dataloader_pin_memory:  # else each tensor of a batch waits for the GPU on its way there
+            self.accelerator_config.non_blocking = True

@@ -1,0 +1,189 @@
+"""Local files of rows → sets. JSON is kept as it stands: keys and types may differ from row to row, and none is filled
+up, as a table of columns would do with the arguments of tool calls."""
+
+import importlib.util
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from lzma import LZMAError
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import datasets
+import fsspec
+import xxhash
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+from tqdm.auto import tqdm
+
+from mdpo.console import first_line
+from mdpo.errors import UserError
+
+KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+DAMAGED = (OSError, EOFError, LZMAError, BadZipFile, zlib.error, RuntimeError)  # the last one: an encrypted archive
+NOT_JSON = (ValueError, RecursionError)  # wrong encodings too, numbers of thousands of digits, nesting beyond reason
+ROW = "row as JSON"  # the column of a set from JSON files, beside `key`
+
+
+def kind_of(path: Path) -> str | None:
+    """A value of KINDS by the file's ending, one for compression aside; None where the ending is unknown."""
+    endings = [s.lower() for s in path.suffixes]
+    return KINDS.get(endings[-2] if len(endings) > 1 and endings[-1] in PACKED else endings[-1] if endings else "")
+
+
+def read_files(paths: list[str]) -> tuple[Dataset, list[str]]:
+    """The rows of all files, in order, each with a `key`: PATH:LINE of JSON Lines, else PATH:ROW, from 1; and the names
+    of their columns. Rows of JSON files are texts in the column ROW. Raises UserError that names the file, and the line
+    where there is one."""
+    kinds = {path: kind_of(Path(path)) for path in paths}
+    for path, kind in kinds.items():
+        _refuse_unreadable(path, kind)
+    if all(kind.startswith("json") for kind in kinds.values()):
+        return _read_json(paths)
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"dataset files {paths[0]}, …: they are of several kinds: {', '.join(set(kinds.values()))}.")
+    sets = []
+    for path, kind in kinds.items():
+        try:
+            sets.append(number_rows(load_dataset(kind, data_files=path, split="train"), path))
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise UserError(f"dataset file {path}: {first_line(error)}") from error
+    rows = concatenate_datasets(sets)
+    return rows, rows.column_names
+
+
+def _refuse_unreadable(path: str, kind: str | None) -> None:
+    ending = Path(path).suffix
+    if kind is None:
+        known = ", ".join([*KINDS, *(f".jsonl{p}" for p in PACKED)])
+        raise UserError(f"dataset file {path}: unknown ending {ending!r}; known are {known}.")
+    if Path(path).stat().st_size == 0:
+        raise UserError(f"dataset file {path} is empty.")
+    if ending == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise UserError(f"dataset file {path}: `pip install zstandard` to read it, or decompress it.")
+    if ending == ".zip":
+        try:
+            inside = [name for name in ZipFile(path).namelist() if not name.endswith("/")]
+        except DAMAGED as error:
+            raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
+        if len(inside) != 1:
+            raise UserError(f"dataset file {path}: holds {len(inside)} files, not one. Unpack it and name the folder.")
+
+
+def whole_row(row: dict[str, Any], index: int = 0) -> dict[str, Any]:
+    """A row of any set as it was written, with its `key`. Arrow's structs give each message the keys of all, null where
+    it has none of its own: nulls are taken out there."""
+    if ROW in row:
+        found = {**json.loads(row[ROW]), "key": row["key"]}
+    else:
+        found = {name: without_nulls(value) for name, value in row.items()}
+    return {**found, "key": str(found.get("key") or f"row:{index + 1}")}
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without dictionary entries that are None, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def number_rows(rows: Dataset, name: str) -> Dataset:
+    """With the column `key`, NAME:ROW, in place of one that may be there."""
+    keys = [f"{name}:{n + 1}" for n in range(len(rows))]
+    return rows.remove_columns([c for c in ("key",) if c in rows.column_names]).add_column("key", keys)
+
+
+def _read_json(paths: list[str]) -> tuple[Dataset, list[str]]:
+    stamps = [(Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]  # a changed file is new
+    columns: list[str] = []
+    for path, stamp in zip(paths, stamps, strict=True):
+        columns += _known_columns(path, stamp)
+    features = Features({ROW: Value("string"), "key": Value("string")})
+    rows = Dataset.from_generator(_as_texts, features=features, gen_kwargs={"paths": paths, "stamps": stamps})
+    return rows, list(dict.fromkeys(columns))
+
+
+def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
+    """The columns of a JSON file, which is read to its end for them once, so that every mistake has its line before
+    anything is written; kept beside `datasets`' own cache, for other ranks and later starts."""
+    name = xxhash.xxh3_64_hexdigest(json.dumps([str(Path(path).resolve()), *stamp]).encode())
+    kept = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-columns", f"{name}.json")
+    try:
+        return json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pass
+    columns: dict[str, None] = {}
+    rows = 0
+    for _, row in tqdm(json_rows(path), desc=f"reading {path}", unit=" rows", delay=3):
+        columns |= dict.fromkeys(row)
+        rows += 1
+    if not rows:
+        raise UserError(f"dataset file {path}: no rows in it.")
+    draft = kept.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(list(columns)), encoding="utf-8")
+        os.replace(draft, kept)
+    except OSError:  # the file is read again next time
+        draft.unlink(missing_ok=True)
+    return list(columns)
+
+
+def _as_texts(paths: list[str], stamps) -> Iterator[dict]:
+    for path in paths:
+        for number, row in json_rows(path):
+            yield {ROW: json.dumps(row), "key": f"{path}:{number}"}
+
+
+def json_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """(line, row) of JSON Lines, (place from 1, row) of a JSON array. Raises UserError."""
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            if kind_of(Path(path)) == "json lines":
+                yield from _lines(path, file)
+            else:
+                yield from _document(path, file.read())
+    except DAMAGED as error:
+        raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
+
+
+def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = json.loads(text) if text.strip() else None
+        except NOT_JSON as error:
+            raise UserError(f"dataset file {path}: line {number} cannot be read: {error}.") from error
+        if isinstance(row, dict):
+            yield number, row
+        elif text.strip():
+            raise UserError(f"dataset file {path}: line {number} is not a JSON object.")
+
+
+def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
+    """Of a .json file: an array of rows, an object that holds one such array, or JSON Lines after all."""
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+    except NOT_JSON as error:
+        if getattr(error, "msg", "") != "Extra data":
+            raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
+        yield from _lines(path, raw.splitlines())
+        return
+    if isinstance(found, dict) and "chosen" not in found:
+        arrays = {name: value for name, value in found.items() if isinstance(value, list)}
+        if len(arrays) != 1:
+            raise UserError(
+                f"dataset file {path}: an object with {len(arrays)} arrays ({', '.join(arrays)}), not one of rows."
+            )
+        [found] = arrays.values()
+    if not isinstance(found, dict | list):
+        raise UserError(f"dataset file {path}: holds {type(found).__name__}, no rows.")
+    for place, row in enumerate([found] if isinstance(found, dict) else found, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"dataset file {path}: entry {place} is not a JSON object.")
+        yield place, row

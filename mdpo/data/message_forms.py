@@ -1,0 +1,170 @@
+"""What other formats call a message's role, content and tool calls → today's names. Nothing here reads content."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdpo.data.json_texts import begun, kind_of, unfolded
+from mdpo.errors import DropPair
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CALL, REASONING = "function_call", "reasoning"
+# What other formats call a role, in lower case: ShareGPT, Gemma, Llama 3's tool output, OpenAI's first function calls,
+# LangChain, ms-swift, Cohere, OpenAssistant.
+ALIASES = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human", "prompter", "humanmessage", "humanmessagechunk"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "chatbot", "aimessage", "aimessagechunk"), "assistant"),
+    **dict.fromkeys(("systemmessage", "systemmessagechunk"), "system"),
+    **dict.fromkeys(("ipython", "observation", "function", "tool_response", "tool_result", "tool_output",
+                     "function_response",
+                     "function_result", "toolmessage", "toolmessagechunk", "functionmessage"), "tool"),
+    **dict.fromkeys((CALL, "tool_call"), CALL),  # ShareGPT, ms-swift: the content is the call as JSON
+}  # fmt: skip
+ITEMS = (CALL, "function_call_output", REASONING)  # OpenAI Responses: entries of a conversation without a role
+SPEAKERS = ("role", "from", "author", "speaker", "sender")
+CONTENTS = ("content", "value", "parts", "message", "text")
+CALLS = ("tool_calls", "function_call")
+SPOKEN = {"role", "from", "lc"}
+PEOPLE = ("human", "ai", "humanmessage", "aimessage")  # LangChain's types that are nobody else's
+LISTS = ("messages", "conversations", "conversation")
+BOOKKEEPING = ("type", "id", "status", "call_id")  # of Responses' items and LangChain's messages
+
+
+@dataclass
+class Named:
+    """A message under today's names. `role` is one of ROLES; `content` and `calls` are as the row has them, `missing`
+    says that no field held the content. `item` is CALL or REASONING for what is a part of an assistant's turn."""
+
+    role: str
+    content: Any = ""
+    calls: Any = None
+    rest: dict[str, Any] = field(default_factory=dict)
+    item: str = ""
+    missing: bool = False
+
+
+def named(message: Any) -> Named:
+    """Raises DropPair for what is no message, or has a role that nobody knows."""
+    rest = _unwrapped(message)
+    kind = rest.get("type")
+    if kind in ITEMS and ("role" not in rest or "content" not in rest):
+        return _item(rest, kind)
+    key = next((k for k in SPEAKERS if k in rest), None)
+    if key is None and isinstance(kind, str) and kind.lower() in ALIASES:
+        key = "type"
+    given = rest.pop(key) if key else None
+    role = ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
+    if role is None:
+        raise DropPair(_unknown(given, kind, message))
+    if str(rest.get("type")).lower() in ("message", "chat", *ALIASES):
+        typed = rest.pop("type")
+        rest = {k: v for k, v in rest.items() if typed != "message" or k not in BOOKKEEPING}
+    source = next((k for k in CONTENTS if k in rest), None)
+    found = Named(role, rest.pop(source) if source else "", rest=rest, missing=source is None)
+    found.calls = _calls(rest)
+    if isinstance(rest.get("refusal"), str) and not found.content:
+        found.content = rest.pop("refusal")
+    if role == CALL:
+        found.role, found.item, found.content, given = "assistant", CALL, "", found.content
+        if found.calls is not None:
+            raise DropPair("both tool_calls and function_call")
+        found.calls = given
+    return found
+
+
+def _unwrapped(message: Any) -> dict[str, Any]:
+    """The message's own fields without nulls: LangChain writes them into `kwargs` or `data`."""
+    if not isinstance(message, dict):
+        raise DropPair(f"{kind_of(message)} in place of a message")
+    inner = message.get("kwargs") if "lc" in message else message.get("data")
+    if isinstance(inner, dict) and ("lc" in message or set(message) == {"type", "data"}):
+        path = message.get("id")
+        kind = message.get("type") if "lc" not in message else path[-1] if isinstance(path, list) and path else None
+        message = {**inner, "type": inner.get("type") or kind}
+    return {k: v for k, v in message.items() if v is not None}
+
+
+def _calls(rest: dict[str, Any]) -> Any:
+    """The tool calls of a message: OpenAI's, its earlier `function_call`, or LangChain's copy of either."""
+    also = rest.get("additional_kwargs")
+    if isinstance(also, dict) and not any(rest.get(k) for k in CALLS):
+        rest.update({k: also[k] for k in CALLS if also.get(k)})
+    calls, call = rest.pop("tool_calls", None), rest.pop("function_call", None)
+    if calls and call is not None:
+        raise DropPair("both tool_calls and function_call")
+    return calls if call is None else call
+
+
+def _item(rest: dict[str, Any], kind: str) -> Named:
+    """An item of OpenAI's Responses that has no role."""
+    call_id = rest.get("call_id") or rest.get("id")
+    others = {k: v for k, v in rest.items() if k not in (*BOOKKEEPING, "role")}
+    if kind == CALL:
+        call = {"id": call_id, "type": "function", "name": others.pop("name", None)}
+        return Named("assistant", calls=[{**call, "arguments": others.pop("arguments", None)}], rest=others, item=CALL)
+    if kind == REASONING:
+        said, short = others.pop("content", None), others.pop("summary", None)
+        others |= {"summary": short} if said and short else {}
+        return Named("assistant", said or short or [], rest=others, item=REASONING)
+    return Named("tool", others.pop("output", ""), rest={**others, **({"tool_call_id": call_id} if call_id else {})})
+
+
+def _unknown(given: Any, kind: Any, message: dict[str, Any]) -> str:
+    if given is not None:
+        return f"unknown role: {str(given)[:40]}"
+    if isinstance(kind, str):
+        return f"unknown role: None (an item {{type: {kind[:40]}}})"
+    return f"unknown role: None (message has keys: {', '.join(sorted(map(str, message)))[:80]})"
+
+
+def are_messages(values: Any) -> bool:
+    """Whether a list holds messages, rather than data that have a `role` or a `type` for reasons of their own:
+    [{"role": "cook"}], [{"type": "function", …}]. One with a known role and a content tells; the others of its list
+    are then read, or refused by name."""
+    return isinstance(values, list) and any(map(_tells, values))
+
+
+def _tells(value: Any) -> bool:
+    if not isinstance(value, dict) or not (SPOKEN & set(value) or str(value.get("type")).lower() in PEOPLE):
+        return False
+    try:
+        found = named(value)
+    except DropPair:
+        return False
+    return not found.missing or bool(found.calls or found.item)
+
+
+def role_of(message: Any) -> str | None:
+    """The role of what any format calls a message, one of ROLES; None for all else."""
+    try:
+        return named(message).role
+    except DropPair:
+        return None
+
+
+def conversation(value: Any) -> Any:
+    """A text that holds messages as JSON (a list, one message, or an object with nothing but such a list; encoded once
+    or several times) as that list, and so a list of JSON texts of one message each; anything else as it is, so that an
+    answer in JSON stays a text."""
+    if isinstance(value, list) and value and all(isinstance(m, str) and m.lstrip().startswith("{") for m in value):
+        found = [unfolded(text) for text in value]
+        return found if are_messages(found) else value
+    found = unfolded(value) if isinstance(value, str) else None
+    if isinstance(found, dict):
+        found = next((found[k] for k in LISTS if set(found) == {k}), [found])  # beside other keys, these count too
+    if isinstance(found, list) and all(isinstance(m, str) for m in found):  # a list of texts that are JSON
+        found = [unfolded(text) for text in found]
+    return found if are_messages(found) else value
+
+
+def refuse_broken(value: Any, what: str) -> None:
+    """Raises DropPair for a text that begins as messages do, with a known role, and is not JSON: cut, or written by
+    Python's repr. An answer that is cut JSON of another kind, or code, is a text like any other."""
+    role, mark = (
+        begun(value) if isinstance(value, str) and value[:100].lstrip().startswith(("[", "{", '"')) else ("", "")
+    )
+    if role not in ALIASES or unfolded(value) is not None:
+        return
+    if mark == "'":
+        raise DropPair(f"{what} is messages as Python writes them, not JSON: write it with json.dumps")
+    raise DropPair(f"{what} begins as messages in JSON and is not JSON")

@@ -1,0 +1,217 @@
+"""Messages of other formats → messages as chat templates want them. Whatever cannot be one drops its pair by name."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdpo.data.content import Piece, are_results, parts_as_text, pieces, tool_output
+from mdpo.data.json_texts import is_text as is_text
+from mdpo.data.json_texts import parsed as parsed
+from mdpo.data.message_forms import CALL, REASONING, ROLES, Named, named
+from mdpo.data.message_forms import conversation as conversation
+from mdpo.data.message_forms import refuse_broken as refuse_broken
+from mdpo.data.message_forms import role_of as role_of
+from mdpo.data.tool_calls import read_calls
+from mdpo.data.turn_weights import turn_weight
+from mdpo.errors import DropPair
+from mdpo.types import Message
+
+# Fields that are read, or say nothing that a template could leave out.
+READ = {"role", "content", "tool_calls", "tool_call_id"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+JSON_PARTS = "content parts that were JSON texts"
+
+
+@dataclass
+class Conversation:
+    """Messages as templates want them. `weights` holds a number for each, and nothing where all are 1; `unread` names
+    fields that no template needs to know, in the order in which they came; `remarks` as `Pair.remarks`."""
+
+    messages: list[Message] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    unread: dict[str, None] = field(default_factory=dict)
+    remarks: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass
+class _Turn:
+    """A message that is being read: its place in the row, its weight where it has one, which item of a turn it is."""
+
+    message: Message
+    number: int
+    weight: float | None = None
+    item: str = ""
+    plain: bool = False
+
+
+def normalise_messages(messages: list[Message], where: str = "") -> list[Message]:
+    """Messages as templates want them: string content, tool-call arguments as objects, no null fields.
+    Raises DropPair with the message's number, from 1, in `where` (a column)."""
+    return read_messages(messages, where).messages
+
+
+def read_messages(messages: list[Message], where: str = "") -> Conversation:
+    """As `normalise_messages`, with weights and what is worth a line. One entry may become several messages (tool
+    outputs and a text in one), several may become one (the items of one answer). Raises DropPair."""
+    out, turns = Conversation(), []
+    for number, message in enumerate(messages, 1):
+        if _is_plain(message):
+            turns.append(_Turn(message.copy(), number, plain=True))
+            continue
+        try:
+            for turn in _read(message, number, out):
+                if not _joined(turns, turn):
+                    turns.append(turn)
+        except DropPair as reason:
+            raise DropPair(f"{_place(where, number)}{reason}") from None
+    for turn in turns:
+        if not turn.plain and (reason := _empty(turn.message)):
+            raise DropPair(f"{_place(where, turn.number)}{reason}")
+    out.messages = [turn.message for turn in turns]
+    weights = [1.0 if turn.weight is None else turn.weight for turn in turns]
+    out.weights = [] if set(weights) <= {1.0} else weights
+    return out
+
+
+def same_message(a: Message, b: Message) -> bool:
+    """Whether two normalised messages say the same, white space around it, ids of calls and other fields aside."""
+    (said, calls), (also, others) = ((m["content"].strip(), m.get("tool_calls", ())) for m in (a, b))
+    return (a["role"], said) == (b["role"], also) and [c["function"] for c in calls] == [c["function"] for c in others]
+
+
+def _place(where: str, number: int) -> str:
+    return f"{where}, message {number}: " if where else f"message {number}: "
+
+
+def _is_plain(message: Any) -> bool:
+    """Whether a message is a role and a text, as nearly all are: those are taken as they are."""
+    if not isinstance(message, dict) or len(message) != 2:
+        return False
+    role, content = message.get("role"), message.get("content")
+    return (
+        isinstance(content, str)
+        and role in ROLES
+        and not content.startswith(("[", '"['))
+        and "</think>" not in content
+        and is_text(content)
+        and not content.isspace()
+        and content != ""
+    )
+
+
+def _empty(message: Message) -> str:
+    """Why a message says nothing, "" where it does. A tool may print nothing, a call needs no text."""
+    content, role = message["content"], message["role"]
+    if role == "tool" or message.get("tool_calls"):
+        return ""
+    if role != "assistant":
+        return "" if content.strip() else "empty or missing content"
+    thought, _, said = content.rpartition("</think>")
+    if said.strip():
+        return ""
+    alone = thought.replace("<think>", "").strip() or any(message.get(name) for name in THOUGHTS)
+    return "an assistant turn of thoughts alone" if alone else "an empty assistant turn"
+
+
+def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
+    """The messages that an entry stands for."""
+    found = named(message)
+    weight = turn_weight(found.rest, found.role, out.unread)
+    for name, value in found.rest.items():
+        nothing = value is False or value in ("", [], {})
+        if not nothing and name not in READ and (name, found.role) != ("name", "tool"):
+            out.unread[name] = None
+    if isinstance(found.content, str) and found.role != "tool":
+        if listed := parts_as_text(found.content):
+            found.content = listed
+            out.remarks[JSON_PARTS] = None
+    if found.role == "tool" and are_results(found.content):
+        found.role = "user"  # Anthropic's blocks, in the message of their own that other formats have
+    if found.role == "tool":
+        if found.missing and set(found.rest) - {"name", "id", "tool_call_id"}:
+            raise DropPair(f"empty or missing content (message has keys: {', '.join(sorted(found.rest))[:80]})")
+        read = [{"content": tool_output(found.content)}]
+    elif found.role == "assistant":
+        read = [_assistant(found, out)]
+    else:
+        read = _others(found, out)
+    turns = [fields if "role" in fields else {"role": found.role, **found.rest, **fields} for fields in read]
+    if not all(is_text(turn["content"]) for turn in turns):
+        raise DropPair("content is not text")
+    return [_Turn(turn, number, weight, found.item) for turn in turns]
+
+
+def _assistant(found: Named, out: Conversation) -> dict[str, Any]:
+    """An answer's fields. Templates write thoughts, then the text, then calls: pieces in another order would be
+    trained on in an order in which nobody sampled them."""
+    order = {"thought": 0, "text": 1, "call": 2}
+    said: dict[str, list] = {kind: [] for kind in order}
+    last = "thought"
+    for kind, value in _known(pieces(found.content), out):
+        if kind not in order:
+            raise DropPair("a tool's output in an assistant message")
+        if order[kind] < order[last] and value:
+            raise DropPair(f"a {kind} behind a {last}, which chat templates write the other way round")
+        last = kind if value else last
+        said[kind].append(value)
+    fields: dict[str, Any] = {"content": "".join(said["text"])}
+    if thoughts := "\n".join(filter(None, said["thought"])):
+        if found.rest.get("reasoning_content", thoughts) != thoughts:
+            raise DropPair("both reasoning_content and thoughts in the content")
+        fields["reasoning_content"] = thoughts
+        out.unread["reasoning_content"] = None
+    calls, others = (read_calls(of) if of else [] for of in (found.calls, said["call"]))
+    if calls and others and [c["function"] for c in calls] != [c["function"] for c in others]:  # LangChain has both
+        raise DropPair("both tool_calls and calls in the content, which differ")
+    fields |= {"tool_calls": calls or others} if calls or others else {}
+    return fields
+
+
+def _others(found: Named, out: Conversation) -> list[dict[str, Any]]:
+    """The fields of a user's or system's message, and of the tool outputs that stand in it (Anthropic, Gemini)."""
+    read: list[dict[str, Any]] = []
+    if found.calls:
+        raise DropPair(f"tool calls in a {found.role} message")
+    for kind, value in _known(pieces(found.content), out):
+        if kind == "output" and found.role == "user":
+            read.append({"role": "tool", **{k: v for k, v in value.items() if v is not None}})
+        elif kind != "text":
+            raise DropPair(f"a {kind} in a {found.role} message")
+        elif read and "role" not in read[-1]:
+            read[-1]["content"] += value
+        else:
+            read.append({"content": value})
+    # White space beside tool outputs is no message.
+    outputs = any("role" in fields for fields in read)
+    return [f for f in read if not outputs or "role" in f or f["content"].strip()] or [{"content": ""}]
+
+
+def _known(found, out: Conversation) -> list[Piece]:
+    """Pieces without those that no template shows, which are named."""
+    known = []
+    for kind, value in found:
+        if kind == "lost":
+            out.unread[value] = None
+        else:
+            known.append((kind, value))
+    return known
+
+
+def _joined(turns: list[_Turn], turn: _Turn) -> bool:
+    """Whether a turn was put into the one before: a call behind an answer, anything of an answer behind its thoughts,
+    as items of one answer."""
+    before = turns[-1] if turns else None
+    if not before or before.message["role"] != "assistant" or turn.message["role"] != "assistant":
+        return False
+    if turn.item != CALL and before.item != REASONING:
+        return False
+    if before.weight is not None and turn.weight is not None and before.weight != turn.weight:
+        raise DropPair("items of one turn with different weights")
+    message = {**before.message, **{k: v for k, v in turn.message.items() if k not in ("content", "tool_calls")}}
+    thoughts = [m["reasoning_content"] for m in (before.message, turn.message) if m.get("reasoning_content")]
+    message |= {"reasoning_content": "\n".join(dict.fromkeys(thoughts))} if thoughts else {}
+    message["content"] += turn.message["content"]
+    calls = [*before.message.get("tool_calls", ()), *turn.message.get("tool_calls", ())]
+    message |= {"tool_calls": calls} if calls else {}
+    before.message, before.item = message, turn.item
+    before.weight = turn.weight if before.weight is None else before.weight
+    return True

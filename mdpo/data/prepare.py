@@ -1,0 +1,130 @@
+"""From a recipe to tokenised pairs to train on and to evaluate on. Needs no weights."""
+
+import os
+
+import torch
+from datasets import Dataset
+
+from mdpo.config.caches import keeping_rows, refuse_unwritable
+from mdpo.config.precision import Precision, without_master
+from mdpo.config.recipe import model_init_kwargs
+from mdpo.console import is_main_process, say
+from mdpo.data.files import whole_row
+from mdpo.data.forms import look
+from mdpo.data.report import DataReport, describe
+from mdpo.data.rows import refuse_missing_margins
+from mdpo.data.sources import Part, hold_out, load_sets, mix
+from mdpo.data.tokenize import DropCounts, rank_imbalance, tokenize_dataset
+from mdpo.errors import UserError
+from mdpo.masking.dates import fix_day
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.ranks import first_of_node
+
+SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
+
+
+def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset, Dataset | None, DataReport]:
+    """(training pairs, held-out pairs or None, what became of all rows), tokenised once by the main process, which
+    shows the report, and writes it into `folder` where one is given. Whether too many rows are bad is for the caller
+    to ask the report. Raises UserError."""
+    args, data = recipe.training, recipe.data
+    report = DataReport({}, args.max_length)
+    say(*fix_day(recipe, tokenizer))
+    refuse_unwritable()
+    with first_of_node(), keeping_rows():
+        parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
+        train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
+        evals = [p for p in parts if "train" not in p.split]
+        if data.eval_dataset_mixer:
+            evals += load_sets(data.eval_dataset_mixer, splits=None)
+        evals = _tokenised(evals, "eval", recipe, tokenizer, report)
+    if not train:
+        raise UserError(f"dataset_splits: no set has a split to train on among {data.dataset_splits}.")
+    train, held_out = mix(train, args.seed), mix(evals, args.seed) if evals else None
+    if data.test_split_size:
+        if held_out is not None:
+            raise UserError("test_split_size: there already are pairs to evaluate on. Leave one of the two out.")
+        train, held_out = hold_out(train, data.test_split_size, args.seed)
+    if held_out is None and (args.eval_strategy != "no" or args.eval_on_start):
+        key = "eval_on_start" if args.eval_on_start else "eval_strategy"
+        raise UserError(f"{key}: there are no pairs to evaluate on. Set eval_dataset_mixer or test_split_size.")
+    train, held_out = _first(train, data.max_training_samples), _first(held_out, data.max_eval_samples)
+    if is_main_process():
+        _tell(report, train, held_out, folder)
+        if imbalance := rank_imbalance(train, pairs := args.per_device_train_batch_size, seed=args.seed):
+            say(f"8 ranks of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
+    return train, held_out, report
+
+
+def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataReport) -> list[Dataset]:
+    """The kept rows of each part, without what an earlier row of any part repeats; `place` is the order of all."""
+    args, settings = recipe.training, render_settings(recipe)
+    done, seen, place = [], set(), 0
+    for part in parts:
+        rows, name = part.rows, f"{part.name} ({kind})"
+        rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
+        read, _ = look(map(whole_row, rows), name, settings.mask_turns)
+        if unused := sorted(set(part.columns) - read):
+            report.unused[name] = unused
+        workers = args.dataset_num_proc or len(os.sched_getaffinity(0))
+        rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers)
+        refuse_missing_margins(args, rows, name)
+        rows = without_repeated(rows, counts, seen)
+        report.counts[name] = counts
+        done.append(rows.add_column("place", list(range(place, place + len(rows)))))
+        place += len(rows)
+    return done
+
+
+def without_repeated(rows: Dataset, counts: DropCounts, seen: set[str]) -> Dataset:
+    """The rows whose ids and masks are not in `seen`, which grows by theirs. The others are counted."""
+    first, repeated = [], []
+    for i, (digest, key) in enumerate(zip(rows["digest"], rows["key"], strict=True)):
+        if digest in seen:
+            repeated.append(key)
+        else:
+            seen.add(digest)
+            first.append(i)
+    if repeated:
+        counts.drop(repeated, "duplicate")
+    return rows.select(first) if repeated else rows
+
+
+def _tell(report: DataReport, train: Dataset, held_out: Dataset | None, folder: str | None) -> None:
+    report.training = describe(train)
+    if held_out is not None:
+        report.held_out = describe(held_out)
+        if both := set(train["prompt_key"]) & set(held_out["prompt_key"]):
+            report.notes.append(f"{len(both)} prompts stand both in the training and in the held-out pairs.")
+    report.show()
+    if folder:
+        report.write(folder)
+
+
+def render_settings(recipe) -> RenderSettings:
+    args = recipe.training
+    return RenderSettings(
+        args.max_length,
+        args.truncation_mode,
+        args.mask_user_turns,
+        recipe.data.chat_template_kwargs or {},
+        recipe.data.allow_different_prompts,
+    )
+
+
+def _first(rows: Dataset | None, limit: int | None) -> Dataset | None:
+    return rows if rows is None or limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def checked_precision(recipe, config) -> Precision:
+    """The dtypes of the run, from the model's configuration (None: unknown) before its weights are loaded. Raises
+    UserError where training would lose its steps to rounding."""
+    args, kwargs = recipe.training, model_init_kwargs(recipe.model, recipe.training)
+    dtype = kwargs.get("dtype") or "float32"
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    found = Precision.of(args, dtype, recipe.model.use_peft)
+    if why := without_master(args, found.trained):
+        raise UserError(why)
+    return found

@@ -1,0 +1,184 @@
+"""What a run trains on, before it does: rows read and dropped, lengths, what is supervised, and what looks wrong. For
+the terminal and as data_report.json."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mdpo.data.tokenize import SIDES, DropCounts
+from mdpo.errors import UserError
+
+DATA_REPORT = "data_report.json"
+SUSPICIOUS = (0.3, 0.7)  # accuracy of "the longer side wins": outside of it length alone may be what is learnt
+LENGTHS = (0.5, 1, 2)  # of max_length, at which lost rows are counted
+QUANTITIES = ("turns", "tokens", "supervised", "context", "shared")
+
+
+@dataclass
+class DataReport:
+    """`counts` says what became of each set's rows, `training` and `held_out` describe the pairs that are left of all
+    sets together, as `describe` does."""
+
+    counts: dict[str, DropCounts]
+    max_length: int | None
+    training: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unused: dict[str, list[str]] = field(default_factory=dict)  # columns that nothing reads, of each set
+
+    def costs(self) -> dict[int, int]:
+        """max_length at several sizes -> rows whose longer side is over it, dropped ones included."""
+        if self.max_length is None:
+            return {}
+        longest = np.concatenate([c.longest for c in self.counts.values()] or [np.zeros(0)])
+        return {int(self.max_length * x): int((longest > int(self.max_length * x)).sum()) for x in LENGTHS}
+
+    def warnings(self) -> list[str]:
+        found = list(self.notes)
+        accuracy = self.training.get("longer_wins")
+        if accuracy is not None and not SUSPICIOUS[0] <= accuracy <= SUSPICIOUS[1]:
+            which = "longer" if accuracy > 0.5 else "shorter"
+            found.append(
+                f"the side that the policy wrote more on wins in {accuracy:.0%} of the pairs: preferring the {which} "
+                "side is a shortcut. Balance lengths, or use a length-normalised loss or length_penalty."
+            )
+        return found
+
+    def refuse_bad_rows(self, on_bad_rows: str, max_bad_fraction: float) -> None:
+        """Raises UserError where a set lost more rows than the recipe allows."""
+        for c in (c for c in self.counts.values() if c.dropped):
+            reasons = "\n".join(c.lines())
+            if on_bad_rows == "error":
+                raise UserError(f"on_bad_rows: error, and there are bad rows.\n{reasons}")
+            if c.dropped > max_bad_fraction * c.read:
+                raise UserError(
+                    f"max_bad_fraction: {c.dropped} of {c.read} rows are dropped ({c.dropped / c.read:.0%}), more than "
+                    f"{max_bad_fraction:.0%}.\n{reasons}\nMend the data, or raise max_bad_fraction in the recipe."
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        costs = {str(length): rows for length, rows in self.costs().items()}
+        return {
+            "sets": {name: counts.as_dict() for name, counts in self.counts.items()},
+            "training": self.training,
+            "held_out": self.held_out,
+            "rows_over_max_length": costs,
+            "columns_not_used": self.unused,
+            "warnings": self.warnings(),
+        }
+
+    def write(self, folder: str | Path) -> Path:
+        path = Path(folder, DATA_REPORT)
+        path.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    def show(self) -> None:
+        console = Console(highlight=False)
+        console.print(_rows_table(self.counts))
+        for counts in self.counts.values():
+            if len(lines := counts.lines()) > 1:
+                console.print("\n".join(lines), soft_wrap=True, markup=False)
+        for columns, names in _by_value(self.unused).items():
+            console.print(f"columns not used: {columns} (of {names})", soft_wrap=True, markup=False)
+        for name, found in (("training", self.training), ("held-out", self.held_out)):
+            if found:
+                console.print(_lengths_table(name, found))
+        if self.training:
+            console.print(_sentences(self.training, self.costs()), soft_wrap=True)
+        for line in self.warnings():
+            console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _by_value(unused: dict[str, list[str]]) -> dict[str, str]:
+    """columns -> the sets that have them."""
+    found: dict[str, list[str]] = {}
+    for name, columns in unused.items():
+        found.setdefault(", ".join(columns), []).append(name)
+    return {
+        columns: "all sets" if len(names) == len(unused) > 1 else ", ".join(names) for columns, names in found.items()
+    }
+
+
+def _rows_table(counts: dict[str, DropCounts]) -> Table:
+    table = Table(title="rows")
+    table.add_column("set", overflow="fold")
+    for column in ("read", "kept", "dropped"):
+        table.add_column(column, justify="right")
+    for c in counts.values():
+        table.add_row(
+            Text(c.name), f"{c.read:,}", f"{c.kept:,}", f"{c.dropped:,}", style="" if c.kept == c.read else "yellow"
+        )
+    return table
+
+
+def _lengths_table(name: str, found: dict[str, Any]) -> Table:
+    table = Table(title=f"{found['pairs']:,} {name} pairs")
+    table.add_column("a side")
+    for side in SIDES:
+        for what in ("mean", "p50", "p95", "max"):
+            table.add_column(f"{side}\n{what}" if what == "mean" else f"\n{what}", justify="right")
+    for quantity in QUANTITIES:
+        cells = [found[quantity][side][what] for side in SIDES for what in ("mean", "p50", "p95", "max")]
+        table.add_row(quantity, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
+    return table
+
+
+def _sentences(found: dict[str, Any], costs: dict[int, int]) -> str:
+    lines = [
+        f"{found['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is the "
+        f"longer one in {found['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
+        f"{found['longer_wins']:.0%} (ties one half)"
+    ]
+    if costs:
+        lines.append(
+            "rows over max_length: " + ", ".join(f"{rows:,} over {length:,}" for length, rows in costs.items())
+        )
+    return "\n".join(lines)
+
+
+def describe(rows: Dataset) -> dict[str, Any]:
+    """Of a tokenised set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
+    the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
+    `longer_wins`, the accuracy of preferring the longer side, ties counting one half."""
+    found = {what: np.zeros((len(rows), 2), np.int64) for what in ("turns", "tokens", "supervised")}
+    begin = 0
+    columns = [f"{side}_mask" for side in SIDES]
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for i, name in enumerate(columns):
+            turns, tokens, supervised = _runs(table.column(name).combine_chunks())
+            for what, values in (("turns", turns), ("tokens", tokens), ("supervised", supervised)):
+                found[what][begin : begin + len(values), i] = values
+        begin += len(table)
+    shared = np.asarray(rows["shared_len"], np.int64)
+    found |= {"context": found["tokens"] - found["supervised"], "shared": np.stack([shared, shared], 1)}
+    by = found["supervised"][:, 0] - found["supervised"][:, 1]
+    return {
+        "pairs": len(rows),
+        **{what: {side: _summary(found[what][:, i]) for i, side in enumerate(SIDES)} for what in QUANTITIES},
+        "share_supervised": float(found["supervised"].sum() / found["tokens"].sum()),
+        "longer_is_chosen": float((by > 0).mean()),
+        "longer_wins": float((by > 0).mean() + (by == 0).mean() / 2),
+    }
+
+
+def _runs(masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of an Arrow list of masks: runs of ones, tokens and ones of each row."""
+    offsets = np.asarray(masks.offsets, np.int64)
+    bits = np.asarray(masks.values, np.int64)[offsets[0] : offsets[-1]]
+    starts = offsets[:-1] - offsets[0]
+    before = np.concatenate([[0], bits[:-1]])
+    before[starts] = 0
+    begins = bits * (1 - before)
+    return np.add.reduceat(begins, starts), np.diff(offsets), np.add.reduceat(bits, starts)
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    p50, p95 = np.percentile(values, [50, 95])
+    return {"mean": float(values.mean()), "p50": float(p50), "p95": float(p95), "max": int(values.max())}

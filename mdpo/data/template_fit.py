@@ -1,0 +1,85 @@
+"""What of a pair depends on the chat template: ids of tool calls, and which fields of messages it shows."""
+
+import dataclasses
+import re
+from functools import lru_cache
+
+from mdpo.data.tool_calls import linked
+from mdpo.errors import DropPair
+from mdpo.types import Message, Pair
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # transformers gives each under the others' names as well
+MADE_UP = "tool call ids that were made up, as the template writes them and the row has none"
+REPLACED = "tool call ids that were replaced, as the template refuses the row's own"
+MISSING = "tool calls without the ids that the template writes"
+Sides = tuple[list[Message], list[Message]]
+
+
+def fit(pair: Pair, template) -> Pair:
+    """The pair with ids for its tool calls where the template cannot do without, and `unread` without the fields that
+    the template shows. A pair that the template refuses stays as it is."""
+    if isinstance(pair.chosen, str) or template is None:
+        return pair
+    source = str(template.tokenizer.chat_template)
+    if any(m.get("tool_calls") for side in (pair.chosen, pair.rejected) for m in side) and _mentions(source, "id"):
+        pair = _with_ids(pair, template)
+    unread = [name for name in pair.unread if not (_reads(source, name) and _shows(name, pair, template))]
+    return dataclasses.replace(pair, unread=unread)
+
+
+def _reads(source: str, name: str) -> bool:
+    return any(_mentions(source, known) for known in (THOUGHTS if name in THOUGHTS else (name,)))
+
+
+@lru_cache(maxsize=1024)
+def _mentions(source: str, name: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source) is not None
+
+
+def _texts(sides: Sides, pair: Pair, template) -> list[str] | None:
+    """Both sides as the template writes them, None where it refuses one."""
+    try:
+        return [template.render(side, pair.tools, **pair.template_kwargs) for side in sides]
+    except DropPair:
+        return None
+
+
+def _shows(name: str, pair: Pair, template) -> bool:
+    """Whether the template writes another text without a field. A tool's own name is none of its: its call has it."""
+    sides = (pair.chosen, pair.rejected)
+
+    def without(message):
+        kept = name == "name" and message["role"] == "tool"
+        return message if kept else {k: v for k, v in message.items() if k != name}
+
+    return _texts(sides, pair, template) != _texts(tuple([without(m) for m in side] for side in sides), pair, template)
+
+
+def _with_ids(pair: Pair, template) -> Pair:
+    """Ids are given where the template refuses the pair without, or finds a tool's call by them; not where it would
+    only write them: the policy sampled others."""
+    sides = (pair.chosen, pair.rejected)
+    whole, strict = tuple(map(linked, sides)), tuple(linked(side, strict=True) for side in sides)
+    if strict == sides:
+        return pair
+    own = _texts(sides, pair, template)
+    if own is not None:
+        texts = own if whole == sides else _texts(whole, pair, template)
+        if texts in (None, own):
+            return pair
+        if _written(sides, whole, texts):
+            return dataclasses.replace(pair, remarks=[*pair.remarks, MISSING])
+        return dataclasses.replace(pair, chosen=whole[0], rejected=whole[1])
+    for ids, remark in ((whole, MADE_UP), (strict, REPLACED)):
+        texts = None if ids == sides else _texts(ids, pair, template)
+        if texts is not None:
+            remarks = [*pair.remarks, remark] if _written(sides, ids, texts) else pair.remarks
+            return dataclasses.replace(pair, chosen=ids[0], rejected=ids[1], remarks=remarks)
+    return pair
+
+
+def _written(before: Sides, after: Sides, texts: list[str]) -> bool:
+    """Whether the template writes an id of a call that `linked` gave."""
+    both = zip((m for side in before for m in side), (m for side in after for m in side), strict=True)
+    calls = (pair for a, b in both for pair in zip(a.get("tool_calls", ()), b.get("tool_calls", ()), strict=True))
+    return any(new["id"] in text for old, new in calls if old.get("id") != new["id"] for text in texts)

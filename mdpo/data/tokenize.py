@@ -1,0 +1,176 @@
+"""A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
+
+import json
+from dataclasses import astuple, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
+
+from mdpo.data.counts import DropCounts
+from mdpo.data.files import whole_row
+from mdpo.data.forms import look
+from mdpo.data.rows import first_answer, row_to_pair
+from mdpo.data.template_fit import fit
+from mdpo.errors import DropPair, UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.dates import with_day
+from mdpo.masking.loss_mask import RenderSettings, special_tokens_in_context, tokenize_pair
+from mdpo.masking.plain_texts import PlainText
+from mdpo.masking.spans import refuse_slow
+from mdpo.types import TokenizedPair
+
+# Raised by one when ids or masks of the same row change, so that cached sets are made anew.
+VERSION = 9
+SIDES = ("chosen", "rejected")
+FEATURES = Features(
+    {
+        **{f"{side}_ids": List(Value("int32")) for side in ("chosen", "rejected")},
+        **{f"{side}_mask": List(Value("uint8")) for side in ("chosen", "rejected")},
+        **{f"{side}_weights": List(Value("float32")) for side in ("chosen", "rejected")},
+        "shared_len": Value("int32"),
+        "margin": Value("float64"),
+        "key": Value("string"),
+        "prompt_key": Value("string"),
+        "digest": Value("string"),  # of ids, masks and weights
+        "longest": Value("int32"),
+        "cut": Value("bool"),
+        "special_in_context": Value("int32"),
+        "remarks": List(Value("string")),
+        "unread": List(Value("string")),
+        "drop_reason": Value("string"),
+    }
+)
+
+
+COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut"]
+NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread"]
+
+
+def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
+    """Plain strings do with a tokenizer whose chat template is missing or of no use."""
+    _, conversations = look(map(whole_row, rows), name, settings.mask_turns)
+    try:
+        return ChatTemplate(tokenizer, settings.template_kwargs, locates=settings.mask_turns)
+    except UserError:
+        if conversations:
+            raise
+        return PlainText(tokenizer)
+
+
+def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings) -> dict[str, Any]:
+    """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists."""
+    row = whole_row(row, index)
+    out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
+    out |= {"margin": None, "digest": "", "unread": []}
+    try:
+        pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
+        out["unread"] = pair.unread
+        tokenised = vars(tokenize_pair(pair, template, settings))
+        out |= {
+            **tokenised,
+            "remarks": list(dict.fromkeys([*pair.remarks, *tokenised["remarks"]])),
+            "margin": pair.margin,
+            "prompt_key": _digest(_question_of(pair)),
+            "digest": _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
+            "special_in_context": special_tokens_in_context(pair, template),
+        }
+    except DropPair as e:
+        return {**out, "drop_reason": str(e), "longest": e.longest}
+    except UserError:
+        raise
+    except Exception as e:  # one odd row does not end a run
+        return {**out, "drop_reason": f"unexpected {type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"}
+    return {**out, "drop_reason": ""}
+
+
+def _question_of(pair) -> Any:
+    """What stands before the first answer: rows with the same one are held out together."""
+    if isinstance(pair.chosen, str):
+        start = pair.chosen[: pair.n_prompt]
+        # Without a prompt the common start may run into the answers: it is cut where a line begins.
+        return start if pair.prompt_given or "\n" not in start else start[: start.rindex("\n")]
+    return pair.chosen[: first_answer(pair.chosen)]
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def tokenize_dataset(
+    rows: Dataset, tokenizer, settings: RenderSettings, name: str, num_proc: int | None = None
+) -> tuple[Dataset, DropCounts]:
+    """The kept rows of `rows` as FEATURES (less `drop_reason`), and the counts.
+
+    Cached by content: rows, tokenizer, template and settings, the day too where the template may write it. Raises
+    UserError when no row is left."""
+    refuse_slow(tokenizer)
+    settings = replace(settings, template_kwargs=with_day(tokenizer, settings.template_kwargs))
+    template = _template_for(tokenizer, settings, rows, name)
+    specials = tokenizer.special_tokens_map  # templates write them
+    identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)
+    done = rows.map(
+        tokenize_row,
+        with_indices=True,
+        fn_kwargs={"template": template, "settings": settings},
+        remove_columns=rows.column_names,
+        features=FEATURES,
+        num_proc=num_proc if len(rows) > 1000 else None,
+        new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), VERSION)),
+        desc=f"Tokenising {name}",
+    )
+    counts = DropCounts(name)
+    light = done.select_columns([*COUNTED, "longest"])
+    for batch in light.iter(batch_size=10_000):
+        for values in zip(*batch.values(), strict=True):
+            counts.add(dict(zip(batch, values, strict=True)))
+    counts.longest = np.asarray(done["longest"], np.int64)
+    kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
+    if not counts.kept:
+        raise UserError("no pair is left.\n" + "\n".join(counts.lines()))
+    return kept.remove_columns(NOT_TRAINED_ON), counts
+
+
+def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, name: str):
+    """As `tokenize_dataset`, row by row while the stream is read: (IterableDataset, counts that grow meanwhile).
+
+    The first row that is dropped for a reason is named at once; counts of dataloader workers stay in the workers."""
+    first, template = next(iter(rows)), _template_for(tokenizer, settings, rows, name)
+    counts = DropCounts(name, streamed=True)
+
+    def keep(row: dict[str, Any]) -> bool:
+        reason = row["drop_reason"]
+        if reason and reason not in counts.reasons:
+            print(f"{name}: dropped {row['key']}: {reason} (further ones are counted)", flush=True)
+        for remark in [] if reason else row["remarks"]:
+            if remark not in counts.kept_with:
+                print(f"{name}: kept {row['key']} with {remark} (further ones are counted)", flush=True)
+        counts.add(row)
+        return not reason
+
+    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
+    tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
+    return tokenised.filter(keep).remove_columns(NOT_TRAINED_ON), counts
+
+
+def side_lengths(rows: Dataset) -> np.ndarray:
+    """(n, 2): tokens of the chosen and of the rejected side of each row, int64."""
+    columns, parts = ["chosen_ids", "rejected_ids"], []
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        offsets = [np.asarray(table.column(name).combine_chunks().offsets, np.int64) for name in columns]
+        parts.append(np.stack([np.diff(x) for x in offsets], axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
+
+
+def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
+    """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
+    rank over the mean, shared ones once, in shuffled batches of `pairs` a rank; None where there is no such step."""
+    tokens = side_lengths(rows).sum(1) - np.asarray(rows["shared_len"])
+    steps = len(tokens) // (ranks * pairs)
+    if not steps:
+        return None
+    shuffled = np.random.default_rng(seed).permutation(tokens)[: steps * ranks * pairs]
+    of_ranks = shuffled.reshape(steps, ranks, pairs).sum(2)
+    return float((of_ranks.max(1) / of_ranks.mean(1)).mean())

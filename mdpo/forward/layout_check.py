@@ -1,0 +1,191 @@
+"""What the packed layout changes, and nothing else, looked at in one real batch: where tokens stand, what queries and
+keys become of that, and attention itself, ours beside the model's own on the same numbers in float32."""
+
+import math
+from contextlib import contextmanager, nullcontext
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mdpo.console import first_line
+from mdpo.forward.packed_attention import NAME, Segments, noting_refusals, own_attention
+
+SAME_ATTENTION = 1e-5  # of the norm, float32
+KERNEL = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # a kernel's own rounding, one layer's
+SAME_QUERIES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of each token, in the first layer
+QUERIES = 256  # of the slow twin at a time
+GROUPS = 2  # of heads that share a key head: what is looked at in float32
+IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of its own
+
+
+def misplaced(batch: dict[str, torch.Tensor]) -> str | None:
+    """Of a packed batch: whether a token's position is another one than its place in its side."""
+    wanted = [t for p, c, r in batch["segments"] for t in (*range(p + c), *range(p, p + r))]
+    found = batch["position_ids"][0].tolist()
+    return None if found == wanted else "its row's positions are not those of its sides"
+
+
+def shifted(batch: dict[str, torch.Tensor], pad_token_id: int, by: int = 3) -> dict[str, torch.Tensor]:
+    """A padded batch with padding before its rows: the same log-probs, rounded otherwise."""
+    length = batch["input_ids"].size(1)
+    ids, mask = (
+        torch.nn.functional.pad(batch[name], (by, 0), value=value)
+        for name, value in (("input_ids", pad_token_id), ("attention_mask", 0))
+    )
+    index = batch["score_index"]
+    moved = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return {**batch, **moved, "score_index": index + (index // length + 1) * by}
+
+
+class Watch:
+    """Looks on while a model is called with B pairs padded, then packed. `reason` is the first thing that is wrong."""
+
+    def __init__(self, model, batch: dict[str, torch.Tensor]):
+        self.segments = Segments(batch["segments"])
+        self.own, self.reason = own_attention(model), None
+        self.calls, self._first = {True: 0, False: 0}, None
+
+    @contextmanager
+    def looking(self):
+        """Within it the model's calls of attention are seen. What goes wrong in looking ends no forward: ZeRO-3's hooks
+        would be upset."""
+        find = ALL_ATTENTION_FUNCTIONS.get_interface
+
+        def get_interface(name, *default, **kwargs):
+            attend, packed = find(name, *default, **kwargs), name == NAME
+
+            def watched(module, query, key, value, attention_mask=None, *args, **kwargs):
+                self._look(attend, packed, module, query, key, value, attention_mask, args, kwargs)
+                return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
+            return watched
+
+        ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def _look(self, attend, packed, module, query, key, value, mask, args, kwargs) -> None:
+        self.calls[packed] += 1
+        if self.reason is not None:
+            return
+        try:
+            if self.calls[packed] == 1:
+                self._compare_queries(packed, query, key)
+            if not packed:
+                self.reason = self.reason or self._compare(attend, module, query, key, value, mask, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.reason = f"its attention cannot be looked at: {first_line(error)}"
+
+    def _compare_queries(self, packed: bool, query, key) -> None:
+        """In the first layer nothing but RoPE tells queries and keys of one token in both layouts apart."""
+        if not packed:
+            self._first = [self._row(x) for x in (query, key)]
+            return
+        limit = SAME_QUERIES.get(_computed(query), 3e-2)
+        for a, b in zip((query, key), self._first, strict=True):
+            a, b = (x[0].transpose(0, 1).flatten(1).float() for x in (a, b))
+            worst = ((a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-6)).max().item()
+            if not worst <= limit:
+                self.reason = f"a token's query or key differs by {worst:.1e} of its norm, more than {limit:g}"
+
+    def _compare(self, attend, module, query, key, value, mask, args, kwargs) -> str | None:
+        """Ours and the model's own attention on one row after another, the first GROUPS of heads."""
+        if args:
+            return "it hands attention more than a mask by place"
+        heads, groups = query.size(1), key.size(1)
+        some = min(GROUPS, groups)
+        q, k, v = query[:, : some * heads // groups], key[:, :some], value[:, :some]
+        q, k, v = (self._row(x) for x in (q, k, v))
+        ours = ALL_ATTENTION_FUNCTIONS[NAME]
+        kwargs = {**kwargs, "segments": self.segments}
+        with noting_refusals() as unknown, _float32(query.device):
+            found = ours(module, q.float(), k.float(), v.float(), None, **kwargs)[0]
+        if unknown:
+            return unknown[0]
+        kwargs.pop("segments")
+        with _float32(query.device):
+            wanted = self._own(attend, module, q, k, v, mask, kwargs)
+        if (reason := _differs(found, wanted, SAME_ATTENTION)) or _computed(query) == torch.float32:
+            return reason
+        with noting_refusals():
+            in_use = ours(module, q, k, v, None, **kwargs, segments=self.segments)[0]
+        return _differs(in_use.float(), wanted, KERNEL.get(_computed(query), 3e-2))
+
+    def _own(self, attend, module, q, k, v, mask, kwargs) -> torch.Tensor:
+        """Row by row, each side whole, by the model's own attention and mask; of the prefix chosen's result."""
+        out, start, pairs = [], 0, len(self.segments.lengths)
+        for i, (prefix, chosen, rejected) in enumerate(self.segments.lengths):
+            end = start + prefix + chosen
+            places = list(range(start, end)), [*range(start, start + prefix), *range(end, end + rejected)]
+            for row, at, first in ((i, places[0], 0), (pairs + i, places[1], prefix)):
+                side = [x[:, :, at].float() for x in (q, k, v)]
+                if self.own in IN_FLOAT32:
+                    result = attend(module, *side, _part(mask, row, len(at), side[0].size(1)), **kwargs)[0]
+                else:
+                    result = plain_attention(*side, kwargs)
+                out.append(result[:, first:])
+            start = end + rejected
+        return torch.cat(out, 1)
+
+    def _row(self, x: torch.Tensor) -> torch.Tensor:
+        """(2B, heads, T, D) of the padded layout → (1, heads, N, D) of the packed one."""
+        pairs, parts = len(self.segments.lengths), []
+        for i, (prefix, chosen, rejected) in enumerate(self.segments.lengths):
+            parts += [x[i, :, : prefix + chosen], x[pairs + i, :, prefix : prefix + rejected]]
+        return torch.cat(parts, 1)[None]
+
+
+def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
+    """The slow twin: causal attention of one sequence, (1, T, heads, D) from (1, heads, T, D), QUERIES at a time: whole
+    matrices of 16k tokens would take more memory than the step that they are to vouch for."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    scaling, softcap, window = (kwargs.get(name) for name in ("scaling", "softcap", "sliding_window"))
+    at, out = torch.arange(q.size(2), device=q.device), []
+    for rows in at.split(QUERIES):
+        keys = slice(0, int(rows.numel() + len(out) * QUERIES))
+        scores = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * (q.size(-1) ** -0.5 if scaling is None else scaling)
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        behind = rows[:, None] - at[keys]
+        seen = (behind >= 0) & (behind < (math.inf if window is None else window))
+        out.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, keys])
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+def _part(mask: torch.Tensor | None, row: int, length: int, heads: int) -> torch.Tensor | None:
+    """Of a mask (2B or 1, heads or 1, T, T), or none, what one unpadded side sees."""
+    if mask is None:
+        return None
+    mask = mask[row if mask.size(0) > 1 else 0][None, :heads, :length, :length]
+    return mask if mask.dtype == torch.bool else mask.float()
+
+
+def _computed(x: torch.Tensor) -> torch.dtype:
+    on = x.device.type
+    return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+
+
+@contextmanager
+def _float32(device):
+    """Products in it, not in TensorFloat32, and no autocast."""
+    own = torch.backends.cuda.matmul  # torch's older switch fails where somebody has used this one (`tf32: true`)
+    before, own.fp32_precision = own.fp32_precision, "ieee"
+    try:
+        with (
+            torch.autocast(device.type, enabled=False)
+            if torch.amp.is_autocast_available(device.type)
+            else nullcontext()
+        ):
+            yield
+    finally:
+        own.fp32_precision = before
+
+
+def _differs(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> str | None:
+    difference = ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+    if difference <= limit:
+        return None
+    return f"its packed attention differs by {difference:.1e} of the norm, more than {limit:g}"

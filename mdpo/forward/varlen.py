@@ -1,0 +1,115 @@
+"""Varlen kernels: one call of attention for all segments of a packed row, on a GPU, and whether there is one that runs.
+
+A kernel is `kernel(query, key, value, segments, scaling, window, softcap, dropout)` on (1, heads, N, D), and returns
+(1, N, heads, D).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata, util
+
+import torch
+
+from mdpo.console import say
+
+FLASH_ATTN = ((2, 6), (3,))  # from the first version with soft-caps up to the next interface
+AGREES = 3e-2  # of the norm, with float32: a half-precision kernel rounds its scores and its output
+
+
+@cache
+def flash_attn() -> tuple[Callable | None, str | None]:
+    """flash-attn's varlen function, imported once; or None, and why it cannot be had. A build for another torch fails
+    when it is imported, and flash-attn 4 has a package of this name without that function."""
+    if util.find_spec("flash_attn") is None:
+        return None, "flash-attn is not installed"
+    try:
+        version = metadata.version("flash-attn")
+        from flash_attn import flash_attn_varlen_func
+    except Exception as error:  # ImportError, OSError of a library, whatever a package's own code raises
+        return None, f"flash-attn cannot be imported ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    least, below = FLASH_ATTN
+    if not least <= _numbers(version) < below:
+        words = ".".join(map(str, least)), ".".join(map(str, below))
+        return None, f"flash-attn is of version {version}; from {words[0]} up to {words[1]} is known here"
+    return flash_attn_varlen_func, None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+@cache
+def kernels(device: torch.device) -> dict[str, Callable]:
+    """The kernels that run on the device and give what plain attention gives, flash-attn's first. Says in one line what
+    is installed and not used. Both want an Ampere GPU or a newer one."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return {}
+    found, refused = {}, []
+    for name, kernel, why in (("flash-attn", flash, flash_attn()[1]), ("torch's varlen attention", torch_varlen, None)):
+        why = why or _fails(kernel, device)
+        if why is None:
+            found[name] = kernel
+        elif "not installed" not in why:
+            refused.append(f"{name} is not used: {why}")
+    if refused:
+        say(f"attention: {'; '.join(refused)}. {next(iter(found), 'Attention by segment')} is.")
+    return found
+
+
+def _fails(kernel: Callable, device: torch.device) -> str | None:
+    """What goes wrong where the kernel is handed a pair of random numbers, prefix 4, chosen 8, rejected 10; None:
+    nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 22, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2))
+    pair = _APair(device)
+    try:
+        with torch.no_grad():
+            out = kernel(q, k, v, pair, 0.125, None, None, 0.0).float()
+        options = {"attn_mask": pair.seen, "scale": 0.125, "enable_gqa": True}
+        wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    except Exception as error:  # no kernel for this GPU, or an interface of another version
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if (out - wanted.transpose(1, 2)).norm() <= AGREES * wanted.norm():
+        return None
+    return "it does not give what plain attention gives"
+
+
+class _APair:
+    """What a kernel asks of `packed_attention.Segments`, for the pair (4, 8, 10); `seen` (22, 22) is what sees what."""
+
+    sizes, key_sizes = (12, 10), (12, 14)
+
+    def __init__(self, device):
+        index = torch.tensor([*range(12), *range(4), *range(12, 22)], device=device)
+        begins = [torch.tensor([0, *sizes], device=device).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
+        self._on = index, *begins
+        at = torch.arange(22, device=device)
+        self.seen = (at[:, None] >= at) & ~((at[:, None] >= 12) & (at >= 4) & (at < 12))
+
+    def on(self, device):
+        return self._on
+
+
+def _gathered(query, key, value, segments):
+    """Queries (N, heads, D), keys and values (K, key heads, D) with each shared prefix twice, and where segments
+    begin, and the longest segments."""
+    index, q_begins, k_begins = segments.on(query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    longest = max(segments.sizes), max(segments.key_sizes)
+    return q, k.index_select(0, index), v.index_select(0, index), q_begins, k_begins, *longest
+
+
+def flash(query, key, value, segments, scaling, window, softcap, dropout):
+    call, _ = flash_attn()
+    options = {"softmax_scale": scaling, "causal": True, "dropout_p": dropout, "softcap": softcap or 0.0}
+    options["window_size"] = (-1, -1) if window is None else (window - 1, 0)
+    return call(*_gathered(query, key, value, segments), **options)[None]
+
+
+def torch_varlen(query, key, value, segments, scaling, window, softcap, dropout):
+    """Knows neither soft-caps nor dropout."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    options["enable_gqa"] = query.size(1) != key.size(1)
+    return varlen_attn(*_gathered(query, key, value, segments), **options)[None]

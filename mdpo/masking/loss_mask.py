@@ -1,0 +1,164 @@
+"""Pairs of messages → token ids and masks: which tokens the policy itself produced.
+
+`mask[t] == 1` if and only if the policy samples token t at inference time in this trajectory: the text of an assistant
+message after the prompt, tool calls included, and the end-of-turn token that closes it. Every mask is verified against
+the rendered text before it leaves this module.
+"""
+
+from dataclasses import dataclass, field
+
+from mdpo.errors import DropPair
+from mdpo.masking.chat_template import ChatTemplate, Rendered
+from mdpo.masking.plain_texts import plain_sides
+from mdpo.masking.sentinels import NOT_DERIVABLE, numbered
+from mdpo.masking.spans import APART, same_text, supervised, tokenize
+from mdpo.types import Pair, TokenizedPair, common_prefix
+
+NO_STOP = "end-of-turn missing"
+ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
+Side = tuple[list[int], list[int], list[float]]  # ids, mask, weights: a number a token each
+
+
+@dataclass
+class RenderSettings:
+    """What decides ids and masks. With `mask_turns` False, TRL's rule: everything after the prompt is supervised."""
+
+    max_length: int | None
+    truncation_mode: str = "drop"  # drop: over-long pairs are dropped; keep_start: cut at the end, as TRL does
+    mask_turns: bool = True
+    template_kwargs: dict = field(default_factory=dict)
+    different_prompts: bool = False  # also pairs whose sides have a prompt each
+
+
+def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:
+    """Ids and masks of both sides, cut to `max_length` where the settings say so.
+    Raises DropPair with the reason when this pair cannot be trained on."""
+    remarks: list[str] = []
+    if isinstance(pair.chosen, str):
+        sides, remarks = plain_sides(pair, template, settings.mask_turns)
+    elif not settings.mask_turns:
+        sides = _completion_sides(pair, template)
+    else:
+        sides, remarks = _turn_sides(pair, template, settings)
+    try:
+        trained = _trained(sides, settings)
+    except DropPair as reason:
+        reason.longest = max(len(ids) for ids, *_ in sides)
+        raise
+    trained.remarks = list(dict.fromkeys(remarks))
+    return trained
+
+
+def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
+    sides = _truncate(whole, settings)
+    for _, mask, weights in sides:
+        if not any(m and w for m, w in zip(mask, weights, strict=True)) and any(mask):
+            raise DropPair("every turn of a side has weight 0")
+    sides = [_without_unlearned(side) if 0 in side[2] else side for side in sides]
+    shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
+    (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
+    weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
+    longest = max(len(ids) for ids, *_ in whole)
+    masks = [(mask, uncut) for (_, mask, _), (_, uncut, _) in zip(sides, whole, strict=True)]
+    cut = any(len(mask) < len(uncut) and mask[-1] and uncut[len(mask)] for mask, uncut in masks)
+    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights, longest, cut)
+
+
+def _without_unlearned(side: Side) -> Side:
+    """A turn of weight 0 is context: nothing of it is supervised."""
+    ids, mask, weights = side
+    return ids, [m if w else 0 for m, w in zip(mask, weights, strict=True)], [w or 1.0 for w in weights]
+
+
+def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
+    """How many special tokens stand as text inside user, tool and system messages of the chosen side. They become
+    real tokens, as at inference; they never move a boundary. Counted so that the report can say so."""
+    if isinstance(pair.chosen, str):
+        return 0
+    texts = (str(m.get("content") or "") for m in pair.chosen if m["role"] != "assistant")
+    return sum(len(template.find_special(text)) for text in texts)
+
+
+def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings):
+    """Both sides, and remarks."""
+    both = (pair.chosen, pair.rejected)
+    texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
+    encoded = [tokenize(text, template.tokenizer) for text in texts]
+    longest = max(len(ids) for ids, _ in encoded)
+    if settings.truncation_mode == "drop" and settings.max_length is not None and longest > settings.max_length:
+        reason = DropPair("over-long")  # before its turns are located: long conversations are the most work
+        reason.longest = longest
+        raise reason
+    given = zip(both, pair.weights, texts, encoded, strict=True)
+    sides, remarks = zip(*(_turn_side(*side, pair, template) for side in given), strict=True)
+    return list(sides), [remark for of_side in remarks for remark in of_side]
+
+
+def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template: ChatTemplate) -> tuple[Side, list]:
+    rendered = template.locate(messages, pair.n_prompt, pair.tools, text, **pair.template_kwargs)
+    if not rendered.spans:
+        raise DropPair("no assistant turn")
+    spans = [(s.start, s.end) for s in rendered.spans]
+    ids, ranges, mask, apart = supervised(text, spans, encoded, template.tokenizer)
+    _verify(rendered, ids, ranges, template)
+    stops = {span.stop for span in rendered.spans} - {""}
+    inside = any(stop in (messages[span.message].get("content") or "") for span in rendered.spans for stop in stops)
+    weights = [1.0] * len(ids)
+    for span in rendered.spans if turn_weights else ():
+        for t, (start, end) in enumerate(ranges):
+            if span.start <= start and end <= span.end:
+                weights[t] = turn_weights[span.message]
+    return (ids, mask, weights), rendered.remarks + [APART] * apart + [ENDS] * inside
+
+
+def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
+    """Each span's tokens decode to its text, the text is the message's own, and its last token is the end of turn."""
+    for span in rendered.spans:
+        inside = [t for t, (start, end) in zip(ids, ranges, strict=True) if span.start <= start and end <= span.end]
+        expected = rendered.text[span.start : span.end]
+        if not same_text(expected, inside, template.tokenizer):
+            raise DropPair(f"{NOT_DERIVABLE}: {numbered(span.message)} has other tokens than its text")
+        if span.stop and template.tokenizer.convert_ids_to_tokens(inside[-1]) != span.stop:
+            raise DropPair(f"{NO_STOP}: {span.stop} behind {numbered(span.message)} is not read as one token")
+        if not span.stop and rendered.text[span.end :].strip():
+            raise DropPair(f"{NO_STOP}: nothing closes {numbered(span.message)}")
+
+
+def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
+    """TRL 1.16's rule for conversations: ids of the whole text as the template writes it; supervised is what comes
+    after the common token prefix of the prompt (with its generation prompt) and both sides."""
+    prompt = template.render(pair.chosen[: pair.n_prompt], pair.tools, generation=True, **pair.template_kwargs)
+    sides = [template.render(side, pair.tools, **pair.template_kwargs) for side in (pair.chosen, pair.rejected)]
+    encoded = [
+        template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, *sides)
+    ]
+    prompt_ids, sides = encoded[0], encoded[1:]
+    start = min(common_prefix(prompt_ids, ids) for ids in sides)
+    return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in sides]
+
+
+def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
+    """Drops or cuts over-long pairs. Ours never trains a side without a supervised token, nor two equal sides;
+    TRL's rule (mask_turns False) only drops pairs whose prompt alone fills `max_length`."""
+    limit = settings.max_length
+    too_long = limit is not None and max(len(ids) for ids, *_ in sides) > limit
+    if too_long and settings.truncation_mode == "drop":
+        raise DropPair("over-long")
+    if too_long:
+        if settings.mask_turns and any(_last_turn(mask) >= limit for _, mask, _ in sides):
+            raise DropPair("last turn lost")
+        sides = [tuple(part[:limit] for part in side) for side in sides]
+    if any(sum(mask) == 0 for _, mask, _ in sides) and (settings.mask_turns or too_long):
+        raise DropPair("last turn lost" if too_long else "no assistant turn")
+    if settings.mask_turns and sides[0][:2] == sides[1][:2]:
+        raise DropPair("equal after truncation" if too_long else "chosen equals rejected")
+    said = [[t for t, m in zip(ids, mask, strict=True) if m] for ids, mask, _ in sides]
+    if settings.mask_turns and said[0] == said[1]:
+        raise DropPair("diverges only in user or tool text")
+    return sides
+
+
+def _last_turn(mask: list[int]) -> int:
+    """Index at which the last run of supervised tokens begins; 0 where there is none."""
+    last = max((t for t, m in enumerate(mask) if m), default=0)
+    return last - next((n for n in range(last + 1) if not mask[last - n]), last + 1) + 1 if any(mask) else 0

@@ -1,0 +1,123 @@
+"""From a recipe and an accelerate file to the memory of the run, without weights or a GPU.
+
+plan = plan_memory(load_recipe(["RECIPE.yaml"]), Sharding.read("training_configs/zero3_for_dpo.yaml"))
+plan.parts, plan.total, plan.fits(80), plan.longest(80), plan.markdown()
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mdpo.config.adapters import adapter_config
+from mdpo.config.precision import HALF, without_master
+from mdpo.console import first_line
+from mdpo.errors import UserError
+from mdpo.masking.tokenizer import refuse_missing_folder
+from mdpo.memory.breakdown import MemoryPlan, Needs
+from mdpo.memory.fake_step import Skeleton
+from mdpo.memory.sharding import Sharding
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+
+
+def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
+    """Of a recipe from `config.recipe.load_recipe`, as it is written: what this machine lacks is no matter, unless the
+    accelerate file says use_cpu. Raises UserError that names what cannot be planned."""
+    args, values = recipe.training, recipe.values if sharding.cpu else recipe.written
+    _refuse(recipe, sharding)
+    config = _model_config(recipe.model.model_name_or_path, recipe)
+    half = "bf16" if values.get("bf16", not values.get("fp16")) else "fp16" if values.get("fp16") else None
+    mixed = MIXED[half or sharding.precision]
+    flash = str(values.get("attn_implementation") or "").startswith(("flash", "kernels"))
+    peft, reference = adapter_config(recipe.model), None
+    if not args.precompute_ref_log_probs and (peft is None or args.ref_model_name_or_path):
+        name = args.ref_model_name_or_path or recipe.model.model_name_or_path
+        reference = _maker(_model_config(name, recipe), recipe, values)
+    try:
+        skeleton = Skeleton(
+            _maker(config, recipe, values),
+            args,
+            peft,
+            reference,
+            engine_dtype=mixed if sharding.stage else None,
+            autocast=None if sharding.stage else mixed,
+            attention=None if sharding.cpu else "flash" if flash else "torch",
+            zero3=sharding.stage == 3,
+        )
+        if getattr(skeleton.policy, "_is_stateful", False):
+            raise UserError(
+                f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
+            )
+        if not sharding.stage:
+            _refuse_no_master(args, skeleton.policy)
+        nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
+        return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
+    except UserError:
+        raise
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}") from error
+
+
+def _evaluates(data) -> bool:
+    """Whether there will be held-out pairs; they are evaluated at the end of a run at the latest."""
+    return bool(data.test_split_size or data.eval_dataset_mixer or any("train" not in s for s in data.dataset_splits))
+
+
+def _refuse(recipe, sharding: Sharding) -> None:
+    args, model = recipe.training, recipe.model
+    optim = getattr(args.optim, "value", args.optim)
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(f"optim: {optim} cannot be planned; adamw_torch and adamw_torch_fused can.")
+    if args.max_length is None:
+        raise UserError("max_length: null has no longest pair to plan for; give --max_length=TOKENS.")
+    if args.deepspeed or args.fsdp or args.torch_compile:
+        raise UserError("deepspeed, fsdp and torch_compile in a recipe cannot be planned; the accelerate file's can.")
+    if model.load_in_8bit:
+        raise UserError("load_in_8bit cannot be planned; load_in_4bit can.")
+    if model.load_in_4bit and not model.use_peft:
+        raise UserError("load_in_4bit: needs use_peft: true, as weights of 4 bits cannot be trained.")
+    if model.load_in_4bit and sharding.stage == 3:
+        raise UserError("load_in_4bit under ZeRO-3 cannot be planned; under ZeRO-2 or without DeepSpeed it can.")
+    if (args.gradient_checkpointing_kwargs or {}).get("offload"):
+        raise UserError("gradient_checkpointing_kwargs: offload cannot be planned; leave it out.")
+    if "gguf_file" in (args.model_init_kwargs or {}):
+        raise UserError("gguf_file cannot be planned; give a folder with config.json: --model_name_or_path=FOLDER.")
+
+
+def _refuse_no_master(args, policy: nn.Module) -> None:
+    """As a run does."""
+    halves = [weight for weight in policy.parameters() if weight.requires_grad and weight.dtype in HALF]
+    if halves and (why := without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}")):
+        raise UserError(why)
+
+
+def _model_config(name: str, recipe):
+    """From the hub or a folder; no weights are looked at. Raises UserError."""
+    place = {"revision": recipe.model.model_revision, **(recipe.training.model_init_kwargs or {})}
+    place = {key: place[key] for key in ("revision", "subfolder") if key in place}
+    refuse_missing_folder("model_name_or_path", name)
+    if Path(name, "adapter_config.json").is_file():
+        raise UserError(f"model_name_or_path: {name} holds an adapter; plan with the folder or name of its base model.")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=recipe.training.trust_remote_code, **place)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model_name_or_path: the configuration of {name!r} cannot be had: {first_line(error)}\n"
+            "Where the hub cannot be reached, give a local folder that holds its config.json, no weights are needed: "
+            "--model_name_or_path=FOLDER"
+        ) from error
+
+
+def _maker(config, recipe, values: dict) -> Callable[[], nn.Module]:
+    """A function that builds the model in the dtype that it is loaded in."""
+    given = (recipe.training.model_init_kwargs or {}).get("dtype") or values.get("dtype") or recipe.model.dtype
+    dtype = DTYPES.get(str(given)) or getattr(config, "dtype", None) or torch.float32
+    attention = values.get("attn_implementation")
+    attention = None if attention is None or attention.startswith(("flash", "kernels")) else attention
+    options = {"trust_remote_code": recipe.training.trust_remote_code, "attn_implementation": attention, "dtype": dtype}
+    return lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)

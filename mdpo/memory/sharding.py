@@ -1,0 +1,136 @@
+"""Where a run takes place, as far as memory goes: what an accelerate file says about processes and DeepSpeed."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from mdpo.errors import UserError
+
+STAGES = {0: "no sharding", 2: "ZeRO-2", 3: "ZeRO-3"}
+# Keys of `deepspeed_config` in an accelerate file that change nothing in a step's memory.
+WITHOUT_EFFECT = {"deepspeed_multinode_launcher", "deepspeed_hostfile", "deepspeed_exclusion_filter"}
+WITHOUT_EFFECT |= {"deepspeed_inclusion_filter", "gradient_accumulation_steps", "gradient_clipping"}
+WITHOUT_EFFECT |= {"zero3_init_flag", "zero3_save_16bit_model"}
+READ = {"zero_stage", "offload_optimizer_device", "offload_param_device"}
+OVERLAP = "overlap_comm"  # of DeepSpeed's zero_optimization
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """`stage` 0 (none), 2 or 3; `processes` of all machines together; what waits in CPU memory; `precision` as the
+    launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward goes on."""
+
+    stage: int = 0
+    processes: int = 1
+    machines: int = 1
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    precision: str = "no"
+    cpu: bool = False
+    overlap: bool = True
+
+    @classmethod
+    def read(cls, path: str | Path, processes: int | None = None) -> "Sharding":
+        """From an accelerate file; `processes` as `accelerate launch --num_processes` has it. Raises UserError that
+        names what memory cannot be planned for."""
+        raw = _mapping(path)
+        kind, engine = str(raw.get("distributed_type", "NO")).upper(), raw.get("deepspeed_config") or {}
+        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
+            raise UserError(f"{path}: distributed_type: {kind} cannot be planned; DEEPSPEED, MULTI_GPU or NO can.")
+        if processes is not None and processes < 1:
+            raise UserError(f"--processes: {processes} is out of range; give a whole number >= 1.")
+        n = processes or int(raw.get("num_processes") or 1)
+        machines = int(raw.get("num_machines") or 1)
+        if n % machines:
+            raise UserError(f"{path}: {n} processes do not divide among {machines} machines.")
+        if kind == "NO" and n > 1 and not raw.get("use_cpu"):
+            raise UserError(f"{path}: distributed_type: NO is one process, not {n}.")
+        if kind == "DEEPSPEED":
+            _refuse(path, engine)
+        stage = int(engine.get("zero_stage", 2)) if kind == "DEEPSPEED" else 0
+        offload = {what: engine.get(f"offload_{what}_device", "none") == "cpu" for what in ("optimizer", "param")}
+        return cls(
+            stage,
+            n,
+            machines,
+            bool(stage) and offload["optimizer"],
+            stage == 3 and offload["param"],
+            str(raw.get("mixed_precision", "no")).lower(),
+            bool(raw.get("use_cpu", False)),
+        )
+
+    @classmethod
+    def running(cls, accelerator, machines: int = 1) -> "Sharding":
+        """Of a run that has begun."""
+        plugin = accelerator.state.deepspeed_plugin
+        zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
+        away = {what: zero.get(f"offload_{what}", {}).get("device", "none") == "cpu" for what in ("optimizer", "param")}
+        return cls(
+            int(zero.get("stage", 0)),
+            accelerator.num_processes,
+            machines,
+            away["optimizer"],
+            away["param"],
+            accelerator.mixed_precision,
+            accelerator.device.type == "cpu",
+            bool(zero.get(OVERLAP, True)),
+        )
+
+    def __str__(self) -> str:
+        where = "CPU process" if self.cpu else "GPU"
+        words = [f"{self.processes} {where}{'es' if self.cpu and self.processes > 1 else ''}"]
+        words[0] += "s" if self.processes > 1 and not self.cpu else ""
+        words += [f"on {self.machines} machines"] if self.machines > 1 else []
+        sharded = STAGES[self.stage] if self.processes > 1 or self.stage else ""
+        away = " and ".join(
+            w for w, on in (("optimiser", self.offload_optimizer), ("weights", self.offload_param)) if on
+        )
+        return ", ".join(
+            [" ".join(words), *([sharded] if sharded else []), *([f"{away} in CPU memory"] if away else [])]
+        )
+
+
+def overlap_reduction(plugin) -> str | None:
+    """Has ZeRO-2 reduce gradients while backward goes on, unless the configuration of `plugin`, accelerate's
+    DeepSpeedPlugin or None, says something of it. DeepSpeed does so by itself under ZeRO-3 only, and an accelerate
+    file has no key for it. Returns a line on what was set, or None. Raises UserError where such a file has the key all
+    the same, which accelerate passes over without a word."""
+    if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
+        raise UserError(
+            f"deepspeed_config.{OVERLAP}: accelerate reads no such key in its file; under ZeRO-2 and ZeRO-3 it is "
+            "true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file."
+        )
+    zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {}
+    if zero.get("stage") != 2 or OVERLAP in zero:
+        return None
+    zero[OVERLAP] = True
+    return "ZeRO-2: gradients are reduced while backward goes on (overlap_comm: true)"
+
+
+def _mapping(path: str | Path) -> dict:
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        known = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Accelerate files here: {known}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(raw, dict) or "num_processes" not in raw:
+        raise UserError(f"{path}: is not an accelerate file (no num_processes). A recipe goes first, without a flag.")
+    return raw
+
+
+def _refuse(path: str | Path, engine: dict) -> None:
+    stage = int(engine.get("zero_stage", 2))
+    if stage not in (2, 3):
+        raise UserError(f"{path}: zero_stage: ZeRO-{stage} cannot be planned; ZeRO-2 and ZeRO-3 can.")
+    for what in ("optimizer", "param"):
+        device = engine.get(f"offload_{what}_device") or "none"
+        if device not in ("none", "cpu"):
+            raise UserError(f"{path}: offload_{what}_device: {device} cannot be planned; none and cpu can.")
+        if device == "cpu" and what == "param" and stage != 3:
+            raise UserError(f"{path}: offload_param_device: DeepSpeed takes it under ZeRO-3 only.")
+    if unknown := sorted(set(engine) - READ - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}):
+        raise UserError(f"{path}: deepspeed_config.{unknown[0]} cannot be planned; leave it out to plan without it.")

@@ -1,0 +1,46 @@
+"""A model's weights into memory: all of them from its files, or none."""
+
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from mdpo.config.model_folders import refuse_adapter
+from mdpo.console import first_line
+from mdpo.errors import UserError
+
+
+def load_model(name_or_path: str, **kwargs):
+    """A causal language model for training or as reference. Raises UserError where it cannot be had, or not whole."""
+    refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
+    what = f"model {name_or_path!r} cannot be loaded"
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except AssertionError as e:  # nn.Embedding's
+        raise UserError(f"{what}: {first_line(e)}\nIs pad_token_id in its config.json below vocab_size?") from e
+    except RuntimeError as e:
+        if "ignore_mismatched_sizes" not in str(e):
+            raise
+        raise UserError(f"{what}: its files hold other shapes than its config.json says (see the report above).") from e
+    except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(
+            f"{what}: {reason}\n"
+            "Where the hub cannot be reached, set model_name_or_path (or ref_model_name_or_path) to a local folder."
+        ) from e
+    _refuse_missing(what, found)
+    return model
+
+
+def _refuse_missing(what: str, found: dict) -> None:
+    """Raises UserError for weights that are in no file: transformers draws them at random."""
+    missing = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if not missing:
+        return
+    alike = [name for name in found["unexpected_keys"] if name.endswith(f".{missing[0]}")]
+    wrapped = f" The files have it as {alike[0]}: they carry a wrapper's name." if alike else ""
+    where = "in no file" if found["missing_keys"] else "in its files in other shapes"
+    raise UserError(
+        f"{what}: {len(missing)} of its weights are {where} and would begin at random, such as {missing[0]}."
+        f"{wrapped} Are all files there, and is config.json this model's?"
+    )

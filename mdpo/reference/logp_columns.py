@@ -1,0 +1,157 @@
+"""Log-probs of a whole set on their way from shards and ranks into two columns, without a copy in each rank's memory.
+
+The first rank of each node puts them into a file as they come, and from there, in the set's order, into an Arrow file
+that all ranks of the node map: its pages are there once, however many ranks and dataloader workers read them.
+"""
+
+import atexit
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset, concatenate_datasets
+
+from mdpo.errors import UserError
+from mdpo.forward.collators import REFERENCE, SIDES
+from mdpo.ranks import agreed, first_of_node, first_rank_of_node, gathered, rank
+
+AT_ONCE = 4_000_000  # numbers of a rank that all others receive at a time
+ROWS = 1000  # of a record batch
+# Log-probs of m rows: the rows' numbers (m,), tokens of both sides (m, 2), float32 row by row, chosen first.
+Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Distinct:
+    """`keys` (n, 16) uint8 → the u different ones among them, in the order in which they come: `of_row` (n,) which
+    one a row has, `first` (u,) the first row that has it."""
+
+    def __init__(self, keys: np.ndarray):
+        found = pc.dictionary_encode(_binary(keys))
+        self.keys, self.of_row = found.dictionary, np.asarray(found.indices)
+        self.first = np.unique(self.of_row, return_index=True)[1]
+
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the different ones each of (m, 16) is, int32; -1 for none of them."""
+        return np.asarray(pc.fill_null(pc.index_in(_binary(keys), value_set=self.keys), -1))
+
+
+def _binary(keys: np.ndarray) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys), [None, pa.py_buffer(keys.tobytes())])
+
+
+class Columns:
+    """Log-probs of `count` distinct rows. `take` and `known` are for the first rank of a node (`mine`); it makes the
+    file `name`-RANK.arrow, which stays for the next start unless it is `passing`. Raises UserError where the disk
+    fails."""
+
+    def __init__(self, count: int, name: str, passing: bool):
+        folder, first = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-reference"), first_rank_of_node()
+        self.path, self.mine, self._passing = folder / f"{name}-{first}.arrow", rank() == first, passing
+        self._size, self._spool = 0, None
+        if self.mine:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._spool = open(folder / f"{uuid.uuid4().hex}.spool", "w+b")  # noqa: SIM115
+            os.unlink(self._spool.name)  # gone when it is closed, however this process ends
+            self.known = np.zeros(count, bool)
+            self._start, self._counts = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
+
+    @classmethod
+    def of(cls, keys: np.ndarray, count: int, kept: bool) -> "Columns":
+        """`kept` says that `keys` (n, 16) tell the log-probs. All ranks call it together."""
+        name = xxhash.xxh3_128_hexdigest(keys.tobytes()) if kept else agreed(lambda: uuid.uuid4().hex)
+        try:
+            return cls(count, name, passing=not kept)
+        except OSError as error:
+            raise _not_written(error) from error
+
+    def take(self, places: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> None:
+        """A Piece; its rows are numbered among the distinct ones, -1 for those that are not wanted."""
+        wanted, lengths = places >= 0, counts.sum(1, dtype=np.int64)
+        places, taken = places[wanted], lengths[wanted]
+        self._start[places] = self._size + taken.cumsum() - taken
+        self._counts[places], self.known[places] = counts[wanted], True
+        try:
+            self._spool.write(np.ascontiguousarray(logps[np.repeat(wanted, lengths)], np.float32).tobytes())
+        except OSError as error:
+            raise _not_written(error) from error
+        self._size += int(taken.sum())
+
+    def take_from_all(self, pieces: list[Piece]) -> None:
+        """Every rank's rows. All ranks call it together."""
+        blocks = _blocks(pieces)
+        mine = next(blocks, None)
+        while any(parts := gathered(mine)):
+            for part in parts:
+                if self.mine and part:
+                    self.take(*part)
+            mine = next(blocks, None)
+
+    def added_to(self, dataset: Dataset, of_row: np.ndarray) -> Dataset:
+        """The set with the columns REFERENCE. All ranks call it together."""
+        with first_of_node():
+            if self.mine:
+                self._write(of_row)
+            if (
+                dataset._indices is not None
+            ):  # else columns would be copied beside it; datasets keeps a flat set on disk
+                dataset = dataset.flatten_indices()
+        return concatenate_datasets([dataset, Dataset.from_file(str(self.path))], axis=1)
+
+    def _write(self, of_row: np.ndarray) -> None:
+        if not self.known.all():
+            raise KeyError(f"{(~self.known).sum()} pairs without reference log-probs")
+        self._spool.flush()
+        values = np.memmap(self._spool, np.float32, "r") if self._size else np.zeros(0, np.float32)
+        schema = pa.schema({REFERENCE[side]: pa.list_(pa.float32()) for side in SIDES})
+        draft = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+                for begin in range(0, len(of_row), ROWS):
+                    stream.write_batch(self._batch(of_row[begin : begin + ROWS], values, schema))
+            os.replace(draft, self.path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise _not_written(error) from error
+        self._spool.close()
+        if self._passing:
+            atexit.register(self.path.unlink, missing_ok=True)
+
+    def _batch(self, rows: np.ndarray, values: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
+        start, arrays = self._start[rows], []
+        for counts in self._counts[rows].T:
+            ends = np.concatenate([[0], counts.cumsum()])
+            places = np.arange(ends[-1]) + np.repeat(start - ends[:-1], counts)
+            arrays.append(pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values[places], pa.float32())))
+            start = start + counts
+        return pa.record_batch(arrays, schema=schema)
+
+
+def _blocks(pieces: list[Piece]) -> Iterator[Piece]:
+    """The same as fewer and larger pieces, of about AT_ONCE numbers."""
+    block, size = [], 0
+    for piece in pieces:
+        block.append(piece)
+        size += len(piece[2])
+        if size >= AT_ONCE:
+            yield _joined(block)
+            block, size = [], 0
+    if block:
+        yield _joined(block)
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    return tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+
+
+def _not_written(error: OSError) -> UserError:
+    folder = datasets.config.HF_DATASETS_CACHE
+    return UserError(
+        f"reference log-probs: their columns cannot be written into {folder}: {error.strerror or error}. "
+        "Set HF_DATASETS_CACHE to a folder with room."
+    )

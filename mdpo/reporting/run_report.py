@@ -1,0 +1,71 @@
+"""What a run leaves behind besides weights: its figures as JSON and as a table."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mdpo.reporting.environment import hardware, repository, versions
+from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns
+from mdpo.reporting.turn_tables import turn_tables
+
+REPORT, RESOLVED = "run_report.json", "recipe_resolved.yaml"
+# Row of the table: what it is called, and its metric.
+SHOWN = (
+    ("DPO loss", "eval_loss"),
+    ("reward accuracy", "eval_rewards/accuracies"),
+    ("mean reward margin", "eval_rewards/margins"),
+    ("log-probs chosen", "eval_logps/chosen"),
+    ("log-probs rejected", "eval_logps/rejected"),
+)
+
+
+def write_report(folder: str | Path, figures: dict, history: list[dict], data: dict, args) -> dict:
+    """Writes `run_report.json` into the output folder and returns it: figures, the evaluation before the first step if
+    there was one, the first loss, figures by turn, what became of chosen log-probs and of every row, versions, commit
+    and machine."""
+    losses, (pairs, turns) = curve(history, "loss").training, latest_turns(history)
+    line, fell = chosen_logps(history, args.beta)
+    report = {
+        **figures,
+        "before": before_and_after(history)[0],
+        "first_loss": losses[0][1] if losses else None,
+        "turns": {"of": pairs, **turn_tables(turns)},
+        "chosen_logps": {"line": line, "fell": fell},
+        "data": data,
+        "versions": versions(),
+        "repository": repository(),
+        "machine": hardware(args.world_size),
+    }
+    Path(folder, REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def show_result(report: dict) -> None:
+    """The table at the end of a run: held-out figures before and after, speed and memory."""
+    console = Console(highlight=False)
+    before, after = report["before"], report["after"]
+    if after:
+        table = Table(title=f"held-out pairs: {int(after['eval_pairs'])}")
+        shown = {name: metrics for name, metrics in (("before", before), ("after", after)) if metrics}
+        table.add_column("")
+        for name in shown:
+            table.add_column(name, justify="right")
+        for name, key in SHOWN:
+            table.add_row(name, *(f"{metrics[key]:.4f}" for metrics in shown.values()))
+        console.print(table)
+    if report["first_loss"] is not None:
+        console.print(f"first training loss {report['first_loss']:.4f}")
+    console.print(speed_line(report))
+    if line := report["chosen_logps"]["line"]:
+        fell = report["chosen_logps"]["fell"]
+        console.print(
+            f"warning: {line}" if fell else line, style="yellow" if fell else "", soft_wrap=True, markup=False
+        )
+
+
+def speed_line(report: dict) -> str:
+    speed = f"{report['pairs_per_second']:.2f} pairs/s over {report['steps']} steps"
+    memory = f"peak memory {report['peak_memory_gb']:.2f} GB a process"
+    return f"{speed}, {report['train_seconds']:.0f} s of training, {memory}"

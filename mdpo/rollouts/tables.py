@@ -1,0 +1,106 @@
+"""Figures of a held-out set by number of turns, and of rollouts, with how sure they are, as tables."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from rich.table import Table
+
+from mdpo.loss.metrics import COLUMNS, summarise
+from mdpo.rollouts.loop import ENDS, Trajectory
+
+Z = 1.959964  # of the normal distribution, for 95 %
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share seen in n independent trials (Wilson 1927): (low, high); (0, 1) without trials.
+    Example: 8 of 10 -> (0.4902, 0.9433)."""
+    if n == 0:
+        return 0.0, 1.0
+    centre, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    scale = 1 + Z**2 / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def count_turns(mask: Sequence[int]) -> int:
+    """The supervised turns of a side: runs of 1 in its mask. Example: [0, 1, 1, 0, 1] -> 2."""
+    return sum(bit and not before for before, bit in zip([0, *mask], mask, strict=False))
+
+
+def by_turns(table: torch.Tensor, turns: Sequence[int]) -> dict[str, dict[str, float]]:
+    """{number of turns, and "all": pairs, accuracy, margin (in reward), loss} of a table of pairs (see
+    mdpo.loss.metrics, (B, columns)); `turns[row]` belongs to the pair of that row number."""
+    of_pair = torch.tensor([turns[row] for row in table[:, COLUMNS.index("row")].long().tolist()])
+    groups = {str(n): table[of_pair == n] for n in sorted(set(of_pair.tolist()))} | {"all": table}
+    figures = {}
+    for name, rows in groups.items():
+        metrics = summarise(rows)
+        figures[name] = {
+            "pairs": len(rows),
+            "accuracy": metrics["rewards/accuracies"],
+            "margin": metrics["rewards/margins"],
+            "loss": rows[:, COLUMNS.index("loss")].mean().item(),
+        }
+    return figures
+
+
+def held_out_table(figures: dict[str, dict[str, float]]) -> Table:
+    table = _table(
+        "held-out pairs, by turns of the chosen side", "turns", "pairs", "reward accuracy", "mean margin", "loss"
+    )
+    for name, f in figures.items():
+        if name == "all":
+            table.add_section()
+        accuracy = _with_interval(f["accuracy"], f["pairs"])
+        table.add_row(name, str(f["pairs"]), accuracy, f"{f['margin']:.4f}", f"{f['loss']:.4f}")
+    return table
+
+
+def rollout_figures(trajectories: Iterable[Trajectory]) -> dict:
+    """Questions, conversations, the share of right ones, the share of questions with at least one right, how the
+    conversations and their runs of code ended, and (conversations, right) by number of turns."""
+    found, by_key, turns = list(trajectories), defaultdict(list), defaultdict(list)
+    for trajectory in found:
+        by_key[trajectory.key].append(trajectory.correct)
+        turns[trajectory.turns].append(trajectory.correct)
+    return {
+        "questions": len(by_key),
+        "conversations": len(found),
+        "accuracy": sum(t.correct for t in found) / len(found),
+        "any_correct": sum(map(any, by_key.values())) / len(by_key),
+        "ended": {end: sum(t.ended == end for t in found) for end in ENDS},
+        "code": dict(Counter(ended for t in found for ended in t.code)),
+        "by_turns": {n: (len(right), sum(right)) for n, right in sorted(turns.items())},
+    }
+
+
+def rollout_tables(figures: dict) -> list[Table]:
+    """Intervals are over questions: conversations of one question are not independent."""
+    questions, conversations = figures["questions"], figures["conversations"]
+    table = _table(f"rollouts: {questions} questions, {conversations} conversations", "", "")
+    table.show_header = False
+    table.add_row("answer accuracy", _with_interval(figures["accuracy"], questions))
+    if conversations > questions:
+        table.add_row("at least one right", _with_interval(figures["any_correct"], questions))
+    for end, count in figures["ended"].items():
+        table.add_row(f"ended: {end}", str(count))
+    table.add_row("runs of code", str(sum(figures["code"].values())))
+    for end in ("error", "timeout", "memory", "flood"):
+        table.add_row(f"code: {end}", str(figures["code"].get(end, 0)))
+    turns = _table("rollouts by turns", "turns", "conversations", "answer accuracy")
+    for n, (count, right) in figures["by_turns"].items():
+        turns.add_row(str(n), str(count), _with_interval(right / count, min(count, questions)))
+    return [table, turns]
+
+
+def _with_interval(share: float, n: int) -> str:
+    low, high = wilson(share, n)
+    return f"{share:.4f} ({low:.3f} to {high:.3f})"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="right" if n else "left")
+    return table

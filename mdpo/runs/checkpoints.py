@@ -1,0 +1,207 @@
+"""Checkpoints that are seen only when they are whole, and the proof of it: a manifest of sizes and digests.
+
+output_dir/
+    _saving/checkpoint-20     being written; of no use to anyone, removed at the next start
+    checkpoint-10/            whole: written aside, synced to disk, then renamed
+        manifest.json         {"step", "resumable", "run", "files": {name: [bytes, xxh3]}}
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from mdpo.errors import UserError
+from mdpo.ranks import agreed, gathered, rank, share
+from mdpo.storage import MANIFEST, as_new_files, manifest, sync
+
+SAVING = "_saving"  # what begins with _ is not pushed to the hub
+PREFIX = "checkpoint-"
+BLOCK = 1 << 24  # bytes
+# What torch says where a disk is full or a file cannot be written; it has no type of its own for it.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "file write failed", "iostream", "cannot be opened")
+
+
+def digest(path: Path, bar: tqdm | None = None) -> str:
+    """xxh3-128 of a file's bytes."""
+    found = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+            if bar is not None:
+                bar.update(len(block))
+    return found.hexdigest()
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every file below `folder` but the manifest, as a relative path, in order."""
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in paths if name != MANIFEST)
+
+
+def sealed_by_all(folder: Path) -> dict[str, list]:
+    """`sealed` for all files in `folder`, each rank a share. All ranks call it together."""
+    # One list for all: a shared disk may show each rank another one for a while.
+    sizes = agreed(lambda: {name: (folder / name).stat().st_size for name in files_of(folder)})
+    mine = sealed(folder, share(sizes))
+    return {name: facts for part in gathered(mine) for name, facts in part.items()}
+
+
+def sealed(folder: Path, names: list[str]) -> dict[str, list]:
+    """name -> [bytes, digest] of files that are on the disk for certain when this returns."""
+    found = {}
+    for name in names:
+        sync(folder / name)
+        found[name] = [(folder / name).stat().st_size, digest(folder / name)]
+    return found
+
+
+def publish(staged: Path, final: Path, facts: dict) -> None:
+    """Writes the manifest into `staged` and makes it visible as `final` in one step, all files with the mode of new
+    ones; an older folder of that name goes aside first. A kill at any moment leaves `final` whole or absent."""
+    as_new_files(staged)
+    with open(staged / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(facts, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
+        sync(folder)
+    if final.exists():
+        discard(final)  # `staged` keeps the folder of both
+    os.rename(staged, final)
+    sync(final.parent)
+    _gone_when_empty(staged.parent)
+
+
+def discard(folder: Path) -> None:
+    """Removes a checkpoint; a kill in the middle leaves no half of it under its name."""
+    aside = folder.parent / SAVING / f"removed-{folder.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    _gone_when_empty(aside.parent)
+
+
+def _gone_when_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, by file; empty where it is whole. All ranks call it together: rank 0 looks at
+    the sizes, and where these are right each rank reads a share of the contents."""
+    found = agreed(lambda: wrong_sizes(folder))
+    if found:
+        return found
+    files = agreed(lambda: manifest(folder)["files"])
+    mine = share({name: size for name, (size, _) in files.items()})
+    parts = gathered(_wrong_contents(folder, {name: files[name] for name in mine}))
+    return [line for part in parts for line in part]
+
+
+def wrong_sizes(folder: Path) -> list[str]:
+    """`faults` as far as they are seen without reading any file but the manifest, by this process alone."""
+    try:
+        files = manifest(folder)["files"]
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (now := path.stat().st_size) != size:
+            found.append(f"{name} has {now} bytes of {size}")
+    return found
+
+
+def _wrong_contents(folder: Path, files: dict[str, list]) -> list[str]:
+    found, total, first = [], sum(size for size, _ in files.values()), rank() == 0
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"checking {folder.name}", delay=3, disable=not first
+    ) as bar:
+        for name, (_, wanted) in files.items():
+            try:
+                if digest(folder / name, bar) != wanted:
+                    found.append(f"{name} has other contents than were written")
+            except OSError as error:
+                found.append(f"{name} cannot be read by rank {rank()} ({error.strerror})")
+    return found
+
+
+def by_step(output_dir: Path) -> list[Path]:
+    """Checkpoint folders under their names, the newest first, whole or not."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int | None:
+    number = folder.name.removeprefix(PREFIX)
+    return int(number) if number.isdecimal() else None
+
+
+def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest whole checkpoint that a run can go on from, or None; a line for each one passed over). All ranks call
+    it together."""
+    lines = []
+    for folder in agreed(lambda: by_step(output_dir)):
+        if not (wrong := hindrances(folder)):
+            return folder, lines
+        lines.append(f"{folder}: {'; '.join(wrong[:3])}{f'; {len(wrong) - 3} more' if len(wrong) > 3 else ''}.")
+    return None, lines
+
+
+def hindrances(folder: Path) -> list[str]:
+    """Why a run cannot go on from a checkpoint; empty where it can. All ranks call it together."""
+    if wrong := faults(folder):
+        return wrong
+    resumable = agreed(lambda: manifest(folder)["resumable"])
+    return [] if resumable else ["save_only_model left the optimizer's state out"]
+
+
+def remove_older(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Keeps the newest `limit` checkpoints and the one called `keep`. What is not whole does not count towards the
+    limit and is left for its owner to look at; the newest whole one always stays."""
+    whole = [folder for folder in by_step(output_dir) if not wrong_sizes(folder)]
+    for folder in whole[max(limit, 1) :] if limit else ():
+        if keep is None or folder.name != Path(keep).name:
+            discard(folder)
+
+
+def move_files(source: Path, folder: Path) -> None:
+    """All files of `source` into `folder`, weights last: where they stand, the rest does."""
+    names = sorted(source.iterdir(), key=lambda path: path.suffix in (".safetensors", ".bin"))
+    for path in names:
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    source.rmdir()
+    _gone_when_empty(source.parent)
+
+
+@contextmanager
+def writing(what: str | Path):
+    """Turns the disk's trouble within it into a UserError about `what`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise UserError(
+            f"{what} could not be written: {error}\nWhole checkpoints are as they were. Make room (save_total_limit "
+            "says how many are kept) or put it right, then start the same command again: it goes on from the newest."
+        ) from error
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether a save ended in the disk's trouble: full, read-only, gone."""
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)

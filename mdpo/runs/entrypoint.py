@@ -1,0 +1,129 @@
+"""Around a run: what is put right before DeepSpeed starts, and the one place where errors end."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mdpo.console import UTF_8, is_main_process, speak_on_any_terminal
+from mdpo.errors import Preempted, RankFailed, UserError
+from mdpo.runs import failures, preemption
+from mdpo.runs.trackers import of_tracker
+
+FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's lock: only older ones are stale
+
+
+def clear_stale_build_locks() -> list[Path]:
+    """Removes and names the locks that a killed build of a DeepSpeed operator left in the torch extensions folder:
+    every later start would wait on them for ever, without a word. A lock is stale when no process on this machine
+    has it open; what the dead build had started is ended. One process of each machine does this; the others wait on the
+    lock anyway."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
+    several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    removed = []
+    for lock in [p for pattern in ("*/lock", "*/*/lock") for p in _extensions_root().glob(pattern)]:
+        if several_nodes and time.time() - lock.stat().st_mtime < FOREIGN_LOCK_S:
+            print(f"{lock} is there. If no other node builds now, a killed start has left it: remove it if this hangs.")
+            continue
+        # The one who builds has the lock open. Its ninja and compilers do not, and outlive it when it is killed.
+        if not _processes(_has_open, lock.resolve()):
+            for process in _processes(_works_in, lock.resolve().parent):
+                os.kill(process, signal.SIGKILL)
+            lock.unlink(missing_ok=True)
+            removed.append(lock)
+            print(f"Removed {lock}: a killed build of a DeepSpeed operator left it, and every start would hang.")
+    return removed
+
+
+def _extensions_root() -> Path:
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
+
+
+def _processes(wanted: Callable[[Path, Path], bool], path: Path) -> list[int]:
+    """Numbers of the processes on this machine for which `wanted(/proc/NUMBER, path)` holds; not of those that are gone
+    meanwhile, or another user's."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted(process, path):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def _has_open(process: Path, file: Path) -> bool:
+    return any(os.readlink(handle) == str(file) for handle in (process / "fd").iterdir())
+
+
+def _works_in(process: Path, folder: Path) -> bool:
+    return os.readlink(process / "cwd") == str(folder)
+
+
+def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Exit code of `main(argv)`. What a user can mend ends in a short message and exit code 1; with `--debug`, and
+    for every other error, the traceback is shown too; a run that a signal ended has exit code 75. A process of several
+    ends here and does not return."""
+    speak_on_any_terminal()
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    if not is_main_process():
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
+    try:
+        with preemption.listening(), failures.followed():
+            _refuse_undecoded(argv)
+            main(argv)
+    except Preempted as signal_name:
+        if other := failures.other_failure():  # the launcher ends the rest when one rank has failed: no preemption
+            failures.leave_with(RankFailed(f"rank {other['rank']} failed"), debug)
+        preemption.mark()
+        print(f"\nleft because of {signal_name}", file=sys.stderr, flush=True)
+        failures.exit_without_teardown(preemption.EXIT_CODE)  # others may be anywhere: nothing is waited for
+    except Exception as raised:
+        error = of_tracker(raised) or _of_encoding(raised) or raised
+        if failures.several() or _in_process_group():
+            failures.leave_with(error, debug)
+        if not isinstance(error, UserError):
+            raise
+        print(failures.text_of(error, debug), file=sys.stderr, flush=True)
+        return 1
+    if _in_process_group():
+        _destroy_process_group()
+        failures.exit_without_teardown(0)
+    return 0
+
+
+def _of_encoding(error: Exception) -> UserError | None:
+    """What a user reads where a file's name cannot be said to this system; None of any other error."""
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return UserError(f"{error.object!r} is no file name here, where they are {error.encoding}. {UTF_8}")
+    return None
+
+
+def _refuse_undecoded(argv: list[str]) -> None:
+    for word in argv:
+        if any(0xDC80 <= ord(letter) <= 0xDCFF for letter in word):
+            raise UserError(f"{word!r}: its bytes are no text in {sys.getfilesystemencoding()}. {UTF_8}")
+
+
+def _in_process_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _destroy_process_group() -> None:
+    import torch.distributed as dist
+
+    try:
+        dist.destroy_process_group()
+    except Exception as error:  # the run is over; a peer may be gone already
+        print(f"process group: {error}", file=sys.stderr)

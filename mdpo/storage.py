@@ -1,0 +1,45 @@
+"""Files that last: on the disk for certain, with the mode of new ones, and a manifest that says what is whole."""
+
+import json
+import os
+import stat
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def sync(path: Path) -> None:
+    """Returns when a file or a folder's list of names is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def as_new_files(folder: Path) -> None:
+    """Gives `folder`, a file, or every file below it, the mode that a new file gets there, whatever decides it (umask,
+    ACLs): what safetensors writes is for its owner's eyes only. Programs stay programs."""
+    paths = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+    probe = (folder.parent if folder.is_file() else folder) / f"_mode-{uuid.uuid4().hex}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in paths:
+        with suppress(PermissionError):  # not ours, or a file system without modes
+            path.chmod(mode | stat.S_IMODE(path.stat().st_mode) & 0o111)
+
+
+def manifest(folder: Path) -> dict:
+    """Raises ValueError that says what is wrong with it."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no {MANIFEST}: it was not written by this trainer, or not to its end") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from None
+    if not (isinstance(facts, dict) and isinstance(facts.get("files"), dict)):
+        raise ValueError(f"{MANIFEST} is not one of this trainer's")
+    return facts
