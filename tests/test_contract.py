@@ -144,16 +144,20 @@ def trainer_classes(trees) -> list[ast.ClassDef]:
 
 
 def bases(node: ast.ClassDef) -> set[str]:
-    return {ast.unparse(base).split(".")[-1] for base in node.bases}
+    return {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "") for base in node.bases}
 
 
 def methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
     return [part for part in node.body if isinstance(part, ast.FunctionDef)]
 
 
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
 def stored_on_self(tree: ast.AST) -> set[str]:
     stored = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
-    return {n.attr for n in stored if ast.unparse(n.value) == "self"}
+    return {n.attr for n in stored if is_self(n.value)}
 
 
 @cache
@@ -171,7 +175,7 @@ def taken_from_trainer(trees) -> set[str]:
     for tree in trees.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and private(node.attr) and node.attr in known:
-                if id(node) in inside or ast.unparse(node.value) != "self":
+                if id(node) in inside or not is_self(node.value):
                     taken.add(node.attr)
     return taken
 
@@ -192,6 +196,10 @@ def own_names(trees) -> set[str]:
 ASKED_BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "replaced", "setdefault")
 
 
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
 def private_elsewhere(trees) -> dict[str, list[str]]:
     """Private names of others: behind a dot, imported, or asked for by a string -> where."""
     places, own = defaultdict(list), own_names(trees)
@@ -203,7 +211,7 @@ def private_elsewhere(trees) -> dict[str, list[str]]:
             elif isinstance(node, ast.ImportFrom):
                 names = [a.name for a in node.names]
                 names += [node.module] * any(map(private, (node.module or "").split(".")))
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ASKED_BY_NAME:
+            elif isinstance(node, ast.Call) and called(node) in ASKED_BY_NAME:
                 names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             elif isinstance(node, ast.Dict):  # keyword arguments
                 names = [k.value for k in node.keys if isinstance(k, ast.Constant) and isinstance(k.value, str)]
