@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -314,6 +315,83 @@ def test_an_ordinary_user_gets_the_same(tmp_path, monkeypatch):
     forks = "import os, time\nfor _ in range(50):\n    if os.fork() == 0: time.sleep(1000)"
     assert "BlockingIOError" in box.run(forks).output
     child.unlink()
+
+
+INNER = "inner one"  # /proc writes its blank as \\040
+
+
+def with_mounts(folder: str, user: int | None):
+    """For a process between fork and exec: a tmpfs for all to write inside `folder`, and another one inside that, in
+    a mount namespace that ends with the process; then `user` in place of root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, private, nosuid_nodev_noexec = 0x00020000, 16384 | 1 << 18, 2 | 4 | 8
+
+    def done(result):
+        if result:
+            raise OSError(ctypes.get_errno(), "mount")
+
+    def prepare():
+        done(libc.unshare(new_namespace))
+        done(libc.mount(b"none", b"/", None, private, None))
+        for path in (f"{folder}/{INNER}", f"{folder}/{INNER}/deeper"):
+            os.makedirs(path, exist_ok=True)
+            done(libc.mount(b"tmpfs", path.encode(), b"tmpfs", nosuid_nodev_noexec, b"mode=1777"))
+            Path(path, "there").write_text(path[-5:])
+        if user is not None:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+
+    return prepare
+
+
+WRITES = """
+import ctypes, os
+for place in ({0!r}, {0!r} + '/deeper'):
+    try:
+        print(open(place + '/there').read(), end=' ')
+        print(open(place + '/new', 'w').write('x'))
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+@root_only
+@pytest.mark.parametrize("user", [None, UNPRIVILEGED], ids=["root", "ordinary user"])
+def test_mounts_inside_bound_folders_are_read_only_too(user, monkeypatch, request):
+    """Each has flags of its own, which a recursive bind keeps."""
+    folder = Path(sandbox.tempfile.mkdtemp())  # pytest's own folders are for one user
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    folder.chmod(0o755)
+    inner = f"{folder}/{INNER}"
+    os.mkdir(inner)
+    try:
+        outside = subprocess.run(
+            ["/usr/bin/python3", "-c", WRITES.format(inner)],
+            preexec_fn=with_mounts(str(folder), user),
+            capture_output=True,
+            text=True,
+        )
+    except subprocess.SubprocessError:
+        pytest.skip("mounting is not permitted here")
+    assert outside.stdout == "r one 1\neeper 1\n"  # writable where nothing is kept apart
+    child = folder / "child.py"
+    child.write_text(sandbox.CHILD.read_text())
+    popen = subprocess.Popen
+
+    def started(*args, cwd, **kwargs):
+        for path in (cwd, f"{cwd}/main.py"):
+            os.chown(path, user or 0, user or 0)
+        return popen(*args, cwd=cwd, preexec_fn=with_mounts(str(folder), user), **kwargs)
+
+    monkeypatch.setattr(sandbox.subprocess, "Popen", started)
+    monkeypatch.setattr(sandbox, "CHILD", child)
+    monkeypatch.setattr(sandbox.sys, "executable", "/usr/bin/python3")
+    monkeypatch.setattr(sandbox.sys, "base_prefix", "/usr")
+    monkeypatch.setattr(sandbox.sys, "base_exec_prefix", "/usr")
+    monkeypatch.setattr(sandbox.sysconfig, "get_path", lambda name: str(folder))
+    refused = "Read-only file system"
+    assert Sandbox(Limits(seconds=LONG)).run(WRITES.format(inner)).output == f"r one {refused}\neeper {refused}\n"
 
 
 @root_only

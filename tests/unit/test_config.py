@@ -531,11 +531,27 @@ def test_detection_follows_recipe_and_launcher(monkeypatch):
     assert precision_module.cpu_only({})
 
 
-@pytest.mark.parametrize(("flags", "units"), [("fpu avx512_bf16 sse", True), ("fpu amx_bf16", True), ("avx2", False)])
-def test_bf16_units_from_cpuinfo(monkeypatch, flags, units):
+@pytest.mark.parametrize(
+    ("capabilities", "units"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": False}, False),
+    ],
+)
+def test_bf16_units(monkeypatch, capabilities, units):
     monkeypatch.undo()
-    monkeypatch.setattr(Path, "read_text", lambda self, *args, **kwargs: f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     assert precision_module.cpu_has_bf16() is units
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no /proc/cpuinfo to compare with")
+def test_torch_knows_the_bf16_units_that_the_kernel_lists(monkeypatch):
+    monkeypatch.undo()
+    listed = {"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert precision_module.cpu_has_bf16() is bool(listed)
 
 
 # ---------------------------------------------------------------- the recipes and classes themselves
