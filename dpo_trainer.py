@@ -30,7 +30,7 @@ from mdpo.data.rows import refuse_missing_margins
 from mdpo.data.sampler import LongestFirst, pair_tokens
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError
-from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
+from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpacked
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.layout import Layout, packing_refused
@@ -63,6 +63,7 @@ from mdpo.reference.model import (
 from mdpo.reporting.model_card import write_card
 from mdpo.rollouts.load_policy import starting_policy
 from mdpo.runs.guarded_trainer import GuardedTrainer
+from mdpo.types import PairBatch
 
 AnyDataset = Dataset | IterableDataset
 NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows"
@@ -421,9 +422,8 @@ class DPOTrainer(GuardedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of this rank's pairs, a scalar; with `return_outputs` also their PairLogps."""
-        batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
+        batch = PairBatch.of(inputs)
         self.batch_in_hand = batch  # for the message where memory runs out
-        n = n_pairs(batch)
         if self.args.disable_dropout and self.model.training and not self._noise_checked:
             refuse_noise(model, self.accelerator, batch)
             self._noise_checked = True
@@ -432,18 +432,18 @@ class DPOTrainer(GuardedTrainer):
         )
         reference_logps = self._reference_logps(model, batch)
 
-        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, n, self.args.ld_alpha)
-        ############## MODIFICATION 7: turn weights. `score_weight` of the batch multiplies both models' log-probs.
-        policy = sum_by_pair(scores.logps, batch, n, weights)
-        own = sum_by_pair(scores.logps, batch, n)
-        reference = sum_by_pair(reference_logps, batch, n, weights)
+        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, self.args.ld_alpha)
+        ############## MODIFICATION 7: turn weights. `turn_weight` of the batch multiplies both models' log-probs.
+        policy = sum_by_pair(scores.logps, batch, weights)
+        own = sum_by_pair(scores.logps, batch)
+        reference = sum_by_pair(reference_logps, batch, weights)
         ############## MODIFICATION 7 END
         terms = PairTerms(policy, reference, own, self.loss_settings)
         ############## MODIFICATION 5: margins from the data.
         if self.loss_settings.margin_scale:
-            if "margin" not in batch:
+            if batch.margin is None:
                 raise UserError("margin_scale: a pair of this batch has no `margin`.")
-            terms.margin = batch["margin"]
+            terms.margin = batch.margin
         ############## MODIFICATION 5 END
         ############## MODIFICATION 6: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.
         if "kto_pair" in self.loss_settings.loss_type:
@@ -451,7 +451,7 @@ class DPOTrainer(GuardedTrainer):
         ############## MODIFICATION 6 END
         losses = pair_losses(terms)
         if self.args.use_weighting:
-            losses = losses * policy_weights(scores, batch, n)
+            losses = losses * policy_weights(scores, batch)
         ############## MODIFICATION 2: the RPO term, added to each pair's loss.
         nll = nll_loss(own.chosen, own.chosen_tokens)
         if self.loss_settings.nll_coefficient:
@@ -463,12 +463,12 @@ class DPOTrainer(GuardedTrainer):
         mode = "train" if self.model.training else "eval"
         turns = None
         ############## MODIFICATION 13: margins and accuracy by turn; TRL has those of whole sides.
-        if self.render_settings.mask_turns and "score_turn" in batch:
+        if self.render_settings.mask_turns and batch.turn is not None:
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
         ############## MODIFICATION 13 END
         self._tables[mode].append(pair_table(batch, scores, losses, terms, nll, turns))
         if mode == "train":
-            self._train_tokens += n_tokens(batch)
+            self._train_tokens += batch.n_tokens
         ############## MODIFICATION 11: a step that is not finite is not applied, and its rows are named.
         loss = self.guarded(losses.mean().float())
         ############## MODIFICATION 11 END
@@ -481,9 +481,9 @@ class DPOTrainer(GuardedTrainer):
             return data.to(self.args.device)
         return super()._prepare_input(data)
 
-    def _reference_logps(self, model, batch) -> torch.Tensor:
-        if "score_reference" in batch:
-            return batch["score_reference"]
+    def _reference_logps(self, model, batch: PairBatch) -> torch.Tensor:
+        if batch.reference_logp is not None:
+            return batch.reference_logp
         if self.args.precompute_ref_log_probs:
             raise UserError(
                 "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
@@ -501,14 +501,14 @@ class DPOTrainer(GuardedTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
         self.refuse_when_asked_to_leave()
-        inputs = self._prepare_inputs(inputs)
+        inputs = PairBatch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
                 return loss, None, None
-            padded = unpacked(inputs, self.layout.pad_token_id) if "segments" in inputs else inputs
-            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
-        return loss, logits, padded["input_ids"]
+            padded = unpacked(inputs, self.layout.pad_token_id) if inputs.is_packed else inputs
+            logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+        return loss, logits, padded.input_ids
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """On the given sets, raw or tokenised, or on the trainer's own."""
@@ -586,10 +586,3 @@ def _say(args: DPOConfig, *lines: str) -> None:
 
 def _reference_name(args: DPOConfig) -> str | None:
     return getattr(args, "ref_model_name_or_path", None)
-
-
-def _ids_and_mask(inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch from another collator, such as TRL's: ids and completion mask, (2B, T) each."""
-    if "completion_mask" not in inputs:
-        raise UserError("data_collator: its batches need input_ids, attention_mask and completion_mask, as TRL's have.")
-    return inputs["input_ids"], inputs["completion_mask"]

@@ -279,7 +279,7 @@ def scored(monkeypatch):
         batches.append(len(batch["row"]))
         return score(reference, policy, accelerator, batch, *args)
 
-    monkeypatch.setattr(dpo_trainer, "score_reference", counted)
+    monkeypatch.setattr(dpo_trainer, "reference_logp", counted)
     return batches
 
 
@@ -358,11 +358,11 @@ def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, sco
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(dpo_trainer, "score_reference", killed)
+    monkeypatch.setattr(dpo_trainer, "reference_logp", killed)
     options = {"precompute_ref_batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         run(folders, tokenizer, **options)
-    monkeypatch.setattr(dpo_trainer, "score_reference", score)
+    monkeypatch.setattr(dpo_trainer, "reference_logp", score)
     shards = sorted((folders / "cache").glob("*/*.safetensors"))
     assert len(shards) == 5
     os.truncate(shards[0], 100)
@@ -446,13 +446,15 @@ def test_two_ranks_share_the_work_and_run_equally_often(tmp_path, monkeypatch):
     def collator(rows):
         n = len(rows)
         both = torch.arange(2 * n)
-        return {"score_pair": both % n, "score_side": both // n, "ids": torch.tensor([row["row"] for row in rows])}
+        number = torch.tensor([row["row"] for row in rows])
+        ids = torch.zeros(2 * n, 2, dtype=torch.long)
+        return {"input_ids": ids, "logp_position": 2 * both, "pair": both % n, "side": both // n, "row": number}
 
     for rank in (0, 1):
 
         def score(batch, rank=rank):
             calls[rank] += 1
-            return torch.cat([batch["ids"], batch["ids"] + 10]).float()
+            return torch.cat([batch.row, batch.row + 10]).float()
 
         monkeypatch.setattr(reference_cache, "_computed", lambda *args: kept.append(COMPUTED(*args)) or kept[-1])
         with pytest.raises(KeyError, match="2 pairs without" if rank == 0 else "3 pairs without"):
@@ -513,7 +515,7 @@ def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folder
         batches.append([prefix + max(chosen, rejected) for prefix, chosen, rejected in batch["segments"]])
         return score(reference, policy, accelerator, batch, *args)
 
-    monkeypatch.setattr(dpo_trainer, "score_reference", watched)
+    monkeypatch.setattr(dpo_trainer, "reference_logp", watched)
     monkeypatch.setattr(dpo_trainer, "cached_length", lambda config: limit)
     run(folders, tokenizer)
     assert all(len({length > limit for length in batch}) == 1 for batch in batches)
