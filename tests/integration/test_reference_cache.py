@@ -16,7 +16,6 @@ from tiny import agent_rows, tiny_llama
 from trainers import own, trainer_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-import dpo_trainer
 import mdpo.reference.frozen
 from dpo_trainer import DPOTrainer
 from mdpo.config.parsing import ROOT
@@ -279,7 +278,7 @@ def scored(monkeypatch):
         batches.append(len(batch["row"]))
         return score(reference, policy, accelerator, batch, *args)
 
-    monkeypatch.setattr(dpo_trainer, "reference_logp", counted)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", counted)
     return batches
 
 
@@ -360,11 +359,11 @@ def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, sco
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(dpo_trainer, "reference_logp", killed)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", killed)
     options = {"precompute_ref_batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         run(folders, tokenizer, **options)
-    monkeypatch.setattr(dpo_trainer, "reference_logp", score)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", score)
     shards = sorted((folders / "cache").glob("*/*.safetensors"))
     assert len(shards) == 5
     os.truncate(shards[0], 100)
@@ -517,8 +516,8 @@ def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folder
         batches.append([prefix + max(chosen, rejected) for prefix, chosen, rejected in batch["segments"]])
         return score(reference, policy, accelerator, batch, *args)
 
-    monkeypatch.setattr(dpo_trainer, "reference_logp", watched)
-    monkeypatch.setattr(dpo_trainer, "cached_length", lambda config: limit)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", watched)
+    monkeypatch.setattr(mdpo.reference.frozen, "cached_length", lambda config: limit)
     run(folders, tokenizer)
     assert all(len({length > limit for length in batch}) == 1 for batch in batches)
     first = sorted(length for batch in batches for length in batch)
