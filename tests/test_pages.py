@@ -229,6 +229,26 @@ def test_wrong_links_and_paths_are_found():
     assert len(PAGES) > 15 and len(OTHERS) > 15 and "launch.slurm" in names()
 
 
+def uneven_rows(text: str) -> list[str]:
+    """Rows of tables with more or fewer cells than the row before: an unescaped | in a cell moves all that follow."""
+    uneven, cells = [], 0
+    for line in text.splitlines():
+        count = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        if count and cells and count != cells:
+            uneven.append(line)
+        cells = count
+    return uneven
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)
+def test_tables_are_even(page):
+    assert not uneven_rows(page.read_text(encoding="utf-8"))
+
+
+def test_an_uneven_table_is_found():
+    assert uneven_rows("| a | b |\n|---|---|\n| 1 | x \\| y |\n| 2 | x | y |\n\n| a |\n|---|\n") == ["| 2 | x | y |"]
+
+
 # ---- what pages say
 
 
