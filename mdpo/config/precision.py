@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,8 @@ def cpu_has_bf16() -> bool:
     MDPO_CPU_BF16=1 keeps half precision all the same: a few steps on a CPU, to see what a GPU will compute."""
     if os.environ.get("MDPO_CPU_BF16") == "1":
         return True
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    units = torch.cpu.get_capabilities()
+    return any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: of ARM
 
 
 def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:

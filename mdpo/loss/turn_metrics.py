@@ -1,7 +1,7 @@
 """A pair's rewards split by turn. A turn is a run of supervised tokens: an assistant message and its end-of-turn token.
 
-Turns are numbered from 0 in tensors and from 1 in names of figures. Behind COLUMNS of `mdpo.loss.metrics` a pair's table
-has four numbers for each turn: chosen reward, rejected reward, chosen tokens, rejected tokens, so that tables of
+Turns are numbered from 0 in tensors and from 1 in names of figures. Behind COLUMNS of `mdpo.loss.metrics` a pair's
+table has four numbers for each turn: chosen reward, rejected reward, chosen tokens, rejected tokens, so that tables of
 different numbers of turns are joined by zeros at their right.
 """
 
