@@ -18,6 +18,7 @@ from mdpo.errors import UserError
 from mdpo.forward.compiled_ops import compiled
 from mdpo.forward.lm_head import Head, HeadTransform, chunk_statistics, logits_gradient, plus, plus_product, slices
 from mdpo.forward.packed_attention import Segments, remember_attention, switch
+from mdpo.types import PairBatch
 
 # Of float32 logits held at a time. On a GPU each chunk's backward reads and writes the weight's float32 gradient, 8
 # bytes a weight, for 2 FLOPs a weight and token: an H100 (990 TFLOP/s, 3.35 TB/s, by its data sheet) computes for as
@@ -100,7 +101,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
 
 def enable_scoring(model, fused: bool = False) -> None:
-    """Lets `model(input_ids=…, score_index=…, score_target=…)` return TokenScores. Called without `score_index` the
+    """Lets `model(input_ids=…, logp_position=…, label=…)` return TokenScores. Called without `logp_position` the
     model's own forward runs, so generation and saving are unchanged. Give the model before any PEFT wrapping, or its
     `get_base_model()`. Raises UserError for an LM head that carries its own adapter.
 
@@ -117,18 +118,18 @@ def enable_scoring(model, fused: bool = False) -> None:
         return max(64, CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES) // (4 * config.vocab_size))
 
     @functools.wraps(own_forward)  # generate() checks its arguments against this signature
-    def forward(*args, score_index=None, score_target=None, score_length=None, score_collision=False, **kwargs):
+    def forward(*args, logp_position=None, label=None, score_length=None, score_collision=False, **kwargs):
         segments = kwargs.get("segments")
         switch(model, packed=segments is not None)
-        if score_index is None:
+        if logp_position is None:
             return own_forward(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes labels=None
         kwargs["use_cache"] = False
         outputs = _body(model)(*args, **kwargs)
         hidden = outputs.last_hidden_state[:, -score_length:]
-        hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
+        hidden = hidden.reshape(-1, hidden.size(-1))[logp_position.to(hidden.device)]
         head = _plain_head(model)
-        with _chunked(head, score_target.to(hidden.device), transform, chunk(hidden.device), score_collision, fused):
+        with _chunked(head, label.to(hidden.device), transform, chunk(hidden.device), score_collision, fused):
             scores = TokenScores(*head(hidden))
         if kwargs.get("output_router_logits"):
             counts = (
@@ -210,15 +211,15 @@ def _chunked(head, *settings):
             head.forward = before
 
 
-def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_loss=False) -> TokenScores:
+def score_tokens(model, batch: PairBatch, collision=False, aux_loss=False) -> TokenScores:
     """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare). Of a packed
     batch shared tokens are computed once and returned for each side."""
-    names = ("input_ids", "attention_mask", "position_ids", "score_index", "score_target")
+    names = ("input_ids", "attention_mask", "position_ids", "logp_position", "label")
     asked = {"score_collision": collision, "output_router_logits": aux_loss}
     inputs = {name: batch[name] for name in names if name in batch} | {name: True for name in asked if asked[name]}
-    if "segments" not in batch:
-        return model(**inputs, score_length=batch["input_ids"].size(1))
-    segments = Segments(batch["segments"])
-    once = model(**inputs, score_length=batch["input_ids"].size(1), segments=segments)
-    both = {name: x if name == "aux_loss" else x.index_select(0, batch["score_source"]) for name, x in once.items()}
+    if not batch.is_packed:
+        return model(**inputs, score_length=batch.input_ids.size(1))
+    segments = Segments(batch.segments)
+    once = model(**inputs, score_length=batch.input_ids.size(1), segments=segments)
+    both = {name: x if name == "aux_loss" else x.index_select(0, batch.unique_index) for name, x in once.items()}
     return TokenScores(**both)

@@ -108,7 +108,7 @@ class Skeleton:
         """log-probs (S,) of a batch of `pairs` whose sides have `length` tokens each."""
         row = (1, 2 * pairs * length) if self.packed else (2 * pairs, length)
         scored = torch.empty(2 * pairs * (length - 1), dtype=torch.int64)
-        inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "score_index": scored, "score_target": scored}
+        inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "logp_position": scored, "label": scored}
         if self.packed:
             inputs["position_ids"] = torch.empty(row, dtype=torch.int64)
             inputs["segments"] = Segments([[0, length, length]] * pairs)
