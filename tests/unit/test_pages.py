@@ -318,6 +318,19 @@ def test_a_newcomer_s_way_is_short(title, most):
     assert 4 <= len({match[2] for match in files}) == len(files) <= most
 
 
+def test_readme_names_every_recipe():
+    """`full`, `lora` is config_full.yaml, config_lora.yaml; `iter2_` and `iter3_` with `moved` or `fixed` is all four."""
+    rows = re.findall(r"^\| `([\w.-]+)` \| .* \| (`.*) \|$", read("README.md"), re.MULTILINE)
+    assert {family for family, _ in rows} == {path.name for path in (ROOT / "recipes").iterdir()}
+    for family, cell in rows:
+        named = set(re.findall(r"`(\w+)`", cell))
+        before = {name for name in named if name.endswith("_")}
+        after = {name for name in named if name.endswith("_reference")}
+        named = named - before - after | {a + b for a in before for b in after}
+        files = (ROOT / "recipes" / family / "dpo").glob("config_*.yaml")
+        assert named == {path.stem.removeprefix("config_") for path in files}, family
+
+
 def test_the_six_files_to_read_first():
     table = read("README.md").partition("## Read these six files first")[2].partition("\n## ")[0]
     assert len(re.findall(r"^\| `[\w/]+\.py` \| \S", table, re.MULTILINE)) == 6
