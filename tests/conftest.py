@@ -1,5 +1,6 @@
 """Nothing that a test run leaves behind is met by another one, or by a user: caches go to a folder of their own."""
 
+import ast
 import atexit
 import os
 import shutil
@@ -9,17 +10,23 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("launches", "mask_checks", "packed_pairs", "slurm_job", "trainers", "varlen_stand_ins")
+TESTS = Path(__file__).parent
 
-if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent test run that starts processes
+if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent: a test that starts processes, or the first of pytest -n
     os.environ["MDPO_TEST_HF_HOME"] = tempfile.mkdtemp(prefix="mdpo-tests-")
     atexit.register(shutil.rmtree, os.environ["MDPO_TEST_HF_HOME"], ignore_errors=True)
-os.environ["HF_HOME"] = os.environ["MDPO_TEST_HF_HOME"]
+# Each worker has caches of its own. DeepSpeed's operator is built once for all: torch locks its folder.
+os.environ["HF_HOME"] = os.path.join(os.environ["MDPO_TEST_HF_HOME"], os.environ.get("PYTEST_XDIST_WORKER", "main"))
+os.environ.setdefault("MDPO_TEST_EXTENSIONS", os.path.join(os.environ["MDPO_TEST_HF_HOME"], "extensions"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; and several threads add up in any order
 
 
 @pytest.fixture(scope="session")
-def extensions(tmp_path_factory) -> Path:
-    """Where DeepSpeed builds its operator in this session; nobody else's lock can be met there."""
-    return Path(os.environ.get("MDPO_TEST_EXTENSIONS") or tmp_path_factory.mktemp("extensions"))
+def extensions() -> Path:
+    """Where DeepSpeed builds its operator in this run; nobody else's lock can be met there."""
+    folder = Path(os.environ["MDPO_TEST_EXTENSIONS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -38,3 +45,16 @@ def pytest_collection_modifyitems(items):
     if needs and not torch.cuda.is_available():
         for item in needs:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU (bash benchmarks/gpu_check.sh runs it)"))
+
+
+def functions(folder: str) -> int:
+    """Test functions of a folder, told without an import."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (TESTS / folder).glob("test_*.py")]
+    return sum(isinstance(n, ast.FunctionDef) and n.name.startswith("test_") for tree in trees for n in ast.walk(tree))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """`make quick` says what it has not looked at."""
+    if [Path(argument).resolve() for argument in config.args] == [TESTS / "unit"]:
+        left = ", ".join(f"{functions(folder)} in {folder}" for folder in ("integration", "faults"))
+        terminalreporter.write_line(f"left out: test functions, {left}, and slow ones: make test, make test-slow")

@@ -236,7 +236,11 @@ def test_user_error_ends_a_launch_with_a_short_message(workshop, extensions, tmp
 
 def test_zero3_gathers_the_head_once_each_way_whatever_the_counts(extensions, tmp_path):
     """Rank 0 scores two chunks of tokens while rank 1 scores none: one gather per chunk would crash here."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
          str(ROOT / "tests/helpers/zero3_head_worker.py"), str(tmp_path / "found.json")],
