@@ -1,13 +1,15 @@
 """The containers that travel between the stages."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from mdpo.errors import UserError
 
+SIDES = ("chosen", "rejected")
 Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, tool_call_id
 
 
@@ -199,6 +201,19 @@ class PairLogps:
     rejected_tokens: Tensor
 
 
-def common_prefix(a, b) -> int:
+def turn_begins(mask: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+    """Whether a turn, a run of ones, begins at each place of a mask (T,): bool (T,). Of several masks one behind the
+    other `rows` are the places where they begin: there a run ends, though the next mask may go on with a one.
+
+    Example: [0, 1, 1, 0, 1] -> true at 1 and 4; with rows [0, 2] at 1, 2 and 4.
+    """
+    ones = np.asarray(mask, bool)
+    before = np.zeros_like(ones)
+    before[1:] = ones[:-1]
+    before[np.asarray(rows, np.int64)] = False
+    return ones & ~before
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
     """Length of the longest common prefix of two sequences."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mdpo.types import PairBatch
+from mdpo.types import SIDES, PairBatch, turn_begins
 
 CHOSEN, REJECTED = 0, 1
-SIDES = ("chosen", "rejected")
 REFERENCE = {side: f"reference_{side}_logps" for side in SIDES}  # columns of log-probs, one for each scored token
 
 
@@ -124,8 +123,7 @@ def _turns(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         scored = np.asarray(row[f"{side}_mask"][1:], bool)
         weights = row.get(f"{side}_weights")
         counts = scored & (np.asarray(weights[1:]) != 0) if weights else scored
-        begins = counts & ~np.concatenate([[False], counts[:-1]])
-        number = np.maximum(np.cumsum(begins) - 1, 0)
+        number = np.maximum(np.cumsum(turn_begins(counts)) - 1, 0)
         numbers.append(number[scored])
         tokens.append(np.bincount(number[counts]))
     table = np.zeros((len(tokens), max(1, *map(len, tokens))), np.int64)

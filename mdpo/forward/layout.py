@@ -11,7 +11,7 @@ from mdpo.console import first_line, say
 from mdpo.errors import UserError
 from mdpo.forward.collators import first_pairs, unpacked
 from mdpo.forward.layout_check import Watch, misplaced, shifted
-from mdpo.forward.modes import evaluating
+from mdpo.forward.modes import base_model, evaluating
 from mdpo.forward.packed_attention import noting_refusals, refused
 from mdpo.forward.token_logps import score_tokens, scored_beside
 from mdpo.types import PairBatch
@@ -30,7 +30,7 @@ def packing_refused(model) -> str | None:
     """Why the model, PEFT's wrapper included, cannot be given packed rows; None where it can."""
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         return "prompt-learning PEFT puts tokens of its own before the row"
-    return refused(_base(model))
+    return refused(base_model(model))
 
 
 class Layout:
@@ -62,7 +62,7 @@ class Layout:
         ids = batch.input_ids[:1][mask][None, :HEAD_TOKENS]
         n = ids.size(1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with scored_beside(_base(inner), ids[0, 1:]) as found:
+        with scored_beside(base_model(inner), ids[0, 1:]) as found:
             logits = model(**inputs).logits[0, -n:-1].float()
         reason = (
             head_disagreement(found[0], logits, ids[0, 1:], inner.dtype)
@@ -87,7 +87,7 @@ class Layout:
 
     def _compare(self, model, inner, batch: PairBatch) -> str | None:
         """What speaks against the packed layout."""
-        padded, watch = unpacked(batch, self.pad_token_id), Watch(_base(inner), batch)
+        padded, watch = unpacked(batch, self.pad_token_id), Watch(base_model(inner), batch)
         with watch.looking():
             wanted = score_tokens(model, padded).logps
         again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
@@ -142,7 +142,3 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def _computed(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     on = x.device.type
     return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else dtype
-
-
-def _base(model):
-    return model.get_base_model() if hasattr(model, "peft_config") else model

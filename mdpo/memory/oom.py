@@ -136,8 +136,7 @@ def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: l
 def report(error, batch, recipe, sharding, seen, plan=None, keys=None, argv=None, not_planned=None) -> str:
     """The whole message. `batch` is a collator's, or None; `keys` the `key` column of its set, which its `row` numbers
     count in; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` the command line behind run_dpo.py."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    lines = [f"Out of memory: {said[0]}", f"  seen: {seen}"]
+    lines = [f"Out of memory: {first_line(error, innermost=False)}", f"  seen: {seen}"]
     if batch is not None:
         lines.append(f"  batch: {describe_batch(batch, keys)}")
     if plan is not None:

@@ -25,11 +25,10 @@ from tqdm.auto import tqdm
 from mdpo.console import say
 from mdpo.data.tokenize import side_lengths
 from mdpo.errors import UserError
-from mdpo.forward.collators import SIDES
 from mdpo.ranks import gathered
 from mdpo.reference.logp_columns import Columns, Distinct, Piece
 from mdpo.storage import as_new_files, sync
-from mdpo.types import PairBatch
+from mdpo.types import SIDES, PairBatch
 
 SHARD_S = 30  # seconds of work that a killed pass loses at most
 Sides = tuple[np.ndarray, np.ndarray]  # log-probs of chosen and of rejected, float32
