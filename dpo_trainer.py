@@ -34,6 +34,7 @@ from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpa
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.layout import Layout, packing_refused
+from mdpo.forward.modes import base_model
 from mdpo.forward.pair_logps import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.functions import nll_loss
@@ -94,7 +95,7 @@ class DPOTrainer(ResumableTrainer):
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
-        compiled = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        compiled = self._enable_scoring(base_model(model), args)
         self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         # TRL's names for both
