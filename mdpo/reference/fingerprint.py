@@ -10,7 +10,7 @@ import xxhash
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from mdpo.forward.packed_attention import own_attention
+from mdpo.forward.scoring_head import own_attention
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 BESIDE = ("config.json", "adapter_config.json", "*.py")  # remote code counts too
