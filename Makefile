@@ -1,6 +1,6 @@
 # make quickstart | test | test-all | style | quality
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p; done 2>/dev/null | head -1)
+PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
 

@@ -1,11 +1,12 @@
 """DPOTrainer in TRL 1.16's interface, patched for multi-turn DPO (M-DPO, arXiv 2409.02392).
 
-With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; with `mdpo.config.schema.MDPOConfig` the departures are on.
-Each departure stands between two MODIFICATION lines. The mathematics is in `mdpo/loss/functions.py`, masks are in
-`mdpo/masking/loss_mask.py`.
+With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; `mdpo.config.schema.MDPOConfig` switches the departures on.
+Each one stands once between two MODIFICATION lines, numbered in reading order; docs/trl-differences.md says why. What
+they call is elsewhere: masks in `mdpo/masking/loss_mask.py`, batches and the forward pass in `mdpo/forward/`, the
+mathematics in `mdpo/loss/functions.py`, the frozen model in `mdpo/reference/frozen.py`, checkpoints, resume and
+non-finite steps in `mdpo/runs/`.
 """
 
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,11 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from trl import DPOConfig
 
-from mdpo.config.caches import default_folder
 from mdpo.config.model_folders import refuse_frozen, refuse_objects
-from mdpo.config.precision import engine_dtype, in_float32
+from mdpo.config.precision import in_float32
 from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_steps
-from mdpo.console import first_line
+from mdpo.console import say
 from mdpo.data.positions import learned_positions, refuse_long_rows
 from mdpo.data.rows import refuse_missing_margins
 from mdpo.data.sampler import LongestFirst, pair_tokens
@@ -34,42 +34,30 @@ from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpa
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.layout import Layout, packing_refused
-from mdpo.forward.modes import evaluating
 from mdpo.forward.pair_logps import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.functions import nll_loss
 from mdpo.loss.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
+from mdpo.loss.pair_tables import PairTables
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
-from mdpo.loss.turn_metrics import joined, turn_rewards
+from mdpo.loss.turn_metrics import turn_rewards
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.masking.tokenizer import fast_tokenizer, refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
-from mdpo.ranks import agreed, first_of_node
-from mdpo.reference.fingerprint import cached_length, named_digest, reference_identity, weights_digest
-from mdpo.reference.logp_cache import ReferenceCache, precompute
-from mdpo.reference.model import (
-    OWN_ADAPTER,
-    MoveReference,
-    build_reference,
-    drop_weights,
-    keep_own_adapter,
-    load_moved,
-    lost_in_sync,
-    partitioned,
-    place_reference,
-    refuse_sync,
-    save_moved,
-    score_reference,
-)
+from mdpo.ranks import first_of_node
+from mdpo.reference.frozen import Reference
+from mdpo.reference.model import keep_own_adapter, load_moved, save_moved
 from mdpo.reporting.model_card import write_card
 from mdpo.rollouts.load_policy import starting_policy
-from mdpo.runs.guarded_trainer import GuardedTrainer
+from mdpo.runs.checkpoints import writing
+from mdpo.runs.nonfinite_guard import NonfiniteGuard
+from mdpo.runs.resumable_trainer import ResumableTrainer
 from mdpo.types import PairBatch
 
 AnyDataset = Dataset | IterableDataset
 NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows"
 
 
-class DPOTrainer(GuardedTrainer):
+class DPOTrainer(ResumableTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) over the tokens that the policy itself produced.
 
     Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data/rows.py`) or already
@@ -94,20 +82,19 @@ class DPOTrainer(GuardedTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = self._default_args(model) if args is None else args
+        args = MDPOConfig.with_trl_behaviour(self._default_args(model) if args is None else args)
         refuse_inputs(model, ref_model, args, train_dataset, processing_class)
         refuse_objects(model, ref_model)
-        for line in check_options(args, peft_config):
-            _say(args, line)
+        say(*check_options(args, peft_config))
 
         set_seed(args.seed)  # before the model: new adapters start at random
-        self._policy_name = model if isinstance(model, str) else None
+        policy_name = model if isinstance(model, str) else None
         model = starting_policy(model, args, quantization_config)
         processing_class = processing_class or self._load_tokenizer(model, args)
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
-        self._fused = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        compiled = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
         self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         # TRL's names for both
@@ -119,7 +106,7 @@ class DPOTrainer(GuardedTrainer):
         self.render_settings = RenderSettings(
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            mask_turns=isinstance(args, MDPOConfig) and args.mask_user_turns,
+            mask_turns=args.mask_user_turns,
         )
         ############## MODIFICATION 1 END
         self.drop_counts: dict[str, DropCounts] = {}
@@ -136,9 +123,14 @@ class DPOTrainer(GuardedTrainer):
         if args.disable_dropout:
             disable_dropout(self.model)
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
-        self._reference_source, self._reference_made = (ref_model, quantization_config), False
-        self._set_up_reference()
-        self._noise_checked, self._train_tokens = False, 0  # tokens since the start, of this rank
+        self._set_up_reference(policy_name, ref_model, quantization_config, compiled)
+        self._noise_checked, self._sampler = False, None
+        self.tables = PairTables(args.device)
+        ############## MODIFICATION 2: non-finite steps are skipped, and their rows are named; TRL logs NaN as 0 and
+        # goes on with NaN weights.
+        self.nonfinite = NonfiniteGuard(args, self.tables)
+        ############## MODIFICATION 2 END
+        self.rank_parts |= {"tables": self.tables, "nonfinite": self.nonfinite}
 
     # ------------------------------------------------------------------------------------------------ set-up
 
@@ -149,15 +141,15 @@ class DPOTrainer(GuardedTrainer):
 
     @staticmethod
     def _enable_scoring(model, args: DPOConfig) -> bool:
-        """Gives the model its scoring head; whether its elementwise work is compiled."""
-        fused = False
-        ############## MODIFICATION 9: elementwise work compiled, one pass over memory each.
-        if getattr(args, "fused_ops", False):
-            fused, line = fuse(model, args.device)
-            _say(args, *([line] if line else []))
-        ############## MODIFICATION 9 END
-        enable_scoring(model, fused)
-        return fused
+        """Gives the model its scoring head; whether its norms and activations are compiled."""
+        compiled = False
+        ############## MODIFICATION 3: norms, gated activations and the LM head's softmax compiled (torch.compile).
+        if args.fused_ops:
+            compiled, line = fuse(model, args.device)
+            say(*([line] if line else []))
+        ############## MODIFICATION 3 END
+        enable_scoring(model, compiled)
+        return compiled
 
     @staticmethod
     def _load_tokenizer(model, args: DPOConfig) -> PreTrainedTokenizerBase:
@@ -196,7 +188,7 @@ class DPOTrainer(GuardedTrainer):
                 raise UserError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
             if args.deepspeed_plugin is None:
                 in_float32(model)
-        elif isinstance(model, PeftModel) and ref_model is None and not _reference_name(args):
+        elif isinstance(model, PeftModel) and ref_model is None and not args.ref_model_name_or_path:
             keep_own_adapter(model)
         if isinstance(model, PeftModel) and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else no gradient reaches a checkpointed layer: embeddings are frozen
@@ -209,13 +201,13 @@ class DPOTrainer(GuardedTrainer):
 
     @staticmethod
     def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
-        ############## MODIFICATION 8: the tokens that both sides share are computed once, in rows without padding.
-        if getattr(args, "shared_prefix", False):
+        ############## MODIFICATION 4: the tokens that both sides share are computed once, in rows without padding.
+        if args.shared_prefix:
             why = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
             if why is None:
                 return PackedCollator()
-            _say(args, f"shared_prefix: off for {type(model).__name__}: {why}.")
-        ############## MODIFICATION 8 END
+            say(f"shared_prefix: off for {type(model).__name__}: {why}.")
+        ############## MODIFICATION 4 END
         return PairCollator(pad_token_id, args.pad_to_multiple_of)
 
     def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
@@ -241,181 +233,92 @@ class DPOTrainer(GuardedTrainer):
                 dataset, self.drop_counts[name] = tokenize_dataset(
                     dataset, tokenizer, self.render_settings, name, args.dataset_num_proc
                 )
-            _say(args, *self.drop_counts[name].lines())
-        ############## MODIFICATION 5: margins from the data.
+            say(*self.drop_counts[name].lines())
         refuse_missing_margins(args, dataset, name)
-        ############## MODIFICATION 5 END
         refuse_long_rows(dataset, name, self._positions, args)
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
-        ############## MODIFICATION 12: the longest pairs come first, so that memory runs out in the first minute.
-        if isinstance(self.args, MDPOConfig) and self.args.train_sampling_strategy == "random":
+        ############## MODIFICATION 5: the longest pairs come first, so that memory runs out in the first minute.
+        if not self.args.of_trl and self.args.train_sampling_strategy == "random":
             rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
             if isinstance(rows, Dataset):
                 pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
                 seed = args.seed if args.data_seed is None else args.data_seed
                 self._sampler = LongestFirst(*pair_tokens(rows), pairs, seed)
                 return self._sampler
-        ############## MODIFICATION 12 END
+        ############## MODIFICATION 5 END
         return super()._get_train_sampler(train_dataset)
+
+    def begin_epoch(self, epoch: int) -> None:
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
 
     def _set_signature_columns_if_needed(self):
         sides = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("ids", "mask", "weights")]
         self._signature_columns = [*sides, "shared_len", "margin", "row", *REFERENCE.values()]
 
-    def _set_up_reference(self) -> None:
-        self.ref_model = None
+    def _set_up_reference(self, policy_name, given, quantization, compiled: bool) -> None:
+        ############## MODIFICATION 6: a reference other than the starting policy, by name.
+        self.reference = Reference(
+            self.model,
+            policy_name,
+            self.args,
+            self.accelerator,
+            self.layout,
+            self.processing_class,
+            given,
+            quantization,
+            compiled,
+            trained=lambda: self.state.global_step > 0,
+        )
+        ############## MODIFICATION 6 END
         if self.args.precompute_ref_log_probs:
             self._precompute_all()
         else:
-            self.ref_model = self._make_reference()
+            self.reference.make()
         if self.args.sync_ref_model:
-            refuse_sync(self.model)
-            _say(self.args, *lost_in_sync(self.ref_model, self.args.ref_model_mixup_alpha))
-            self.add_callback(MoveReference(self.ref_model, self.accelerator))
+            self.add_callback(self.reference.sync())
 
-    def _make_reference(self):
-        """The frozen model that log ratios are taken against. None where the policy is its own reference: a PEFT model,
-        or, with precomputed log-probs, any model that has not been trained yet."""
-        ref_model, quantization_config = self._reference_source
-        path, ahead = _reference_name(self.args), self.args.precompute_ref_log_probs
-        if ref_model is None and not path and self._policy_is_reference():
-            if ahead and self.is_deepspeed_enabled:
-                raise UserError(
-                    "precompute_ref_log_probs: under DeepSpeed a PEFT model with an adapter of its own cannot be its "
-                    "own reference before training. Leave it out."
-                )
-            self._place_policy()
-            return None
-        if ref_model is None and not path and ahead and self.state.global_step:
-            path = self.model.config._name_or_path
-            if not path:
-                raise UserError(
-                    "precompute_ref_log_probs: the policy has been trained, and was given as an object: the reference "
-                    "for this new set is gone. Give the set to the trainer at its start, or a ref_model."
-                )
-        if ref_model is None:
-            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
-            if quantization_config is not None:
-                kwargs["quantization_config"] = quantization_config
-            ############## MODIFICATION 3: a reference other than the starting policy, by name.
-            ref_model = build_reference(self.model, path, kwargs, self._policy_name is None)
-            ############## MODIFICATION 3 END
-        refuse_small_vocabulary(self.processing_class, ref_model.config, "the reference: ")
-        if self.args.disable_dropout:
-            disable_dropout(ref_model)
-        return place_reference(ref_model, self.accelerator, self._fused, engine_dtype(self.args))
-
-    def _place_policy(self) -> None:
-        """Trainer leaves it to its training loop with bf16_full_eval and fp16_full_eval."""
-        if not (self.place_model_on_device or self.is_deepspeed_enabled or getattr(self.model, "hf_device_map", None)):
-            self.model.to(self.args.device)
-
-    def _policy_is_reference(self) -> bool:
-        """Without another one: a PEFT model, and before training, where log-probs are computed ahead, any model.
-        DeepSpeed places a model only when training begins, too late for the latter."""
-        ahead = self.args.precompute_ref_log_probs
-        if isinstance(self.model, PeftModel):
-            return OWN_ADAPTER in self.model.peft_config or not (ahead and self.is_deepspeed_enabled)
-        return ahead and self.state.global_step == 0 and not self.is_deepspeed_enabled
+    @property
+    def ref_model(self):
+        """TRL's name of the reference in memory; None where the policy is its own, or log-probs are precomputed."""
+        return self.reference.model
 
     def _precompute_all(self) -> None:
-        """The reference's log-probs of all sets, from disk or from a model that leaves memory again."""
+        """The reference's log-probs of all datasets, from disk or from a model that is freed again."""
         self.train_dataset = self._precompute(self.train_dataset, "train", self.args.per_device_train_batch_size)
         size = self.args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._precompute(d, name, size) for name, d in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self._precompute(self.eval_dataset, "eval", size)
-        self._free_reference()
+        self.reference.free()
 
     def _precompute(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """The set with the reference's log-probs. The reference is made when the first pair is missing on disk, and
-        stays until `_free_reference`."""
-
-        def score(batch) -> torch.Tensor:
-            if not self._reference_made:
-                self.ref_model, self._reference_made = self._make_reference(), True
-            return score_reference(self.ref_model, self.model, self.accelerator, batch, self.layout).logps
-
-        ############## MODIFICATION 10: kept for each token and by content, so that only new pairs are ever scored; TRL
-        # keeps sums of a whole set, under a key that changes with unrelated settings.
-        identity = self._reference_identity()
-        cache = ReferenceCache(self._cache_dir / identity if identity else None, self.args.process_index)
-        size, longest = self.args.precompute_ref_batch_size or batch_size, cached_length(self.model.config)
-        with evaluating(self.model):
-            dataset = precompute(
-                dataset, score, self.data_collator, size, self.accelerator, cache, name, identity or "", longest
-            )
-        ############## MODIFICATION 10 END
-        return dataset
-
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(getattr(self.args, "reference_cache_dir", None) or default_folder())
-
-    def _free_reference(self) -> None:
-        given, _ = self._reference_source
-        if given is None:  # a given one may be asked again
-            drop_weights(self.ref_model)
-        self.ref_model, self._reference_made = None, False
-        if given is not None and not self.is_deepspeed_enabled:
-            given.to("cpu")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _reference_identity(self) -> str | None:
-        """What the reference's log-probs are kept under on disk; None where its weights cannot be told."""
-        ref_model, quantization_config = self._reference_source
-        name, revision = _reference_name(self.args), None
-        if not name and ref_model is None and OWN_ADAPTER not in getattr(self.model, "peft_config", {}):
-            name, revision = self._policy_name, (self.args.model_init_kwargs or {}).get("revision")
-            gone = self.state.global_step or partitioned(self.model)  # what it was cannot be told from the object
-            if name is None and gone and not self._policy_is_reference():
-                name = self.model.config._name_or_path or None
-        kwargs = self.args.model_init_kwargs or {}
-        if name:
-            digest = self._named_digest(name, revision, kwargs.get("subfolder", ""))
-        else:
-            digest = weights_digest(self.model) if ref_model is None else weights_digest(ref_model, whole=True)
-        if digest is None:
-            _say(self.args, "reference log-probs: not kept on disk, as no weight file tells which reference it is.")
-            return None
-        packed, precision = isinstance(self.data_collator, PackedCollator), self.accelerator.mixed_precision
-        dtype = engine_dtype(self.args)
-        return reference_identity(
-            digest, self.model, quantization_config, precision, packed, self._fused, kwargs, dtype
-        )
-
-    def _named_digest(self, name: str, revision: str | None, subfolder: str) -> str | None:
-        """The main process reads the files, and all learn what it found, an error too."""
-
-        def read() -> str | None:
-            try:
-                return named_digest(name, revision, self._cache_dir, subfolder)
-            except OSError as error:
-                raise UserError(f"reference {name!r} cannot be had: {first_line(error)}") from error
-
-        return agreed(read)
+        ############## MODIFICATION 7: cached for each token and by content, so that only new pairs are ever scored; TRL
+        # keeps sums of a whole dataset, under a key that changes with unrelated settings.
+        return self.reference.precompute(dataset, name, self.data_collator, batch_size)
+        ############## MODIFICATION 7 END
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            self.nonfinite.watch(self.deepspeed)
         if resume_from_checkpoint is not None and self.args.sync_ref_model:
-            load_moved(self.ref_model, self.accelerator, resume_from_checkpoint)
+            load_moved(self.reference.model, self.accelerator, resume_from_checkpoint)
         return prepared
 
     def train(self, *args, **kwargs):
         refuse_frozen(self.model)
         if self.optimizer is None:  # whoever gives one has thought of it
-            _say(self.args, *refuse_lost_steps(self.model, self.args))
+            say(*refuse_lost_steps(self.model, self.args))
         result = super().train(*args, **kwargs)
         for counts in self.drop_counts.values():
             if counts.streamed:
-                _say(self.args, *counts.lines())
+                say(*counts.lines())
         return result
 
     # ------------------------------------------------------------------------------------------------ the loss
@@ -430,48 +333,44 @@ class DPOTrainer(GuardedTrainer):
         scores = score_tokens(
             model, self.layout.fit(model, batch), self.args.use_weighting, aux_loss=bool(self.aux_loss_coef)
         )
-        reference_logps = self._reference_logps(model, batch)
+        reference_logps = self.reference.logps(model, batch)
 
         weights = None if self.args.ld_alpha is None else verbosity_weights(batch, self.args.ld_alpha)
-        ############## MODIFICATION 7: turn weights. `turn_weight` of the batch multiplies both models' log-probs.
+        ############## MODIFICATION 8: turn weights. `turn_weight` of the batch multiplies both models' log-probs.
         policy = sum_by_pair(scores.logps, batch, weights)
         own = sum_by_pair(scores.logps, batch)
         reference = sum_by_pair(reference_logps, batch, weights)
-        ############## MODIFICATION 7 END
+        ############## MODIFICATION 8 END
         terms = PairTerms(policy, reference, own, self.loss_settings)
-        ############## MODIFICATION 5: margins from the data.
+        ############## MODIFICATION 9: margins from the data.
         if self.loss_settings.margin_scale:
             if batch.margin is None:
                 raise UserError("margin_scale: a pair of this batch has no `margin`.")
             terms.margin = batch.margin
-        ############## MODIFICATION 5 END
-        ############## MODIFICATION 6: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.
+        ############## MODIFICATION 9 END
+        ############## MODIFICATION 10: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.
         if "kto_pair" in self.loss_settings.loss_type:
             terms.kl = tuple(self._mean_over_ranks(reward).clamp(min=0) for reward in (terms.w, terms.l))
-        ############## MODIFICATION 6 END
+        ############## MODIFICATION 10 END
         losses = pair_losses(terms)
         if self.args.use_weighting:
             losses = losses * policy_weights(scores, batch)
-        ############## MODIFICATION 2: the RPO term, added to each pair's loss.
+        ############## MODIFICATION 11: the RPO term, added to each pair's loss.
         nll = nll_loss(own.chosen, own.chosen_tokens)
         if self.loss_settings.nll_coefficient:
             losses = losses + self.loss_settings.nll_coefficient * nll
-        ############## MODIFICATION 2 END
+        ############## MODIFICATION 11 END
         if self.aux_loss_coef:
             losses = losses + self.aux_loss_coef * scores.aux_loss
 
-        mode = "train" if self.model.training else "eval"
         turns = None
-        ############## MODIFICATION 13: margins and accuracy by turn; TRL has those of whole sides.
+        ############## MODIFICATION 12: margins and accuracy by turn; TRL has those of whole sides.
         if self.render_settings.mask_turns and batch.turn is not None:
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
-        ############## MODIFICATION 13 END
-        self._tables[mode].append(pair_table(batch, scores, losses, terms, nll, turns))
-        if mode == "train":
-            self._train_tokens += batch.n_tokens
-        ############## MODIFICATION 11: a step that is not finite is not applied, and its rows are named.
-        loss = self.guarded(losses.mean().float())
-        ############## MODIFICATION 11 END
+        ############## MODIFICATION 12 END
+        table = pair_table(batch, scores, losses, terms, nll, turns)
+        self.tables.append(table, self.model.training, batch.n_tokens)
+        loss = self.nonfinite.loss(losses.mean().float())
         return (loss, policy) if return_outputs else loss
 
     def _prepare_input(self, data):
@@ -481,26 +380,26 @@ class DPOTrainer(GuardedTrainer):
             return data.to(self.args.device)
         return super()._prepare_input(data)
 
-    def _reference_logps(self, model, batch: PairBatch) -> torch.Tensor:
-        if batch.reference_logp is not None:
-            return batch.reference_logp
-        if self.args.precompute_ref_log_probs:
-            raise UserError(
-                "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
-            )
-        kwargs, noisy = self.args.gradient_checkpointing_kwargs, bool(self.args.neftune_noise_alpha)
-        noisy |= not self.args.disable_dropout
-        return score_reference(self.ref_model, model, self.accelerator, batch, self.layout, kwargs, noisy).logps
-
     def _mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of (B,) over the pairs of all ranks, a scalar without gradient."""
         values = values.detach()
         total = self.accelerator.reduce(torch.stack([values.sum(), values.new_full((), len(values))]), "sum")
         return total[0] / total[1]
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        return self.nonfinite.logged_loss(loss, self._tr_loss, self.state.global_step - self._globalstep_last_logged)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer asks once a step, when its gradients are there."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        engine = self.deepspeed if self.is_deepspeed_enabled else None
+        self.nonfinite.end_of_backward(model, norm, engine, self.state.global_step + 1, self.train_dataset)
+        return norm
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
-        self.refuse_when_asked_to_leave()
+        self.interrupt_if_preempted()
         inputs = PairBatch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -517,21 +416,20 @@ class DPOTrainer(GuardedTrainer):
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, name)
             if self.args.precompute_ref_log_probs and REFERENCE["chosen"] not in eval_dataset.column_names:
                 eval_dataset = self._precompute(eval_dataset, name, self.args.per_device_eval_batch_size)
-                self._free_reference()
+                self.reference.free()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # ------------------------------------------------------------------------------------------------ metrics
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        self._tables["eval"].clear()
+        self.tables.eval.clear()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        ############## MODIFICATION 4: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
+        ############## MODIFICATION 13: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables, tokens = of_all_ranks([joined(self._tables["eval"])], self._train_tokens, self.args.device)
-        self._tables["eval"].clear()
+        tables, tokens = of_all_ranks([self.tables.take_eval()], self.tables.tokens, self.args.device)
         table = evaluated_once([table for [table] in tables])
         metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
-        ############## MODIFICATION 4 END
+        ############## MODIFICATION 13 END
         metrics["num_tokens"] = tokens
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -539,8 +437,9 @@ class DPOTrainer(GuardedTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log, gathered over ranks. All ranks call it together."""
         if "loss" in logs:
-            tables, tokens = of_all_ranks(self.take_tables(), self._train_tokens, self.args.device)
+            tables, tokens = of_all_ranks(self.tables.take_train(), self.tables.tokens, self.args.device)
             logs |= {**self._shown(mean_over_steps(tables)), "num_tokens": tokens}
+        self.nonfinite.amend(logs, self.state.global_step)
         super().log(logs, start_time)
 
     def _shown(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -553,18 +452,12 @@ class DPOTrainer(GuardedTrainer):
         with configured(self.model):
             super().save_model(output_dir, _internal_call)
         if self.args.sync_ref_model and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
-            save_moved(self.ref_model, self.accelerator, output_dir)
+            save_moved(self.reference.model, self.accelerator, output_dir)
 
-    def _write(self, *args, **kwargs):
-        self.create_model_card()
-        super()._write(*args, **kwargs)
-
-    def _progress(self) -> dict:
-        return {**super()._progress(), "tokens": self._train_tokens}
-
-    def _restore(self, progress: dict) -> None:
-        super()._restore(progress)
-        self._train_tokens = progress["tokens"]
+    def _save_checkpoint(self, *args, **kwargs):
+        with writing(self.args.output_dir):
+            self.create_model_card()
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -577,12 +470,3 @@ class DPOTrainer(GuardedTrainer):
         base = getattr(self.model.config, "_name_or_path", None)
         tags = [*tags, *self._tag_names]
         write_card(self.args.output_dir, name, base, dataset_name, tags, self.args, self.state.log_history)
-
-
-def _say(args: DPOConfig, *lines: str) -> None:
-    if lines and args.process_index == 0:
-        print(*lines, sep="\n", flush=True)
-
-
-def _reference_name(args: DPOConfig) -> str | None:
-    return getattr(args, "ref_model_name_or_path", None)

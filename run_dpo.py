@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # the imports take seconds; until `marks` signals wait
+if __name__ == "__main__":  # the imports take seconds; until `set_marker_dir` signals wait
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
     try:
         import mdpo  # noqa: F401  it looks for what the imports below would fail on, in many words
@@ -36,7 +36,7 @@ from mdpo.reporting.run_report import REPORT, RESOLVED, show_result, write_repor
 from mdpo.runs.checkpoints import writing
 from mdpo.runs.entrypoint import clear_stale_build_locks, run
 from mdpo.runs.output_dir import prepare_output_dir, refuse_another_run
-from mdpo.runs.preemption import held, marks
+from mdpo.runs.preemption import defer_signals, set_marker_dir
 from mdpo.runs.preflight import checked_tokenizer
 from mdpo.runs.run_fingerprint import content_facts, recipe_facts
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     clear_stale_build_locks()  # before TrainingArguments starts DeepSpeed
     recipe = load_recipe(argv)
     args, data = recipe.training, recipe.data
-    marks(args.output_dir)
+    set_marker_dir(args.output_dir)
     lines = refuse_unusable_gpus(recipe.written.get("use_cpu", False))
     lines += filter(None, [overlap_reduction(args.deepspeed_plugin)])
     say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args), *lines)
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         after = trainer.evaluate() if eval_dataset is not None else {}
     figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
     figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
-    with held(), writing(args.output_dir):  # what is left takes less time than to start again
+    with defer_signals(), writing(args.output_dir):  # what is left takes less time than to start again
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()

@@ -6,6 +6,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${1:-.venv/bin/python}"
 failed=0
-"$PYTHON" -m pytest -m gpu -q -rs tests/test_gpu.py || failed=$?
+"$PYTHON" -m pytest -m gpu -q -rs tests/integration/test_gpu.py || failed=$?
 "$PYTHON" benchmarks/gpu_check.py
 exit "$failed"

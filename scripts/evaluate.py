@@ -55,7 +55,7 @@ class Scorer(DPOTrainer):
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        self.kept = [*getattr(self, "kept", []), self._tables["eval"][-1].cpu()]
+        self.kept = [*getattr(self, "kept", []), self.tables.eval[-1].cpu()]
         return loss
 
 

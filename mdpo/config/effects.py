@@ -1,8 +1,8 @@
 """What becomes of each option of a recipe: one table of all of them, and a line for those that change nothing.
 
-An option works (`WORKS` names the file that reads it), is refused where it is set (`REFUSED`, and `INSTEAD` of
-mdpo.config.validation), is named by a line where it is set (`NAMED`), or asks for what happens anyway (`QUIET`).
-tests/test_effects.py compares the table with the dataclasses' fields.
+An option works (`WORKS` of mdpo.config.option_readers names the file that reads it), is refused where it is set
+(`REFUSED`, and `INSTEAD` of mdpo.config.validation), is named by a line where it is set (`NAMED`), or asks for what
+happens anyway (`QUIET`). tests/unit/test_effects.py compares the table with the dataclasses' fields.
 """
 
 from collections.abc import Iterator
@@ -15,43 +15,6 @@ from trl import DPOConfig
 
 from mdpo.errors import UserError
 
-WORKS = {
-    "transformers/trainer.py": """num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
-        weight_decay adam_beta1 adam_beta2 adam_epsilon optim optim_args gradient_accumulation_steps max_grad_norm
-        bf16 fp16 activation_checkpointing activation_checkpointing_kwargs
-        use_cache neftune_noise_alpha torch_empty_cache_steps logging_nan_inf_filter
-        include_num_input_tokens_seen disable_tqdm report_to eval_strategy save_strategy save_only_model push_to_hub
-        hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
-        metric_for_best_model greater_is_better full_determinism seed data_seed accelerator_config
-        dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-        dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
-        ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph deepspeed debug
-        skip_memory_metrics eval_on_start""",
-    "transformers/trainer_callback.py": "logging_strategy logging_first_step eval_delay",
-    "transformers/trainer_optimizer.py": "optim_target_modules",
-    "transformers/training_args.py": """tf32 logging_steps eval_steps save_steps log_on_each_node log_level
-        log_level_replica use_cpu ddp_backend ddp_timeout warmup_steps per_device_eval_batch_size""",
-    "transformers/integrations/integration_utils.py": """run_name project trackio_space_id trackio_bucket_id
-        trackio_static_space_id""",
-    "trl/trainer/utils.py": """lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters
-        lora_modules_to_save lora_task_type use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type
-        use_bnb_nested_quant bnb_4bit_quant_storage use_peft""",
-    "dpo_trainer.py": """output_dir per_device_train_batch_size gradient_checkpointing gradient_checkpointing_kwargs
-        train_sampling_strategy router_aux_loss_coef disable_dropout precompute_ref_log_probs
-        precompute_ref_batch_size ld_alpha use_weighting sync_ref_model pad_token trust_remote_code
-        model_init_kwargs pad_to_multiple_of ref_model_name_or_path shared_prefix fused_ops reference_cache_dir""",
-    "mdpo/loss/registry.py": """loss_type loss_weights f_divergence_type f_alpha_divergence_coef label_smoothing beta
-        discopop_tau nll_coefficient margin_scale length_penalty""",
-    "mdpo/reference/model.py": "ref_model_mixup_alpha ref_model_sync_steps",
-    "mdpo/data/prepare.py": """max_length truncation_mode mask_user_turns dataset_mixer dataset_splits dataset_configs
-        eval_dataset_mixer test_split_size max_training_samples max_eval_samples chat_template_kwargs
-        allow_different_prompts dataset_num_proc sanity_check attn_implementation dtype model_revision""",
-    "mdpo/masking/tokenizer.py": "tokenizer_name_or_path chat_template model_name_or_path",
-    "mdpo/runs/output_dir.py": "overwrite_output_dir resume_from_checkpoint",
-    "mdpo/runs/resumable_trainer.py": "save_total_limit",
-    "mdpo/runs/guarded_trainer.py": "max_nonfinite_steps",
-    "run_dpo.py": "on_bad_rows max_bad_fraction",
-}
 QUIET = {
     "do_train": "run_dpo.py trains; false is refused",
     "do_eval": "run_dpo.py evaluates where there are pairs for it; a value that says something else is refused",

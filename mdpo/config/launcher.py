@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
@@ -34,7 +36,7 @@ def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
     wants = f"{file} says use_cpu: false" if file else "This launch has DeepSpeed or several processes"
     raise UserError(
         f"{wants}, but torch can use no GPU here: {_torch_says(driver)} Install a torch that is built for this "
-        "driver's CUDA (README, Training on 8 GPUs), or newer drivers. To train on the CPU all the same, take "
+        "driver's CUDA (see docs/clusters.md), or newer drivers. To train on the CPU all the same, take "
         "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true."
     )
 
@@ -107,14 +109,7 @@ def _value(words: list[str], i: int) -> str | None:
 
 
 def _ancestors() -> Iterator[tuple[list[str], str]]:
-    """(command line, working folder) of the processes above this one, the nearest first; Linux only."""
-    process = os.getppid()
-    while process > 1:
-        place = Path("/proc", str(process))
-        try:
-            words = place.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
-            folder = os.readlink(place / "cwd")
-            process = int(place.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            return
-        yield [word for word in words if word], folder
+    """(command line, working folder) of the processes above this one, the nearest first."""
+    with suppress(psutil.Error):  # gone, or another user's
+        for process in psutil.Process().parents():
+            yield [word for word in process.cmdline() if word], process.cwd()

@@ -26,7 +26,7 @@ def refuse_unloadable(model, args) -> None:
     `args` the training arguments. Raises UserError."""
     kwargs = args.model_init_kwargs or {}
     names = {"model_name_or_path": (model.model_name_or_path, model.model_revision)}
-    names["ref_model_name_or_path"] = (getattr(args, "ref_model_name_or_path", None), None)
+    names["ref_model_name_or_path"] = (args.ref_model_name_or_path, None)
     for key, (name, revision) in names.items():
         if name and "gguf_file" in kwargs:
             refuse_missing_folder(key, name)

@@ -30,7 +30,7 @@ def refuse_parallelism(args: Any) -> None:
         if engine.get(key) not in (None, 1, False, {}):
             raise UserError(f"deepspeed: its {key} {ADVICE}.")
     for key in OF_THE_MODEL:
-        if (getattr(args, "model_init_kwargs", None) or {}).get(key) is not None:
+        if (args.model_init_kwargs or {}).get(key) is not None:
             raise UserError(f"model_init_kwargs: {key} {ADVICE}.")
 
 

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +25,8 @@ def cpu_has_bf16() -> bool:
     MDPO_CPU_BF16=1 keeps half precision all the same: a few steps on a CPU, to see what a GPU will compute."""
     if os.environ.get("MDPO_CPU_BF16") == "1":
         return True
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    units = torch.cpu.get_capabilities()
+    return any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one: of ARM
 
 
 def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -42,7 +38,7 @@ def fit_to_machine(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         # Else TrainingArguments refuses bf16, and under a CPU ZeRO launch every rank takes itself for the only one.
         values["use_cpu"] = True
     if values.get("attn_implementation") == "flash_attention_2" and (on_cpu or flash_attn()[0] is None):
-        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (optional, see README)"
+        why = "flash-attn needs a GPU" if on_cpu else f"{flash_attn()[1]} (optional, see docs/clusters.md)"
         values["attn_implementation"] = None  # not sdpa: transformers refuses it for Gemma-2
         notes.append(f"attn_implementation: the model's own choice in place of flash_attention_2: {why}.")
     return values

@@ -207,27 +207,37 @@ def _mismatch(setting: Setting, hint: Any) -> str:
     return f"{setting.origin}: {written:.100} is not {describe(hint)}." + (f" Did you mean {near}?" if near else "")
 
 
-def help_text() -> str:
-    """Every key with its type, default and help (its first sentence, where it is not ours)."""
+def key_groups() -> dict[str, list[str]]:
+    """Every key under the title of the dataclass that it comes from; "(ours)" where it is this repository's."""
     ours = {field.name for field in dataclasses.fields(MDPOConfig) if field.name in MDPOConfig.__annotations__}
     titles = {"Data (ours)": {f.name for f in dataclasses.fields(DataArguments)}, "Multi-turn DPO (ours)": ours}
     titles["Model (trl.ModelConfig)"] = {field.name for field in dataclasses.fields(ModelConfig)}
     hf = {field.name for field in dataclasses.fields(TrainingArguments)}
     titles["DPO (trl.DPOConfig)"] = {field.name for field in dataclasses.fields(DPOConfig)} - hf - ours
     titles["Training (transformers.TrainingArguments)"] = hf - ours
+    return {title: [key for key in FIELDS if key in names] for title, names in titles.items()}
+
+
+def key_facts(key: str) -> tuple[str, Any, str]:
+    """(type in words, default, help) of a key: what --help and docs/recipe-keys.md say of it."""
+    field = FIELDS[key]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = default.value if isinstance(default, Enum) else default
+    return describe(accepted(key)), default, " ".join(field.metadata.get("help", "").split())
+
+
+def help_text() -> str:
+    """Every key with its type, default and help (its first sentence, where it is not ours)."""
     lines = ["run_dpo.py [RECIPE.yaml | --config RECIPE.yaml] [--key=value | --key value | --flag] ... [--debug]"]
-    for title, names in titles.items():
-        lines += ["", title] + [_help_line(key, "ours" in title) for key in FIELDS if key in names]
+    for title, keys in key_groups().items():
+        lines += ["", title] + [_help_line(key, "ours" in title) for key in keys]
     return "\n".join(lines)
 
 
 def _help_line(key: str, whole: bool) -> str:
-    field = FIELDS[key]
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    default = default.value if isinstance(default, Enum) else default
-    text = " ".join(field.metadata.get("help", "").split())
+    kind, default, text = key_facts(key)
     text = text if whole else re.split(r"(?<=[.!?])\s", text)[0]
-    line = f"--{key} ({describe(accepted(key))}; default {'null' if default is None else default}) {text}"
+    line = f"--{key} ({kind}; default {'null' if default is None else default}) {text}"
     return textwrap.fill(line, 118, initial_indent="  ", subsequent_indent="      ")
 
 

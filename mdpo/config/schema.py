@@ -3,40 +3,12 @@
 `mdpo.config.recipe` fills them from YAML and the command line. Values that no run could use are refused here, by name.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import DPOConfig
 
+from mdpo.config.ranges import COUNTS, NOT_NEGATIVE, at_least_one, check_ranges, not_negative, positive
 from mdpo.errors import UserError
-
-COUNTS = """dataset_num_proc precompute_ref_batch_size dataloader_prefetch_factor ddp_timeout ref_model_sync_steps
-    pad_to_multiple_of eval_accumulation_steps"""
-NOT_NEGATIVE = """nll_coefficient margin_scale length_penalty learning_rate weight_decay max_grad_norm
-    neftune_noise_alpha eval_delay adam_epsilon seed data_seed router_aux_loss_coef dataloader_num_workers
-    warmup_steps"""
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf  # also False for nan
-
-
-def _not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
-
-
-def _at_least_one(value: float) -> bool:
-    return value >= 1
-
-
-def _check_ranges(config: Any, ranges: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
-    """Raise UserError for the first key of `ranges` (key -> test, advice) whose value is set and fails its test."""
-    for key, (test, advice) in ranges.items():
-        value = getattr(config, key)
-        if value is not None and not test(value):
-            raise UserError(f"{key}: {value!r} is out of range; give {advice}.")
 
 
 @dataclass
@@ -45,21 +17,21 @@ class DataArguments:
 
     dataset_mixer: dict[str, float] | list[str] = field(
         default_factory=dict,
-        metadata={"help": "Training sets: name or path -> share of that set's rows, in (0, 1]. A list means 1.0 each."},
+        metadata={"help": "Training datasets: name or path -> share of its rows, in (0, 1]. A list means 1.0 each."},
     )
     dataset_splits: list[str] = field(
         default_factory=lambda: ["train", "test"],
         metadata={"help": "Splits to read. Those with 'train' in their name are trained on, the others evaluated."},
     )
     dataset_configs: list[str] | None = field(
-        default=None, metadata={"help": "Configuration name of each set in dataset_mixer, in the same order."}
+        default=None, metadata={"help": "Configuration name of each dataset in dataset_mixer, in the same order."}
     )
     eval_dataset_mixer: dict[str, float] | list[str] | None = field(
-        default=None, metadata={"help": "Separate held-out sets, written as dataset_mixer; all splits are evaluated."}
+        default=None, metadata={"help": "Separate held-out datasets, written as dataset_mixer; all splits count."}
     )
     test_split_size: float | int | None = field(
         default=None,
-        metadata={"help": "Held out by prompt, seeded, from sets with one split: rows (int) or a share in (0, 1)."},
+        metadata={"help": "Held out by prompt, seeded, where a dataset has one split: rows, or a share in (0, 1)."},
     )
     max_training_samples: int | None = field(default=None, metadata={"help": "Train on at most this many pairs."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many pairs."})
@@ -83,7 +55,8 @@ class DataArguments:
         },
     )
     max_bad_fraction: float = field(
-        default=0.2, metadata={"help": "The run ends before training where more than this share of a set is dropped."}
+        default=0.2,
+        metadata={"help": "The run ends before training where more than this share of a dataset is dropped."},
     )
 
     def __post_init__(self):
@@ -101,11 +74,11 @@ class DataArguments:
             )
         if self.chat_template and any(mark in self.chat_template for mark in ("{%", "{{", "\n")):
             raise UserError("chat_template: holds a template's text; save it as a .jinja file and give that path.")
-        _check_ranges(
+        check_ranges(
             self,
             {
-                "max_training_samples": (_at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
-                "max_eval_samples": (_at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
+                "max_training_samples": (at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
+                "max_eval_samples": (at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
                 "on_bad_rows": (lambda what: what in ("drop", "error"), "drop or error"),
                 "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
                 "test_split_size": (
@@ -130,24 +103,48 @@ def _as_mixer(key: str, sets: dict[str, float] | list[str] | None) -> dict[str, 
     return {name: float(share) for name, share in sets.items()}
 
 
+# Our keys where a plain trl.DPOConfig is given.
+TRL_VALUES = {
+    "mask_user_turns": False,
+    "nll_coefficient": 0.0,
+    "margin_scale": 0.0,
+    "length_penalty": 0.0,
+    "ref_model_name_or_path": None,
+    "shared_prefix": False,
+    "fused_ops": False,
+    "reference_cache_dir": None,
+    "sanity_check": False,
+    "overwrite_output_dir": False,
+    "max_nonfinite_steps": None,
+}
+
+
 @dataclass(repr=False)
 class MDPOConfig(DPOConfig):
     """trl.DPOConfig with what multi-turn DPO needs. A plain DPOConfig in its place gives TRL's behaviour."""
 
     __repr__ = DPOConfig.__str__  # TrainingArguments' own, which hides tokens; DPOConfig's repr shows them
+    of_trl = False  # no key: whether it stands for a plain trl.DPOConfig
 
     mask_user_turns: bool = field(
         default=True,
-        metadata={"help": "Supervise only what the policy itself says. False: everything after the prompt, as in TRL."},
+        metadata={
+            "help": "Supervise only tokens that the policy samples. False: everything after the prompt, as in TRL."
+        },
     )
     nll_coefficient: float = field(
-        default=0.0, metadata={"help": "Weight of the chosen side's negative log-likelihood added to the loss."}
+        default=0.0, metadata={"help": "Adds so much of the chosen side's -log p per token to each pair's loss (RPO)."}
     )
     margin_scale: float = field(
-        default=0.0, metadata={"help": "Scale of the rows' `margin` in sigmoid, hinge, kl, rev_kl, tv and hellinger."}
+        default=0.0,
+        metadata={
+            "help": "Times a row's `margin`: the reward difference to reach, in sigmoid, hinge, kl, rev_kl, tv and "
+            "hellinger."
+        },
     )
     length_penalty: float = field(
-        default=0.0, metadata={"help": "Alpha of R-DPO, per supervised token by which the chosen side is longer."}
+        default=0.0,
+        metadata={"help": "Alpha of R-DPO, per supervised token by which chosen is longer; with loss sigmoid."},
     )
     truncation_mode: str = field(
         default="drop",
@@ -171,56 +168,68 @@ class MDPOConfig(DPOConfig):
     )
     reference_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where precomputed reference log-probs are kept; by default beside the hub's models."},
+        metadata={"help": "Where precomputed reference log-probs are cached; by default $HF_HOME/mdpo-reference."},
     )
     sanity_check: bool = field(
-        default=False, metadata={"help": "Train on a few pairs only, to see that a recipe runs end to end."}
+        default=False, metadata={"help": "32 training and 8 held-out rows of each dataset, to see that a recipe runs."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh in an output_dir that already holds a run."}
+        default=False,
+        metadata={"help": "Clears an earlier run and starts anew, every time: leave it out of runs that may stop."},
     )
     resume_from_checkpoint: str | bool | None = field(
         default=None,
         metadata={
-            "help": "A run goes on from the newest whole checkpoint in output_dir, if there is one. A folder: from "
+            "help": "A run resumes from the newest complete checkpoint in output_dir, if there is one. A folder: from "
             "that one; true: from the newest, which has to be there; false: never."
         },
     )
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "Steps in a row whose loss or gradient is not finite before the run ends; none is applied."},
+        metadata={
+            "help": "So many non-finite steps (NaN or Inf loss or gradient) in a row end the run; each is skipped."
+        },
     )
 
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Trainer's own look at each loss; ours leaves out steps that are not finite without it."},
+        metadata={"help": "Trainer's own filter of logged losses; non-finite steps are skipped without it."},
     )
+
+    @classmethod
+    def with_trl_behaviour(cls, args: DPOConfig) -> "MDPOConfig":
+        """An MDPOConfig as it is; a plain trl.DPOConfig as one with its values and every departure from TRL off."""
+        if isinstance(args, MDPOConfig):
+            return args
+        lifted = object.__new__(cls)  # its own __init__ would look for devices again
+        vars(lifted).update({**TRL_VALUES, **vars(args), "of_trl": True})
+        return lifted
 
     def __post_init__(self):
         """Raises UserError for values out of range, before TrainingArguments touches any device."""
         modes = type(self).__dataclass_fields__["truncation_mode"].metadata["choices"]
-        _check_ranges(
+        check_ranges(
             self,
             {
-                "beta": (_positive, "a number > 0"),
+                "beta": (positive, "a number > 0"),
                 "max_length": (lambda length: length >= 2, "a whole number of tokens >= 2, or null for no limit"),
                 "truncation_mode": (lambda mode: mode in modes, " or ".join(modes)),
-                "num_train_epochs": (_positive, "a number > 0"),
-                "per_device_train_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
-                "per_device_eval_batch_size": (_at_least_one, "a whole number of pairs >= 1"),
-                "gradient_accumulation_steps": (_at_least_one, "a whole number >= 1"),
-                "max_nonfinite_steps": (_at_least_one, "a whole number of steps >= 1"),
+                "num_train_epochs": (positive, "a number > 0"),
+                "per_device_train_batch_size": (at_least_one, "a whole number of pairs >= 1"),
+                "per_device_eval_batch_size": (at_least_one, "a whole number of pairs >= 1"),
+                "gradient_accumulation_steps": (at_least_one, "a whole number >= 1"),
+                "max_nonfinite_steps": (at_least_one, "a whole number of steps >= 1"),
                 **dict.fromkeys(
                     COUNTS.split(), (lambda n: n == "auto" or n >= 1, "a whole number >= 1, or leave it out")
                 ),
-                **dict.fromkeys(NOT_NEGATIVE.split(), (_not_negative, "a number >= 0")),
+                **dict.fromkeys(NOT_NEGATIVE.split(), (not_negative, "a number >= 0")),
                 **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda beta: 0 <= beta < 1, "a number in [0, 1)")),
-                **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (_not_negative, "a number > 0")),
+                **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (not_negative, "a number > 0")),
                 "include_num_input_tokens_seen": (
                     lambda what: what in (True, False, "all", "non_padding", "no"),
                     "all, non_padding or no",
                 ),
-                "discopop_tau": (_positive, "a number > 0"),
+                "discopop_tau": (positive, "a number > 0"),
                 "ref_model_mixup_alpha": (lambda alpha: 0 <= alpha <= 1, "a number in [0, 1]"),
                 "max_steps": (lambda steps: steps == -1 or steps >= 1, "a whole number >= 1, or -1 for all epochs"),
             },

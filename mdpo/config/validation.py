@@ -56,7 +56,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
     """Raises UserError for what no run could honour. Options without effect are errors under MDPOConfig, which recipes
     use, if they ask for something else than what happens; those, under a plain trl.DPOConfig, which TRL lets pass, and
     the others are returned, a line each. `recipe` holds the keys that were set and their values."""
-    own = isinstance(args, MDPOConfig)
+    args = MDPOConfig.with_trl_behaviour(args)
+    own = not args.of_trl
     for switch, keys in ONLY_BESIDE.items():
         for key in (key for key in keys if key in (recipe or {}) and not recipe.get(switch)):
             raise UserError(f"{key}: has no effect without {switch}: true.")
@@ -134,7 +135,7 @@ def _check_losses(args: DPOConfig, own: bool) -> None:
         raise UserError("label_smoothing: exo_pair needs more than 0; its paper takes 1e-3.")
     if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
         raise UserError(f"ld_alpha: {args.ld_alpha} is out of range; give a number in [0, 1].")
-    if TOWARDS_MARGIN & set(types) and not getattr(args, "margin_scale", 0.0):
+    if TOWARDS_MARGIN & set(types) and not args.margin_scale:
         raise UserError(
             f"margin_scale: {', '.join(TOWARDS_MARGIN & set(types))} pulls the preference towards σ(margin_scale · "
             "margin); with 0 that is a coin's. Set it, and give each row a `margin`."
@@ -159,7 +160,7 @@ def _without_effect(args: DPOConfig):
     for key, met in needs.items():
         if is_set(args, key) and met is not True:
             yield f"{key}: has no effect without {met}."
-    if args.pad_to_multiple_of and getattr(args, "shared_prefix", False):
+    if args.pad_to_multiple_of and args.shared_prefix:
         yield "pad_to_multiple_of: has no effect with shared_prefix, which pads nothing; set one of the two off."
 
 
@@ -168,7 +169,7 @@ def refuse_lost_steps(model, args: DPOConfig) -> list[str]:
     plain DPOConfig, as TRL lets them pass, a line."""
     halves = [p for p in model.parameters() if p.requires_grad and p.dtype in HALF]
     why = without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}") if halves else None
-    if why and isinstance(args, MDPOConfig):
+    if why and not args.of_trl:
         raise UserError(why)
     return [f"warning: {why}"] if why else []
 
@@ -185,5 +186,5 @@ def refuse_inputs(model, ref_model, args: DPOConfig, train_dataset, processing_c
         raise UserError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}.")
     if ref_model is not None and ref_model is model:
         raise UserError("model and ref_model are the same object: leave ref_model out, and a copy is made.")
-    if ref_model is not None and getattr(args, "ref_model_name_or_path", None):
+    if ref_model is not None and args.ref_model_name_or_path:
         raise UserError("ref_model_name_or_path: a ref_model was given too. Give one of the two.")

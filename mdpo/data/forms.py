@@ -1,5 +1,5 @@
 """Rows in the forms that are documented in public → rows with `prompt`, `chosen` and `rejected`. docs/rows.md is this
-table in words; tests/test_forms.py compares the two."""
+table in words; tests/unit/test_forms.py compares the two."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from trl import DPOConfig
-
+from mdpo.config.schema import MDPOConfig
 from mdpo.data.forms import COLUMNS, as_preference
 from mdpo.data.json_texts import kind_of
 from mdpo.data.messages import (
@@ -231,8 +230,8 @@ def _common_start(a, b) -> int:
     return next((i for i in range(shorter) if a[i] != b[i]), shorter - 1)
 
 
-def refuse_missing_margins(args: DPOConfig, rows, name: str) -> None:
+def refuse_missing_margins(args: MDPOConfig, rows, name: str) -> None:
     """Raises UserError where `margin_scale` is set and a row of the tokenised set has no margin."""
-    if getattr(args, "margin_scale", 0.0) and any(missing := [margin is None for margin in rows["margin"]]):
+    if args.margin_scale and any(missing := [margin is None for margin in rows["margin"]]):
         first = rows["key"][missing.index(True)]
         raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")

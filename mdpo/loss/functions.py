@@ -113,14 +113,13 @@ def token_nll(logps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (-logps.sum() / tokens.sum().clamp(min=1)).expand(len(logps))
 
 
-############## MODIFICATION 2: RPO's term, for each pair, per supervised token.
+# Beyond TRL: RPO's term, for each pair, per supervised token.
 def nll_loss(chosen_logps: torch.Tensor, chosen_tokens: torch.Tensor) -> torch.Tensor:
     """−log π(y_w|x) / |y_w| for each pair, (B,): RPO's term (arXiv 2404.19733), per supervised token."""
     return -chosen_logps / chosen_tokens.clamp(min=1)
 
 
-############## MODIFICATION 2 END
-############## MODIFICATION 6: losses towards a target preference p* = σ(m), m = margin_scale · margin, with p = σ(x).
+# Beyond TRL: losses towards a target preference p* = σ(m), m = margin_scale · margin, with p = σ(x).
 # All are put together from log σ, so that value and gradient stay finite however far x and m go.
 
 
@@ -150,6 +149,3 @@ def kto_pair_loss(w: torch.Tensor, l: torch.Tensor, kl_w: torch.Tensor, kl_l: to
     """½ (σ(−(w − kl_l)) + σ(−(kl_w − l))), (B,): KTO on pairs (arXiv 2402.01306, eq. 7), where each half's baseline is
     the other half's: `kl_w`, `kl_l` = β max(0, mean ratio) over all ranks, scalars, without gradient."""
     return (torch.sigmoid(kl_l - w) + torch.sigmoid(l - kl_w)) / 2
-
-
-############## MODIFICATION 6 END

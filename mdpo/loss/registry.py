@@ -26,8 +26,8 @@ class LossSettings:
 
     @classmethod
     def of(cls, args) -> "LossSettings":
-        """From a config; a plain DPOConfig lacks the last three, which then are off."""
-        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
+        """From an MDPOConfig."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
 
 @dataclass
@@ -57,15 +57,13 @@ class PairTerms:
         self.x = s.beta * (scores[0] - scores[1])
         counts = p.chosen_tokens, p.rejected_tokens
         self.mean_delta = scores[0] / counts[0].clamp(min=1) - scores[1] / counts[1].clamp(min=1)
-        ############## MODIFICATION 5: margins from the data, and the length penalty of R-DPO (arXiv 2403.19159).
+        # Beyond TRL: margins from the data, and the length penalty of R-DPO (arXiv 2403.19159).
         self.length = s.length_penalty * (counts[0] - counts[1])
 
     @property
     def m(self) -> torch.Tensor:
         scaled = self.settings.margin_scale * self.margin
         return scaled.to(self.x) if isinstance(scaled, torch.Tensor) else self.x.new_full((), scaled)
-
-    ############## MODIFICATION 5 END
 
 
 def _aot(t: PairTerms, s: LossSettings) -> torch.Tensor:
@@ -90,7 +88,7 @@ LOSSES: dict[str, Callable[[PairTerms, LossSettings], torch.Tensor]] = {
     "discopop": lambda t, s: losses.discopop_loss(t.x, s.discopop_tau),
     "sft": lambda t, s: losses.token_nll(t.own.chosen, t.own.chosen_tokens),
     "sigmoid_norm": lambda t, s: losses.sigmoid_loss(s.beta * t.mean_delta),
-    ############## MODIFICATION 6: further losses of the published M-DPO code.
+    # Beyond TRL: further losses of the published M-DPO code.
     "cross_entropy": lambda t, s: losses.sigmoid_loss(t.w),
     "raft": lambda t, s: -t.own.chosen,
     "kl": lambda t, s: losses.kl_loss(t.x, t.m),
@@ -98,7 +96,6 @@ LOSSES: dict[str, Callable[[PairTerms, LossSettings], torch.Tensor]] = {
     "tv": lambda t, s: losses.tv_loss(t.x, t.m),
     "hellinger": lambda t, s: losses.hellinger_loss(t.x, t.m),
     "kto_pair": lambda t, s: losses.kto_pair_loss(t.w, t.l, *t.kl),
-    ############## MODIFICATION 6 END
 }
 OF_TRL = tuple(LOSSES)[:15]
 

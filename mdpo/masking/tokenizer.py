@@ -98,7 +98,7 @@ def check_model(tokenizer, model, args):
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model_name_or_path: {name!r} cannot be had: {_reason(e)}") from e
     refuse_small_vocabulary(tokenizer, config)
-    if reference := getattr(args, "ref_model_name_or_path", None):
+    if reference := args.ref_model_name_or_path:
         try:
             of_reference = AutoConfig.from_pretrained(
                 reference, trust_remote_code=args.trust_remote_code, subfolder=place["subfolder"]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from mdpo.console import first_line
@@ -64,7 +65,7 @@ class Seen:
             used, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
             return cls(used, total, most, "GPU", torch.cuda.memory_reserved(device))
         limit, where, field = min(_cpu_limits())
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text()  # psutil tells no peaks on Linux
         now, peak = (int(status.partition(f"\n{name}:")[2].split()[0]) * 1024 for name in field)
         return cls(now, limit, peak, where)
 
@@ -86,7 +87,7 @@ class Seen:
 def _cpu_limits() -> list[tuple[int, str, tuple[str, str]]]:
     """(bytes, what sets the limit, fields of /proc/self/status that count towards it: now and at most)."""
     resident, addresses = ("VmRSS", "VmHWM"), ("VmSize", "VmPeak")
-    found = [(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine", resident)]
+    found = [(psutil.virtual_memory().total, "this machine", resident)]
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
         found.append((most, "addresses of this process, `ulimit -v`", addresses))

@@ -169,7 +169,7 @@ def lost_in_sync(reference, alpha: float) -> list[str]:
     ]
 
 
-class MoveReference(TrainerCallback):
+class SyncReference(TrainerCallback):
     """Every `ref_model_sync_steps` steps π_ref ← α π + (1 − α) π_ref with α = `ref_model_mixup_alpha`, weight by weight
     (TR-DPO, arXiv 2404.09656)."""
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,18 +22,17 @@ def versions() -> dict[str, str]:
 def hardware(processes: int) -> dict[str, Any]:
     """Of this machine; `processes` are those of the whole run. Memory in GB (1e9 bytes)."""
     cuda = torch.cuda.is_available()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "system": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(memory, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "processes": processes,
     }
 
 
-def _processor() -> str:
+def _processor() -> str:  # py-cpuinfo needs more than a second for it
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

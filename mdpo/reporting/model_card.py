@@ -63,7 +63,7 @@ def write_card(
         name=name,
         base=base,
         dataset=dataset,
-        turn_masks=getattr(args, "mask_user_turns", False),
+        turn_masks=args.mask_user_turns,
         loss=" + ".join(args.loss_type),
         beta=args.beta,
         figures=figures(history, args.beta),

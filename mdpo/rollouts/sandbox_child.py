@@ -9,8 +9,10 @@ code of the program's, so that killing their process group always ends the names
 """
 
 import ctypes
+import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -19,6 +21,7 @@ MiB = 1 << 20
 libc = ctypes.CDLL(None, use_errno=True)
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+UNREACHABLE = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EACCES)  # of a mount that another covers, or a folder
 DIE_WITH_PARENT, NO_NEW_PRIVILEGES = 1, 38  # of prctl
 # What a Python needs of a system; links stay links (/bin is one to /usr/bin on many).
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
@@ -100,8 +103,9 @@ def isolated(order: dict, say) -> int:
 
 
 def build_root(order: dict) -> None:
-    """Makes the folder a file system of its own: Python, the system's libraries and four devices, all read-only, and a
-    small /tmp in memory. No /home, no /proc, no sockets of services, and nothing of what other folders hold."""
+    """Makes the folder a file system of its own: Python, the system's libraries and four devices, all read-only with
+    what is mounted inside them, and a small /tmp in memory. No /home, no /proc, no sockets of services, and nothing of
+    what other folders hold."""
     root, private = order["folder"], NOSUID | NODEV
     mount("none", "/", None, REC | PRIVATE)  # nothing of this is seen outside
     mount("tmpfs", root, "tmpfs", private, "size=1m,mode=755")
@@ -117,10 +121,28 @@ def build_root(order: dict) -> None:
             continue
         os.mkdir(target) if os.path.isdir(path) else os.close(os.open(target, os.O_CREAT))
         mount(path, target, None, BIND | REC)
-        held = os.statvfs(path).f_flag & (NOSUID | NODEV | NOEXEC)  # a user namespace may not take these off
-        read_only = 0 if path in DEVICES else RDONLY | NODEV
-        mount(path, target, None, BIND | REMOUNT | NOSUID | held | read_only)
+        restrict(target, NOSUID if path in DEVICES else RDONLY | private)
+        for inner in mounts_below(target):  # a remount reaches one mount, not those that came along
+            try:
+                restrict(inner, RDONLY | private)
+            except OSError as error:
+                if error.errno not in UNREACHABLE:
+                    raise
     mount("tmpfs", root, None, REMOUNT | BIND | RDONLY | private)
+
+
+def restrict(target: str, flags: int) -> None:
+    """Puts flags on the topmost mount at `target`."""
+    held = os.statvfs(target).f_flag & (NOSUID | NODEV | NOEXEC)  # a user namespace may not take these off
+    mount("none", target, None, BIND | REMOUNT | flags | held)
+
+
+def mounts_below(folder: str) -> list[str]:
+    """Where this process has mounts inside a folder; of the kernel's list, which writes a blank as `\\040`."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        points = [line.split()[4] for line in file]
+    names = [os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), point)) for point in points]
+    return [name for name in names if name.startswith(folder + "/")]
 
 
 def program(order: dict, say, own_id: int | None = None) -> None:

@@ -2,11 +2,13 @@
 
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from mdpo.console import UTF_8, is_main_process, speak_on_any_terminal
 from mdpo.errors import Preempted, RankFailed, UserError
@@ -30,9 +32,10 @@ def clear_stale_build_locks() -> list[Path]:
             print(f"{lock} is there. If no other node builds now, a killed start has left it: remove it if this hangs.")
             continue
         # The one who builds has the lock open. Its ninja and compilers do not, and outlive it when it is killed.
-        if not _processes(_has_open, lock.resolve()):
-            for process in _processes(_works_in, lock.resolve().parent):
-                os.kill(process, signal.SIGKILL)
+        if not _with_open(lock.resolve()):
+            for process in _working_in(lock.resolve().parent):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             lock.unlink(missing_ok=True)
             removed.append(lock)
             print(f"Removed {lock}: a killed build of a DeepSpeed operator left it, and every start would hang.")
@@ -47,25 +50,14 @@ def _extensions_root() -> Path:
     return Path(get_default_build_root())
 
 
-def _processes(wanted: Callable[[Path, Path], bool], path: Path) -> list[int]:
-    """Numbers of the processes on this machine for which `wanted(/proc/NUMBER, path)` holds; not of those that are gone
-    meanwhile, or another user's."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted(process, path):
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
+# What may not be known of another user's process is None.
+def _with_open(file: Path) -> list[psutil.Process]:
+    processes = psutil.process_iter(["open_files"])
+    return [p for p in processes if any(opened.path == str(file) for opened in p.info["open_files"] or ())]
 
 
-def _has_open(process: Path, file: Path) -> bool:
-    return any(os.readlink(handle) == str(file) for handle in (process / "fd").iterdir())
-
-
-def _works_in(process: Path, folder: Path) -> bool:
-    return os.readlink(process / "cwd") == str(folder)
+def _working_in(folder: Path) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(folder)]
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:

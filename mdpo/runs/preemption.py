@@ -1,6 +1,6 @@
 """Being asked to leave: by SIGTERM, SIGINT, SIGUSR1 or SIGHUP whatever a run is doing, or by the end of its launcher.
 
-In training the request is kept until the step ends, and all ranks leave it together with a checkpoint (GuardedTrainer
+In training the request is kept until the step ends, and all ranks leave it together with a checkpoint (ResumableTrainer
 asks `requested`). Elsewhere, where nothing has to come to an end first, `Preempted` is raised at once. While a run
 writes what it was started for, which takes less long than to start again, a request waits for the end.
 """
@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 class _Request:
     def __init__(self):
         self.name, self.at, self.folder = "", 0.0, None  # of the first signal; where the marker goes
-        self.held = False  # a request waits for the caller's own moment
+        self.deferred = False  # a request waits for the caller's own moment
         self.process = os.getpid()
 
 
@@ -67,7 +67,7 @@ def _on_signal(number: int, frame) -> None:
             os._exit(EXIT_CODE)
         return
     _request.name, _request.at = "the launcher's end" if number == LAUNCHER_GONE else name, now
-    if not _request.held:
+    if not _request.deferred:
         raise Preempted(_request.name)
     os.write(2, f"\n{_request.name}: leaving at the next step boundary, with a checkpoint.\n".encode())
 
@@ -78,16 +78,16 @@ def requested() -> str:
 
 
 @contextmanager
-def held():
+def defer_signals():
     """Within it a request waits until the caller asks `requested`."""
-    before, _request.held = _request.held, True
+    before, _request.deferred = _request.deferred, True
     try:
         yield
     finally:
-        _request.held = before
+        _request.deferred = before
 
 
-def marks(folder: str | Path) -> None:
+def set_marker_dir(folder: str | Path) -> None:
     """From now on the marker is written into `folder`, and signals that have waited for that come in."""
     _request.folder = Path(folder)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

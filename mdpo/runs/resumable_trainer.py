@@ -1,127 +1,121 @@
-"""transformers.Trainer with checkpoints that are whole or invisible, and from which a run goes on exactly.
+"""transformers.Trainer whose run can stop and be resumed exactly: at a checkpoint, a crash, or a preemption.
 
-Beside what Trainer keeps, each rank keeps what it has gathered since the last log, and what of the step was still to be
+Beside what Trainer saves, each rank saves what it has gathered since the last log, and what of the step was still to be
 done. Trainer forgets both: the first log after a resume would average fewer steps, and an evaluation would be missing.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
 
-from mdpo.errors import UserError
-from mdpo.ranks import agreed, wait_for_all
-from mdpo.runs.checkpoints import (
-    PREFIX,
-    SAVING,
-    faults,
-    move_files,
-    newest_whole,
-    publish,
-    remove_older,
-    sealed_by_all,
-    writing,
-    wrong_sizes,
-)
+from mdpo.console import say
+from mdpo.errors import Preempted, UserError
+from mdpo.ranks import wait_for_all
+from mdpo.runs import preemption, rank_state
+from mdpo.runs.checkpoint_writer import write_checkpoint
+from mdpo.runs.checkpoints import PREFIX, SAVING, faults, move_files, newest_whole, wrong_sizes
 from mdpo.runs.copies import copied
 from mdpo.runs.saved_weights import check_saved, load_weights
 from mdpo.storage import MANIFEST, as_new_files
 
 
-class CheckpointedTrainer(Trainer):
-    """`run_facts` goes into each checkpoint's manifest; `mdpo.runs.run_fingerprint` compares it when a run goes on."""
+class EvaluationInterrupted(Exception):
+    """All ranks leave an evaluation together because one of them was preempted."""
+
+
+class ResumableTrainer(Trainer):
+    """`run_facts` goes into each checkpoint's manifest; `mdpo.runs.run_fingerprint` compares it at a resume.
+    `rank_parts` are the objects whose state each rank saves; a subclass adds its own."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.run_facts: dict = {}
+        self.rank_parts: dict[str, rank_state.Part] = {"loss": rank_state.LossCounters(self)}
+        self.pending: dict = {}  # what the step in hand still has to do, for its checkpoint
         self._resumed_from: str | None = None
         self._rng_loaded = False
-        self._owed: dict = {}  # what the step in hand still has to do, for its checkpoint
         self._epoch_ended = False
-        self._saved_step = 0  # of the newest checkpoint that this start has written or has gone on from
-        self._sampler = None
-        self.add_callback(_GoOn(self))
+        self._saved_step = 0  # of the newest checkpoint that this start has written or was resumed from
+        self.add_callback(_Resume(self))
+
+    # ------------------------------------------------------------------------------------------------ preemption
+
+    def _preempted(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on all, which call it together."""
+        asked = torch.tensor(float(bool(preemption.requested())), device=self.args.device)
+        return bool(self.accelerator.reduce(asked, "sum").item())
+
+    def _stop(self):
+        """A checkpoint of the last step, unless there is one or nothing was trained, then Preempted."""
+        step = self.state.global_step
+        if step and step != self._saved_step:
+            self._save_checkpoint(self.model_wrapped, None, resumable=True)
+        if step:
+            say(f"\npreempted at step {step}; {PREFIX}{step} is on the disk. The same command goes on from it.")
+        raise Preempted(preemption.requested() or "the signal of another rank")
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As Trainer's; true means the newest complete checkpoint. Raises UserError for one with missing or cut files,
+        and Preempted after the step in which a signal came, with a checkpoint of that step on the disk."""
+        with preemption.defer_signals():
+            path = self._resumed_from = self._checkpoint_to_resume(resume_from_checkpoint)
+            try:
+                result = super().train(path, *args, **kwargs)
+            except EvaluationInterrupted:  # of eval_on_start
+                self._stop()
+            if self._preempted():
+                self._stop()
+        return result
+
+    def evaluate(self, *args, **kwargs):
+        """Outside of training a signal ends in Preempted here; inside, the step's checkpoint comes first."""
+        if self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        with preemption.defer_signals():
+            try:
+                return super().evaluate(*args, **kwargs)
+            except EvaluationInterrupted:
+                self._stop()
+
+    def interrupt_if_preempted(self) -> None:
+        """Before each batch of an evaluation, on all ranks together. Raises EvaluationInterrupted."""
+        if self._preempted():
+            raise EvaluationInterrupted
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
+        """Notes what a checkpoint of this step leaves to be done; a preempted run stops behind it."""
+        # Trainer comes here once for a step, and again where it was the last one of an epoch or of all.
+        last = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
+        self.pending = {
+            "evaluate": False,
+            "epoch_end": last and not self._epoch_ended,
+            "grad_norm": grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm,
+            "learning_rate": learning_rate,
+        }
+        stop, evaluate = not self._epoch_ended and self._preempted(), self.control.should_evaluate
+        if stop:
+            self.control.should_evaluate = self.control.should_save = False
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+        except EvaluationInterrupted:
+            stop = evaluate = True
+        if stop:
+            self.pending["evaluate"] = evaluate
+            self._stop()
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def _save_checkpoint(self, model, trial, whole: bool = False) -> None:
-        """Writes a checkpoint of the step just made, by all ranks together. `whole` wants the optimizer's state despite
-        save_only_model. Raises UserError where the disk fails."""
-        final = Path(self.args.output_dir, f"{PREFIX}{self.state.global_step}")
-        staged = final.parent / SAVING / final.name
-        with writing(final):
-            try:
-                self._write(staged, final, whole or not self.args.save_only_model)
-            except Exception:
-                if self.args.should_save:  # another rank would take away what this one is reading
-                    shutil.rmtree(staged, ignore_errors=True)
-                raise
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            remove_older(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+    def _save_checkpoint(self, model, trial, resumable: bool = False) -> None:
+        """By all ranks together. `resumable` wants the optimizer's state despite save_only_model. Raises UserError
+        where the disk fails."""
+        write_checkpoint(self, resumable or not self.args.save_only_model)
         self._saved_step = self.state.global_step
         wait_for_all()
 
-    def _write(self, staged: Path, final: Path, resumable: bool) -> None:
-        self.store_flos()
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
-        if self.args.should_save:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-        wait_for_all()
-        self.save_model(str(staged), _internal_call=True)
-        wait_for_all()  # rank 0 writes for minutes, and collectives follow
-        if resumable:
-            self._save_optimizer_and_scheduler(str(staged))
-            self._save_scaler(str(staged))
-            self._save_rng_state(str(staged))
-            torch.save({**self._progress(), "owed": self._owed}, staged / self._progress_file)
-        if self.args.should_save:
-            self._save_state(staged)
-        wait_for_all()
-        if resumable:
-            agreed(lambda: self._refuse_scattered(staged))
-        files = sealed_by_all(staged)  # each rank a share: reading takes as long as writing
-        facts = {"step": self.state.global_step, "resumable": resumable, "run": self.run_facts, "files": files}
-        agreed(lambda: publish(staged, final, facts))
-
-    def _save_state(self, folder: Path) -> None:
-        kept: dict[str, list] = {}
-        for part in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(part, ExportableState):
-                kept.setdefault(type(part).__name__, []).append(part.state())
-        self.state.stateful_callbacks = {
-            name: states if len(states) > 1 else states[0] for name, states in kept.items()
-        }
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-
-    def _refuse_scattered(self, folder: Path) -> None:
-        missing = [rank for rank in range(self.args.world_size) if not (folder / f"progress_{rank}.pt").is_file()]
-        if missing:
-            raise UserError(
-                f"output_dir: what ranks {missing} have written is not in {folder.parent.parent} of rank 0. On several "
-                "nodes output_dir has to be on a file system that all of them share."
-            )
-
-    @property
-    def _progress_file(self) -> str:
-        return f"progress_{self.args.process_index}.pt"
-
-    def _progress(self) -> dict:
-        """What this rank has gathered and not yet logged, as plain values and tensors."""
-        return {
-            "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "logged_at": self._globalstep_last_logged,
-        }
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Every checkpoint and the final model are written here: weights, tokenizer, and a look at what was written.
-        The final model appears in output_dir when it is whole."""
+        The final model appears in output_dir when it is complete."""
         folder = Path(output_dir or self.args.output_dir)
         final = folder == Path(self.args.output_dir)
         written = folder / SAVING / "final" if final else folder
@@ -138,74 +132,57 @@ class CheckpointedTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    # ------------------------------------------------------------------------------------------------ going on
+    # ------------------------------------------------------------------------------------------------ resuming
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As Trainer's; true means the newest whole checkpoint. Raises UserError for one with missing or cut files."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint, passed_over = newest_whole(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise UserError(f"{self.args.output_dir} holds no whole checkpoint. {' '.join(passed_over)}")
-        path = self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+    def _checkpoint_to_resume(self, given) -> str | None:
+        if given is True:
+            given, skipped = newest_whole(self.args.output_dir)
+            if given is None:
+                raise UserError(f"{self.args.output_dir} holds no whole checkpoint. {' '.join(skipped)}")
+        path = str(given) if given else None
         if path and Path(path, MANIFEST).exists() and (wrong := wrong_sizes(Path(path))):
             raise UserError(f"{path} is not whole: {'; '.join(wrong)}.")
-        return super().train(path, *args, **kwargs)
+        return path
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         result = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)  # else the checkpoint's intervals, whatever is asked for now
         return result
 
-    def go_on(self) -> None:
+    def resume_rank_state(self) -> None:
         """Puts back what this rank had gathered, and does what the checkpoint's step still had to do."""
         if self._resumed_from is None:
             return
-        file = Path(self._resumed_from, self._progress_file)
-        if not file.is_file():  # of another trainer: nothing was kept
+        file = Path(self._resumed_from, rank_state.file_name(self.args.process_index))
+        if not file.is_file():  # of another trainer: nothing was saved
             return
         self._saved_step = self.state.global_step
-        progress = torch.load(file, weights_only=True, map_location="cpu")
-        self._restore(progress)
-        if progress["owed"]["evaluate"] or progress["owed"]["epoch_end"]:
+        pending = rank_state.load(file, self.rank_parts)
+        if pending["evaluate"] or pending["epoch_end"]:
             self._load_rng_state(self._resumed_from)
-            self._do_owed(progress["owed"])
+            self._run_pending(pending)
 
-    def _restore(self, progress: dict) -> None:
-        self._tr_loss += progress["loss"]
-        self._total_loss_scalar = progress["total_loss"]
-        self._globalstep_last_logged = progress["logged_at"]
-
-    def _do_owed(self, owed: dict) -> None:
+    def _run_pending(self, pending: dict) -> None:
         """As Trainer does at the end of a step and then of an epoch."""
-        rest = (self._tr_loss, owed["grad_norm"], self.model_wrapped, None, self.state.epoch, None, None)
-        if owed["evaluate"]:
+        rest = (self._tr_loss, pending["grad_norm"], self.model_wrapped, None, self.state.epoch, None, None)
+        if pending["evaluate"]:
             self.control.should_evaluate = True
-            self._maybe_log_save_evaluate(*rest, learning_rate=owed["learning_rate"])
-        if owed["epoch_end"]:
+            self._maybe_log_save_evaluate(*rest, learning_rate=pending["learning_rate"])
+        if pending["epoch_end"]:
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(*rest, learning_rate=owed["learning_rate"])
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
-        """Notes what a checkpoint of this step would leave to be done."""
-        # Trainer comes here once for a step, and again where it was the last one of an epoch or of all.
-        last = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
-        self._owed = {
-            "evaluate": False,
-            "epoch_end": last and not self._epoch_ended,
-            "grad_norm": grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm,
-            "learning_rate": learning_rate,
-        }
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+            self._maybe_log_save_evaluate(*rest, learning_rate=pending["learning_rate"])
 
     def _load_rng_state(self, checkpoint):
-        """Once: what was owed has already moved the generators on, as it would have without a stop."""
+        """Once: what was pending has already advanced the generators, as it would have without a stop."""
         if not (checkpoint and checkpoint == self._resumed_from and self._rng_loaded):
             super()._load_rng_state(checkpoint)
         self._rng_loaded = True
 
+    def begin_epoch(self, epoch: int) -> None:
+        """For a sampler's set_epoch: accelerate's wrappers do not pass the epoch on to it in every case."""
+
     def _run_epoch(self, **kwargs):
-        if self._sampler is not None:  # accelerate's wrappers do not pass the epoch on to it in every case
-            self._sampler.set_epoch(kwargs["epoch"])
+        self.begin_epoch(kwargs["epoch"])
         if self.state.global_step >= self.state.max_steps:  # Trainer would make one more step before it looks
             self.control.should_training_stop = True
             return
@@ -233,14 +210,14 @@ class CheckpointedTrainer(Trainer):
             super()._load_best_model()
 
 
-class _GoOn(TrainerCallback):
+class _Resume(TrainerCallback):
     """Trainer empties its counters and then says that training begins."""
 
-    def __init__(self, trainer: CheckpointedTrainer):
+    def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.go_on()
+        self.trainer.resume_rank_state()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer._epoch_ended = False

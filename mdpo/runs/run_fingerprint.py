@@ -15,26 +15,109 @@ from mdpo.config.parsing import FIELDS
 from mdpo.reference.fingerprint import named_digest
 
 # Keys that change nothing of what is learnt: a new value simply holds from the resume on.
-FREE = """output_dir overwrite_output_dir resume_from_checkpoint run_name project trackio_space_id
-    trackio_bucket_id trackio_static_space_id report_to disable_tqdm logging_strategy logging_first_step
-    logging_steps logging_nan_inf_filter log_level log_level_replica log_on_each_node save_strategy
-    save_steps save_total_limit save_only_model eval_strategy eval_steps eval_delay eval_on_start
-    eval_accumulation_steps eval_use_gather_object per_device_eval_batch_size do_train do_eval
-    do_predict prediction_loss_only load_best_model_at_end metric_for_best_model greater_is_better
-    push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-    dataloader_prefetch_factor dataset_num_proc reference_cache_dir precompute_ref_batch_size
-    eval_dataset_mixer max_eval_samples max_nonfinite_steps ddp_timeout debug torch_empty_cache_steps
-    use_cpu local_rank trust_remote_code skip_memory_metrics include_for_metrics
-    include_num_input_tokens_seen batch_eval_metrics on_bad_rows max_bad_fraction deepspeed""".split()
+FREE = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
+    "report_to",
+    "disable_tqdm",
+    "logging_strategy",
+    "logging_first_step",
+    "logging_steps",
+    "logging_nan_inf_filter",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "save_only_model",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "eval_accumulation_steps",
+    "eval_use_gather_object",
+    "per_device_eval_batch_size",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "prediction_loss_only",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_token",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataset_num_proc",
+    "reference_cache_dir",
+    "precompute_ref_batch_size",
+    "eval_dataset_mixer",
+    "max_eval_samples",
+    "max_nonfinite_steps",
+    "ddp_timeout",
+    "debug",
+    "torch_empty_cache_steps",
+    "use_cpu",
+    "local_rank",
+    "trust_remote_code",
+    "skip_memory_metrics",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "batch_eval_metrics",
+    "on_bad_rows",
+    "max_bad_fraction",
+    "deepspeed",
+)
 # Where data or weights stand and how they are named: what they hold is compared instead.
-NAMES = """dataset_mixer dataset_splits dataset_configs test_split_size max_training_samples sanity_check
-    model_name_or_path model_revision ref_model_name_or_path tokenizer_name_or_path chat_template
-    chat_template_kwargs allow_different_prompts truncation_mode max_length mask_user_turns""".split()
+NAMES = (
+    "dataset_mixer",
+    "dataset_splits",
+    "dataset_configs",
+    "test_split_size",
+    "max_training_samples",
+    "sanity_check",
+    "model_name_or_path",
+    "model_revision",
+    "ref_model_name_or_path",
+    "tokenizer_name_or_path",
+    "chat_template",
+    "chat_template_kwargs",
+    "allow_different_prompts",
+    "truncation_mode",
+    "max_length",
+    "mask_user_turns",
+)
 # Other values give the same numbers up to rounding.
-ROUNDING = """shared_prefix fused_ops attn_implementation gradient_checkpointing gradient_checkpointing_kwargs
-    activation_checkpointing activation_checkpointing_kwargs precompute_ref_log_probs torch_compile
-    torch_compile_backend torch_compile_mode tf32 pad_to_multiple_of versions""".split()
+ROUNDING = (
+    "shared_prefix",
+    "fused_ops",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "precompute_ref_log_probs",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "tf32",
+    "pad_to_multiple_of",
+    "versions",
+)
 # Only their product counts, together with the number of processes.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")

@@ -1,7 +1,6 @@
 """The workshop of the fault tests: a tiny model, pairs, a recipe, and a forge to start runs with."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -60,12 +59,6 @@ def undisturbed(forge, workshop):
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={workshop}/undisturbed")
     assert run.end() == 0, run.log[-3000:]
     return workshop / "undisturbed"
-
-
-@pytest.fixture(scope="session")
-def extensions(tmp_path_factory) -> Path:
-    """Where DeepSpeed's operator is built, once for all tests of this folder."""
-    return Path(os.environ.get("MDPO_TEST_EXTENSIONS") or tmp_path_factory.mktemp("extensions"))
 
 
 @pytest.fixture

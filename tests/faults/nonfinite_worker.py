@@ -51,7 +51,7 @@ def main(folder: Path, precision: str) -> None:
         lambda row, i: {name: [math.nan] * len(row[name]) if i == 5 else row[name]},
         with_indices=True, features=trainer.train_dataset.features,
     )  # fmt: skip
-    own = trainer.guarded
+    own = trainer.nonfinite.loss
 
     def guarded(loss):  # the fifth and sixth step: the loss is finite, its gradient on rank 0 is not
         loss = own(loss)
@@ -59,7 +59,7 @@ def main(folder: Path, precision: str) -> None:
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    trainer.guarded = guarded
+    trainer.nonfinite.loss = guarded
     error = ""
     try:
         trainer.train()

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from repository import ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
 MARK = "MDPO_TEST_RUN"  # by this variable everything that a run has started is found
 PASSING = {

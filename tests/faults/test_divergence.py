@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision", "clip"), [(2, "no", 1.0), (2, "bf16", 1.0), (3, "no", 0.0)])
 def test_one_rank_at_fault_and_no_rank_makes_the_step(stage, precision, clip, extensions, tmp_path):
     tiny_llama(tokenizer_for(CHATML, "byte", eos="<|im_end|>")).save_pretrained(tmp_path / "model")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [*LAUNCH, f"training_configs/zero{stage}_cpu.yaml", "--mixed_precision", precision,

@@ -108,11 +108,11 @@ def blocks(process: int, number: int) -> bool:
 
 SCRIPT = """
 import sys, time
-from mdpo.preemption import held, requested
+from mdpo.preemption import defer_signals, requested
 from mdpo.startup import run
 
 def main(argv):
-    with held():
+    with defer_signals():
         print("here", flush=True)
         while True:
             time.sleep(0.01)

@@ -13,13 +13,21 @@ from pathlib import Path
 from subprocess import PIPE, run
 
 import pair_templates as T
+from pair_forms import as_pair, as_trajectories, with_margin, with_weights
 
 SEED = 240902392
 DATA = Path(__file__).resolve().parent
-FILES = {  # name: (pairs, templates, words, number ranges, names)
-    "train_short": (96, T.SHORT, T.SHORT_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES),
-    "train_long": (240, T.LONG, T.LONG_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES),
-    "heldout": (64, T.HELDOUT, T.SHORT_WORDS, T.HELDOUT_RANGES, T.HELDOUT_NAMES),
+SHORT = (T.SHORT, T.SHORT_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES)  # templates, words, number ranges, names
+LONG = (T.LONG, T.LONG_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES)
+HELDOUT = (T.HELDOUT, T.SHORT_WORDS, T.HELDOUT_RANGES, T.HELDOUT_NAMES)
+FILES = {  # name: (rows, source, form); no question of an earlier file comes again
+    "train_short": (96, SHORT, as_pair),
+    "train_long": (240, LONG, as_pair),
+    "heldout": (64, HELDOUT, as_pair),
+    "train_margin": (64, SHORT, with_margin),
+    "heldout_margin": (32, HELDOUT, with_margin),
+    "train_weights": (64, SHORT, with_weights),
+    "trajectories": (16, SHORT, as_trajectories),
 }
 KINDS = ["wrong_operator", "wrong_quantity", "ignores_output", "no_check"]
 WRONG_OPERATOR = {"*": "+", "-": "+", "//": "+", "%": "+"}  # one mistake: it adds where it must not
@@ -36,11 +44,13 @@ def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA
     folder.mkdir(parents=True, exist_ok=True)
     asked = set()
-    for name, (pairs, *source) in FILES.items():
-        rows = [draw_row(f"{name}-{index:03d}", index, asked, *source) for index in range(pairs)]
-        fill_outputs([message for row in rows for message in row["chosen"] + row["rejected"]])
+    for name, (n, source, form) in FILES.items():
+        wrongs = 2 if form is as_trajectories else 1
+        drawn = [draw_sides(f"{name}-{index:03d}", index, wrongs, asked, *source) for index in range(n)]
+        fill_outputs([message for sides in drawn for _, messages in sides for message in messages])
+        rows = [row for index, sides in enumerate(drawn) for row in form(f"{name}-{index:03d}", sides)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{folder / name}.jsonl: {pairs} pairs")
+        print(f"{folder / name}.jsonl: {len(rows)} rows")
 
 
 def demand(condition):
@@ -48,24 +58,27 @@ def demand(condition):
         raise ArithmeticError("the numbers or the mistake do not suit")
 
 
-def draw_row(name, index, asked, templates, words, ranges, names):
-    """One row, its output blocks not filled yet. `asked` collects the questions, so that none comes twice."""
-    template, kind = templates[index // len(KINDS) % len(templates)], KINDS[index % len(KINDS)]
+def draw_sides(name, index, wrongs, asked, templates, words, ranges, names):
+    """[("right", messages), (kind of mistake, messages), ...], the outputs of their code not filled yet. `asked`
+    collects the questions, so that none comes twice."""
+    template, at = templates[index // len(KINDS) % len(templates)], index % len(KINDS)
+    kinds = (KINDS * 2)[at : at + wrongs]
     rng = random.Random(f"{SEED}/{name}")
     while True:
         try:
             question, numbers, blocks, truth = draw_problem(*template, ranges, names, rng)
             demand(question not in asked)
-            wrong_blocks, wrong_answer = draw_mistake(kind, numbers, blocks, truth, rng)
+            mistakes = [draw_mistake(kind, numbers, blocks, truth, rng) for kind in kinds]
         except ArithmeticError:
             continue
         asked.add(question)
-        # Both sides say the same words, so that nothing but the mistake tells them apart.
+        # All sides say the same words, so that nothing but the mistake tells them apart.
         looks = [rng.random() for _ in range(4)]
-        wrong_words = (*words[:2], T.GUESSES) if kind == "no_check" else words
-        chosen = trajectory(question, numbers, blocks, truth, words, looks)
-        rejected = trajectory(question, numbers, wrong_blocks, wrong_answer, wrong_words, looks)
-        return {"chosen": chosen, "rejected": rejected, "kind": kind, "id": name}
+        sides = [("right", trajectory(question, numbers, blocks, truth, words, looks))]
+        for kind, mistake in zip(kinds, mistakes, strict=True):
+            wrong_words = (*words[:2], T.GUESSES) if kind == "no_check" else words
+            sides.append((kind, trajectory(question, numbers, *mistake, wrong_words, looks)))
+        return sides
 
 
 def draw_problem(question, steps, closed_form, ranges, names, rng):

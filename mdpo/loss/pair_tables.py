@@ -1,0 +1,67 @@
+"""Per-pair metrics that are not logged yet, of this rank."""
+
+from collections.abc import Iterable
+
+import torch
+
+from mdpo.loss.metrics import COLUMNS
+from mdpo.loss.turn_metrics import joined
+
+FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # what tells a pair at fault
+ROW = COLUMNS.index("row")
+
+
+class PairTables:
+    """One table (B, len(COLUMNS) + 4T) of `mdpo.loss.metrics.pair_table` for each micro-batch: `train` since the last
+    log, `eval` of the evaluation in hand; `tokens` that this rank has trained on since the start. On `device`."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+        self.train: list[torch.Tensor] = []
+        self.eval: list[torch.Tensor] = []
+        self.tokens = 0
+        self._earlier = 0  # how many of `train` belong to steps that are over
+
+    def append(self, table: torch.Tensor, training: bool, tokens: int = 0) -> None:
+        if training:
+            self.train.append(table)
+            self.tokens += tokens
+        else:
+            self.eval.append(table)
+
+    def end_step(self) -> None:
+        """The step in hand is over; its tables wait for the log."""
+        self._earlier = len(self.train)
+
+    def drop_step(self) -> torch.Tensor:
+        """Takes out the pairs of the step in hand, as one table in the CPU's memory."""
+        tables, self.train = self.train[self._earlier :], self.train[: self._earlier]
+        return joined(tables).cpu()
+
+    def take_train(self) -> list[torch.Tensor]:
+        """The tables of training since the last call."""
+        taken, self.train, self._earlier = self.train, [], 0
+        return taken
+
+    def take_eval(self) -> torch.Tensor:
+        """The evaluated pairs since the last call, as one table."""
+        taken, self.eval = self.eval, []
+        return joined(taken)
+
+    def state_dict(self) -> dict:
+        return {"train": self.train, "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.train = [table.to(self.device) for table in state["train"]]
+        self._earlier, self.tokens = len(self.train), state["tokens"]
+
+
+def rows_of(table: torch.Tensor) -> list[int]:
+    """The pairs' numbers in their dataset."""
+    return table[:, ROW].long().tolist()
+
+
+def rows_at_fault(table: torch.Tensor) -> list[int]:
+    """The pairs whose loss, rewards or log-probs are NaN or Inf."""
+    finite: Iterable[bool] = table[:, FINITE].isfinite().all(1).tolist()
+    return [row for row, good in zip(rows_of(table), finite, strict=True) if not good]

@@ -1,0 +1,66 @@
+"""Real launches: their command, environment and outcome."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from repository import ROOT
+from safetensors.torch import load_file
+
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+TIMEOUT_S = 400  # the first start compiles DeepSpeed's operator
+
+
+def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="recipe.yaml"):
+    file = config if isinstance(config, Path) else f"training_configs/{config}.yaml"
+    command = [*LAUNCHER, "--config_file", str(file), "--main_process_port", port, *of_launcher]
+    return [*command, "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
+
+
+def environment_of(extensions, env=None):
+    own = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own, **(env or {})}
+
+
+def launch(config, workshop, extensions, out, *flags, env=None, **options):
+    done = subprocess.run(
+        command_of(config, workshop, out, *flags, **options),
+        cwd=ROOT,
+        env=environment_of(extensions, env),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def losses(out):
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [log for log in history if "loss" in log]
+
+
+def compare(out, one, workshop, tokens=True):
+    got, wanted = load_file(out / "model.safetensors"), load_file(one / "model.safetensors")
+    base = load_file(workshop / "model" / "model.safetensors")
+    assert set(got) == set(wanted)
+    for name in wanted:
+        moved = (wanted[name] - base[name]).norm()
+        assert moved > 0, f"{name} was not trained"
+        assert (got[name] - wanted[name]).norm() <= 1e-3 * moved, name
+    for a, b in zip(losses(out), losses(one), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-3)
+        assert a["num_tokens"] == b["num_tokens"] or not tokens
+
+
+def on_two_cpus(config, folder) -> Path:
+    """A file that is meant for GPUs, for two processes without any. The launcher's flag --cpu would start one process
+    without DeepSpeed."""
+    raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
+    path = folder / f"{config}_on_cpu.yaml"
+    path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2}))
+    return path

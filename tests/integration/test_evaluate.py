@@ -1,0 +1,205 @@
+"""scripts/evaluate.py: held-out figures are those that training ended with; rollouts from the command line."""
+
+import json
+import re
+from pathlib import Path
+
+import evaluate
+import pytest
+from repository import ROOT
+from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+
+import run_dpo
+from mdpo.errors import UserError
+from mdpo.runs.entrypoint import run
+
+PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+RUNS = {
+    "full": [],
+    "precomputed": ["--precompute_ref_log_probs=true", "--beta=0.3", "--nll_coefficient=0.2"],
+    "other reference": ["--ref_model_name_or_path={folder}/reference", "--shared_prefix=false"],
+    "adapter": ["--use_peft=true", "--lora_r=4", "--lora_target_modules=all-linear", "--learning_rate=1e-2"],
+    "adapter, precomputed": [
+        "--use_peft=true",
+        "--lora_r=4",
+        "--learning_rate=1e-2",
+        "--precompute_ref_log_probs=true",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A tiny model, pairs of one to three turns, some held out, and a recipe."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    tiny_llama(tokenizer, seed=0).save_pretrained(folder / "model")
+    tiny_llama(tokenizer, seed=1).save_pretrained(folder / "reference")
+    tokenizer.save_pretrained(folder / "model")
+    rows = agent_rows(24)
+    for i, row in enumerate(rows):
+        if i % 3 == 0:  # chosen has one turn
+            row["chosen"] = [*row["chosen"][:1], row["chosen"][-1]]
+        if i % 3 == 1:  # chosen has three
+            row["chosen"] += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "That is right."}]
+    for name, part in (("train", rows[:12]), ("heldout", rows[12:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    questions = [{"question": f"What is {i} * 2?", "answer": f"so\n#### {2 * i}"} for i in range(3)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (folder / "recipe.yaml").write_text(
+        f"""
+model_name_or_path: {folder}/model
+dtype: float32
+dataset_mixer: {{{folder}/train.jsonl: 1.0}}
+eval_dataset_mixer: {{{folder}/heldout.jsonl: 1.0}}
+max_length: 300
+learning_rate: 1.0e-3
+num_train_epochs: 1
+per_device_train_batch_size: 4
+per_device_eval_batch_size: 5
+logging_steps: 1
+save_strategy: "no"
+bf16: false
+seed: 7
+dataset_num_proc: 1
+disable_tqdm: true
+"""
+    )
+    return folder
+
+
+def trained(workshop, name: str) -> tuple[str, list[str]]:
+    """(output folder, flags) of a run, which is made once."""
+    out = workshop / name.replace(", ", "-").replace(" ", "-")
+    flags = [flag.format(folder=workshop) for flag in RUNS[name]]
+    if not out.exists():
+        run_dpo.main([str(workshop / "recipe.yaml"), f"--output_dir={out}", "--report_to=none", *flags])
+    return str(out), flags
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "adapter" else pytest.mark.slow) for n in RUNS])
+def test_held_out_figures_are_those_of_the_run(name, workshop, monkeypatch, capsys):
+    out, flags = trained(workshop, name)
+    after = json.loads(Path(out, "run_report.json").read_text())["after"]
+    before = sorted(Path(out).iterdir())
+    capsys.readouterr()
+    shown = []
+    monkeypatch.setattr(evaluate, "held_out_table", lambda figures: shown.append(figures) or "")
+    evaluate.main([out, "--recipe", str(workshop / "recipe.yaml"), *flags])
+    [figures] = shown
+    printed = capsys.readouterr().out
+    for part in ("train", "eval"):  # what the run had scored with the reference is found again
+        assert (f"reference log-probs of {part}: 12 of 12 from" in printed) == ("precomputed" in name)
+    assert list(figures) == ["1", "2", "3", "all"] and [f["pairs"] for f in figures.values()] == [4, 4, 4, 12]
+    wanted = {"pairs": "pairs", "accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss": "loss"}
+    for ours, theirs in wanted.items():
+        assert figures["all"][ours] == pytest.approx(after[f"eval_{theirs}"], abs=1e-6), ours
+        mean = sum(figures[n][ours] for n in "123") / 3  # groups of one size
+        assert ours == "pairs" or mean == pytest.approx(figures["all"][ours], abs=1e-9)
+    assert abs(after["eval_rewards/margins"]) > 1e-3  # a policy that has left its reference
+    assert sorted(Path(out).iterdir()) == before
+
+
+def test_rollouts_from_the_command_line(workshop, capsys, tmp_path):
+    out, _ = trained(workshop, "adapter")
+    command = [out, "--recipe", str(workshop / "recipe.yaml"), "--rollouts", str(workshop / "questions.jsonl")]
+    options = ["--max_new_tokens=12", "--instruction=Use Python."]
+    evaluate.main([*command, *options, f"--save={tmp_path}/t.jsonl"])
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["gold"]) for row in rows] == [
+        (f"{workshop}/questions.jsonl:{i + 1}", str(2 * i)) for i in range(3)
+    ]
+    assert [row["messages"][0]["content"] for row in rows] == [f"Use Python.\n\nWhat is {i} * 2?" for i in range(3)]
+    assert "held-out pairs, by turns" in printed and "rollouts: 3 questions, 3 conversations" in printed
+    assert re.search(r"answer accuracy +│ +0\.0000 \(0\.000 to 0\.56", printed)
+    # The adapter is in the model: without it other words come out.
+    evaluate.main([f"{workshop}/model", *command[1:], *options, f"--save={tmp_path}/base.jsonl"])
+    base = [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1] for row in base] != [row["messages"][-1] for row in rows]
+
+    sampling = ["--samples=2", "--temperature=1", "--seed=3", "--max_new_tokens=4", f"--save={tmp_path}/s.jsonl"]
+    evaluate.main([*command, *sampling])
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert sorted(row["sample"] for row in rows) == [0, 0, 0, 1, 1, 1]
+    assert "at least one right" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "no folder": (["{folder}/nothing"], "CHECKPOINT: there is no folder"),
+    "no weights": (["{folder}"], "CHECKPOINT: .* holds no "),
+    "no recipe": (["{folder}/model", "--recipe"], "expected one argument"),
+    "key": (["{folder}/model", "--betta=1"], "--betta is not a key; did you mean --beta?"),
+    "option without rollouts": (["{folder}/model", "--max_turns=2"], "--max_turns: has no effect without --rollouts"),
+    "isolation": (["{folder}/model", "--allow_unisolated_code"], "--allow_unisolated_code: has no effect without"),
+    "samples": (["{folder}/model", "--rollouts=q", "--samples=2"], "--samples: has no effect at temperature 0"),
+    "seed": (["{folder}/model", "--rollouts=q", "--seed=1"], "--seed: has no effect at temperature 0"),
+    "range": (["{folder}/model", "--rollouts=q", "--max_turns=0"], "--max_turns: 0 is out of range"),
+    "not a number": (["{folder}/model", "--rollouts=q", "--temperature=nan"], "--temperature: nan is out of range"),
+    "role": (["{folder}/model", "--rollouts=q", "--tool_role=moon"], "argument --tool_role: invalid choice: 'moon'"),
+    "no questions": (["{folder}/model", "--rollouts={folder}/none.jsonl"], "rollouts: there is no file"),
+    "save is there": (
+        ["{folder}/model", "--rollouts={folder}/questions.jsonl", "--save={folder}/train.jsonl"], "is there already"
+    ),
+    "save has no folder": (
+        ["{folder}/model", "--rollouts={folder}/questions.jsonl", "--save={folder}/none/t"], "has no folder"
+    ),
+    "no held-out pairs": (["{folder}/model", "--eval_dataset_mixer=null"], "The recipe has no held-out pairs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_one_line(name, workshop, capsys):
+    argv, message = MISTAKES[name]
+    argv = [word.format(folder=workshop) for word in argv]
+    recipe = [] if "--recipe" in argv else ["--recipe", str(workshop / "recipe.yaml")]
+    assert run(evaluate.main, [*argv, *recipe]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_reference_of_its_own_revision(workshop, monkeypatch):
+    """`model_revision` and the like say where the base's weights are: the checkpoint's are elsewhere."""
+    loaded = []
+    real = evaluate.scoring_arguments.__globals__["load_model"]
+    monkeypatch.setitem(
+        evaluate.scoring_arguments.__globals__,
+        "load_model",
+        lambda name, **k: loaded.append((name, k)) or real(name, **k),
+    )
+    recipe = evaluate.load_recipe([str(workshop / "recipe.yaml"), "--report_to=none", "--model_revision=v1"])
+    out = f"{workshop}/reference"  # as good as any
+    found = evaluate.scoring_arguments(out, recipe)
+    assert found["model"] == out and found["ref_model"] is not None
+    assert [(name, k["revision"]) for name, k in loaded] == [(f"{workshop}/model", "v1")]
+    assert "revision" not in recipe.training.model_init_kwargs and recipe.training.ref_model_name_or_path is None
+
+
+def test_a_moved_reference_is_said(workshop, capsys):
+    flags = ["--report_to=none", "--sync_ref_model=true", "--ref_model_sync_steps=8"]
+    recipe = evaluate.load_recipe([str(workshop / "recipe.yaml"), *flags])
+    evaluate.scoring_arguments(f"{workshop}/reference", recipe)
+    assert "sync_ref_model: the run's reference moved" in capsys.readouterr().out
+    assert not recipe.training.sync_ref_model
+
+
+def test_an_adapter_without_all_of_its_weights(workshop, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    out, flags = trained(workshop, "adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes(Path(out, file).read_bytes())
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="lacks 1 of the adapter's weights"):
+        evaluate.main([str(tmp_path), "--recipe", str(workshop / "recipe.yaml"), *flags])
+
+
+def test_the_page_shows_the_commands(tmp_path):
+    commands = re.findall(r"^ +(python scripts/evaluate\.py .*)$", PAGE, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        args, rest = evaluate.parse(command.split()[2:])
+        assert Path(args.recipe).is_file() and not rest
+    [shown] = re.findall(r'^\{"question".*\}$', PAGE, re.MULTILINE)
+    (tmp_path / "q.jsonl").write_text(shown)
+    assert evaluate.read_questions(f"{tmp_path}/q.jsonl")[0].gold == "121"

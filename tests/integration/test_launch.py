@@ -1,0 +1,258 @@
+"""The real thing: `accelerate launch` with DeepSpeed ZeRO-2 and ZeRO-3, two CPU processes, against one process.
+
+Same rows, same global batch of 4 pairs, float32. Batches hold pairs of very different lengths, so the two ranks score
+unequal numbers of tokens and the LM head works in unequal numbers of chunks. The one process takes padded batches, the
+others packed ones.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from launches import TIMEOUT_S, command_of, compare, environment_of, launch, losses, on_two_cpus
+from repository import ROOT
+from safetensors.torch import load_file
+from slurm_job import end, real_launcher, start, until
+from tiny import CHATML, tokenizer_for
+from transformers import AutoModelForCausalLM
+
+from mdpo.data.tokenize import tokenize_dataset
+from mdpo.forward.collators import PairCollator
+from mdpo.forward.pair_logps import sum_by_pair
+from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.masking.loss_mask import RenderSettings
+
+
+def own_log_probs(folder, workshop):
+    """Sums of the final model's log-probs over the first two pairs, from the checkpoint as a user would load it."""
+    from datasets import load_dataset
+
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    enable_scoring(model)
+    rows = load_dataset("json", data_files=str(workshop / "pairs.jsonl"), split="train")
+    rows, _ = tokenize_dataset(rows, tokenizer, RenderSettings(300), "pairs")
+    batch = PairCollator(tokenizer.pad_token_id)([rows[i] for i in range(16)])
+    with torch.no_grad():
+        return sum_by_pair(score_tokens(model, batch).logps, batch).chosen.mean().item()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_path):
+    out = tmp_path / "out"
+    flags = [
+        "--per_device_train_batch_size=2",
+        f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}",
+        "--eval_on_start",
+    ]
+    code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+    assert code == 0, text[-4000:]
+    assert "2 pairs per device × 1 accumulation × 2 processes" in text
+    assert "shared_prefix: off" not in text
+    compare(out, one_process, workshop)
+    report = json.loads((out / "run_report.json").read_text())
+    assert report["after"]["eval_pairs"] == 16
+    assert report["after"]["eval_logps/chosen"] == pytest.approx(own_log_probs(out, workshop), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_lora_under_zero(stage, ahead, workshop, extensions, tmp_path):
+    flags = [f"--precompute_ref_log_probs={ahead}"]
+    flags += ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj", "--lora_dropout=0.0"]
+    recipe = (workshop / "recipe.yaml").read_text().replace("ref_model_name_or_path", "# ref_model_name_or_path")
+    (workshop / "lora.yaml").write_text(recipe)
+    outs = {}
+    for config, pairs in (("cpu", 4), (f"zero{stage}_cpu", 2)):
+        outs[config] = tmp_path / config
+        cache = [f"--reference_cache_dir={tmp_path}/cache-{config}"] if ahead == "true" else []
+        code, text = launch(
+            config, workshop, extensions, outs[config], *flags, *cache, f"--per_device_train_batch_size={pairs}",
+            recipe="lora.yaml",
+        )  # fmt: skip
+        assert code == 0, text[-4000:]
+    one, two = (load_file(out / "adapter_model.safetensors") for out in outs.values())
+    assert set(one) == set(two) and len(one) == 8
+    for name, wanted in one.items():
+        assert (two[name] - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, name
+    assert losses(outs["cpu"])[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accumulation_and_checkpointing_under_zero(stage, workshop, extensions, one_process, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", "--gradient_checkpointing=true"]
+    code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+    assert code == 0, text[-4000:]
+    compare(out, one_process, workshop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_precomputed_reference_under_zero(stage, workshop, extensions, one_process, tmp_path):
+    """The same weights as with the reference in memory. Both ranks write shards; with one of them damaged a second run
+    computes its pairs alone, and again ends with the same weights."""
+    flags = ["--per_device_train_batch_size=2", "--precompute_ref_log_probs", "--precompute_ref_batch_size=3"]
+    flags.append(f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}")
+    flags.append(f"--reference_cache_dir={tmp_path}/cache")
+    for run, known in (("first", 0), ("second", 7)):
+        out = tmp_path / run
+        code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+        assert code == 0, text[-4000:]
+        assert f"reference log-probs of train: {known} of 16 from {tmp_path}/cache" in text
+        assert "reference log-probs of eval: 16 of 16" in text
+        compare(out, one_process, workshop)
+        assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+        shards = {path.name.split("-")[1]: path for path in (tmp_path / "cache").glob("*/*.safetensors")}
+        os.truncate(shards["0"], 100)  # of rank 0: batches 0, 2 and 4 of 3, 3, 3, 3, 3 and 1 pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
+    """The reference moves after every step, whole or partitioned; a run that goes on from a checkpoint has it back."""
+    move = ["--sync_ref_model", "--ref_model_sync_steps=1", "--ref_model_mixup_alpha=0.3", "--save_strategy=steps"]
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    code, text = launch("cpu", workshop, extensions, one, *move, "--save_steps=2", "--per_device_train_batch_size=4")
+    assert code == 0, text[-4000:]
+    flags = [*move, "--save_steps=2", "--per_device_train_batch_size=2"]
+    code, text = launch(f"zero{stage}_cpu", workshop, extensions, two, *flags)
+    assert code == 0, text[-4000:]
+    compare(two, one, workshop)
+    base = load_file(workshop / "reference" / "model.safetensors")
+    moved, wanted = (load_file(out / "checkpoint-2" / "reference" / "model.safetensors") for out in (two, one))
+    for name, weight in wanted.items():
+        assert (moved[name] - weight).norm() <= 1e-3 * (weight - base[name]).norm(), name
+    tmp_path.joinpath("new").touch()  # what every rank wrote has the mode of a new file, but that it may be a program
+    modes = {path.stat().st_mode & ~0o111 for path in two.rglob("*") if path.is_file()}
+    assert modes == {tmp_path.joinpath("new").stat().st_mode}
+    flags.append(f"--resume_from_checkpoint={two / 'checkpoint-2'}")
+    code, text = launch(f"zero{stage}_cpu", workshop, extensions, again, *flags)
+    assert code == 0, text[-4000:]
+    compare(again, one, workshop, tokens=False)  # num_tokens begins anew, as in TRL
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def launch_two_nodes(workshop, extensions, out, logs, *flags):
+    """A launcher for each of two "machines", as a job of two nodes has; they share the home and the output folder."""
+    nodes, port, config = [], free_port(), on_two_cpus("zero3_two_nodes", logs)
+    for rank in range(2):
+        where = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
+        command = command_of(config, workshop, out, *flags, port=port, of_launcher=where)
+        with open(logs / f"node-{rank}.txt", "w") as log:
+            output = {"stdout": log, "stderr": subprocess.STDOUT}
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment_of(extensions), **output))
+    try:
+        codes = [node.wait(timeout=TIMEOUT_S) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    return codes, [(logs / f"node-{rank}.txt").read_text() for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, tmp_path):
+    """Both have a process of LOCAL_RANK 0, and only the first node's may speak and write into the shared folder."""
+    flags = ["--per_device_train_batch_size=2", f"--precompute_ref_log_probs={ahead}"]
+    flags += [f"--reference_cache_dir={tmp_path}/cache"] if ahead == "true" else []
+    flags += [f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}", "--save_strategy=steps", "--save_steps=2"]
+    out = tmp_path / "out"
+    codes, (first, second) = launch_two_nodes(workshop, extensions, out, tmp_path, *flags)
+    assert codes == [0, 0], first[-4000:] + second[-4000:]
+    line = "global batch 4 = 2 pairs per device × 1 accumulation × 2 processes"
+    assert line in first and line not in second
+    compare(out, one_process, workshop)
+    assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+    states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
+    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimiser
+    if ahead == "true":
+        shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
+        assert shards == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp_path):
+    """scripts/launch.slurm with accelerate and the trainer themselves on two "nodes", Slurm alone is stood in for. The
+    same command again takes the steps that are left."""
+    own = {name: value for name, value in environment_of(extensions).items() if name.startswith(("HF_", "MDPO_TEST"))}
+    own |= {"TORCH_EXTENSIONS_DIR": str(extensions), "OMP_NUM_THREADS": "1", **real_launcher(cluster)}
+    run = [str(workshop / "recipe.yaml"), f"--output_dir={tmp_path}/my out", "--max_steps=40"]
+    for begun in (False, True):
+        log = tmp_path / f"log-{begun}.txt"
+        job = start(cluster, "", config=on_two_cpus("zero3_two_nodes", tmp_path), run=run, cwd=ROOT, log=log, **own)
+        if not begun:
+            until(cluster, job, log, 1, "/40  loss")
+            job.send_signal(signal.SIGUSR1)
+        code, output, calls = end(cluster, job, log)
+        requeued = [call for call in calls if call.startswith("scontrol")]
+        assert (code, requeued) == (int(not begun), [f"scontrol requeue {own['SLURM_JOB_ID']}"]), output[-4000:]
+    assert "going on from" in output
+    assert [log["step"] for log in losses(tmp_path / "my out")] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_offload_equals_one_process(workshop, extensions, one_process, tmp_path):
+    flags, config = ["--per_device_train_batch_size=2"], on_two_cpus("zero3_offload_for_dpo", tmp_path)
+    code, text = launch(config, workshop, extensions, tmp_path / "out", *flags)
+    assert code == 0, text[-4000:]
+    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimiser states are offloaded
+    compare(tmp_path / "out", one_process, workshop)
+
+
+@pytest.mark.slow
+def test_stale_build_lock_is_named_and_removed(workshop, tmp_path):
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    flags = ["--per_device_train_batch_size=2", "--max_steps=1"]
+    code, text = launch("zero2_cpu", workshop, tmp_path / "extensions", tmp_path / "out", *flags)
+    assert code == 0, text[-4000:]
+    assert f"Removed {lock}" in text
+    assert not lock.exists()
+
+
+@pytest.mark.slow
+def test_user_error_ends_a_launch_with_a_short_message(workshop, extensions, tmp_path):
+    code, text = launch("zero2_cpu", workshop, extensions, tmp_path / "out", "--bet=0.2")
+    assert code == 1
+    assert "--beta" in text
+    assert text.count("Traceback") <= 1  # the launcher's own; none of ours
+    assert 'run_dpo.py", line' not in text
+
+
+def test_zero3_gathers_the_head_once_each_way_whatever_the_counts(extensions, tmp_path):
+    """Rank 0 scores two chunks of tokens while rank 1 scores none: one gather per chunk would crash here."""
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(ROOT / "tests/helpers/zero3_head_worker.py"), str(tmp_path / "found.json")],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    everyone = json.loads((tmp_path / "found.json").read_text())
+    assert [rank["packed"]["tokens"] for rank in everyone] == [55, 24]
+    for rank in everyone:
+        assert rank["packed"]["fused"] and rank["packed"]["error"] <= 1e-5
+    ranks = [rank["steps"] for rank in everyone]
+    assert [[step["tokens"] for step in steps] for steps in ranks] == [[78, 78, 0], [0, 10, 0]]
+    for steps in ranks:
+        for step in steps:
+            assert step["gathers"] == ["forward", "backward"], step
+    first, second, third = ranks[0]
+    assert first["loss"] > 0 and first["norm"] > 0 and second["norm"] != first["norm"]
+    assert third["loss"] == 0 and third["norm"] == 0
+    assert [s["norm"] for s in ranks[1]] == [s["norm"] for s in ranks[0]]

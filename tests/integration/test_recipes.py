@@ -1,0 +1,541 @@
+"""Every recipe under recipes/: what it says, what its header promises, and two steps of it on a small model."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from repository import ROOT
+from safetensors.torch import load_file
+from tiny import CHATML, agent_rows, tokenizer_for, trl_template
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import get_peft_config
+
+import mdpo.config.precision
+import mdpo.config.recipe
+import run_dpo
+from dpo_trainer import DPOTrainer
+from mdpo.config.parsing import FIELDS
+from mdpo.config.recipe import load_recipe
+from mdpo.config.validation import check_options
+from mdpo.data.rows import row_to_pair
+from mdpo.errors import UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.memory.sharding import Sharding
+
+RECIPES = sorted((ROOT / "recipes").glob("*/dpo/config_*.yaml"))
+BILLIONS = {  # parameters as the models' authors give them
+    "codegemma-7b-it": 8.54,
+    "gemma-2-9b-it": 9.24,
+    "gemma-7b-it": 8.54,
+    "llama-3.1-8b": 8.03,
+    "mistral-7b-v0.3": 7.25,
+    "qwen2.5-7b": 7.62,
+    "qwen3-8b": 8.19,
+    "smollm2-135m": 0.1345,
+}
+ITERATIONS = {f"config_iter{i}_{kind}_reference" for i in (2, 3) for kind in ("fixed", "moved")}
+BATCH = re.compile(r"# Global batch: (\d+) pairs? per device x (\d+) accumulation x (\d+) \w+ = (\d+) pairs a step\.")
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parts[-3]}-{path.stem.removeprefix('config_')}"
+
+
+def header(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+
+
+@cache
+def command(path: Path) -> list[str]:
+    """The words of the header's one command."""
+    (line,) = [line[2:].strip() for line in header(path) if line.startswith("#   ")]
+    return shlex.split(line)
+
+
+def parts_of(values: dict, folder: Path) -> list[dict]:
+    """Both views of a recipe, for a GPU and as this machine runs it: key -> value of all dataclasses."""
+    folder.joinpath("recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe = load_recipe([str(folder / "recipe.yaml")])
+    return [{f.name: getattr(part, f.name) for f in dataclasses.fields(part)} for part in recipe_parts(recipe)]
+
+
+def recipe_parts(recipe):
+    return recipe.model, recipe.data, recipe.training
+
+
+def test_families_and_their_recipes():
+    found = {}
+    for path in RECIPES:
+        found.setdefault(path.parts[-3], set()).add(path.stem)
+    three = {"config_full", "config_lora", "config_qlora"}
+    expected = {family: three for family in BILLIONS} | {"gemma-7b-it": three | ITERATIONS}
+    assert found == expected | {"smollm2-135m": {"config_full", "config_lora", "config_quickstart"}}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The view of a machine with GPUs and flash-attn: no value falls back."""
+    monkeypatch.setattr(mdpo.config.recipe, "fit_to_machine", lambda values, notes: {**values, "use_cpu": True})
+
+
+def idle_keys(values: dict, folder: Path) -> set[str]:
+    """Those at their default, and those without which the run would be the same."""
+    whole, idle = parts_of(values, folder), set()
+    for key in set(values) - {"model_name_or_path", "dataset_mixer"}:  # refused without
+        field = FIELDS[key]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        without = {name: value for name, value in values.items() if name != key}
+        if values[key] == default or parts_of(without, folder) == whole:
+            idle.add(key)
+    return idle
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_every_key_does_something(path, gpu, tmp_path):
+    """And what the header says of defaults is what they are."""
+    values = load_recipe([str(path)]).written
+    assert not idle_keys(values, tmp_path)
+    (line,) = [line for line in header(path) if line.startswith("# Left at their defaults: ")]
+    effective = {key: value for part in parts_of(values, tmp_path) for key, value in part.items()}
+    for key, value in (item.split() for item in line.partition(": ")[2].split(", ")):
+        assert key not in values and effective[key] == yaml.safe_load(value), key
+
+
+def test_idle_keys_are_found(gpu, tmp_path):
+    """beta at its default; bf16, which DPOConfig switches on by itself; and a list that is the default."""
+    values = load_recipe([str(RECIPES[0])]).written | {"beta": 0.1, "bf16": True, "loss_type": ["sigmoid"]}
+    assert idle_keys(values, tmp_path) == {"beta", "bf16", "loss_type"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_it_loads_here_and_every_option_can_be_honoured(path):
+    recipe = load_recipe([str(path)])
+    assert check_options(recipe.training, get_peft_config(recipe.model), recipe.values) == []
+    assert all("bfloat16" in note or "flash" in note for note in recipe.notes)
+    if recipe.model.load_in_4bit:
+        assert recipe.model.use_peft
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_the_header_is_true(path, monkeypatch):
+    """Its batch is that of the keys and the accelerate file; its command starts this recipe."""
+    monkeypatch.chdir(ROOT)
+    words, args = command(path), load_recipe([str(path)]).training
+    launch = launch_command_parser().parse_args(words[2:])
+    assert words[:2] == ["accelerate", "launch"] and launch.training_script == "run_dpo.py"
+    sharding = Sharding.read(launch.config_file)
+    (batch,) = [m for line in header(path) if (m := BATCH.fullmatch(line))]
+    pairs, accumulation, processes, together = map(int, batch.groups())
+    assert (pairs, accumulation) == (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    assert processes == sharding.processes and pairs * accumulation * processes == together
+    assert load_recipe(launch.training_script_args).path.resolve() == path
+    assert sharding.cpu == ("smollm2" in str(path))
+
+
+def test_no_two_runs_share_a_folder():
+    folders = [load_recipe([str(path)]).training.output_dir for path in RECIPES]
+    assert len(set(folders)) == len(folders) > 20 and all(folder.startswith("outputs/") for folder in folders)
+
+
+def test_iterations_follow_each_other():
+    """Each starts from what the one before writes; references are the first model or, without a key, the policy."""
+    dpo = ROOT / "recipes/gemma-7b-it/dpo"
+    first = load_recipe([str(dpo / "config_full.yaml")])
+    for kind in ("moved", "fixed"):
+        before, sets = first, set()
+        for i in (2, 3):
+            recipe = load_recipe([str(dpo / f"config_iter{i}_{kind}_reference.yaml")])
+            assert recipe.model.model_name_or_path == before.training.output_dir
+            wanted = first.model.model_name_or_path if kind == "fixed" else None
+            assert recipe.training.ref_model_name_or_path == wanted
+            sets |= set(recipe.data.dataset_mixer)
+            before = recipe
+        assert len(sets) == 2
+
+
+@pytest.mark.parametrize("family", BILLIONS)
+def test_config_json_is_the_published_architecture(family):
+    config = AutoConfig.from_pretrained(ROOT / "recipes" / family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    digits = 4 if family == "smollm2-135m" else 2
+    assert round(count / 1e9, digits) == BILLIONS[family]
+
+
+@pytest.mark.parametrize("family", BILLIONS)
+def test_the_readme_names_every_recipe_and_command(family, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    mine = [path for path in RECIPES if path.parts[-3] == family]
+    for path in mine:
+        assert f"`dpo/{path.name}`" in text, path
+        assert shlex.join(command(path)) in text, path
+    commands = re.findall(r"^ *((?:accelerate launch|python) [^\n`]*)$", text, re.MULTILINE)
+    for words in (shlex.split(line.split("    #")[0]) for line in commands):
+        for word in words:
+            if re.fullmatch(r"[\w./-]+\.(py|yaml)", word):
+                assert (ROOT / word).is_file(), word
+        if "run_dpo.py" in words:
+            load_recipe(words[words.index("run_dpo.py") + 1 :])
+    assert len(commands) >= len(mine)
+    assert family in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------- two steps of a small twin of each
+
+# Mistral-7B-Instruct-v0.3 in short: the same text where there is no system message and no list of tools.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'tool' %}{{ '[TOOL_RESULTS] {\"content\": ' + m['content'] + ', \"call_id\": \"' + "
+    "m['tool_call_id'] + '\"}[/TOOL_RESULTS]' }}"
+    "{% elif m['tool_calls'] %}{{ '[TOOL_CALLS] [' }}{% for call in m['tool_calls'] %}"
+    "{% if call['id']|length != 9 %}{{ raise_exception('Tool call IDs should have 9 characters') }}{% endif %}"
+    "{{ (call['function']|tojson)[:-1] + ', \"id\": \"' + call['id'] + '\"}' }}{{ ', ' if not loop.last }}"
+    "{% endfor %}{{ ']' + eos_token }}"
+    "{% else %}{{ ' ' + m['content']|trim + eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {  # family: (template, kind of tokenizer, end of turn)
+    "codegemma-7b-it": (trl_template("gemma"), "byte", "<eos>"),
+    "gemma-2-9b-it": (trl_template("gemma"), "byte", "<eos>"),
+    "gemma-7b-it": (trl_template("gemma"), "byte", "<eos>"),
+    "llama-3.1-8b": (trl_template("llama3_1"), "byte", "<|eot_id|>"),
+    "mistral-7b-v0.3": (MISTRAL, "always", "<eos>"),
+    "qwen2.5-7b": (trl_template("qwen2_5"), "byte", "<|im_end|>"),
+    "qwen3-8b": (trl_template("qwen3"), "byte", "<|im_end|>"),
+    "smollm2-135m": (CHATML, "byte", "<|im_end|>"),
+}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FOUR_BIT = ("load_in_4bit", "use_bnb_nested_quant")  # bitsandbytes' kernels need a GPU
+
+
+def small_twin(family: str, folder: Path, seed: int) -> Path:
+    """A random model of the family's own architecture with small sizes: shared keys and values, tied embeddings, soft
+    caps, windows and wide heads stay; and a small tokenizer with the family's template."""
+    template, kind, end = TEMPLATES[family]
+    tokenizer = tokenizer_for(template, kind, end)
+    published = json.loads((ROOT / "recipes" / family / "config.json").read_text())
+    heads, shared = published["num_attention_heads"], published["num_key_value_heads"]
+    sizes = SMALL | {"num_key_value_heads": 4 if heads == shared else 2, "vocab_size": len(tokenizer) + 8}
+    wide = published.get("head_dim", 0) * heads > published["hidden_size"]
+    sizes |= {"head_dim": 16 if wide else 8} if "head_dim" in published else {}
+    sizes |= {"sliding_window": 32} if family == "gemma-2-9b-it" else {}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = AutoConfig.for_model(**{**published, **sizes, **ids, "initializer_range": 0.3, "dtype": "float32"})
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """family -> folders of two models of it with different weights, made once."""
+
+    @cache
+    def make(family: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(family)
+        return small_twin(family, folder / "first", 0), small_twin(family, folder / "second", 1)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in agent_rows(24)))
+    return path
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: w for file in folder.glob("*.safetensors") for name, w in load_file(file).items()}
+
+
+def trained(path: Path, policy: Path, reference: Path, pairs: Path, folder: Path) -> DPOTrainer:
+    """The trainer after two steps of a recipe, with names of this machine in place of the hub's, and no 4 bits."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    folder.joinpath("recipe.yaml").write_text("".join(line for line in lines if not line.startswith(FOUR_BIT)))
+    recipe, flags = load_recipe([str(path)]), ["--max_steps=2", "--report_to=none", "--dataset_num_proc=1"]
+    flags += ["--test_split_size=2"] if recipe.data.test_split_size else [f"--eval_dataset_mixer={{{pairs}: 0.1}}"]
+    flags += [f"--ref_model_name_or_path={reference}"] if recipe.training.ref_model_name_or_path else []
+    flags += [f"--model_name_or_path={policy}", f"--dataset_mixer={{{pairs}: 1.0}}", f"--output_dir={folder / 'out'}"]
+    kept = []
+
+    class Kept(DPOTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_dpo, "DPOTrainer", Kept)
+        patched.setattr(mdpo.config.precision, "cpu_has_bf16", lambda: False)  # else steps this small are rounded away
+        patched.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        run_dpo.main([str(folder / "recipe.yaml"), *flags])
+    return kept[0]
+
+
+def chosen_logp(folder: Path, row: dict) -> float:
+    """Nats of the supervised tokens of a row's chosen side, by the model's plain forward."""
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.tensor([row["chosen_ids"]])
+    with torch.no_grad():
+        logps = model(ids).logits[0, :-1].float().log_softmax(-1)
+    picked = logps.gather(-1, ids[0, 1:, None])[:, 0]
+    return (picked * torch.tensor(row["chosen_mask"][1:])).sum().item()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if name_of(p) == "gemma-2-9b-it-full" else pytest.mark.slow) for p in RECIPES],
+    ids=name_of,
+)
+def test_two_steps(path, twins, pairs, tmp_path):
+    """As it is written, but for names and 4 bits. At the first step a reference that is the policy at the start gives
+    no margin and ln 2; one that is another model gives a margin."""
+    recipe, (policy, reference) = load_recipe([str(path)]), twins(path.parts[-3])
+    trainer = trained(path, policy, reference, pairs, tmp_path)
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert trainer.state.global_step == len(logs) == 2
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logs)
+    other = recipe.training.ref_model_name_or_path is not None
+    assert (abs(logs[0]["loss"] - math.log(2)) > 0.01) is other
+    assert (abs(logs[0]["rewards/margins"]) > 0.01) is other
+    ahead = "reference_chosen_logps" in trainer.train_dataset.column_names
+    assert ahead is recipe.training.precompute_ref_log_probs
+    if ahead:
+        row = trainer.train_dataset[0]
+        right, wrong = (chosen_logp(folder, row) for folder in ((reference, policy) if other else (policy, reference)))
+        found = torch.tensor(row["reference_chosen_logps"]).sum().item()
+        assert found == pytest.approx(right, rel=1e-4) and abs(found - wrong) > 1
+    before, after = weights_of(policy), weights_of(tmp_path / "out")
+    assert after and all(w.isfinite().all() for w in after.values())
+    if recipe.model.use_peft:
+        assert all("lora_" in name for name in after)
+        assert any(w.any() for name, w in after.items() if "lora_B" in name)
+        kinds = {name.split(".")[-3] for name in after}
+        assert kinds == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+        assert {w.shape[0] for name, w in after.items() if "lora_A" in name} == {recipe.model.lora_r}
+    else:
+        assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)
+
+
+def test_twins_keep_what_is_peculiar(twins):
+    """Else two steps of them would prove nothing about their families."""
+    configs = {family: AutoConfig.from_pretrained(twins(family)[0]) for family in BILLIONS}
+    assert {family for family, c in configs.items() if c.tie_word_embeddings} == {
+        "gemma-7b-it", "codegemma-7b-it", "gemma-2-9b-it", "smollm2-135m",
+    }  # fmt: skip
+    gemma2 = configs["gemma-2-9b-it"]
+    assert (gemma2.final_logit_softcapping, gemma2.attn_logit_softcapping) == (30.0, 50.0)
+    assert gemma2.layer_types == ["sliding_attention", "full_attention"] and gemma2.sliding_window == 32
+    wide = {family for family, c in configs.items() if getattr(c, "head_dim", 8) * 4 != c.hidden_size}
+    assert wide == {"gemma-7b-it", "codegemma-7b-it", "gemma-2-9b-it"}
+    grouped = {family for family, c in configs.items() if c.num_key_value_heads < c.num_attention_heads}
+    assert grouped == set(BILLIONS) - {"gemma-7b-it", "codegemma-7b-it"}
+    assert configs["llama-3.1-8b"].rope_parameters["rope_type"] == "llama3"
+    assert any("q_norm" in name for name in weights_of(twins("qwen3-8b")[0]))
+
+
+def test_mistral_s_calls_and_results():
+    """Calls and answers with their </s> are supervised, results and questions are not."""
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    user = {"role": "user", "content": "What is 1 + 2?"}
+
+    def side(answer: str) -> list[dict]:
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "3", "name": "add", "tool_call_id": "abcdefghi"}
+        return [user, calling, result, {"role": "assistant", "content": answer}]
+
+    tokenizer = tokenizer_for(*TEMPLATES["mistral-7b-v0.3"])
+    pair = row_to_pair({"chosen": side("It is 3."), "rejected": side("It is 4.")})
+    found = tokenize_pair(pair, ChatTemplate(tokenizer), RenderSettings(512))
+    runs, ids = [], []
+    for token, mask in [*zip(found.chosen_ids, found.chosen_mask, strict=True), (0, 0)]:
+        if mask:
+            ids.append(token)
+        elif ids:
+            runs.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip())
+            ids = []
+    called = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "b": 2}, "id": "abcdefghi"}]<eos>'
+    assert runs == [called, "It is 3.<eos>"]
+
+
+# ----------------------------------------------------------------------------------- READMEs' numbers, and the scripts
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", sorted(set(BILLIONS) - {"smollm2-135m"}))
+def test_the_readme_s_flops(family):
+    """(2 + 4 + 2 + 2) N T and (2 + 2 + 2 + 2) N T of 32 · 1500 tokens, and hours at 989e12 a second and GPU."""
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "recipes" / family))
+    step = sum(p.numel() for p in model.parameters()) * 32 * 1500
+    for factor, gpus in ((10, 8), (8, 1)):
+        (found,) = re.findall(rf"\| {factor} N T = (\S+) \| (\S+) / MFU \|", text)
+        assert float(found[0]) == pytest.approx(factor * step, rel=2e-3)
+        assert float(found[1]) == pytest.approx(1000 * factor * step / (gpus * 989e12) / 3600, abs=0.006)
+
+
+@pytest.mark.parametrize("family", sorted(set(BILLIONS) - {"smollm2-135m"}))
+def test_the_readme_s_checkpoints(family):
+    """16 bytes a weight; the planner's sizes; the recipes' intervals; and at 1 GB/s and an MFU of 0.4 no more than a
+    twentieth of the time for files, with steps that take what the FLOPs above say."""
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    planned = dict(re.findall(r"<!-- memory: config_(\w+)\.yaml .*?A checkpoint: ([\d.]+) GB", text, re.DOTALL))
+    rows = re.findall(
+        r"^\| (full|LoRA), \d GPUs? \| (?:16 N = )?([\d.]+) GB \| (\S+) s \| (\S+) s \| (\d+) steps \| (\S+) % \|$",
+        text,
+        re.MULTILINE,
+    )
+    flops = {"full": (10, 8), "LoRA": (8, 1)}
+    assert [row[0] for row in rows] == list(flops)
+    for name, *numbers in rows:
+        gb, one, five, every, share = map(float, numbers)
+        recipe = load_recipe([str(ROOT / f"recipes/{family}/dpo/config_{name.lower()}.yaml")])
+        (step,) = re.findall(rf"\| {flops[name][0]} N T = (\S+) \|", text)
+        seconds = float(step) / (flops[name][1] * 989e12 * 0.4)
+        assert gb == float(planned[name.lower()]) and every == recipe.training.save_steps
+        assert one == pytest.approx(gb, abs=0.6) and five == pytest.approx(gb / 5, abs=0.6)
+        assert share == pytest.approx(100 * gb / (gb + every * seconds), abs=0.06) and share <= 5.05
+        if name == "full":
+            assert gb == pytest.approx(16 * BILLIONS[family], rel=2e-3)
+            room = re.search(r"needs room for ([\d.]+) GB: two, and the next", text)
+            assert float(room[1]) == pytest.approx(gb * (recipe.training.save_total_limit + 1), abs=0.2)
+
+
+FULL = [p for p in RECIPES if p.stem.endswith(("full", "reference")) and "smollm2" not in str(p)]
+
+
+@pytest.mark.parametrize("path", FULL, ids=name_of)
+def test_full_recipes_reduce_gradients_once_a_step(path):
+    """One micro-batch a step, 32 pairs of 8 GPUs; under DeepSpeed, without which bfloat16 has no master weights."""
+    args, words = load_recipe([str(path)]).training, command(path)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.save_steps) == (4, 1, 2000)
+    assert Sharding.read(ROOT / words[words.index("--config_file") + 1]) == Sharding(2, 8, precision="bf16")
+
+
+@pytest.mark.parametrize("family", BILLIONS)
+def test_memory_tables_are_there_and_add_up(family):
+    """One for each of full, LoRA and QLoRA, under the accelerate file of the recipe's own command."""
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"<!-- memory: (\S+) (\S+) -->\n(.*?)<!-- memory end -->", text, re.DOTALL)
+    mine = {p.name: p for p in RECIPES if p.parts[-3] == family}
+    assert {name for name, _, _ in tables} == {n for n in mine if re.fullmatch(r"config_(full|q?lora)\.yaml", n)}
+    for name, accelerate, table in tables:
+        launch = launch_command_parser().parse_args(command(mine[name])[2:])
+        assert Path(launch.config_file).name == accelerate
+        *parts, together = (float(size) for size in re.findall(r"\| ([\d.]+) \|", table))
+        assert re.search(
+            r"^A checkpoint: [\d.]+ GB on disk, [\d.]+ s at 1 GB/s, [\d.]+ s at 5 GB/s", table, re.MULTILINE
+        )
+        assert len(parts) > 4 and sum(parts) == pytest.approx(together, abs=0.05 * len(parts))
+        gpu = {"full": 80, "lora": 40, "qlora": 24}[name[7:-5]]
+        assert together < 0.9 * gpu
+
+
+def test_a_stale_memory_table_is_named(tmp_path, monkeypatch):
+    memory = script("dev/recipe_memory")
+    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    monkeypatch.setattr(memory, "table", lambda family, recipe, accelerate: f"| {recipe} {accelerate} |")
+    readme = tmp_path / "recipes/one/README.md"
+    readme.parent.mkdir(parents=True)
+    (readme.parent / "config.json").write_text("{}")
+    readme.write_text("# One\n<!-- memory: a.yaml b.yaml -->\nold\n<!-- memory end -->\nafter\n")
+    with pytest.raises(UserError, match="one are stale"):
+        memory.main(["--check"])
+    assert "old" in readme.read_text()
+    memory.main([])
+    expected = "# One\n<!-- memory: a.yaml b.yaml -->\n| a.yaml b.yaml |\n\n<!-- memory end -->\nafter\n"
+    assert readme.read_text() == expected
+    memory.main(["--check"])
+    with pytest.raises(UserError, match="two: is not a family"):
+        memory.main(["two"])
+    readme.write_text("# One\n")
+    with pytest.raises(UserError, match="has no table"):
+        memory.main([])
+
+
+@pytest.mark.slow
+def test_memory_tables_are_what_the_planner_says():
+    """Of two families here, as plans of adapters take long; `python -m scripts.dev.recipe_memory --check` does all."""
+    script("dev/recipe_memory").main(["--check", "smollm2-135m", "mistral-7b-v0.3"])
+
+
+@pytest.mark.slow
+def test_the_readme_s_rollouts_run(twins, tmp_path, monkeypatch):
+    """The command of a family without pairs yet, on its small twin, with two samples of eight tokens."""
+    monkeypatch.chdir(ROOT)
+    text = Path("recipes/gemma-2-9b-it/README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^    python scripts/evaluate.py (.*)$", text, re.MULTILINE)
+    (tmp_path / "questions.jsonl").write_text('{"question": "What is 1 + 2?", "answer": "3"}\n')
+    twin, changes = str(twins("gemma-2-9b-it")[0]), {"--rollouts": "questions.jsonl", "--save": "saved.jsonl"}
+    words = [twin if word == "google/gemma-2-9b-it" else word for word in shlex.split(line)]
+    for option, value in {**changes, "--samples": "2"}.items():
+        words[words.index(option) + 1] = value if option == "--samples" else str(tmp_path / value)
+    script("evaluate").main([*words, f"--model_name_or_path={twin}", "--max_new_tokens=8", "--dataset_num_proc=1"])
+    saved = [json.loads(row) for row in (tmp_path / "saved.jsonl").read_text().splitlines()]
+    assert [row["sample"] for row in saved] == [0, 1]
+    assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
+
+
+def conversation(key: str, sample: int, correct: bool, ended: str = "answered", **changes) -> dict:
+    messages = [{"role": "user", "content": key}, {"role": "assistant", "content": f"{sample} {correct} {ended}"}]
+    return {"key": key, "sample": sample, "messages": messages, "correct": correct, "ended": ended, **changes}
+
+
+def paired(tmp_path, rows: list[dict], *flags: str) -> list[dict]:
+    source, out = tmp_path / "conversations.jsonl", tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.unlink(missing_ok=True)
+    script("pair_rollouts").main([str(source), "--out", str(out), *flags])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_right_is_paired_with_wrong(tmp_path):
+    """Question a has 2 right and 3 wrong conversations, one of them twice and one cut: 2 pairs at most. b has no wrong
+    one, c no right one that ended. No conversation comes twice, and another question changes nothing for a."""
+    a = [conversation("a", i, i < 2, "no answer" if i == 3 else "answered") for i in range(4)]
+    a += [conversation("a", 3, False, "no answer"), conversation("a", 5, False, "cut")]
+    others = [conversation("b", 0, True), conversation("c", 0, False), conversation("c", 1, True, "cut")]
+    rows = paired(tmp_path, a + others, "--pairs=5")
+    said = [(row["chosen"][1]["content"], row["rejected"][1]["content"]) for row in rows]
+    assert sorted(chosen for chosen, _ in said) == ["0 True answered", "1 True answered"]
+    assert sorted(rejected for _, rejected in said) == ["2 False answered", "3 False no answer"]
+    assert [row["id"] for row in rows] == ["a-0", "a-1"] and len(row_to_pair(rows[0]).chosen) == 2
+    assert paired(tmp_path, others[:1] + a, "--pairs=5") == rows
+    assert paired(tmp_path, a) == rows[:1]
+    drawn = {json.dumps(paired(tmp_path, a, f"--seed={seed}")) for seed in range(12)}
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "says"),
+    [
+        ([conversation("a", 0, True)], [], "None of the 1 questions"),
+        ([{"key": "a"}], [], "jsonl:1: is no conversation.*messages"),
+        ([conversation("a", 0, True)], ["--pairs=0"], "--pairs: 0"),
+        ([conversation("a", 0, True)], ["--out=missing/pairs.jsonl"], "has no folder"),
+        ([conversation("a", 0, True)], ["--out=setup.cfg"], "is there already"),
+    ],
+)
+def test_bad_conversations_are_named(tmp_path, monkeypatch, rows, flags, says):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=says):
+        paired(tmp_path, rows, *flags)

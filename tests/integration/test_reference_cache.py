@@ -1,0 +1,528 @@
+"""Reference log-probs on disk: what finds them again, what does not, and what becomes of damaged and missing shards."""
+
+import gc
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, List, Value
+from packed_pairs import tiny
+from peft import IA3Config, LoraConfig, get_peft_model
+from tiny import agent_rows, tiny_llama
+from trainers import own, trainer_of
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+
+import dpo_trainer
+import mdpo.reference.frozen
+from dpo_trainer import DPOTrainer
+from mdpo.config.parsing import ROOT
+from mdpo.config.recipe import load_recipe
+from mdpo.errors import UserError
+from mdpo.reference import logp_cache as reference_cache
+from mdpo.reference import logp_columns as reference_columns
+from mdpo.reference.fingerprint import cached_length, named_digest, reference_identity, weights_digest
+from mdpo.reference.logp_cache import ReferenceCache, precompute, read_shard, write_shard
+from mdpo.reference.model import as_reference, keep_own_adapter
+
+KEYS = [bytes([i]) * 16 for i in range(4)]
+COMPUTED = reference_cache._computed
+COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+
+
+def sides(*lengths):
+    return tuple(np.arange(n, dtype=np.float32) - 0.5 for n in lengths)
+
+
+def rows_of(arrays):
+    """key -> log-probs of both sides, from a shard's arrays."""
+    parts = iter(np.split(arrays["logps"], arrays["counts"].reshape(-1).cumsum()[:-1]))
+    return {key.tobytes(): (next(parts), next(parts)) for key in arrays["keys"]}
+
+
+def loaded(cache):
+    """(rows of all shards, lines about damaged ones)."""
+    rows, damaged = {}, []
+    for arrays in cache.shards(damaged):
+        rows |= rows_of(arrays)
+    return rows, damaged
+
+
+def test_a_shard_gives_back_what_was_written(tmp_path):
+    rows = {KEYS[0]: sides(3, 2), KEYS[1]: sides(0, 1), KEYS[2]: sides(5, 0)}
+    write_shard(tmp_path / "a.safetensors", rows)
+    found = rows_of(read_shard(tmp_path / "a.safetensors"))
+    assert list(found) == list(rows)
+    for key, (chosen, rejected) in rows.items():
+        assert np.array_equal(found[key][0], chosen) and np.array_equal(found[key][1], rejected)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 7),
+    "empty": lambda path: os.truncate(path, 0),
+    "a flipped bit": flip_a_byte,
+    "no shard": lambda path: path.write_text("not a shard"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_shards_are_named_and_removed(damage, tmp_path):
+    cache = ReferenceCache(tmp_path)
+    for key in KEYS[:2]:
+        cache.add(key, sides(2, 2))
+        cache.flush()
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    DAMAGE[damage](first)
+    found, lines = loaded(cache)
+    assert list(found) == [KEYS[1]]
+    assert len(lines) == 1 and str(first) in lines[0] and "computed again" in lines[0]
+    assert not first.exists()
+    assert loaded(cache)[1] == []
+
+
+def test_shards_are_written_as_time_passes(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(reference_cache.time, "monotonic", lambda: now[0])
+    cache = ReferenceCache(tmp_path)
+    for i, seconds in enumerate((10, 20, 31, 40)):
+        now[0] = seconds
+        cache.add(KEYS[i], sides(1, 1))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1  # at 31 s, with three rows
+    assert set(loaded(cache)[0]) == set(KEYS[:3])
+
+
+# ------------------------------------------------------------------------------------------------ keys and identities
+
+
+def tokenised(**changes):
+    row = {"chosen_ids": [5, 6, 7], "chosen_mask": [0, 1, 1], "rejected_ids": [5, 8], "rejected_mask": [0, 1]}
+    return Dataset.from_list([{**row, **changes}])
+
+
+def test_keys_change_with_ids_masks_and_reference_alone():
+    def row_keys(dataset, identity):
+        return [key.tobytes() for key in reference_cache.row_keys(dataset, identity)]
+
+    [key] = row_keys(tokenised(), "a")
+    assert len(key) == 16 and row_keys(tokenised(), "a") == [key]
+    assert row_keys(tokenised(margin=2.0, chosen_weights=[1.0, 0.5, 1.0], key="x"), "a") == [key]
+    others = [
+        row_keys(tokenised(), "b"),
+        row_keys(tokenised(chosen_ids=[5, 6, 9]), "a"),
+        row_keys(tokenised(chosen_mask=[0, 0, 1]), "a"),
+        row_keys(tokenised(rejected_mask=[0, 0]), "a"),
+        row_keys(
+            tokenised(chosen_ids=[5, 6], chosen_mask=[0, 1], rejected_ids=[7, 5, 8], rejected_mask=[1, 0, 1]), "a"
+        ),
+    ]
+    assert len({key, *(k for [k] in others)}) == 6
+
+
+def test_digest_of_files_is_by_content(tmp_path, tokenizer):
+    tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "a")
+    digest = named_digest(str(tmp_path / "a"), None, tmp_path / "cache")
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere")
+    assert named_digest(str(tmp_path / "elsewhere"), None, tmp_path / "cache") == digest
+    tiny_llama(tokenizer, seed=1).save_pretrained(tmp_path / "a")  # the same files' names and sizes
+    assert named_digest(str(tmp_path / "a"), None, tmp_path / "cache") != digest
+    (tmp_path / "cache" / "digests.json").write_text("{broken")
+    assert named_digest(str(tmp_path / "elsewhere"), None, tmp_path / "cache") == digest
+
+
+def test_digest_of_an_adapter_counts_its_base(tmp_path, tokenizer):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    digest = named_digest(str(tmp_path / "adapter"), None, tmp_path)
+    tiny_llama(tokenizer, seed=1).save_pretrained(tmp_path / "base")
+    assert named_digest(str(tmp_path / "adapter"), None, tmp_path) != digest
+
+
+def test_digest_of_weights_in_memory(tokenizer):
+    model = tiny_llama(tokenizer, seed=0)
+    digest = weights_digest(model)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = [weights_digest(get_peft_model(tiny_llama(tokenizer, seed=0), lora)) for _ in range(2)]
+    assert adapted[0] == adapted[1]  # another random adapter: what is trained is not the reference
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    assert weights_digest(model) != digest
+    assert weights_digest(model.half()) not in (digest, weights_digest(model.float()))
+    model.model.norm.weight.ds_id = 0  # what ZeRO-3 leaves on a weight
+    assert weights_digest(model) is None
+
+
+def test_only_weight_files_tell_a_model(tmp_path, tokenizer):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert named_digest(str(tmp_path / "a"), None, tmp_path) is None
+    (tmp_path / "a" / "m.gguf").write_text("1")
+    (tmp_path / "b" / "m.gguf").write_text("2")
+    digests = [named_digest(str(tmp_path / name), None, tmp_path) for name in ("a", "b")]
+    (tmp_path / "b" / "modeling_own.py").write_text("x = 1")
+    assert len({*digests, named_digest(str(tmp_path / "b"), None, tmp_path)}) == 3
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    def cached(name, file, revision, subfolder, **_):
+        if file != "config.json":
+            return None
+        return str(tmp_path / f"models--org--m/snapshots/{revision * 40}/config.json")
+
+    monkeypatch.setattr("mdpo.reference.fingerprint.cached_file", cached)
+    one, again, other = (named_digest("org/m", revision, tmp_path) for revision in "aab")
+    assert one == again != other
+    monkeypatch.setattr("mdpo.reference.fingerprint.cached_file", lambda *_, **__: None)
+    assert named_digest("org/m", "a", tmp_path) is None
+
+
+def test_scaling_of_an_own_adapter_counts(tokenizer):
+    digests = []
+    for alpha in (4, 8):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(tiny_llama(tokenizer, seed=0), lora)
+        keep_own_adapter(model)
+        digests.append(weights_digest(model))
+    assert digests[0] != digests[1]
+
+
+ADAPTERS = {
+    "LoRA": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "LoRA on embeddings": LoraConfig(
+        r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    ),
+    "IA3": IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM",
+        init_ia3_weights=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["default", "model", "layers"])  # parts of other names, too
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_own_adapter_is_copied_whole(kind, adapter, tokenizer):
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(tokenizer, seed=0), ADAPTERS[kind], adapter_name=adapter).eval()
+    ids = torch.arange(3, 12)[None]
+    before = model(ids).logits
+    with model.disable_adapter():
+        assert (model(ids).logits - before).abs().max() > 1e-3
+    keep_own_adapter(model)
+    torch.testing.assert_close(model(ids).logits, before)
+    with torch.no_grad():  # what training does
+        for weight in (p for p in model.parameters() if p.requires_grad):
+            weight += 0.1
+    assert (model(ids).logits - before).abs().max() > 1e-3
+    with as_reference(model):
+        torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_a_shard_that_the_disk_does_not_give_stays(tmp_path, monkeypatch):
+    write_shard(tmp_path / "1.safetensors", {b"k" * 16: (np.zeros(1, np.float32), np.zeros(1, np.float32))})
+    monkeypatch.setattr(reference_cache, "read_shard", lambda path: (_ for _ in ()).throw(OSError("stale handle")))
+    found, lines = loaded(ReferenceCache(tmp_path))
+    assert found == {} and "cannot be read now (stale handle)" in lines[0]
+    assert (tmp_path / "1.safetensors").exists()
+
+
+def test_identity_changes_with_all_that_changes_numbers():
+    model, half = tiny("Llama"), tiny("Llama").half()
+    sdpa = tiny("Llama")
+    sdpa.set_attn_implementation("sdpa")
+    settings = [("w", model, None, "no", True), ("v", model, None, "no", True), ("w", half, None, "no", True),
+                ("w", sdpa, None, "no", True), ("w", model, {"bits": 4}, "no", True), ("w", model, None, "bf16", True),
+                ("w", model, None, "no", False), ("w", model, None, "no", True, True),
+                ("w", model, None, "no", True, False, {"rope_scaling": 2})]  # fmt: skip
+    assert len({reference_identity(*s) for s in settings}) == len(settings)
+
+
+def test_longest_length_that_is_cached():
+    assert cached_length(LlamaConfig()) == float("inf")
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert cached_length(LlamaConfig(max_position_embeddings=64, rope_parameters=dynamic)) == 64
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 1e4}
+    long |= {"original_max_position_embeddings": 32}
+    config = Phi3Config(max_position_embeddings=128, original_max_position_embeddings=32, rope_parameters=long)
+    assert cached_length(config) == 32
+
+
+# ------------------------------------------------------------------------------------------------------ in the trainer
+
+
+@pytest.fixture
+def folders(tmp_path, tokenizer):
+    tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "policy")
+    tiny_llama(tokenizer, seed=1).save_pretrained(tmp_path / "reference")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    return tmp_path
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The pairs that references score, in batches, as the trainer asks for them."""
+    batches = []
+    score = mdpo.reference.frozen.score_reference
+
+    def counted(reference, policy, accelerator, batch, *args):
+        batches.append(len(batch["row"]))
+        return score(reference, policy, accelerator, batch, *args)
+
+    monkeypatch.setattr(dpo_trainer, "reference_logp", counted)
+    return batches
+
+
+def run(folders, tokenizer, rows=None, out="out", **options):
+    options = {"precompute_ref_log_probs": True, "reference_cache_dir": str(folders / "cache"), **options}
+    return own(folders / out, tokenizer, str(folders / "policy"), rows=rows or agent_rows(8), **options)
+
+
+def columns(trainer):
+    return [trainer.train_dataset[name] for name in COLUMNS]
+
+
+def test_a_second_run_scores_nothing_and_loads_no_reference(folders, tokenizer, scored, monkeypatch, capsys):
+    reference = {"ref_model_name_or_path": str(folders / "reference")}
+    first = run(folders, tokenizer, **reference)
+    assert sum(scored) == 8  # evaluated rows are the same ones
+    monkeypatch.setattr(mdpo.reference.frozen, "build_reference", None)  # would fail
+    shutil.move(folders / "policy", folders / "moved")
+    shutil.copytree(folders / "moved", folders / "policy")
+    capsys.readouterr()
+    again = run(folders, tokenizer, out="other", beta=0.7, learning_rate=1e-5, loss_type=["ipo"], **reference)
+    assert sum(scored) == 8
+    assert columns(again) == columns(first)
+    assert f"reference log-probs of train: 8 of 8 from {folders / 'cache'}" in capsys.readouterr().out
+
+
+def test_values_are_those_of_the_slow_twin(folders, tokenizer):
+    """Scored batch by batch in training, without any cache, packed and padded."""
+    wanted = []
+    for packed in (True, False):
+        live = run(folders, tokenizer, precompute_ref_log_probs=False, reference_cache_dir=None, shared_prefix=packed,
+                   ref_model_name_or_path=str(folders / "reference"))  # fmt: skip
+        batch = live.data_collator([live.train_dataset[i] for i in range(8)])
+        wanted.append(
+            mdpo.reference.frozen.score_reference(
+                live.ref_model, live.model, live.accelerator, batch, live.layout
+            ).logps
+        )
+    trainer = run(folders, tokenizer, ref_model_name_or_path=str(folders / "reference"))
+    got = torch.tensor([x for column in columns(trainer) for row in column for x in row])
+    for logps in wanted:
+        torch.testing.assert_close(got, logps, rtol=1e-5, atol=1e-5)
+
+
+CHANGES = {
+    "turn weights": ({"weight": 0.5}, {}, 0),
+    "a changed row": ({"content": "It is another."}, {}, 1),
+    "masks": ({}, {"mask_user_turns": False}, 8),
+    "the layout": ({}, {"shared_prefix": False}, 8),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_change_costs(name, folders, tokenizer, scored):
+    change, options, cost = CHANGES[name]
+    run(folders, tokenizer)
+    rows = agent_rows(8)
+    rows[3]["chosen"][3].update(change)
+    before = sum(scored)
+    run(folders, tokenizer, rows, **options)
+    assert sum(scored) - before == cost
+
+
+def test_another_reference_costs_all_rows(folders, tokenizer, scored):
+    first = run(folders, tokenizer)
+    tiny_llama(tokenizer, seed=5).save_pretrained(folders / "policy")
+    other = run(folders, tokenizer)
+    assert sum(scored) == 16
+    assert columns(first) != columns(other)
+
+
+def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, scored, monkeypatch):
+    monkeypatch.setattr(reference_cache, "SHARD_S", -1.0)  # a shard for each pair
+    score = mdpo.reference.frozen.score_reference
+
+    def killed(*args):
+        if sum(scored) == 5:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(dpo_trainer, "reference_logp", killed)
+    options = {"precompute_ref_batch_size": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(folders, tokenizer, **options)
+    monkeypatch.setattr(dpo_trainer, "reference_logp", score)
+    shards = sorted((folders / "cache").glob("*/*.safetensors"))
+    assert len(shards) == 5
+    os.truncate(shards[0], 100)
+    run(folders, tokenizer, **options)
+    assert sum(scored) == 5 + 4  # three that were missing, one that was damaged
+
+
+def test_equal_rows_are_scored_once(folders, tokenizer, scored):
+    trainer = run(folders, tokenizer, agent_rows(4) * 2)
+    assert sum(scored) == 4
+    assert trainer.train_dataset[0][COLUMNS[0]] == trainer.train_dataset[4][COLUMNS[0]]
+
+
+def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):
+    made = []
+    build = mdpo.reference.frozen.build_reference
+
+    def watched(*args):
+        model = build(*args)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(mdpo.reference.frozen, "build_reference", watched)
+    trainer = run(folders, tokenizer, ref_model_name_or_path=str(folders / "reference"))
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None  # once for both sets
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_a_new_set_after_training_is_scored_by_the_reference_of_the_start(folders, tokenizer, scored):
+    trainer = run(folders, tokenizer, learning_rate=1e-2)
+    trainer.train()
+    before = sum(scored)
+    new = [{side: [*row[side][:3], {**row[side][3], "content": row[side][3]["content"] + " So."}]
+            for side in ("chosen", "rejected")} for row in agent_rows(8)]  # fmt: skip
+    trained = trainer.evaluate(Dataset.from_list(new))
+    assert sum(scored) - before == 8
+    assert abs(trained["eval_rewards/margins"]) > 1e-3  # against itself it would be 0
+    by_object = own(folders / "object", tokenizer, tiny_llama(tokenizer), precompute_ref_log_probs=True)
+    by_object.train()
+    by_object.model.config._name_or_path = ""
+    with pytest.raises(UserError, match="the reference for this new set is gone"):
+        by_object.evaluate(Dataset.from_list([{**row} for row in new]).select(range(4)).map(
+            lambda r: {"chosen": r["chosen"][:3] + [{"role": "assistant", "content": "Once more."}]}))  # fmt: skip
+
+
+def test_log_probs_that_are_not_finite_are_an_error(folders, tokenizer):
+    model = tiny_llama(tokenizer, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    model.save_pretrained(folders / "policy")
+    with pytest.raises(UserError, match="reference log-probs of train: not finite in row row:"):
+        run(folders, tokenizer)
+    assert not list((folders / "cache").glob("*/*.safetensors"))
+
+
+def test_a_plain_config_keeps_them_beside_the_hubs_models(folders, tokenizer, scored):
+    for _ in range(2):
+        trainer_of(DPOTrainer, agent_rows(8), folders, tokenizer, precompute_ref_log_probs=True)
+    assert sum(scored) == 8
+
+
+class Ranks:
+    """What `precompute` asks of an accelerator, for one of two ranks that run one after the other."""
+
+    device = torch.device("cpu")
+    num_processes = 2
+    is_main_process = False
+
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def test_two_ranks_share_the_work_and_run_equally_often(tmp_path, monkeypatch):
+    """5 rows in batches of 2 are 3 batches: rank 1 repeats one of them, and keeps it not."""
+    masks = {"chosen_mask": [0, 1], "rejected_mask": [0, 1]}
+    rows = [{"chosen_ids": [i, 1], "rejected_ids": [i, 2], **masks, "shared_len": 1, "row": i} for i in range(5)]
+    calls, kept = {0: 0, 1: 0}, []
+
+    def collator(rows):
+        n = len(rows)
+        both = torch.arange(2 * n)
+        number = torch.tensor([row["row"] for row in rows])
+        ids = torch.zeros(2 * n, 2, dtype=torch.long)
+        return {"input_ids": ids, "logp_position": 2 * both, "pair": both % n, "side": both // n, "row": number}
+
+    for rank in (0, 1):
+
+        def score(batch, rank=rank):
+            calls[rank] += 1
+            return torch.cat([batch.row, batch.row + 10]).float()
+
+        monkeypatch.setattr(reference_cache, "_computed", lambda *args: kept.append(COMPUTED(*args)) or kept[-1])
+        with pytest.raises(KeyError, match="2 pairs without" if rank == 0 else "3 pairs without"):
+            precompute(Dataset.from_list(rows), score, collator, 2, Ranks(rank), ReferenceCache(tmp_path), "train")
+        shutil.rmtree(tmp_path)
+    assert calls == {0: 2, 1: 2}
+    assert [[len(rows) for rows, *_ in half] for half in kept] == [[2, 1], [2]]
+    rows, counts, logps = (np.concatenate([piece[k] for half in kept for piece in half]) for k in range(3))
+    assert counts.tolist() == [[1, 1]] * 5
+    assert dict(zip(rows.tolist(), logps.reshape(5, 2).tolist(), strict=True)) == {i: [i, i + 10.0] for i in range(5)}
+
+
+def test_columns_are_in_the_order_of_the_rows_whatever_the_order_of_coming(monkeypatch):
+    """Equal rows, empty sides, a shard with rows that nobody wants, pieces in blocks of one, and a set of which some
+    rows are selected."""
+    monkeypatch.setattr(reference_columns, "AT_ONCE", 1)
+    monkeypatch.setattr(reference_columns, "ROWS", 2)
+    keys = np.frombuffer(b"".join(KEYS[i] for i in (2, 0, 1, 2, 0)), np.uint8).reshape(-1, 16)
+    distinct = reference_columns.Distinct(keys)
+    assert distinct.of_row.tolist() == [0, 1, 2, 0, 1] and distinct.first.tolist() == [0, 1, 2]
+    values = {KEYS[0]: ([0.5], []), KEYS[1]: ([], [1.5, 1.25]), KEYS[2]: ([2.0, 2.5, 2.25], [2.75])}
+    columns = reference_columns.Columns.of(keys, 3, kept=False)
+    unwanted = np.array([[9] * 16], np.uint8)
+    shard = np.concatenate([unwanted, np.frombuffer(KEYS[1], np.uint8).reshape(1, 16)])
+    columns.take(distinct.places(shard), np.array([[1, 1], [0, 2]]), np.array([7, 7, 1.5, 1.25], np.float32))
+    assert columns.known.tolist() == [False, False, True]
+    with pytest.raises(KeyError, match="2 pairs without"):
+        columns.added_to(Dataset.from_dict({"row": range(5)}), distinct.of_row)
+    pieces = []
+    for i, key in ((1, KEYS[0]), (0, KEYS[2])):
+        chosen, rejected = values[key]
+        counts = np.array([[len(chosen), len(rejected)]])
+        pieces.append((np.array([i]), counts, np.array(chosen + rejected, np.float32)))
+    columns.take_from_all(pieces)
+    rows = Dataset.from_dict({"row": range(10)}).select([1, 3, 5, 7, 9])
+    found = columns.added_to(rows, distinct.of_row)
+    assert found["row"][:] == [1, 3, 5, 7, 9]
+    wanted = [values[key.tobytes()] for key in keys]
+    assert list(zip(*(found[name][:] for name in COLUMNS), strict=True)) == wanted
+    assert found.features[COLUMNS[0]] == List(Value("float32"))
+    assert Path(columns.path).exists() and found.cache_files[-1]["filename"] == str(columns.path)  # mapped
+
+
+def test_recipes_compute_the_reference_ahead():
+    """But those whose reference is the policy without its adapter: no second model is held then."""
+    recipes = sorted(ROOT.glob("recipes/*/dpo/config_*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = load_recipe([str(path)])
+        assert recipe.training.precompute_ref_log_probs != recipe.model.use_peft, path
+
+
+def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folders, tokenizer, monkeypatch):
+    limit, batches = 75, []
+    score = mdpo.reference.frozen.score_reference
+
+    def watched(reference, policy, accelerator, batch, *args):
+        batches.append([prefix + max(chosen, rejected) for prefix, chosen, rejected in batch["segments"]])
+        return score(reference, policy, accelerator, batch, *args)
+
+    monkeypatch.setattr(dpo_trainer, "reference_logp", watched)
+    monkeypatch.setattr(dpo_trainer, "cached_length", lambda config: limit)
+    run(folders, tokenizer)
+    assert all(len({length > limit for length in batch}) == 1 for batch in batches)
+    first = sorted(length for batch in batches for length in batch)
+    assert len(first) == 8 and first[0] <= limit < first[-1]
+    batches.clear()
+    run(folders, tokenizer)
+    assert sorted(length for batch in batches for length in batch) == [n for n in first if n > limit]

@@ -1,0 +1,222 @@
+"""Every option works, is refused or is named: one table, and each of its words is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
+from trl import DPOConfig
+
+from dpo_trainer import DPOTrainer
+from mdpo.config.effects import NAMED, QUIET, REFUSED, REFUSED_ELSEWHERE
+from mdpo.config.option_readers import WORKS
+from mdpo.config.parallelism import refuse_parallelism
+from mdpo.config.parsing import FIELDS, ROOT
+from mdpo.config.recipe import load_recipe
+from mdpo.config.schema import MDPOConfig
+from mdpo.config.validation import INSTEAD, check_options
+from mdpo.errors import UserError
+
+BASE = {"output_dir": "out", "use_cpu": True, "bf16": False}
+# A value other than the default for each key that is refused or named.
+OTHER = {
+    "label_smoothing_factor": 0.1, "do_predict": True, "liger_kernel_config": {"rope": True},
+    "eval_use_gather_object": True, "average_tokens_across_devices": False, "prediction_loss_only": True,
+    "eval_do_concat_batches": False, "eval_accumulation_steps": 2, "include_for_metrics": ["loss"],
+    "batch_eval_metrics": True, "label_names": ["a"], "length_column_name": "n", "remove_unused_columns": False,
+}  # fmt: skip
+CONDITIONS = [
+    ("optim_target_modules", {"optim_target_modules": ["q_proj"]}, "with optim: adamw_torch"),
+    ("eval_steps", {"eval_steps": 5}, "eval_strategy: no"),
+    ("eval_delay", {"eval_delay": 5}, "eval_strategy: no"),
+    ("logging_steps", {"logging_steps": 3, "logging_strategy": "epoch"}, "logging_strategy: epoch"),
+    ("save_steps", {"save_steps": 5, "save_strategy": "epoch"}, "save_strategy: epoch"),
+    ("save_total_limit", {"save_total_limit": 5, "save_strategy": "no"}, "save_strategy: no"),
+    ("hub_strategy", {"hub_strategy": "end"}, "push_to_hub"),
+    ("trackio_space_id", {"trackio_space_id": "a/b", "report_to": "none"}, "trackio in report_to"),
+    ("num_train_epochs", {"num_train_epochs": 2, "max_steps": 7}, "max_steps: 7"),
+    ("warmup_steps", {"warmup_steps": 2, "lr_scheduler_type": "constant"}, "lr_scheduler_type: constant"),
+    ("greater_is_better", {"greater_is_better": True}, "metric_for_best_model"),
+    ("dataloader_in_order", {"dataloader_in_order": False}, "dataloader_num_workers"),
+    (
+        "gradient_checkpointing_kwargs",
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "gradient_checkpointing": False},
+        "without gradient_checkpointing",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_option_has_one_class():
+    working = [key for keys in WORKS.values() for key in keys]
+    classes = [*working, *REFUSED, *REFUSED_ELSEWHERE, *INSTEAD, *NAMED, *QUIET]
+    assert len(classes) == len(set(classes))
+    assert set(classes) == set(FIELDS), (
+        "a new option: read who uses it, and put it into mdpo/config/option_readers.py or effects.py"
+    )
+
+
+@pytest.mark.parametrize("file", WORKS)
+def test_what_works_is_read_where_the_table_says(file):
+    package, _, rest = file.partition("/")
+    roots = {"transformers": transformers, "trl": trl}
+    path = Path(roots[package].__file__).parent / rest if package in roots else ROOT / file
+    text = path.read_text(encoding="utf-8")
+    for key in WORKS[file]:
+        assert re.search(rf"""(\.|["'=]){key}\b|get_{key}\(""", text) or re.search(rf"^    {key}: ", text, re.M), key
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_what_changes_nothing_is_said(key):
+    assert set(OTHER) == {*REFUSED, *NAMED}
+    args = MDPOConfig(**BASE, **{key: OTHER[key]})
+    plain = DPOConfig(**BASE, **{key: OTHER[key]})
+    assert [line for line in check_options(plain) if line.startswith(f"{key}: has no effect")]
+    if key in REFUSED:
+        with pytest.raises(UserError, match=f"^{key}: has no effect"):
+            check_options(args)
+    else:
+        assert check_options(args) == [f"{key}: has no effect: {NAMED[key]}."]
+
+
+def trained(tmp_path, values: dict) -> tuple[list, dict]:
+    """The weights after three steps, and the evaluation, of a tiny model under TRL's own configuration."""
+    tokenizer = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
+    rows = Dataset.from_list(agent_rows(6))
+    given = {**BASE, "output_dir": str(tmp_path), "report_to": "none", "max_steps": 3, "save_strategy": "no"}
+    args = DPOConfig(**given, per_device_train_batch_size=2, per_device_eval_batch_size=2, learning_rate=1e-3, **values)
+    trainer = DPOTrainer(tiny_llama(tokenizer), args=args, train_dataset=rows, eval_dataset=rows,
+                         processing_class=tokenizer)  # fmt: skip
+    trainer.train()
+    timing = ("runtime", "per_second")
+    found = {name: value for name, value in trainer.evaluate().items() if not name.endswith(timing)}
+    return [p.detach().clone() for p in trainer.model.parameters()], found
+
+
+@pytest.mark.slow
+def test_what_is_said_to_change_nothing_changes_nothing(tmp_path):
+    """All such options at once against none; and a wrong twin, an option that works."""
+    values = {key: value for key, value in OTHER.items() if key != "do_predict"}
+    weights, figures = trained(tmp_path / "a", {})
+    others, same = trained(tmp_path / "b", values)
+    assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+    assert figures == same and len(figures) > 10
+    twin, _ = trained(tmp_path / "c", {"weight_decay": 0.5})
+    assert not all(torch.equal(a, b) for a, b in zip(weights, twin, strict=True))
+
+
+@pytest.mark.parametrize("key", INSTEAD)
+def test_what_is_not_offered_is_refused(key):
+    args = MDPOConfig(**BASE)
+    setattr(args, key, True)
+    with pytest.raises(UserError, match=f"^{key}: is not supported"):
+        check_options(args)
+
+
+@pytest.mark.parametrize(("key", "values", "says"), CONDITIONS, ids=[key for key, *_ in CONDITIONS])
+def test_what_needs_another_option_is_said(key, values, says):
+    lines = check_options(MDPOConfig(**BASE, **values))
+    assert len(lines) == 1 and lines[0].startswith(f"{key}: has no effect ") and says in lines[0]
+
+
+def test_defaults_are_silent():
+    assert check_options(MDPOConfig(**BASE)) == check_options(DPOConfig(**BASE)) == []
+    useful = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "warmup_steps": 3, "num_train_epochs": 2}
+    assert check_options(MDPOConfig(**BASE, **useful)) == []
+
+
+RUNS = [
+    ({"do_train": False}, "do_train: false, but run_dpo.py trains"),
+    ({"do_train": True}, None),
+    ({"do_eval": True}, None),  # the default splits hold `test`
+    ({"do_eval": True, "dataset_splits": ["train"]}, "do_eval: there is nothing to evaluate on"),
+    ({"do_eval": True, "dataset_splits": ["train"], "test_split_size": 0.1}, None),
+    ({"do_eval": False, "dataset_splits": ["train"]}, None),
+    ({"do_eval": False}, "do_eval: false, but dataset_splits asks for an evaluation"),
+    (
+        {"do_eval": False, "dataset_splits": ["train"], "eval_dataset_mixer": {"a": 1.0}},
+        "do_eval: false, but eval_dataset_mixer asks",
+    ),
+    ({"fsdp_config": {"min_num_params": 1}}, "fsdp_config: fsdp is not supported"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "says"), RUNS, ids=[str(recipe) for recipe, _ in RUNS])
+def test_a_recipe_that_asks_for_another_run(recipe, says):
+    args = MDPOConfig(**BASE)
+    if says is None:
+        assert check_options(args, None, recipe) == []
+        return
+    with pytest.raises(UserError, match=f"^{says}"):
+        check_options(args, None, recipe)
+
+
+# ---------------------------------------------------------------- parallelism
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"),
+        *((f"PARALLELISM_CONFIG_{axis}_SIZE", "2") for axis in ("TP", "CP", "SP", "DP_SHARD", "DP_REPLICATE")),
+    ],
+)
+def test_parallelism_of_the_accelerate_file(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="^parallelism_config: .*is not supported"):
+        check_options(MDPOConfig(**BASE))
+
+
+def test_parallelism_as_the_launcher_passes_it(monkeypatch):
+    """Of an accelerate file through accelerate's own code, not by names that we remember."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_extend_env_parallelism_config
+
+    flags = ["--use_parallelism_config", "--parallelism_config_cp_size", "2", "run_dpo.py"]
+    passed = prepare_extend_env_parallelism_config(launch_command_parser().parse_args(flags), {})
+    assert len(passed) > 5
+    for name in passed:
+        monkeypatch.setenv(name, passed[name])
+    with pytest.raises(UserError, match="^parallelism_config: the accelerate file's is not supported"):
+        check_options(MDPOConfig(**BASE))
+
+
+def test_parallelism_of_the_arguments(monkeypatch, tmp_path):
+    from accelerate.parallelism_config import ParallelismConfig
+
+    with pytest.raises(UserError, match="^parallelism_config: is not supported"):
+        check_options(MDPOConfig(**BASE, parallelism_config=ParallelismConfig()))
+    path = tmp_path / "r.yaml"
+    path.write_text("model_name_or_path: m\ndataset_mixer: {a: 1.0}\nparallelism_config: {cp_size: 2}\n")
+    with pytest.raises(UserError, match="r.yaml:3: parallelism_config: is not supported"):
+        load_recipe([str(path)])
+    args = MDPOConfig(**BASE)
+    args.model_init_kwargs = {"tp_plan": "auto"}
+    with pytest.raises(UserError, match="^model_init_kwargs: tp_plan is not supported"):
+        check_options(args)
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(UserError, match="^megatron_lm_config: "):
+        refuse_parallelism(MDPOConfig(**BASE))
+
+
+@pytest.mark.parametrize(("key", "value"), [("sequence_parallel_size", 2), ("tensor_parallel", {"autotp_size": 2})])
+def test_parallelism_of_a_deepspeed_configuration(key, value):
+    class Plugin:
+        zero_stage, deepspeed_config = 2, {key: value}
+
+    args = MDPOConfig(**BASE)
+    args.deepspeed_plugin = Plugin()
+    with pytest.raises(UserError, match=f"^deepspeed: its {key} is not supported"):
+        refuse_parallelism(args)
+    Plugin.deepspeed_config = {"sequence_parallel_size": 1, "zero_optimization": {"stage": 2}}
+    refuse_parallelism(args)

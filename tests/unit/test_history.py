@@ -1,0 +1,127 @@
+"""What is read out of a log history, by hand: curves, smoothing, figures before and after, chosen log-probs."""
+
+import re
+
+import pytest
+from histories import HISTORY, evaluation
+from repository import ROOT
+
+from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
+from mdpo.reporting.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
+from mdpo.reporting.run_report import show_result
+
+
+def test_curves():
+    loss = curve(HISTORY, "loss")
+    assert loss.training == [(1, 0.69), (2, 0.60)] and loss.held_out == [(0, 0.5), (2, 0.5)]
+    assert curve(HISTORY, "grad_norm").training == [(2, 3.0)] and not_finite(HISTORY) == {"grad_norm": 1}
+    assert curve(HISTORY, "logps/chosen").held_out == [(0, -50.0), (2, -54.0)]  # the later of two at step 2
+    assert not curve(HISTORY, "nothing")
+    before, after = before_and_after(HISTORY)
+    assert (before["step"], after["eval_logps/chosen"]) == (0, -54.0)
+    assert before_and_after(HISTORY[1:3]) == ({}, {}) and before_and_after(HISTORY[3:])[0] == {}
+
+
+def test_lines_of_a_plot():
+    plots = {plot.name: plot for plot in PLOTS}
+    loss = lines_of(plots["loss"], HISTORY)
+    assert [(line.label, line.held_out, line.points) for line in loss] == [
+        ("training", False, [(1, 0.69), (2, 0.60)]),
+        ("held-out", True, [(0, 0.5), (2, 0.5)]),
+    ]
+    logps = lines_of(plots["logps"], HISTORY)
+    assert [(line.label, line.points[-1]) for line in logps] == [
+        ("chosen held-out", (2, -54.0)),
+        ("rejected held-out", (2, -76.0)),
+    ]
+    assert lines_of(plots["memory"], HISTORY) == []
+    assert [(line.label, line.points) for line in turn_lines(HISTORY)] == [("turn 1", [(0, 0.0), (2, 1.5)])]
+    assert [line.held_out for line in turn_lines(HISTORY) + turn_lines(HISTORY[1:3])] == [True, False]
+
+
+def test_smoothing_and_thinning():
+    """40 points: windows of 2 to each side, fewer where the curve ends."""
+    points = [(step, float(step % 2)) for step in range(40)]
+    smooth = smoothed(points)
+    assert [value for _, value in smooth[:4]] == pytest.approx([1 / 3, 2 / 4, 2 / 5, 3 / 5])
+    assert [step for step, _ in smooth] == list(range(40)) and smooth[-1] == (39, pytest.approx(2 / 3))
+    assert smoothed(points[:19]) == points[:19]
+    assert thinned(points) == points
+    many = thinned([(step, float(step)) for step in range(2 * MOST_POINTS + 1)])
+    assert len(many) == 267 and many[:2] == [(1.0, 1.0), (4.0, 4.0)] and many[-1] == (799.0, 799.0)
+
+
+def test_a_noisy_curve_is_drawn_over_its_raw_values():
+    history = [{"loss": float(step % 2), "learning_rate": float(step % 2), "step": step} for step in range(100)]
+    plots = {plot.name: plot for plot in PLOTS}
+    [loss], [rate] = (lines_of(plots[name], history) for name in ("loss", "learning_rate"))
+    assert len(loss.raw) == 100 and max(value for _, value in loss.points[10:-10]) < 0.6
+    assert rate.raw == [] and rate.points[:2] == [(0, 0.0), (1, 1.0)]
+
+
+def test_latest_turns():
+    which, names = latest_turns(HISTORY)
+    assert which == "held-out pairs at step 2" and names["margins/turn_1"] == 1.5 and "loss" in names
+    which, names = latest_turns(HISTORY[1:3])
+    assert which == "training pairs at step 2" and names["margins/turn_1"] == 0.2
+    assert latest_turns([{"loss": 1.0, "step": 1}]) == ("", {})
+
+
+def test_chosen_logps_of_held_out_pairs():
+    line, fell = chosen_logps(HISTORY, 0.1)
+    assert fell and line == (
+        "log-probs of the chosen side fell by 4.00 nats a pair (held-out pairs, -50.00 at step 0, -54.00 at step 2); "
+        "rejected fell by 16.00."
+    )
+    line, fell = chosen_logps([evaluation(0, -50.0, -60.0), evaluation(9, -50.4, -59.0)], 0.1)
+    assert not fell and "fell by 0.40" in line and line.endswith("rejected rose by 1.00.")  # under 1 % of 50
+    line, fell = chosen_logps([evaluation(0, -50.0, -60.0), evaluation(9, -40.0, -60.0)], 0.1)
+    assert not fell and "rose by 10.00" in line
+
+
+def test_chosen_logps_of_training_alone():
+    """Rewards over β are the distance to the reference: −0.4 / 0.1 = −4 nats below, mean of the last of 10 logs."""
+    logs = [
+        {"loss": 0.6, "rewards/chosen": -0.04 * i, "rewards/rejected": -0.1 * i, "logps/chosen": -50.0, "step": i}
+        for i in range(1, 11)
+    ]
+    line, fell = chosen_logps(logs, 0.1)
+    assert fell and "-4.00 nats (training pairs, mean of the last 1 logs), rejected -10.00" in line
+    assert chosen_logps([{"loss": 1.0, "step": 1}], 0.1) == ("", False)
+    assert chosen_logps([evaluation(0, -50.0, -60.0)], 0.1) == ("", False)  # one evaluation tells of no change
+
+
+def agrees_with_itself(screen: str) -> bool:
+    """Whether the table's rows of log-probs and the line below it tell of the same evaluations."""
+    rows = re.findall(r"│ log-probs (\w+) +│ +(-[\d.]+) │ +(-[\d.]+) │", screen)
+    table = {side: (float(before), float(after)) for side, before, after in rows}
+    moved = {
+        side: f"{'fell' if after < before else 'rose'} by {abs(after - before):.2f}"
+        for side, (before, after) in table.items()
+    }
+    before, after = table["chosen"]
+    line = f"side {moved['chosen']} nats a pair (held-out pairs, {before:.2f} at step 0, {after:.2f} at step "
+    return line in screen and f"rejected {moved['rejected']}." in screen
+
+
+@pytest.mark.parametrize(("last", "word"), [(-45.0, "rose"), (-54.0, "fell")])
+def test_the_end_s_table_and_line_agree(last, word, capsys):
+    """Figures after training are the last evaluation's, in both; one in between counts in neither."""
+    rest = {"eval_rewards/accuracies": 1.0, "eval_rewards/margins": 2.0, "eval_pairs": 8}
+    history = [
+        evaluation(0, -50.0, -60.0, **rest),
+        evaluation(2, -57.5, -90.0, **rest),
+        evaluation(4, last, -76.0, **rest),
+    ]
+    line, fell = chosen_logps(history, 0.1)
+    report = {"before": before_and_after(history)[0], "after": history[-1], "first_loss": 0.69, "steps": 4}
+    report |= {"pairs_per_second": 1.0, "train_seconds": 4.0, "peak_memory_gb": 1.0}
+    show_result(report | {"chosen_logps": {"line": line, "fell": fell}})
+    screen = capsys.readouterr().out
+    assert agrees_with_itself(screen) and f"side {word} by" in screen
+    assert not agrees_with_itself(screen.replace(f"{last:.4f}", "-57.5000"))
+
+
+def test_readme_s_first_screen_agrees_with_itself():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert agrees_with_itself(text[: text.index("## ")])
