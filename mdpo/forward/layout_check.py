@@ -8,7 +8,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.console import first_line
-from mdpo.forward.packed_attention import NAME, Segments, noting_refusals, own_attention
+from mdpo.forward.packed_attention import NAME, Segments, noting_refusals
+from mdpo.forward.scoring_head import own_attention
 from mdpo.types import PairBatch
 
 SAME_ATTENTION = 1e-5  # of the norm, float32

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mdpo.forward.modes import base_model
-from mdpo.forward.packed_attention import own_attention
+from mdpo.forward.scoring_head import own_attention
 from mdpo.storage import read_cache, write_cache
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")

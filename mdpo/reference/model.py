@@ -12,7 +12,7 @@ from mdpo.config.precision import HALF, cast_weights
 from mdpo.errors import UserError
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.modes import base_model, evaluating
-from mdpo.forward.packed_attention import own_attention
+from mdpo.forward.scoring_head import own_attention
 from mdpo.forward.token_logps import TokenScores, enable_scoring, score_tokens
 from mdpo.reference.fingerprint import OWN_ADAPTER
 from mdpo.reference.loading import load_model
@@ -40,11 +40,9 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_
     if sharded:
         raise UserError("Under ZeRO-3 the reference needs a path: set ref_model_name_or_path, or pass ref_model.")
     reference = copy.deepcopy(model)
-    inner = base_model(reference)
-    vars(inner).pop("forward", None)  # `enable_scoring` closed over the policy: the copy would call and switch that
     if hasattr(reference, "peft_config"):
         if reference.active_peft_config.is_prompt_learning:
-            return inner
+            return reference.get_base_model()
         reference.base_model.disable_adapter_layers()  # for good: the model that the adapter was put on
     return reference
 

@@ -104,7 +104,7 @@ def test_a_boundary_that_the_batch_has_moved_by_a_token(dtype, capsys):
 
 def test_positions_that_are_continued(capsys):
     batch = PackedCollator()(ROWS)
-    wrong = {**batch, "position_ids": torch.arange(batch["input_ids"].size(1))[None]}
+    wrong = batch | {"position_ids": torch.arange(batch["input_ids"].size(1))[None]}
     assert misplaced(wrong) and not misplaced(batch)
     refused_by(tiny("Llama").bfloat16(), wrong, "positions are not those of its sides", capsys)
 
@@ -186,7 +186,7 @@ def test_every_rank_makes_the_same_calls_whatever_it_finds():
     """A rank whose batch is wrong calls the model as often as one whose batch is right."""
     counts = []
     right = PackedCollator()(ROWS)
-    for batch in (right, {**right, "position_ids": right["position_ids"] + 1}):
+    for batch in (right, right | {"position_ids": right["position_ids"] + 1}):
         model, calls = tiny("Llama"), []
         model.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         kept(model, batch)
