@@ -5,16 +5,15 @@ import ast
 import dataclasses
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
+from repository import ROOT
 from trl import DPOConfig
 
 from mdpo.config.schema import DataArguments, MDPOConfig
 from mdpo.loss.registry import LOSSES, OF_TRL
 
-ROOT = Path(__file__).resolve().parent.parent
 OURS = [field.name for field in dataclasses.fields(DataArguments)] + list(MDPOConfig.__annotations__)
 OF_DPO = [key for key in DPOConfig.__annotations__ if key not in OURS]
 
