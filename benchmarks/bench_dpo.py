@@ -120,9 +120,9 @@ def useful_work(trainer, pairs: int) -> dict[str, list[float]]:
     embeddings = {id(p): p for p in (trainer.model.get_input_embeddings().weight, trainer.model.lm_head.weight)}
     weights = sum(p.numel() for p in trainer.model.parameters() if p.ndim == 2 and id(p) not in embeddings)
     for batch in trainer.get_train_dataloader():
-        segments = Segments(batch["segments"])
+        segments = Segments(batch.segments)
         seen = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(segments.sizes, segments.key_sizes, strict=True))
-        n, scored = batch["input_ids"].numel(), len(batch["score_index"])
+        n, scored = batch.input_ids.numel(), len(batch.logp_position)
         forward = 2 * n * weights + 2 * scored * config.hidden_size * config.vocab_size
         forward += 4 * seen * config.num_attention_heads * head_dim * config.num_hidden_layers
         tokens.append(n)

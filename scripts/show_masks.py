@@ -35,7 +35,6 @@ from mdpo.reporting.token_view import (
     CONTEXT,
     END,
     SHARED,
-    SIDES,
     SUPERVISED,
     VISIBLE,
     recipe_and_tokenizer,
@@ -43,6 +42,7 @@ from mdpo.reporting.token_view import (
     training_pairs,
 )
 from mdpo.runs.entrypoint import run
+from mdpo.types import SIDES
 
 
 def main(argv: list[str]) -> None:

@@ -219,7 +219,7 @@ def _named(key: str, where: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # of foreign parts, which raise whatever they like at a value
         key = "optim" if isinstance(error, ImportError) and key.startswith("optim") else key
-        words = re.sub(r"\b\w*\.?__init__\(\) |\bget_\w+_schedule\w*\(\) ", "", first_line(error)).rstrip(".")
+        words = re.sub(r"\b\w*\.?__init__\(\) |\bget_\w+_schedule\w*\(\) ", "", first_line(error))
         raise UserError(f"{key}: {words or type(error).__name__}{where}.") from error
 
 

@@ -11,6 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 
 from mdpo.config.parallelism import ADVICE
+from mdpo.console import first_line
 from mdpo.errors import UserError
 
 CPU_FLAGS = {"--cpu", "--use_cpu"}
@@ -56,7 +57,7 @@ def _torch_says(driver: str | None) -> str:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            said = f" ({(str(error).strip().splitlines() or [''])[0]})"
+            said = f" ({first_line(error)})"
     return f"torch {torch.__version__} {built}, NVIDIA driver: {driver or 'none found'}{said}."
 
 

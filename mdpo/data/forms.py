@@ -7,13 +7,13 @@ from typing import Any
 from mdpo.data.columns import Row, role_of, structured, unwrapped
 from mdpo.data.messages import normalise_messages, same_message
 from mdpo.data.questions import QUESTIONS, begins, history, messages_in, question, text_in
-from mdpo.data.sides import SIDES, TRL, sides_form
+from mdpo.data.sides import SIDE_FORMS, TRL, sides_form
 from mdpo.data.tool_calls import read_tools
 from mdpo.data.unread import NO_QUESTION, ROLE_MARKS, WORDS, Unread, no_pairs, no_question, words_in
 from mdpo.errors import DropPair, UserError
 from mdpo.types import Message
 
-FORMS = (*SIDES, *QUESTIONS)
+FORMS = (*SIDE_FORMS, *QUESTIONS)
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
            "score_chosen", "score_rejected", "key")  # fmt: skip
 SYSTEMS = ("system", "system_prompt")

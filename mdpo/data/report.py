@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mdpo.data.tokenize import SIDES, DropCounts
+from mdpo.data.tokenize import DropCounts
 from mdpo.errors import UserError
+from mdpo.types import SIDES, turn_begins
 
 DATA_REPORT = "data_report.json"
 SUSPICIOUS = (0.3, 0.7)  # accuracy of "the longer side wins": outside of it length alone may be what is learnt
@@ -173,9 +174,7 @@ def _runs(masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offsets = np.asarray(masks.offsets, np.int64)
     bits = np.asarray(masks.values, np.int64)[offsets[0] : offsets[-1]]
     starts = offsets[:-1] - offsets[0]
-    before = np.concatenate([[0], bits[:-1]])
-    before[starts] = 0
-    begins = bits * (1 - before)
+    begins = turn_begins(bits, starts).astype(np.int64)
     return np.add.reduceat(begins, starts), np.diff(offsets), np.add.reduceat(bits, starts)
 
 

@@ -143,7 +143,7 @@ def _by(name: str) -> Callable[[Row], float]:
 TRL = Form(("chosen", "rejected"), "TRL; UltraFeedback binarized, hh-rlhf, Orca pairs, LLaMA-Factory, UltraInteract",
            "as they are: messages, one message, an object with `messages` or `conversations`, or a text",
            named("chosen", "rejected"))  # fmt: skip
-SIDES = (
+SIDE_FORMS = (
     TRL,
     Form(("preferred_output", "non_preferred_output"), "OpenAI, Azure, Fireworks, Together",
          "chosen, rejected", named("preferred_output", "non_preferred_output")),
@@ -195,4 +195,4 @@ SIDES = (
 
 def sides_form(columns: Any) -> Form | None:
     """The first form whose columns are all there."""
-    return next((form for form in SIDES if set(form.columns) <= set(columns)), None)
+    return next((form for form in SIDE_FORMS if set(form.columns) <= set(columns)), None)

@@ -9,6 +9,7 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
+from mdpo.console import first_line
 from mdpo.data.counts import DropCounts
 from mdpo.data.files import whole_row
 from mdpo.data.forms import look
@@ -20,11 +21,10 @@ from mdpo.masking.dates import with_day
 from mdpo.masking.loss_mask import RenderSettings, special_tokens_in_context, tokenize_pair
 from mdpo.masking.plain_texts import PlainText
 from mdpo.masking.spans import refuse_slow
-from mdpo.types import TokenizedPair
+from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
 VERSION = 9
-SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in ("chosen", "rejected")},
@@ -82,7 +82,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     except UserError:
         raise
     except Exception as e:  # one odd row does not end a run
-        return {**out, "drop_reason": f"unexpected {type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"}
+        return {**out, "drop_reason": f"unexpected {type(e).__name__}: {first_line(e, innermost=False)[:80]}"}
     return {**out, "drop_reason": ""}
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from mdpo.console import say
+from mdpo.console import first_line, say
 from mdpo.forward.lm_head import chunk_statistics, logits_gradient
 
 MIN_WIDTH = 256  # hidden sizes below are not bound by memory traffic; a call of compiled code costs more than it saves
@@ -128,8 +128,7 @@ def _cannot(kinds: dict[type, list[nn.Module]], device, dtype: torch.dtype) -> s
         try:
             same = check()
         except Exception as error:  # no compiler, or a compiler's own trouble: training goes on without it
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"fused_ops: off for {name}: {why}"
+            return f"fused_ops: off for {name}: {first_line(error, innermost=False)}"
         if not same:
             return f"fused_ops: off for {name}: compiled, it does not give the same numbers."
     return None

@@ -8,7 +8,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.console import first_line
-from mdpo.forward.packed_attention import NAME, Segments, noting_refusals, own_attention
+from mdpo.forward.packed_attention import NAME, Segments, noting_refusals
+from mdpo.forward.scoring_head import own_attention
+from mdpo.types import PairBatch
 
 SAME_ATTENTION = 1e-5  # of the norm, float32
 KERNEL = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # a kernel's own rounding, one layer's
@@ -18,30 +20,30 @@ GROUPS = 2  # of heads that share a key head: what is looked at in float32
 IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of its own
 
 
-def misplaced(batch: dict[str, torch.Tensor]) -> str | None:
+def misplaced(batch: PairBatch) -> str | None:
     """Of a packed batch: whether a token's position is another one than its place in its side."""
-    wanted = [t for p, c, r in batch["segments"] for t in (*range(p + c), *range(p, p + r))]
-    found = batch["position_ids"][0].tolist()
+    wanted = [t for p, c, r in batch.segments for t in (*range(p + c), *range(p, p + r))]
+    found = batch.position_ids[0].tolist()
     return None if found == wanted else "its row's positions are not those of its sides"
 
 
-def shifted(batch: dict[str, torch.Tensor], pad_token_id: int, by: int = 3) -> dict[str, torch.Tensor]:
+def shifted(batch: PairBatch, pad_token_id: int, by: int = 3) -> PairBatch:
     """A padded batch with padding before its rows: the same log-probs, rounded otherwise."""
-    length = batch["input_ids"].size(1)
+    length = batch.input_ids.size(1)
     ids, mask = (
         torch.nn.functional.pad(batch[name], (by, 0), value=value)
         for name, value in (("input_ids", pad_token_id), ("attention_mask", 0))
     )
-    index = batch["score_index"]
+    index = batch.logp_position
     moved = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    return {**batch, **moved, "score_index": index + (index // length + 1) * by}
+    return batch | moved | {"logp_position": index + (index // length + 1) * by}
 
 
 class Watch:
     """Looks on while a model is called with B pairs padded, then packed. `reason` is the first thing that is wrong."""
 
-    def __init__(self, model, batch: dict[str, torch.Tensor]):
-        self.segments = Segments(batch["segments"])
+    def __init__(self, model, batch: PairBatch):
+        self.segments = Segments(batch.segments)
         self.own, self.reason = own_attention(model), None
         self.calls, self._first = {True: 0, False: 0}, None
 

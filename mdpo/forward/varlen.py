@@ -10,7 +10,7 @@ from importlib import metadata, util
 
 import torch
 
-from mdpo.console import say
+from mdpo.console import first_line, say
 
 FLASH_ATTN = ((2, 6), (3,))  # from the first version with soft-caps up to the next interface
 AGREES = 3e-2  # of the norm, with float32: a half-precision kernel rounds its scores and its output
@@ -26,7 +26,7 @@ def flash_attn() -> tuple[Callable | None, str | None]:
         version = metadata.version("flash-attn")
         from flash_attn import flash_attn_varlen_func
     except Exception as error:  # ImportError, OSError of a library, whatever a package's own code raises
-        return None, f"flash-attn cannot be imported ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+        return None, f"flash-attn cannot be imported ({first_line(error, innermost=False)})"
     least, below = FLASH_ATTN
     if not least <= _numbers(version) < below:
         words = ".".join(map(str, least)), ".".join(map(str, below))
@@ -68,7 +68,7 @@ def _fails(kernel: Callable, device: torch.device) -> str | None:
         options = {"attn_mask": pair.seen, "scale": 0.125, "enable_gqa": True}
         wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     except Exception as error:  # no kernel for this GPU, or an interface of another version
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error, innermost=False)
     if (out - wanted.transpose(1, 2)).norm() <= AGREES * wanted.norm():
         return None
     return "it does not give what plain attention gives"

@@ -3,11 +3,12 @@
 import torch
 from torch.nn.functional import pad
 
-from mdpo.forward.pair_logps import counted, token_places
+from mdpo.forward.pair_logps import counted
 from mdpo.forward.token_logps import TokenScores
 from mdpo.loss.registry import PairTerms
 from mdpo.loss.turn_metrics import joined, turn_figures
 from mdpo.ranks import gathered_tensor
+from mdpo.types import PairBatch
 
 # One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
 COLUMNS = (
@@ -29,7 +30,7 @@ COLUMNS = (
 
 
 def pair_table(
-    batch,
+    batch: PairBatch,
     scores: TokenScores,
     losses: torch.Tensor,
     terms: PairTerms,
@@ -40,15 +41,15 @@ def pair_table(
     `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked. `turns`, of
     `mdpo.reporting.turns`, stand behind COLUMNS."""
     n = len(losses)
-    place, logps = token_places(batch, n), terms.policy
+    sequence, logps = batch.sequence_of_token, terms.policy
 
     def by_side(values):  # (S,) -> chosen (B,), rejected (B,)
         values = values.double() * counted(batch)
-        return values.new_zeros(2 * n).index_add(0, place, values).view(2, n)
+        return values.new_zeros(2 * n).index_add(0, sequence, values).view(2, n)
 
     logits, top1, entropy = by_side(scores.mean_logit), by_side(scores.top1), by_side(scores.entropy)
     columns = (
-        batch["row"] if "row" in batch else torch.full((n,), -1, device=losses.device),
+        torch.full((n,), -1, device=losses.device) if batch.row is None else batch.row,
         losses,
         terms.w,
         terms.l,

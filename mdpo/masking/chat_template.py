@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from mdpo.console import first_line
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.dates import rendered_on_day, with_day
 from mdpo.masking.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
@@ -212,7 +213,7 @@ class ChatTemplate:
 
 def _refusal(error: Exception) -> str:
     """A drop reason: the template's own words, but no row's whole text."""
-    return f"template refuses the conversation: {(str(error).strip().splitlines() or [type(error).__name__])[0][:120]}"
+    return f"template refuses the conversation: {first_line(error, innermost=False)[:120]}"
 
 
 def _as_text_parts(message: Message) -> Message:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mdpo.forward.modes import base_model
 from mdpo.memory.fake_step import Skeleton
 from mdpo.memory.sharding import Sharding
 
@@ -238,6 +239,6 @@ class Needs:
 
 def four_bit_weights(model: nn.Module) -> list[nn.Parameter]:
     """Those that bitsandbytes packs: frozen matrices of linear layers, all but the LM head's."""
-    head = (model.get_base_model() if hasattr(model, "peft_config") else model).get_output_embeddings()
+    head = base_model(model).get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return [m.weight for m in linear if not m.weight.requires_grad]

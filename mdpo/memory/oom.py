@@ -14,10 +14,10 @@ import torch
 
 from mdpo.console import first_line
 from mdpo.errors import UserError
-from mdpo.forward.collators import n_pairs, n_tokens, pair_lengths
 from mdpo.memory.breakdown import GB, MemoryPlan
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
+from mdpo.types import PairBatch
 
 ZERO3, OFFLOAD = "training_configs/zero3_for_dpo.yaml", "training_configs/zero3_offload_for_dpo.yaml"
 EXPANDABLE = "expandable_segments:True"
@@ -136,8 +136,7 @@ def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: l
 def report(error, batch, recipe, sharding, seen, plan=None, keys=None, argv=None, not_planned=None) -> str:
     """The whole message. `batch` is a collator's, or None; `keys` the `key` column of its set, which its `row` numbers
     count in; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` the command line behind run_dpo.py."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    lines = [f"Out of memory: {said[0]}", f"  seen: {seen}"]
+    lines = [f"Out of memory: {first_line(error, innermost=False)}", f"  seen: {seen}"]
     if batch is not None:
         lines.append(f"  batch: {describe_batch(batch, keys)}")
     if plan is not None:
@@ -156,16 +155,16 @@ def _allocator() -> str:
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
 
 
-def describe_batch(batch: dict[str, torch.Tensor], keys: list[str] | None = None) -> str:
+def describe_batch(batch: PairBatch, keys: list[str] | None = None) -> str:
     """Pairs, tokens, and where the longest pair stands in the data."""
-    lengths, pairs = pair_lengths(batch), n_pairs(batch)
-    words = f"{pairs} pair{'s' if pairs > 1 else ''}, {n_tokens(batch)} tokens"
-    if "segments" in batch:
-        words += f" ({batch['input_ids'].numel()} computed, shared ones once)"
+    lengths, pairs = batch.pair_lengths, batch.n_pairs
+    words = f"{pairs} pair{'s' if pairs > 1 else ''}, {batch.n_tokens} tokens"
+    if batch.is_packed:
+        words += f" ({batch.input_ids.numel()} computed, shared ones once)"
     else:
-        words += f" ({batch['input_ids'].numel()} computed, padding included)"
+        words += f" ({batch.input_ids.numel()} computed, padding included)"
     longest = max(range(pairs), key=lambda i: lengths[i])
-    row = int(batch["row"][longest]) if "row" in batch else -1
+    row = -1 if batch.row is None else int(batch.row[longest])
     name = keys[row] if keys is not None and 0 <= row < len(keys) else f"row {row}" if row >= 0 else "unknown"
     return f"{words}; the longest pair has {lengths[longest]}: {name}"
 

@@ -128,11 +128,12 @@ class ProgressLine(TrainerCallback):
             self.close()
         if not state.is_world_process_zero:
             return
-        for name in (key.removesuffix("_loss") for key in metrics or {} if key.endswith("_loss")):
+        for key in (key for key in metrics or {} if key.endswith("_pairs")):  # one a dataset; nll_loss is none
+            name = key.removesuffix("_pairs")
             which = "" if name == "eval" else f" of {name.removeprefix('eval_')}"
-            pairs = metrics.get(f"{name}_pairs", 0)
             self._say(
-                f"step {state.global_step}, {pairs:.0f} held-out pairs{which}: {figures_line(metrics, f'{name}_')}"
+                f"step {state.global_step}, {metrics[key]:.0f} held-out pairs{which}: "
+                f"{figures_line(metrics, f'{name}_')}"
             )
 
     def on_train_end(self, args, state, control, **kwargs):

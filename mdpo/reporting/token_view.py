@@ -6,8 +6,8 @@ What needs the tokenizer's libraries is imported late: they write to stdout, whi
 from functools import partial
 
 from mdpo.console import say
+from mdpo.types import SIDES, turn_begins
 
-SIDES = ("chosen", "rejected")
 SHARED, CONTEXT, SUPERVISED, END = "shared prefix", "context", "supervised", "end of turn"
 COLOURS = {  # text, two backgrounds that alternate from token to token (close in the 256-colour palette too)
     SHARED: ("#d0d7de", "#3d444d", "#4d5660"),
@@ -78,9 +78,5 @@ def two_pairs(rows, tokenizer) -> list[dict]:
 
 def _places(rows) -> list[int]:
     looked = rows.select(range(min(LOOKED_AT, len(rows)))).select_columns([f"{name}_mask" for name in SIDES])
-
-    def turns(mask) -> int:
-        return sum(bit > before for before, bit in zip([0, *mask], mask, strict=False))
-
-    several = [i for i, row in enumerate(looked) if all(turns(row[f"{name}_mask"]) > 1 for name in SIDES)]
+    several = [i for i, row in enumerate(looked) if all(turn_begins(row[f"{name}_mask"]).sum() > 1 for name in SIDES)]
     return (several + [i for i in range(len(looked)) if i not in several])[:2]

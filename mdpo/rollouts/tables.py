@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mdpo.loss.metrics import COLUMNS, summarise
 from mdpo.rollouts.loop import ENDS, Trajectory
+from mdpo.types import turn_begins
 
 Z = 1.959964  # of the normal distribution, for 95 %
 
@@ -25,7 +26,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 def count_turns(mask: Sequence[int]) -> int:
     """The supervised turns of a side: runs of 1 in its mask. Example: [0, 1, 1, 0, 1] -> 2."""
-    return sum(bit and not before for before, bit in zip([0, *mask], mask, strict=False))
+    return int(turn_begins(mask).sum())
 
 
 def by_turns(table: torch.Tensor, turns: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -10,18 +10,9 @@ from html import escape
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from mdpo.reporting.token_view import (
-    COLOURS,
-    CONTEXT,
-    END,
-    SHARED,
-    SIDES,
-    SUPERVISED,
-    VISIBLE,
-    token_kinds,
-    training_pairs,
-)
+from mdpo.reporting.token_view import COLOURS, CONTEXT, END, SHARED, SUPERVISED, VISIBLE, token_kinds, training_pairs
 from mdpo.runs.entrypoint import run
+from mdpo.types import SIDES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/smollm2-135m/dpo/config_quickstart.yaml"

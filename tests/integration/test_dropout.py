@@ -12,6 +12,7 @@ from transformers import BioGptConfig, BioGptForCausalLM, OPTConfig, OPTForCausa
 from mdpo.errors import UserError
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.token_logps import enable_scoring
+from mdpo.types import PairBatch
 
 TOKENIZER = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(TOKENIZER)}
@@ -74,7 +75,7 @@ def test_a_saved_configuration_has_the_rates_that_it_came_with():
 
 
 def batch():
-    return {"input_ids": torch.arange(3, 90)[None].repeat(2, 1)}
+    return PairBatch(input_ids=torch.arange(3, 90)[None].repeat(2, 1))
 
 
 def test_what_is_random_without_a_rate_is_refused():

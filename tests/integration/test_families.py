@@ -113,7 +113,7 @@ def check(folder, peft_config=None) -> None:
     first, second = losses(whole)
     assert abs(first - math.log(2)) < 1e-5 and second != first
     batch = next(iter(whole.get_train_dataloader()))
-    if "segments" in batch:
+    if batch.is_packed:
         model = whole.model.eval()
         with torch.no_grad():
             packed = score_tokens(model, whole.layout.fit(model, batch)).logps

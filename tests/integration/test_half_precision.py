@@ -26,6 +26,7 @@ from mdpo.forward.collators import PairCollator
 from mdpo.forward.pair_logps import sum_by_pair
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.reference.model import lost_in_sync
+from mdpo.types import PairBatch
 
 LN2 = torch.tensor(math.log(2)).item()  # as a float32
 LORA = ["--use_peft", "--lora_r=4", "--lora_target_modules=all-linear"]
@@ -201,7 +202,7 @@ def rounding_of_rewards(shop, trained) -> float:
         cast_weights(model, dtype)
         enable_scoring(model)
         with torch.no_grad():
-            sums.append(sum_by_pair(score_tokens(model, batch).logps, batch, 16))
+            sums.append(sum_by_pair(score_tokens(model, batch).logps, batch))
     chosen, rejected = (0.1 * (getattr(sums[0], s) - getattr(sums[1], s)) for s in ("chosen", "rejected"))
     return max(x.abs().max().item() for x in (chosen, rejected, chosen - rejected))
 
@@ -212,12 +213,13 @@ def rounding_of_rewards(shop, trained) -> float:
 def test_sums_do_not_depend_on_the_dtype_that_comes_in():
     """1000 tokens of −0.3 in bfloat16, each of which is −0.30078125: −300.78125, where sums in bfloat16 stop at −256 or
     thereabouts, as the spacing of its numbers is 2 from there on."""
-    batch = {"score_pair": torch.zeros(1200, dtype=torch.long), "score_side": (torch.arange(1200) >= 1000).long()}
+    pair, side = torch.zeros(1200, dtype=torch.long), (torch.arange(1200) >= 1000).long()
+    batch = PairBatch(input_ids=torch.zeros(2, 1001), pair=pair, side=side)
     logps = torch.full((1200,), -0.3, dtype=torch.bfloat16)
-    sums = sum_by_pair(logps, batch, 1)
+    sums = sum_by_pair(logps, batch)
     assert sums.chosen.dtype == torch.float64
     assert (sums.chosen.item(), sums.rejected.item()) == (-300.78125, -60.15625)
-    wrong = torch.zeros(2, dtype=torch.bfloat16).index_add(0, batch["score_side"], logps)
+    wrong = torch.zeros(2, dtype=torch.bfloat16).index_add(0, batch["side"], logps)
     assert abs(wrong[0].item() + 300.78125) > 10
 
 

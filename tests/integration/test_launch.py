@@ -39,7 +39,7 @@ def own_log_probs(folder, workshop):
     rows, _ = tokenize_dataset(rows, tokenizer, RenderSettings(300), "pairs")
     batch = PairCollator(tokenizer.pad_token_id)([rows[i] for i in range(16)])
     with torch.no_grad():
-        return sum_by_pair(score_tokens(model, batch).logps, batch, 16).chosen.mean().item()
+        return sum_by_pair(score_tokens(model, batch).logps, batch).chosen.mean().item()
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -202,7 +202,7 @@ def weighted(rows, weights):
 def test_weights_of_one_change_nothing(tmp_path, tokenizer):
     plain, ones = (mdpo_trainer(tmp_path, tokenizer, rows) for rows in (agent_rows(4), weighted(agent_rows(4), (1, 1))))
     assert plain.train_dataset.to_list() == ones.train_dataset.to_list()
-    assert "score_weight" not in next(iter(ones.get_train_dataloader()))
+    assert "turn_weight" not in next(iter(ones.get_train_dataloader()))
 
 
 @pytest.mark.parametrize("options", [{}, {"nll_coefficient": 0.5}, {"loss_type": ["ipo", "sft"]}, {"ld_alpha": 0.3},
@@ -223,7 +223,7 @@ def test_weight_zero_is_a_mask(options, tmp_path, tokenizer):
 
     masked.train_dataset = masked.train_dataset.map(without_first_turn)
     batches = [next(iter(trainer.get_train_dataloader())) for trainer in (zero, masked)]
-    assert len(batches[0]["score_pair"]) == len(batches[1]["score_pair"])
+    assert len(batches[0]["pair"]) == len(batches[1]["pair"])
     (loss, gradients), (wanted, wanted_gradients) = (
         loss_and_gradients(trainer, batch) for trainer, batch in zip((zero, masked), batches, strict=True)
     )

@@ -43,6 +43,7 @@ BILLIONS = {  # parameters as the models' authors give them
     "qwen3-8b": 8.19,
     "smollm2-135m": 0.1345,
 }
+LAPTOP = ("full", "lora", "quickstart", "rpo", "margin", "turn_weights")
 ITERATIONS = {f"config_iter{i}_{kind}_reference" for i in (2, 3) for kind in ("fixed", "moved")}
 BATCH = re.compile(r"# Global batch: (\d+) pairs? per device x (\d+) accumulation x (\d+) \w+ = (\d+) pairs a step\.")
 
@@ -80,7 +81,7 @@ def test_families_and_their_recipes():
         found.setdefault(path.parts[-3], set()).add(path.stem)
     three = {"config_full", "config_lora", "config_qlora"}
     expected = {family: three for family in BILLIONS} | {"gemma-7b-it": three | ITERATIONS}
-    assert found == expected | {"smollm2-135m": {"config_full", "config_lora", "config_quickstart"}}
+    assert found == expected | {"smollm2-135m": {f"config_{name}" for name in LAPTOP}}
 
 
 @pytest.fixture

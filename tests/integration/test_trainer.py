@@ -52,7 +52,7 @@ def test_shared_prefix_changes_no_number(name, tmp_path, tokenizer):
         row["rejected"] = [*row["chosen"][:3], row["rejected"][3]]
     packed, padded = (mdpo_trainer(tmp_path, tokenizer, rows, shared_prefix=on, **options) for on in (True, False))
     batches = [next(iter(trainer.get_train_dataloader())) for trainer in (packed, padded)]
-    assert "segments" in batches[0] and batches[0]["input_ids"].numel() < 0.7 * batches[1]["input_ids"].numel()
+    assert batches[0].is_packed and batches[0]["input_ids"].numel() < 0.7 * batches[1]["input_ids"].numel()
     (loss, gradients), (wanted, wanted_gradients) = (
         loss_and_gradients(trainer, batch) for trainer, batch in zip((packed, padded), batches, strict=True)
     )
@@ -81,7 +81,7 @@ def test_shared_prefix_off_where_it_cannot_be(tmp_path, tokenizer, capsys):
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     trainer = own(tmp_path, tokenizer, tiny_llama(tokenizer), peft_config=tuning, learning_rate=1e-2)
     assert "shared_prefix: off for PeftModelForCausalLM: prompt-learning PEFT" in capsys.readouterr().out
-    assert "segments" not in next(iter(trainer.get_train_dataloader()))
+    assert not next(iter(trainer.get_train_dataloader())).is_packed
     with pytest.raises(UserError, match="pad_to_multiple_of: has no effect with shared_prefix"):
         mdpo_trainer(tmp_path, tokenizer, pad_to_multiple_of=8)
 
@@ -389,7 +389,7 @@ def test_all_masked_side_is_a_differentiable_zero(packed, tmp_path, tokenizer):
         {**row, **{f"{side}_mask": [0] * len(row[f"{side}_mask"]) for side in ("chosen", "rejected")}} for row in rows
     ]
     batch = trainer.data_collator(rows)
-    assert ("segments" in batch) == packed
+    assert batch.is_packed == packed
     loss, gradients = loss_and_gradients(trainer, batch)
     assert loss.item() == pytest.approx(math.log(2))
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients.values())

@@ -29,7 +29,7 @@ LAYOUTS = {"packed": PackedCollator(), "padded": PairCollator(0)}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_turns_of_tokens(layout):
     batch = LAYOUTS[layout](ROWS)
-    assert batch["score_turn"].tolist() == [0, 0, 1, 0, 1, 2, 0, 0, 1, 0]
+    assert batch["turn"].tolist() == [0, 0, 1, 0, 1, 2, 0, 0, 1, 0]
     assert batch["turn_tokens"].tolist() == [[2, 1, 0], [1, 1, 1], [2, 1, 0], [1, 0, 0]]
 
 
@@ -82,15 +82,15 @@ def test_turns_add_up_to_the_pair_exactly(weights):
     """With numbers that float32 holds exactly. Tokens counted to the next turn still add up, to other turns."""
     batch = LAYOUTS["packed"](ROWS)
     turns = turn_rewards(batch, RATIOS, 0 * RATIOS, 0.25, weights)
-    sums = sum_by_pair(RATIOS, batch, 2, weights)
+    sums = sum_by_pair(RATIOS, batch, weights)
     assert torch.equal(turns.view(2, -1, 4).sum(1)[:, :2], 0.25 * torch.stack([sums.chosen, sums.rejected], 1))
-    wrong = turn_rewards({**batch, "score_turn": (batch["score_turn"] + 1) % 3}, RATIOS, 0 * RATIOS, 0.25, weights)
+    wrong = turn_rewards(batch | {"turn": (batch["turn"] + 1) % 3}, RATIOS, 0 * RATIOS, 0.25, weights)
     assert torch.equal(wrong.view(2, -1, 4).sum(1), turns.view(2, -1, 4).sum(1)) and not torch.equal(wrong, turns)
 
 
 def test_unpacked_keeps_turns():
     packed = LAYOUTS["packed"](ROWS)
-    for name in ("score_turn", "turn_tokens"):
+    for name in ("turn", "turn_tokens"):
         assert torch.equal(unpacked(packed, 0)[name], LAYOUTS["padded"](ROWS)[name])
 
 

@@ -16,7 +16,7 @@ from mdpo.config.schema import MDPOConfig
 from mdpo.data.forms import FORMS, LOOKED_AT, as_preference, look
 from mdpo.data.questions import LISTS, TEXTS
 from mdpo.data.rows import FROM_JSON, NO_USER, OTHER_SYSTEM, SPACED, TRAILING, row_to_pair
-from mdpo.data.sides import SIDES
+from mdpo.data.sides import SIDE_FORMS
 from mdpo.data.sources import load_sets
 from mdpo.data.tokenize import tokenize_dataset, tokenize_row, tokenize_stream
 from mdpo.data.unread import NO_QUESTION, Unread
@@ -185,7 +185,7 @@ def test_a_documented_form_is_read_as_written(name, row, before, tokenizer):
 
 
 def test_every_form_is_tested_and_in_the_docs():
-    for forms, rows in ((SIDES, SIDE_ROWS), (LISTS, LIST_ROWS), (TEXTS, TEXT_ROWS)):
+    for forms, rows in ((SIDE_FORMS, SIDE_ROWS), (LISTS, LIST_ROWS), (TEXTS, TEXT_ROWS)):
         tested = {re.sub(r" \d$", "", name) for name, _, _ in rows}
         assert tested == {" ".join(form.columns) for form in forms}
     lines = [line for line in DOCS.splitlines() if line.startswith("| `")]

@@ -26,7 +26,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def kept(model, batch) -> bool:
-    return "segments" in Layout(Alone, 0).fit(model, batch)
+    return Layout(Alone, 0).fit(model, batch).is_packed
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -48,7 +48,7 @@ def test_under_autocast_and_adapters_too(implementation, peft):
     enable_scoring(model)
     if peft:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
-    assert "segments" in Layout(Autocast, 0).fit(model, PackedCollator()(ROWS))
+    assert Layout(Autocast, 0).fit(model, PackedCollator()(ROWS)).is_packed
 
 
 @pytest.mark.slow
@@ -98,13 +98,13 @@ def test_a_boundary_that_attention_has_moved_by_a_token(monkeypatch, capsys):
 def test_a_boundary_that_the_batch_has_moved_by_a_token(dtype, capsys):
     batch = PackedCollator()([pair(60, 140, 150)])
     refused_by(
-        tiny("Llama").to(dtype), {**batch, "segments": [[60, 141, 149]]}, "positions are not those of its sides", capsys
+        tiny("Llama").to(dtype), batch | {"segments": [[60, 141, 149]]}, "positions are not those of its sides", capsys
     )
 
 
 def test_positions_that_are_continued(capsys):
     batch = PackedCollator()(ROWS)
-    wrong = {**batch, "position_ids": torch.arange(batch["input_ids"].size(1))[None]}
+    wrong = batch | {"position_ids": torch.arange(batch["input_ids"].size(1))[None]}
     assert misplaced(wrong) and not misplaced(batch)
     refused_by(tiny("Llama").bfloat16(), wrong, "positions are not those of its sides", capsys)
 
@@ -154,7 +154,7 @@ def test_attention_that_takes_no_keywords_is_one_line(capsys):
     """Nemotron's layers hand none on to attention."""
     model, batch = tiny("Nemotron", **NEMOTRON), PackedCollator()(ROWS)
     fitted = Layout(Alone, 0).fit(model, batch)
-    assert "segments" not in fitted
+    assert not fitted.is_packed
     line = "shared_prefix: off for NemotronForCausalLM: its layers hand no keywords on to attention.\n"
     assert capsys.readouterr().out == line
     assert torch.isfinite(score_tokens(model, fitted).logps).all()
@@ -186,7 +186,7 @@ def test_every_rank_makes_the_same_calls_whatever_it_finds():
     """A rank whose batch is wrong calls the model as often as one whose batch is right."""
     counts = []
     right = PackedCollator()(ROWS)
-    for batch in (right, {**right, "position_ids": right["position_ids"] + 1}):
+    for batch in (right, right | {"position_ids": right["position_ids"] + 1}):
         model, calls = tiny("Llama"), []
         model.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         kept(model, batch)

@@ -36,7 +36,7 @@ def installed(folder, monkeypatch, code: str, version: str) -> None:
     importlib.invalidate_caches()
 
 
-WORKS = "from test_packing import flash_stand_in as flash_attn_varlen_func"
+WORKS = "from varlen_stand_ins import flash_stand_in as flash_attn_varlen_func"
 
 
 def test_none_is_installed(capsys):
