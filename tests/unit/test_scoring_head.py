@@ -12,8 +12,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
+from packed_pairs import AWKWARD, SIZES, batches
 from peft import LoraConfig, get_peft_model
-from test_packing import AWKWARD, SIZES, batches
 
 from mdpo.errors import UserError
 from mdpo.forward.packed_attention import NAME
