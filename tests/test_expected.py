@@ -50,6 +50,18 @@ def test_the_quickstart_s_figures_are_those_of_the_readme():
         assert re.search(rf"│ {name} +│ +{before:.4f} │ +{after:.4f} │", readme), name
 
 
+@pytest.mark.parametrize("name", RECIPES[1:])
+def test_headers_say_the_same(name):
+    text = (FAMILY / "dpo" / f"config_{name}.yaml").read_text(encoding="utf-8")
+    ((before, after, accuracy),) = re.findall(
+        r"^# To expect of held-out pairs: loss ([\d.]+) -> ([\d.]+), accuracy ([\d.]+)\b.* \(expected\.txt\)$",
+        text,
+        re.MULTILINE,
+    )
+    figures = expected()[f"config_{name}.yaml"]
+    assert (float(before), float(after)) == figures["DPO loss"][:2] and float(accuracy) == figures["reward accuracy"][1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.exists(), reason="needs models/smollm2-135m-instruct: scripts/prepare_quickstart.py")
 @pytest.mark.parametrize("name", RECIPES)
