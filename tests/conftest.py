@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("launches", "mask_checks", "packed_pairs", "slurm_job", "trainers", "varlen_stand_ins")
+pytest.register_assert_rewrite(
+    "launches", "mask_checks", "packed_pairs", "segments", "slurm_job", "trainers", "varlen_stand_ins"
+)
 TESTS = Path(__file__).parent
 
 if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent: a test that starts processes, or the first of pytest -n
