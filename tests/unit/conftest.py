@@ -1,6 +1,7 @@
 """Tests of this folder start no process: those that do are in tests/integration."""
 
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,10 +17,23 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)  # for the whole session: hooks cannot be taken away
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
+@contextmanager
+def named(item):
     running.append(item.nodeid)
     try:
-        return (yield)
+        yield
     finally:
         running.clear()
+
+
+# These hooks are called for items of this folder alone; pytest_runtest_protocol would be called for all.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with named(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with named(item):
+        return (yield)
