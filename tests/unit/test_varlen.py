@@ -81,7 +81,7 @@ def test_torchs_own_is_tried_too(monkeypatch, capsys):
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", broken)
     assert kernels(DEVICE) == {}
-    line = "attention: torch's varlen attention is not used: FlashAttention only supports Ampere GPUs or newer.. "
+    line = "attention: torch's varlen attention is not used: FlashAttention only supports Ampere GPUs or newer. "
     assert capsys.readouterr().out == line + "Attention by segment is.\n"
 
 
