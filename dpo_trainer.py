@@ -342,17 +342,18 @@ class DPOTrainer(ResumableTrainer):
         own = sum_by_pair(scores.logps, batch)
         reference = sum_by_pair(reference_logps, batch, weights)
         ############## MODIFICATION 8 END
-        terms = PairTerms(policy, reference, own, self.loss_settings)
+        margin = mean_over_ranks = None
         ############## MODIFICATION 9: margins from the data.
         if self.loss_settings.margin_scale:
-            if batch.margin is None:
+            margin = batch.margin
+            if margin is None:
                 raise UserError("margin_scale: a pair of this batch has no `margin`.")
-            terms.margin = batch.margin
         ############## MODIFICATION 9 END
         ############## MODIFICATION 10: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.
         if "kto_pair" in self.loss_settings.loss_type:
-            terms.kl = tuple(self._mean_over_ranks(reward).clamp(min=0) for reward in (terms.w, terms.l))
+            mean_over_ranks = self._mean_over_ranks
         ############## MODIFICATION 10 END
+        terms = PairTerms.of(policy, reference, own, self.loss_settings, margin, mean_over_ranks)
         losses = pair_losses(terms)
         if self.args.use_weighting:
             losses = losses * policy_weights(scores, batch)

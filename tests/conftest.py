@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("launches", "mask_checks", "packed_pairs", "slurm_job", "trainers", "varlen_stand_ins")
+pytest.register_assert_rewrite(
+    "launches", "mask_checks", "packed_pairs", "segments", "slurm_job", "trainers", "varlen_stand_ins"
+)
 TESTS = Path(__file__).parent
 
 if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent: a test that starts processes, or the first of pytest -n
@@ -37,9 +39,15 @@ def tokenizer():
     return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that need a GPU are skipped by name where there is none."""
+    """Tests that need a GPU are skipped by name where there is none. With pytest -n a worker takes a file's tests, and
+    one of them all real launches: those build and lock one operator, and each has two processes of its own."""
     import torch  # after HF_HOME is set
+
+    for item in items:
+        launches = "extensions" in getattr(item, "fixturenames", ()) or "faults" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("launches" if launches else item.path.stem))
 
     needs = [item for item in items if item.get_closest_marker("gpu")]
     if needs and not torch.cuda.is_available():

@@ -11,8 +11,6 @@ from mdpo.errors import UserError
 from mdpo.forward.lm_head import HeadTransform
 from mdpo.forward.packed_attention import NAME
 
-PLACE = "_scoring_head"  # of a model: the ScoringHead that stands in its forward
-
 
 class ScoringHead:
     """Called in place of a model's forward. A call with `logp_position` returns `score(self, ...)` of its arguments;
@@ -32,7 +30,7 @@ class ScoringHead:
     @staticmethod
     def of(model: torch.nn.Module) -> "ScoringHead | None":
         """The one that is installed in a model without wrappers."""
-        return vars(model).get(PLACE)
+        return vars(model).get("_scoring_head")
 
     def install(self) -> "ScoringHead":
         """Raises UserError for a model that PEFT has wrapped, that has a scoring head already, whose LM head carries an
@@ -50,7 +48,7 @@ class ScoringHead:
         _ = self.lm_head
         self._before = vars(self.model).get("forward")
         self.model.forward = self
-        setattr(self.model, PLACE, self)
+        self.model._scoring_head = self
         return self
 
     def restore(self) -> None:
@@ -66,7 +64,7 @@ class ScoringHead:
         self.switch(packed=False)
         _put_back(self.model, self._before)
         self._before = None
-        delattr(self.model, PLACE)
+        del self.model._scoring_head
 
     def claim(self) -> None:
         """Of a deep copy, takes off what calls the model that was copied: wrappers of a forward, such as accelerate's

@@ -51,8 +51,8 @@ def pair_table(
     columns = (
         torch.full((n,), -1, device=losses.device) if batch.row is None else batch.row,
         losses,
-        terms.w,
-        terms.l,
+        terms.chosen_reward,
+        terms.rejected_reward,
         logps.chosen,
         logps.rejected,
         logps.chosen_tokens,

@@ -1,6 +1,6 @@
 """Conversations with and without tools, and what templates cannot show of them."""
 
-from templates import glm_call, hermes_call, lfm_call, qwen3_5_call
+from templates import ROWS, glm_call, hermes_call, lfm_call, qwen3_5_call
 
 from mdpo.types import Pair
 
@@ -42,56 +42,23 @@ def one_call(*calls, content="", output="It is sunny 🙂", answer="Take a hat."
     return [user("How is the weather?"), assistant(content, *calls), *outputs, assistant(answer)]
 
 
-LEFT_OUT = "template leaves out content"
-REFUSED = "template refuses the conversation: "
-ROLES = REFUSED + "Conversation roles must alternate user/assistant/user/assistant/..."
-NO_CONTENT = REFUSED + "'dict object' has no attribute 'content'"
-ONE_CALL = REFUSED + "This model only supports single tool-calls at once!"
-NO_TOOL_ROLE = REFUSED + "Only user and assistant roles are supported!"
-NO_CALL = REFUSED + "Message has tool role, but there was no previous assistant message with a tool call!"
-NOT_DERIVABLE = "mask not derivable"
+WITH_CALLS = (
+    "call, system", "call, 4 turns", "call with text", "call, null content", "two calls", "call without strings",
+    "hostile tool", "hostile tool, white space",
+)  # fmt: skip
 
 
-def each(names, reason):
-    return dict.fromkeys(names.split(), reason)
+def drops(row) -> dict[str, str]:
+    """Conversation -> the reason for which its pair is dropped. `calls` stands for all that have calls."""
+    own = dict(row.drops or {})
+    return {**dict.fromkeys(WITH_CALLS if "calls" in own else (), own.pop("calls", "")), **own}
 
 
-ALTERNATE = "cohere cohere2 gemma gemma3"
-# Calls are not in the template: they would vanish from the text.
-NO_CALLS = "deepseek_r1_distill idefics3 lfm2 llama3 phi3 phi3_5 qwen2_5_vl smolvlm"
-NO_TOOLS = {**each(ALTERNATE, ROLES), **each("llava_next", NO_TOOL_ROLE), **each(NO_CALLS, LEFT_OUT)}
-SYSTEM_REFUSED = each("gemma", REFUSED + "System role not supported")
-SAME_TURN = "diffusion_gemma gemma4 gemma4_v3 gemma4_v4 gemma4_v5"
-EXCLUDED = {
-    "hostile system": SYSTEM_REFUSED,
-    "tool text": {
-        **each(ALTERNATE, ROLES),
-        **each("llava_next", NO_TOOL_ROLE),
-        **each("gptoss", NO_CALL),
-        # With no call before it the tool's output is left out: the answer would follow a context that never was.
-        **each("gemma4 gemma4_v3 gemma4_v4 gemma4_v5 phi3 phi3_5", LEFT_OUT),
-        **each("diffusion_gemma", NOT_DERIVABLE),
-    },
-    "call last": each(f"{ALTERNATE} llava_next {NO_CALLS}", LEFT_OUT),
-    "call, system": {**NO_TOOLS, **SYSTEM_REFUSED},
-    # After the first call of a conversation DeepSeek-V3 writes neither the header nor the end of the tool outputs.
-    "call, 4 turns": {**NO_TOOLS, **each("deepseekv3", NOT_DERIVABLE)},
-    "call with text": {
-        **NO_TOOLS,
-        **each("gptoss llama3_1 llama3_2 muse_glimmer", LEFT_OUT),
-        **each(SAME_TURN, NOT_DERIVABLE),  # the text stands behind the tool's response
-    },
-    # transformers removes a null content, and these templates do not ask whether there is one
-    "call, null content": {
-        **NO_TOOLS,
-        **each("cohere deepseek_r1_distill deepseekv3 idefics3 llava_next phi3 phi3_5 smolvlm", NO_CONTENT),
-        **each("lfm2", REFUSED + "Object of type Undefined is not JSON serializable"),
-    },
-    "two calls": {**NO_TOOLS, **each("llama3_1 llama3_2", ONE_CALL), **each("gptoss", LEFT_OUT)},
-    "call without strings": NO_TOOLS,
-    "hostile tool": NO_TOOLS,
-    "hostile tool, white space": NO_TOOLS,
-}
+NO_TOOLS = {name: row.drops["calls"] for name, row in ROWS.items() if "calls" in (row.drops or {})}
+EXCLUDED: dict[str, dict[str, str]] = {}
+for name, row in ROWS.items():
+    for conversation, reason in drops(row).items():
+        EXCLUDED.setdefault(conversation, {})[name] = reason
 
 
 def pair_of(messages, n_prompt=None, **more):

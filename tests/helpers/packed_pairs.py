@@ -91,7 +91,7 @@ def loss_and_gradients(model, batch, aux_loss=False):
     scores = score_tokens(model, batch, aux_loss=aux_loss)
     policy = sum_by_pair(scores.logps, batch)
     reference = sum_by_pair(scores.logps.detach() + torch.linspace(-0.1, 0.1, len(scores.logps)), batch)
-    loss = pair_losses(PairTerms(policy, reference, policy, LossSettings(loss_type=["sigmoid", "ipo"]))).mean()
+    loss = pair_losses(PairTerms.of(policy, reference, policy, LossSettings(loss_type=["sigmoid", "ipo"]))).mean()
     loss = loss + scores.aux_loss if aux_loss else loss
     model.zero_grad()
     loss.backward()

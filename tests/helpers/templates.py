@@ -1,10 +1,17 @@
-"""How each chat template that TRL ships writes a conversation, written down by reading the template's source."""
+"""How each chat template that TRL ships writes a conversation, written down by reading the template's source.
+
+The tables are in tests/masks, a file a family: for each template the fields of `Row` below, in `tools` those of
+`Tools`; functions by name (`CALLS`, `WRITERS`), and with `like` only what differs from another template. A template
+that writes calls in a form of its own adds a function here.
+"""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
+import yaml
 from tiny import tokenizer_for, trl_template
 
 from mdpo.masking.chat_template import ChatTemplate
@@ -40,10 +47,9 @@ class Row:
     clean: Callable[[str, bool], str] = lambda text, last: text  # what is written of an assistant's content
     clean_user: Callable[[str], str] = str
     end: str = ""  # behind everything
-
-
-def strip(text, last=False):
-    return text.strip()
+    text_parts: bool = False  # content is a list of parts
+    json_arguments: bool = False  # arguments are concatenated as strings
+    drops: dict[str, str] | None = None  # conversation of the mask tests -> the reason for which its pair is dropped
 
 
 def as_json(value):
@@ -133,181 +139,63 @@ def deepseek_call(content, calls):
     return f"{content}<｜tool▁calls▁begin｜>" + "\n".join(blocks) + "<｜tool▁calls▁end｜>"
 
 
-CHATML_ROW = Row(("<|im_start|>user\n", "<|im_end|>\n"), "<|im_start|>assistant\n", "<|im_end|>", after="\n")
-QWEN_TOOLS = Tools(hermes_call, ("\n<tool_response>\n", "\n</tool_response>"), "<|im_start|>user", "", "<|im_end|>\n")
-QWEN3_5 = replace(
-    CHATML_ROW,
-    block="<think>\n\n</think>\n\n",
-    has_block="query",
-    tools=replace(QWEN_TOOLS, call=qwen3_5_call, output=strip),
-    clean=strip,
-    clean_user=strip,
-)
-QWEN3_6 = replace(QWEN3_5, tools=replace(QWEN3_5.tools, call=partial(qwen3_5_call, other=as_json)))  # true, not True
-NEMOTRON = replace(
-    CHATML_ROW,
-    block="<think></think>",
-    tools=Tools(
-        nemotron_call, ("<tool_response>\n", "\n</tool_response>\n"), "<|im_start|>user\n", "", close="<|im_end|>\n"
-    ),
-    clean=lambda text, last: text.rstrip(),  # the block is put before the content, then both are stripped together
-)
-LFM_TOOLS = Tools(lfm_call, ("<|im_start|>tool\n", "<|im_end|>\n"))
-LFM2_TOOLS = Tools(None, ("<|im_start|>tool\n<|tool_response_start|>", "<|tool_response_end|><|im_end|>\n"))
-LLAMA = Row(
-    ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "<|eot_id|>",
-    clean=strip,
-    clean_user=strip,
-    tools=Tools(None, ("<|start_header_id|>tool<|end_header_id|>\n\n", "<|eot_id|>"), output=strip),
-)
-LLAMA_TOOLS = Tools(llama_call, ("<|start_header_id|>ipython<|end_header_id|>\n\n", "<|eot_id|>"), output=as_json)
-GEMMA = Row(
-    ("<start_of_turn>user\n", "<end_of_turn>\n"),
-    "<start_of_turn>model\n",
-    "<end_of_turn>",
-    after="\n",
-    clean=strip,
-    clean_user=strip,
-)
-# A tool call is closed by the opening token of the tool's response, which stands in the same turn; no header follows.
-GEMMA4 = Row(
-    ("<|turn>user\n", "<turn|>\n"),
-    "<|turn>model\n",
-    "<turn|>",
-    after="\n",
-    clean=strip,
-    clean_user=strip,
-    tools=Tools(
-        gemma4_call,
-        ('response:{name}{value:<|"|>', '<|"|>}<tool_response|>'),
-        join="<|tool_response>",
-        stop="<|tool_response>",
-        after="",
-        header="",
-        needs_call=True,
-    ),
-)
-COHERE = Row(
-    ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
-    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
-    "<|END_OF_TURN_TOKEN|>",
-    clean=strip,
-    clean_user=strip,
-)
-# Its generation prompt also opens a think block, which no rendered turn has.
-DEEPSEEK = Row(
-    ("<｜User｜>", ""),
-    "<｜Assistant｜>",
-    "<｜end▁of▁sentence｜>",
-    tools=Tools(
-        deepseek_call,
-        ("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
-        open="<｜tool▁outputs▁begin｜>",
-        header="<｜tool▁outputs▁end｜>",
-    ),
-)
-PHI3 = Row(("<|user|>\n", "<|end|>\n"), "<|assistant|>\n", "<|end|>", after="\n", end="<eos>")
-# The generation prompt ends with the colon: the space is sampled.
-IDEFICS = Row(
-    ("User: ", "<end_of_utterance>\n"),
-    "Assistant:",
-    "<end_of_utterance>",
-    after="\n",
-    lead=" ",
-    tools=Tools(None, ("Tool: ", "<end_of_utterance>\n")),
-)
-ROWS = {
-    "cohere": COHERE,
-    "cohere2": replace(
-        COHERE,
-        header=COHERE.header + "<|START_RESPONSE|>",
-        stop="<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-        clean=Row.clean,
-        clean_user=str,
-    ),
-    "deepseek_r1_distill": replace(DEEPSEEK, tools=replace(DEEPSEEK.tools, call=None)),
-    "deepseekv3": DEEPSEEK,
-    # Writes the header again behind the tool's response, although its generation prompt leaves it out there.
-    "diffusion_gemma": replace(GEMMA4, tools=replace(GEMMA4.tools, header="<|turn>model\n")),
-    "gemma": GEMMA,
-    "gemma3": GEMMA,
-    "gemma4": GEMMA4,
-    "gemma4_v2": replace(GEMMA4, tools=Tools(gemma4_call, ("<|turn>tool\n", "<turn|>\n"), output=strip)),
-    "gemma4_v3": GEMMA4,
-    "gemma4_v4": GEMMA4,
-    "gemma4_v5": GEMMA4,
-    # No end-of-turn token of its own: the next role's token closes the turn. Without thinking the generation prompt
-    # ends right behind </think>, so the newline before the content is sampled.
-    "glm4moe": Row(
-        ("\n", ""),
-        "<|assistant|>",
-        {"user": "<|user|>", "tool": "<|observation|>", None: ""},
-        lead="\n",
-        block="\n<think></think>",
-        tools=Tools(glm_call, ("\n<tool_response>\n", "\n</tool_response>")),
-        clean=strip,
-    ),
-    # The policy writes the channel itself.
-    "gptoss": Row(
-        ("<|start|>user<|message|>", "<|end|>"),
-        "<|start|>assistant",
-        {"user": "<|end|>", "tool": "<|end|>", None: "<|return|>"},
-        lead="<|channel|>final<|message|>",
-        tools=Tools(
-            gptoss_call,
-            ("<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>", "<|end|>"),
-            stop="<|call|>",
-            output=as_json,
-        ),
-    ),
-    "idefics3": IDEFICS,
-    "lfm2": replace(CHATML_ROW, tools=LFM2_TOOLS),
-    "lfm2_2_5": replace(CHATML_ROW, tools=LFM_TOOLS),
-    "lfm2_2_5_v2": replace(CHATML_ROW, tools=LFM_TOOLS),
-    "lfm2_2_5_vl": replace(CHATML_ROW, tools=replace(LFM_TOOLS, call=partial(lfm_call, escape=True))),
-    "lfm2_v2": replace(CHATML_ROW, tools=replace(LFM2_TOOLS, call=partial(lfm_call, escape=True))),
-    "llama3": LLAMA,
-    "llama3_1": replace(LLAMA, tools=LLAMA_TOOLS),
-    "llama3_2": replace(LLAMA, tools=LLAMA_TOOLS),
-    # No generation prompt at all: the space behind [/INST] is sampled, the one behind </s> is not.
-    "llava_next": Row(("[INST] ", " [/INST]"), "", "</s>", after=" ", lead=" "),
-    # The policy writes the recipient itself.
-    "muse_glimmer": Row(
-        ("<|start|>user<|message|>", "<|eot|>"),
-        "<|start|>assistant",
-        "<|eot|>",
-        lead=" to=user<|message|>",
-        tools=Tools(
-            muse_call, ('<|start|>tool {name}<|message|><tool_output name="{name}">\n', "\n</tool_output><|eot|>")
-        ),
-    ),
-    "nemotron_3_5_lightning": NEMOTRON,
-    "nemotron_3_nano": NEMOTRON,
-    "nemotron_3_super": NEMOTRON,
-    "nemotron_3_ultra": NEMOTRON,
-    "phi3": PHI3,
-    "phi3_5": PHI3,
-    "qwen2_5": replace(CHATML_ROW, tools=QWEN_TOOLS),
-    "qwen2_5_vl": replace(CHATML_ROW, tools=replace(LFM_TOOLS, call=None)),
-    "qwen3": replace(
-        CHATML_ROW,
-        block="<think>\n\n</think>\n\n",
-        has_block="last",
-        tools=QWEN_TOOLS,
-        clean=lambda text, last: text.lstrip("\n") if last else text,
-    ),
-    "qwen3_5_nothink": QWEN3_5,
-    "qwen3_5_think": QWEN3_5,
-    "qwen3_6": QWEN3_6,
-    "qwen3_8": replace(QWEN3_6, has_block="always"),
-    "qwen3_instruct_2507": replace(CHATML_ROW, tools=QWEN_TOOLS),
-    "qwen3_vl": replace(CHATML_ROW, tools=QWEN_TOOLS),
-    "smolvlm": IDEFICS,
+# ---- the tables: tests/masks/FAMILY.yaml
+
+MASKS = Path(__file__).parents[1] / "masks"
+CALLS = {
+    "hermes": hermes_call,
+    "qwen3.5": qwen3_5_call,
+    "qwen3.6": partial(qwen3_5_call, other=as_json),  # true, not True
+    "nemotron": nemotron_call,
+    "glm4": glm_call,
+    "lfm2": lfm_call,
+    "lfm2 with escapes": partial(lfm_call, escape=True),
+    "llama3.1": llama_call,
+    "gpt-oss": gptoss_call,
+    "muse": muse_call,
+    "gemma4": gemma4_call,
+    "deepseek": deepseek_call,
+    None: None,
 }
-TEXT_PARTS = {"idefics3", "llava_next", "smolvlm"}  # content is a list of parts
-JSON_ARGUMENTS = {"deepseekv3"}  # arguments are concatenated as strings
+WRITERS = {  # (content, whether it is the conversation's last message) -> what is written of it
+    "as it is": lambda text, last=False: text,
+    "strip": lambda text, last=False: text.strip(),
+    "rstrip": lambda text, last=False: text.rstrip(),
+    "strip newlines before the last content": lambda text, last: text.lstrip("\n") if last else text,
+    "json": as_json,
+}
+FUNCTIONS = {"call": CALLS, "output": WRITERS, "clean": WRITERS, "clean_user": WRITERS}
+
+
+def with_functions(entry: dict) -> dict:
+    """The names of functions become functions; unknown ones raise KeyError."""
+    return {key: FUNCTIONS[key][value] if key in FUNCTIONS else value for key, value in entry.items()}
+
+
+def resolved(name: str, entries: dict[str, dict]) -> dict:
+    """An entry with what it does not say itself taken from the one that it is `like`, key by key; so with its tools."""
+    own = dict(entries[name])
+    base = resolved(own.pop("like"), entries) if "like" in own else {}
+    tools = {**(base.get("tools") or {}), **(own.get("tools") or {})}
+    return {**base, **own, "tools": tools or None}
+
+
+def read_rows(texts: Iterable[str]) -> dict[str, Row]:
+    """Rows by the names of their templates; an entry whose name begins with _ is for others to be like."""
+    entries: dict[str, dict] = {}
+    for text in texts:
+        loaded = yaml.safe_load(text)
+        assert not set(entries) & set(loaded)
+        entries |= loaded
+    rows = {}
+    for name in (name for name in entries if not name.startswith("_")):
+        entry = with_functions(resolved(name, entries))
+        tools = entry.pop("tools")
+        rows[name] = Row(**entry, tools=Tools(**{"call": None, **with_functions(tools)}) if tools else None)
+    return rows
+
+
+ROWS = read_rows(path.read_text(encoding="utf-8") for path in sorted(MASKS.glob("*.yaml")))
 
 
 @cache

@@ -27,7 +27,7 @@ def terms(w, l, margin=0.0, tokens=(1, 1), **settings) -> PairTerms:  # noqa: E7
     counts = [torch.tensor([n]) for n in tokens]
     zero = PairLogps(t(0.0), t(0.0), *counts)
     policy = PairLogps(t(w).requires_grad_(), t(l).requires_grad_(), *counts)
-    return PairTerms(policy, zero, policy, LossSettings(beta=1.0, **settings), margin=t(margin))
+    return PairTerms.of(policy, zero, policy, LossSettings(beta=1.0, **settings), margin=t(margin))
 
 
 def test_margin_by_hand():

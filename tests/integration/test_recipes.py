@@ -218,6 +218,7 @@ TEMPLATES = {  # family: (template, kind of tokenizer, end of turn)
     "smollm2-135m": (CHATML, "byte", "<|im_end|>"),
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MARGIN = 1.5  # of every row; one recipe reads it
 FOUR_BIT = ("load_in_4bit", "use_bnb_nested_quant")  # bitsandbytes' kernels need a GPU
 
 
@@ -255,7 +256,7 @@ def twins(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in agent_rows(24)))
+    path.write_text("".join(json.dumps({**row, "margin": MARGIN}) + "\n" for row in agent_rows(24)))
     return path
 
 
@@ -302,14 +303,17 @@ def chosen_logp(folder: Path, row: dict) -> float:
 )
 def test_two_steps(path, twins, pairs, tmp_path):
     """As it is written, but for names and 4 bits. At the first step a reference that is the policy at the start gives
-    no margin and ln 2; one that is another model gives a margin."""
+    no margin and ln 2, or -log sigmoid(-m) towards a margin m, and with RPO its term; one that is another model gives a
+    margin."""
     recipe, (policy, reference) = load_recipe([str(path)]), twins(path.parts[-3])
     trainer = trained(path, policy, reference, pairs, tmp_path)
     logs = [line for line in trainer.state.log_history if "loss" in line]
     assert trainer.state.global_step == len(logs) == 2
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logs)
     other = recipe.training.ref_model_name_or_path is not None
-    assert (abs(logs[0]["loss"] - math.log(2)) > 0.01) is other
+    start = math.log1p(math.exp(recipe.training.margin_scale * MARGIN))
+    start += recipe.training.nll_coefficient * logs[0].get("nll_loss", 0.0)
+    assert (abs(logs[0]["loss"] - start) > 0.01) is other
     assert (abs(logs[0]["rewards/margins"]) > 0.01) is other
     ahead = "reference_chosen_logps" in trainer.train_dataset.column_names
     assert ahead is recipe.training.precompute_ref_log_probs

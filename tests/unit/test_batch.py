@@ -8,10 +8,8 @@ import pytest
 import torch
 from accelerate.utils import concatenate, find_batch_size, recursively_apply, send_to_device
 from accelerate.utils.operations import get_data_structure, slice_tensors
-from datasets import Dataset
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.distributed.utils import _to_kwargs
-from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import Trainer, TrainingArguments
 
@@ -192,13 +190,6 @@ def test_copies_and_pickles(batch):
     for found in (copy.copy(batch), copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
         same(found, batch)
     assert copy.copy(batch).margin is batch.margin and copy.deepcopy(batch).margin is not batch.margin
-
-
-@pytest.mark.parametrize("layout", COLLATORS)
-def test_dataloader_workers(layout):
-    loader = DataLoader(Dataset.from_list(ROWS), 2, collate_fn=COLLATORS[layout], num_workers=1)
-    (found,) = loader
-    same(found, COLLATORS[layout](ROWS))
 
 
 def test_pinned_memory(batch, monkeypatch):

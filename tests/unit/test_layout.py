@@ -13,7 +13,8 @@ from setuptools import find_packages
 
 # A package (or a module beside them) may import those in lines above its own.
 ORDER = [
-    {"errors", "storage", "types"},
+    {"errors", "storage"},
+    {"types"},
     {"console", "ranks"},
     {"masking", "forward"},
     {"loss"},

@@ -146,7 +146,7 @@ def test_shared_tokens_cost_the_head_a_backward_only_where_the_loss_has_one(coef
     scores = score_tokens(tiny("Llama"), batch)
     policy = sum_by_pair(scores.logps, batch)
     reference = sum_by_pair(scores.logps.detach() * 1.1, batch)
-    loss = pair_losses(PairTerms(policy, reference, policy, LossSettings())) - coefficient * policy.chosen
+    loss = pair_losses(PairTerms.of(policy, reference, policy, LossSettings())) - coefficient * policy.chosen
     loss.sum().backward()
     assert sum(rows) == 4 + 3 + shared_rows
 

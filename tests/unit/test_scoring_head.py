@@ -12,12 +12,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
+from packed_pairs import AWKWARD, SIZES, batches
 from peft import LoraConfig, get_peft_model
-from test_packing import AWKWARD, SIZES, batches
 
 from mdpo.errors import UserError
 from mdpo.forward.packed_attention import NAME
-from mdpo.forward.scoring_head import PLACE, ScoringHead, own_attention
+from mdpo.forward.scoring_head import ScoringHead, own_attention
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.reference.model import build_reference, place_reference
 
@@ -50,7 +50,7 @@ def test_the_model_is_given_back_as_it_was(tmp_path):
     attributes, text, config = dict(vars(model)), generated(model), model.config.to_dict()
     modules = {name: dict(vars(module)) for name, module in model.named_modules() if name}
     scoring = enable_scoring(model)
-    assert vars(model).keys() - attributes.keys() == {"forward", PLACE} and model.forward is scoring
+    assert vars(model).keys() - attributes.keys() == {"forward", "_scoring_head"} and model.forward is scoring
     scored(model)
     assert model.config._attn_implementation == NAME  # a backward that is to come would find it
     model.save_pretrained(tmp_path / "scoring")
@@ -84,7 +84,7 @@ def test_a_forward_of_the_models_own_is_called_and_comes_back():
     model(input_ids=IDS)
     assert len(calls) == 1
     scoring.restore()
-    assert model.forward is forward and PLACE not in vars(model)
+    assert model.forward is forward and "_scoring_head" not in vars(model)
 
 
 def test_the_signature_is_the_models_own():
@@ -130,7 +130,7 @@ def test_a_copy_scores_and_generates_with_its_own_weights(copied):
     assert generated(twin) == generated(other) != text
     assert torch.equal(scored(model), wanted) and generated(model) == text
     ScoringHead.of(twin).restore()
-    assert twin.config._attn_implementation == "eager" and PLACE not in vars(twin)
+    assert twin.config._attn_implementation == "eager" and "_scoring_head" not in vars(twin)
     assert torch.equal(scored(model), wanted)
 
 
@@ -250,4 +250,4 @@ def test_a_head_with_an_adapter_leaves_the_model_alone():
     model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head"])).get_base_model()
     with pytest.raises(UserError, match="the LM head cannot carry an adapter"):
         enable_scoring(model)
-    assert "forward" not in vars(model) and PLACE not in vars(model)
+    assert "forward" not in vars(model) and "_scoring_head" not in vars(model)
