@@ -5,13 +5,12 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from mdpo.reporting.run_report import REPORT, SHOWN
 
-ROOT = Path(__file__).resolve().parent.parent
 FAMILY = ROOT / "recipes" / "smollm2-135m"
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 RECIPES = ("quickstart", "rpo", "margin", "turn_weights")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from mdpo.reporting.token_view import END, SUPERVISED
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "your-own-trajectories.md"
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 LINKED = ("run_dpo.py", "dpo_trainer.py", "mdpo", "scripts", "recipes", "models", "training_configs")
