@@ -195,7 +195,7 @@ def test_report():
     seen = Seen(79 * 10**9, 80 * 10**9, 79_500_000_000, "GPU")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore")
     lines = report(error, batch, recipe, EIGHT, seen, plan_of(100), ["x:1"], ["r.yaml"]).splitlines()
-    assert lines[0] == "Out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."
+    assert lines[0] == "Out of memory: CUDA out of memory. Tried to allocate 3.00 GiB"
     assert lines[1] == "  seen: 79.00 GB in use, at most 79.50 GB before, of 80.00 GB (GPU)"
     assert lines[2].endswith("the longest pair has 31: x:1")
     assert lines[3] == "  planned for the longest pairs: 100.00 GB = activations 100.00"

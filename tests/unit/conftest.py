@@ -1,7 +1,7 @@
 """Tests of this folder start no process: those that do are in tests/integration."""
 
 import sys
-from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -17,23 +17,11 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)  # for the whole session: hooks cannot be taken away
 
 
-@contextmanager
-def named(item):
-    running.append(item.nodeid)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    if item.path.is_relative_to(Path(__file__).parent):  # pytest calls this hook for the items of every folder
+        running.append(item.nodeid)
     try:
-        yield
+        return (yield)
     finally:
         running.clear()
-
-
-# These hooks are called for items of this folder alone; pytest_runtest_protocol would be called for all.
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item):
-    with named(item):
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    with named(item):
-        return (yield)
