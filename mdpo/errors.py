@@ -46,7 +46,7 @@ class DropPair(Exception):
         if self._key is not None:
             return self._key
         reason = str(self)[_PLACE.match(str(self)).end() :]
-        return re.split(r":| [{\[\"'(]", reason)[0].strip()
+        return re.split(r":|,? (?:which|is|are) | [{\[\"'(]", reason)[0].strip()
 
 
 class Preempted(BaseException):

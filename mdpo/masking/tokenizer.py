@@ -45,7 +45,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     )
     here = {path.name for path in Path(name).glob("t*")}
     if "tekken.json" in here and not {"tokenizer.json", "tokenizer.model"} & here:
-        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}")
+        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}", "tokenizer")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
     if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
@@ -53,7 +53,8 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
-            f"stand in their text. {wanted}"
+            f"stand in their text. {wanted}",
+            key="tokenizer",
         )
     return tokenizer
 
@@ -123,7 +124,8 @@ def refuse_pad_token(tokenizer, wanted: str | None) -> None:
     if not (wanted or tokenizer.pad_token or tokenizer.eos_token):
         raise UserError(
             f"The tokenizer of {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token. Set "
-            "pad_token in the recipe to a token of its vocabulary."
+            "pad_token in the recipe to a token of its vocabulary.",
+            key="pad_token",
         )
 
 
@@ -135,7 +137,8 @@ def refuse_small_vocabulary(tokenizer, config, key: str = "") -> None:
     if highest >= size:
         raise UserError(
             f"{key}The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. Use the model's own "
-            f"tokenizer, or resize the model's embeddings. The highest id is {highest}, of {token!r}."
+            f"tokenizer, or resize the model's embeddings. The highest id is {highest}, of {token!r}.",
+            key=key.rstrip(": ") or "tokenizer",
         )
 
 

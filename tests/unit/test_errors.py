@@ -26,7 +26,10 @@ REASONS = {
     "message 2: tool call without a name": "tool call without a name",
     "prompt mismatch: a side begins with the prompt's question": "prompt mismatch",
     "not a pair: its columns are a, b": "not a pair",
-    'a message\'s weight is "x", not a number': "a message's weight is",
+    'a message\'s weight is "x", not a number': "a message's weight",
+    "both prompt and messages, which differ: keep one": "both prompt and messages",
+    "tool calls are not JSON": "tool calls",
+    "score_chosen is a text, not a finite number": "score_chosen",
 }
 
 
