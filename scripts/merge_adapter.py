@@ -38,8 +38,9 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (args.adapter / file).is_file():
-            message = f"{args.adapter}: no {file} in it, so it is not an adapter that a run has saved."
-            raise UserError(message, "adapter")
+            raise UserError(
+                f"{args.adapter}: no {file} in it, so it is not an adapter that a run has saved.", "adapter"
+            )
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} exists and is not an empty folder. Name another one.", "out")
     model, tokenizer, dtype = load(args)
@@ -94,14 +95,13 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     if bits := quantised_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
         say(f"The run held {name} in {bits} bits. The adapter is merged into its whole weights, in {dtype}.")
+    unfit = f"{adapter} does not fit {name}"
     try:
         model = PeftModel.from_pretrained(base, adapter).eval()
     except (RuntimeError, ValueError) as error:
-        message = f"{adapter} does not fit {name}: {str(error).strip().splitlines()[-1].strip()}"
-        raise UserError(message, "adapter") from error
+        raise UserError(f"{unfit}: {str(error).strip().splitlines()[-1].strip()}", "adapter") from error
     if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
-        message = f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}."
-        raise UserError(message, "adapter")
+        raise UserError(f"{unfit}: {len(odd)} weights have no counterpart, such as {min(odd)}.", "adapter")
     load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
     return model, fast_tokenizer(adapter if (args.adapter / "tokenizer_config.json").is_file() else name), dtype
 
@@ -145,11 +145,11 @@ def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dt
     if moved.mean() <= NOISE:
         say("The adapter changes nothing: it has not been trained.")
     elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
-        message = f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32."
-        raise UserError(message, "dtype")
+        raise UserError(
+            f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.", "dtype"
+        )
     if not off.max() <= TOLERANCE[dtype]:
-        message = f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off): not kept."
-        raise UserError(message, "merged model")
+        raise UserError(f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off): not kept.")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ Range = tuple[int, int]  # characters [start, end)
 
 def refuse_slow(tokenizer) -> None:
     if not getattr(tokenizer, "is_fast", False):  # mistral-common's class does not know the word
-        raise UserError(
-            f"The tokenizer is a {type(tokenizer).__name__}, not a fast one: it cannot report positions.", "tokenizer"
-        )
+        raise UserError(f"The tokenizer is a {type(tokenizer).__name__}, not a fast one: it cannot report positions.")
 
 
 def tokenize(text: str, tokenizer, goes_on: bool = False) -> tuple[list[int], list[Range]]:

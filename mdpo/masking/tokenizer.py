@@ -53,8 +53,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
-            f"stand in their text. {wanted}",
-            key="tokenizer",
+            f"stand in their text. {wanted}"
         )
     return tokenizer
 
@@ -137,8 +136,7 @@ def refuse_small_vocabulary(tokenizer, config, key: str = "") -> None:
     if highest >= size:
         raise UserError(
             f"{key}The tokenizer has {len(tokenizer)} tokens, the model an embedding for {size}. Use the model's own "
-            f"tokenizer, or resize the model's embeddings. The highest id is {highest}, of {token!r}.",
-            key=key.rstrip(": ") or "tokenizer",
+            f"tokenizer, or resize the model's embeddings. The highest id is {highest}, of {token!r}."
         )
 
 

@@ -28,13 +28,13 @@ def gold_answer(value) -> str:
     """The right answer of a row as text: a number, LaTeX, a solution that ends in \\boxed{…}, or GSM8K's "… #### 42".
     Raises UserError."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise UserError(f"an answer has to be a number or a text, not {value!r:.80}.", "answer")
+        raise UserError(f"an answer has to be a number or a text, not {value!r:.80}.")
     text = str(value)
     text = text.rpartition("####")[2] if "####" in text else text
     boxed = last_boxed(text)
     text = (text if boxed is None else boxed).strip().strip("$").strip()
     if not text:
-        raise UserError(f"an answer is empty: {value!r:.80}.", "answer")
+        raise UserError(f"an answer is empty: {value!r:.80}.")
     return text
 
 

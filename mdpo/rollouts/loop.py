@@ -106,7 +106,7 @@ def _prompt(asked: Any, instruction: str) -> list[Message]:
         raise UserError("--instruction goes in front of texts; this prompt is a list of messages.")
     messages = normalise_messages(asked) if isinstance(asked, list) else []
     if not messages or messages[-1]["role"] == "assistant":
-        raise UserError("a prompt has to be a text, or messages of which the last is not the assistant's.", "prompt")
+        raise UserError("a prompt has to be a text, or messages of which the last is not the assistant's.")
     return messages
 
 

@@ -75,8 +75,7 @@ class Sandbox:
         }
         probe = self.run("print(6 * 7)")
         if probe.output != "42\n":
-            said = f"{probe.ended}: {probe.output.strip()[-300:]}"
-            raise UserError(f"The sandbox's Python does not work: {said}", "sandbox")
+            raise UserError(f"The sandbox's Python does not work: {probe.ended}: {probe.output.strip()[-300:]}")
 
     def run(self, code: str) -> RunResult:
         """Runs one program. Raises UserError where it cannot be started; whatever the program does is in the result."""
@@ -144,8 +143,7 @@ class Sandbox:
             )
             raise UserError(
                 f"The sandbox cannot be built: {report['refused']}. It needs Linux with user namespaces, or root. "
-                f"{advice}with limits of time and memory alone: with this user's files and network.",
-                key="sandbox",
+                f"{advice}with limits of time and memory alone: with this user's files and network."
             )
         code = os.waitstatus_to_exitcode(report["status"])
         if code == -signal.SIGXCPU:

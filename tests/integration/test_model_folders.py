@@ -205,7 +205,7 @@ def test_objects_that_cannot_be_trained(base, tmp_path):
 def test_a_reference_of_a_smaller_vocabulary(tmp_path):
     fewer = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
     assert len(fewer) < len(TOKENIZER)
-    with refused("the reference", f"{len(TOKENIZER)} tokens", f"embedding for {len(fewer)}."):
+    with refused("reference", f"{len(TOKENIZER)} tokens", f"embedding for {len(fewer)}."):
         own(tmp_path, TOKENIZER, tiny_llama(TOKENIZER), tiny_llama(fewer))
 
 

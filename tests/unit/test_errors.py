@@ -13,6 +13,8 @@ KEYS = {
     "--beta: -0.1 is out of range; give a number > 0.": "beta",
     "'x' is no file name here": "",  # no key and no subject: such a message is given one
     "dataset file pairs.jsonl: line 3 is not a JSON object.": "dataset file",
+    "The merged model does not have the adapter's log-probs.": "merged model",
+    "q.jsonl:2: an answer is empty: ''.": "answer",
     "dataset 'a/b' has none of the splits ['train'].": "dataset",
     "base model 'x' cannot be loaded: no such file. Give its folder: --base.": "base model",
     "loss_type: 'x' needs MDPOConfig.": "loss_type",
