@@ -96,7 +96,7 @@ def test_an_adapter_on_an_adapter(base):
     merge(["sft", "merged"])
     adapter("dpo", "merged")
     edited("dpo", base_model_name_or_path="sft")
-    with refused(POLICY, "dpo is an adapter", "sft, is an adapter too"):
+    with refused(POLICY, "dpo is an adapter", "sft, is an adapter"):
         refuse_unloadable(*arguments("dpo"))
     with refused("base", "--base: sft is an adapter"):
         merge(["dpo", "out"])
@@ -165,7 +165,7 @@ def test_folders_without_weights(base):
         refuse_unloadable(*arguments("run"))
     for step in (7, 12):
         adapter(f"lora/checkpoint-{step}", base)
-    with refused(POLICY, ": lora holds no weights", "checkpoint-12 in it is an adapter"):
+    with refused(POLICY, ": lora holds no weights", "checkpoint-12 in it is"):
         refuse_unloadable(*arguments("lora"))
     Path("empty").mkdir()
     with refused(POLICY, ": empty holds no weights", "nothing"):
