@@ -62,7 +62,7 @@ def read_messages(messages: list[Message], where: str = "") -> Conversation:
                 if not _joined(turns, turn):
                     turns.append(turn)
         except DropPair as reason:
-            raise DropPair(f"{_place(where, number)}{reason}") from None
+            raise DropPair(f"{_place(where, number)}{reason}", reason.key) from None
     for turn in turns:
         if not turn.plain and (reason := _empty(turn.message)):
             raise DropPair(f"{_place(where, turn.number)}{reason}")

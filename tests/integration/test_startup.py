@@ -226,7 +226,11 @@ def test_a_configuration_is_looked_for_where_the_model_is(tmp_path):
     def check(folder, **kwargs):
         model = types.SimpleNamespace(model_name_or_path=str(tmp_path / folder), model_revision=None)
         args = types.SimpleNamespace(
-            pad_token=None, trust_remote_code=False, router_aux_loss_coef=None, model_init_kwargs=kwargs
+            pad_token=None,
+            trust_remote_code=False,
+            router_aux_loss_coef=None,
+            model_init_kwargs=kwargs,
+            ref_model_name_or_path=None,
         )
         check_model(tokenizer, model, args)
 

@@ -255,7 +255,7 @@ def test_several_files_by_a_pattern(files):
     ]
     with refused("dataset files", "*.nothing"):
         load_sets({str(files / "*.nothing"): 1.0}, ["train"])
-    with refused("dataset files", "pairs.json", "parquet, json"):
+    with refused("dataset files", "pairs.json", "parquet", "json"):
         load_sets({str(files / "pairs.[jp]*[nt]"): 1.0}, ["train"])
 
 

@@ -18,6 +18,7 @@ KEYS = {
     "'x' is no file name here": "",  # no key and no subject: such a message is given one
     "dataset file pairs.jsonl: line 3 is not a JSON object.": "dataset file",
     "The merged model does not have the adapter's log-probs.": "merged model",
+    "HF_DATASETS_CACHE: x, which holds tokenized rows, cannot be written to.": "HF_DATASETS_CACHE",
     "q.jsonl:2: an answer is empty: ''.": "answer",
     "dataset 'a/b' has none of the splits ['train'].": "dataset",
     "base model 'x' cannot be loaded: no such file. Give its folder: --base.": "base model",
