@@ -2,8 +2,8 @@
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
 PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
-# A worker for each core, at most 8. Tests of one file stay together, real launches follow each other (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder --durations=15
+# A worker for each core, at most 8; tests of one file stay together, as they share what they have trained.
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=15
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
 
 .PHONY: help venv model quickstart quick test test-slow test-all style quality clean

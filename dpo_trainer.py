@@ -186,7 +186,9 @@ class DPOTrainer(ResumableTrainer):
             try:
                 model = get_peft_model(model, peft_config, autocast_adapter_dtype=quantized or not zero3)
             except (ValueError, NotImplementedError) as error:  # lora_dropout on experts, say
-                raise UserError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
+                raise UserError(
+                    f"PEFT cannot put this adapter on {type(model).__name__}: {error}", "peft_config"
+                ) from error
             if args.deepspeed_plugin is None:
                 in_float32(model)
         elif isinstance(model, PeftModel) and ref_model is None and not args.ref_model_name_or_path:

@@ -4,7 +4,7 @@ import re
 
 # `key: what is wrong`, behind `FILE:LINE: ` where the key stands in a file, and behind `--` where it is a flag.
 _FILE = re.compile(r"\S+:\d+: ")
-_SUBJECT = re.compile(r"(?:--)?([a-z]\w*(?: (?:file|files|model)\b)?)")
+_SUBJECT = re.compile(r"(?:--)?(?:[Tt]he |[Aa]n? )?([a-z]\w*(?: (?:file|files|model)\b)?)")
 _PLACE = re.compile(r"(?:(?:chosen|rejected|prompt|completion)\w*(?:, |: ))?(?:message \d+[^:]*: )?")
 
 
@@ -46,7 +46,7 @@ class DropPair(Exception):
         if self._key is not None:
             return self._key
         reason = str(self)[_PLACE.match(str(self)).end() :]
-        return re.split(r":| [{\[\"'(]", reason)[0].strip()
+        return re.split(r":|,? (?:which|is|are) | [{\[\"'(]", reason)[0].strip()
 
 
 class Preempted(BaseException):

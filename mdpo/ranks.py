@@ -146,19 +146,22 @@ def _told(store, key: str, work: Callable[[], Any]) -> Any:
     return value
 
 
-def _outcome(error: BaseException) -> tuple[None, str, str]:
-    kind = "user" if isinstance(error, UserError) else "left" if isinstance(error, Preempted) else "other"
-    return None, kind, str(error) or type(error).__name__
+def _outcome(error: BaseException) -> tuple[None, str, tuple]:
+    """What the ranks that wait are told: no value, the kind of error, and what it is made of."""
+    if isinstance(error, UserError):
+        return None, "user", (str(error), error.key)
+    kind = "left" if isinstance(error, Preempted) else "other"
+    return None, kind, (str(error) or type(error).__name__,)
 
 
 def _heard(store, key: str, first: int) -> Any:
-    value, kind, message = pickle.loads(_await(store, key))
+    value, kind, parts = pickle.loads(_await(store, key))
     if kind == "user":
-        raise UserError(message)
+        raise UserError(*parts)
     if kind == "left":
-        raise Preempted(message)
+        raise Preempted(*parts)
     if kind == "other":
-        raise RankFailed(f"rank {first} failed: {message}")
+        raise RankFailed(f"rank {first} failed: {parts[0]}")
     return value
 
 

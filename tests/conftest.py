@@ -4,6 +4,8 @@ import ast
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ TESTS = Path(__file__).parent
 if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent: a test that starts processes, or the first of pytest -n
     os.environ["MDPO_TEST_HF_HOME"] = tempfile.mkdtemp(prefix="mdpo-tests-")
     atexit.register(shutil.rmtree, os.environ["MDPO_TEST_HF_HOME"], ignore_errors=True)
-# Each worker has caches of its own. DeepSpeed's operator is built once for all: torch locks its folder.
+# Each worker of pytest -n has caches of its own; DeepSpeed's operator is built once for all of them.
 os.environ["HF_HOME"] = os.path.join(os.environ["MDPO_TEST_HF_HOME"], os.environ.get("PYTEST_XDIST_WORKER", "main"))
 os.environ.setdefault("MDPO_TEST_EXTENSIONS", os.path.join(os.environ["MDPO_TEST_HF_HOME"], "extensions"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; and several threads add up in any order
@@ -25,9 +27,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; and se
 
 @pytest.fixture(scope="session")
 def extensions() -> Path:
-    """Where DeepSpeed builds its operator in this run; nobody else's lock can be met there."""
+    """Where DeepSpeed's operator is built before the first launch; no lock of a user's build can be met there."""
+    from filelock import FileLock
+
     folder = Path(os.environ["MDPO_TEST_EXTENSIONS"])
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "workers.lock"):
+        if not list(folder.glob("**/deepspeed_shm_comm.so")):
+            build = (
+                "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder; Builder().load(verbose=False)"
+            )
+            own = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+            subprocess.run([sys.executable, "-c", build], env={**os.environ, **own}, check=True, capture_output=True)
     return folder
 
 
@@ -39,15 +50,9 @@ def tokenizer():
     return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests that need a GPU are skipped by name where there is none. With pytest -n a worker takes a file's tests, and
-    one of them all real launches: those build and lock one operator, and each has two processes of its own."""
+    """Tests that need a GPU are skipped by name where there is none."""
     import torch  # after HF_HOME is set
-
-    for item in items:
-        launches = "extensions" in getattr(item, "fixturenames", ()) or "faults" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("launches" if launches else item.path.stem))
 
     needs = [item for item in items if item.get_closest_marker("gpu")]
     if needs and not torch.cuda.is_available():

@@ -38,7 +38,8 @@ def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
     raise UserError(
         f"{wants}, but torch can use no GPU here: {_torch_says(driver)} Install a torch that is built for this "
         "driver's CUDA (see docs/clusters.md), or newer drivers. To train on the CPU all the same, take "
-        "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true."
+        "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true.",
+        key="use_cpu",
     )
 
 

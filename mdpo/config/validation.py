@@ -181,10 +181,13 @@ def refuse_inputs(model, ref_model, args: DPOConfig, train_dataset, processing_c
     if not isinstance(train_dataset, Dataset | IterableDataset):
         raise UserError(f"train_dataset must be a Dataset or IterableDataset, not {type(train_dataset).__name__}.")
     if {"image", "images"} & set(next(iter(train_dataset))):
-        raise UserError("The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.")
+        raise UserError(
+            "The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.", "train_dataset"
+        )
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise UserError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}.")
     if ref_model is not None and ref_model is model:
-        raise UserError("model and ref_model are the same object: leave ref_model out, and a copy is made.")
+        message = "model and ref_model are the same object: leave ref_model out, and a copy is made."
+        raise UserError(message, "ref_model")
     if ref_model is not None and args.ref_model_name_or_path:
         raise UserError("ref_model_name_or_path: a ref_model was given too. Give one of the two.")

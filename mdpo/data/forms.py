@@ -106,14 +106,16 @@ def _refuse_unclear(base: list[Message], columns: set[str], sides: tuple) -> Non
         return
     first = [side[0] if isinstance(side, list) else side for side in sides]
     if role_of(last) == "assistant" and all(isinstance(f, str) or role_of(f) == "assistant" for f in first):
-        raise DropPair(f"{names} ends with an assistant turn that is not the chosen answer")
+        raise DropPair(f"{names} ends with an assistant turn that is not the chosen answer", names)
     if not all(isinstance(side, str) for side in sides):
         return
     words = text_in(last.get("content", last.get("value"))).strip()
     if words_in(words) >= WORDS and all(side.strip().startswith(words) for side in sides):
-        raise DropPair(f"plain texts that begin with the words of {names}: take them out of the texts, or the column")
+        reason = f"plain texts that begin with the words of {names}: take them out of the texts, or the column"
+        raise DropPair(reason, "plain texts")
     if any(ROLE_MARKS.match(side.lstrip()) for side in sides):
-        raise DropPair(f"plain texts with turns of their own beside {names}: take the column out, or write messages")
+        reason = f"plain texts with turns of their own beside {names}: take the column out, or write messages"
+        raise DropPair(reason, "plain texts")
 
 
 def _with_history(row: Row, base: list[Message], sides: tuple) -> Found:

@@ -146,7 +146,8 @@ def _one_text(row: Row) -> tuple[Message | None, set[str]]:
         for message in form.read(row)[-1:]:
             found[form.columns[0]] = message
     if found and not prompt and text_in(row.get("context")):
-        raise DropPair(f"both {' and '.join(found)} and context hold text: write both into `prompt`")
+        both = f"both {' and '.join(found)} and context"
+        raise DropPair(f"{both} hold text: write both into `prompt`", both)
     said = {m["content"].strip() for m in found.values()}
     if len(said) > 1:
         raise DropPair(f"both {' and '.join(found)}, which differ: keep one, or write `prompt`")

@@ -52,7 +52,7 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     both, weights, n, told = _conversations(prompt, sides, mask_turns, different_prompts)
     if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
         raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
-                        "mask_user_turns: true.")  # fmt: skip
+                        "mask_user_turns: true.", "weight")  # fmt: skip
     first = normalise_messages([{"role": "system", "content": row["system"]}], "system") if row.get("system") else []
     own = [side[0] for side in both if side[0]["role"] == "system"]
     if first and not all(same_message(message, *first) for message in own):

@@ -114,7 +114,8 @@ def _score(completion: Row) -> float:
     try:
         return sum(map(float, ratings)) / len(ratings)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise DropPair("a completion without rank, overall_score, fine-grained_score or ratings") from None
+        reason = "a completion without rank, overall_score, fine-grained_score or ratings"
+        raise DropPair(reason, "completions") from None
 
 
 def generations(row: Row) -> Row:

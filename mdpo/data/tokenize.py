@@ -129,7 +129,7 @@ def tokenize_dataset(
     counts.longest = np.asarray(done["longest"], np.int64)
     kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
     if not counts.kept:
-        raise UserError("no pair is left.\n" + "\n".join(counts.lines()))
+        raise UserError("no pair is left.\n" + "\n".join(counts.lines()), "dataset")
     return kept.remove_columns(NOT_TRAINED_ON), counts
 
 

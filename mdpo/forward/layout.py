@@ -72,7 +72,9 @@ class Layout:
         if self._anywhere(reason):
             raise UserError(
                 f"The log-probs of {type(inner).__name__} are not those of its own logits: its LM head does something "
-                f"that is not known here ({reason or 'seen on another rank'}). This architecture cannot be trained yet."
+                f"that is not known here ({reason or 'seen on another rank'}). This architecture cannot be trained "
+                "yet.",
+                key="LM head",
             )
 
     def _check(self, model, inner, batch: PairBatch) -> bool:

@@ -56,7 +56,8 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. "
-                "Set chat_template in the recipe to a .jinja file."
+                "Set chat_template in the recipe to a .jinja file.",
+                key="chat_template",
             )
         self.tokenizer, self.kwargs = tokenizer, with_day(tokenizer, kwargs)
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]

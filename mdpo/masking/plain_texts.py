@@ -46,7 +46,7 @@ def plain_sides(pair: Pair, template, ours: bool) -> tuple[list[tuple], list[str
     tokenizer = template.tokenizer
     eos = tokenizer.eos_token
     if not eos:
-        raise UserError("Plain texts end with the end-of-sequence token, and the tokenizer has none.")
+        raise UserError("Plain texts end with the end-of-sequence token, and the tokenizer has none.", "tokenizer")
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, verbose=False)["input_ids"]

@@ -45,7 +45,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     )
     here = {path.name for path in Path(name).glob("t*")}
     if "tekken.json" in here and not {"tokenizer.json", "tokenizer.model"} & here:
-        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}")
+        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}", "tokenizer")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
     if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
@@ -123,7 +123,8 @@ def refuse_pad_token(tokenizer, wanted: str | None) -> None:
     if not (wanted or tokenizer.pad_token or tokenizer.eos_token):
         raise UserError(
             f"The tokenizer of {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token. Set "
-            "pad_token in the recipe to a token of its vocabulary."
+            "pad_token in the recipe to a token of its vocabulary.",
+            key="pad_token",
         )
 
 

@@ -51,7 +51,8 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
         )
         if getattr(skeleton.policy, "_is_stateful", False):
             raise UserError(
-                f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
+                f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here.",
+                key="model_type",
             )
         if not sharding.stage:
             _refuse_no_master(args, skeleton.policy)
@@ -60,7 +61,7 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
     except UserError:
         raise
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}") from error
+        raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}", "model_type") from error
 
 
 def _evaluates(data) -> bool:

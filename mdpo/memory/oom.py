@@ -113,7 +113,8 @@ def explained(recipe, trainer: Callable[[], object], argv: list[str]):
         rows = getattr(made, "train_dataset" if made is None or made.model.training else "eval_dataset", None)
         keys = rows["key"] if "key" in (getattr(rows, "column_names", None) or ()) else None
         sharding = Sharding.running(made.accelerator) if made is not None else _before(args)
-        raise UserError(explain(error, batch, recipe, sharding, args.device, keys, argv or None)) from error
+        message = explain(error, batch, recipe, sharding, args.device, keys, argv or None)
+        raise UserError(message, "memory") from error
 
 
 def _before(args) -> Sharding:

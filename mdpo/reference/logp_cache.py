@@ -192,7 +192,8 @@ def _computed(
             if not torch.isfinite(logps).all():
                 raise UserError(
                     f"reference log-probs of {name}: not finite in row {dataset[int(rows[0])].get('key', rows[0])} or "
-                    f"one of the {len(rows)} rows scored with it. Look at the reference's weights and its dtype."
+                    f"one of the {len(rows)} rows scored with it. Look at the reference's weights and its dtype.",
+                    key="reference log-probs",
                 )
             n = len(rows)
             # Tokens of one sequence follow each other, chosen sides first, as the collator lists them.

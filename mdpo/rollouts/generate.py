@@ -44,7 +44,9 @@ class Generator:
         try:
             return tokenize(self.template.render(messages, generation=True), self.tokenizer)[0]
         except DropPair as reason:
-            raise UserError(f"{reason} (its messages: {', '.join(m['role'] for m in messages)}).") from reason
+            raise UserError(
+                f"{reason} (its messages: {', '.join(m['role'] for m in messages)}).", reason.key
+            ) from reason
 
     def fits(self, ids: list[int]) -> bool:
         return self.context is None or len(ids) + self.max_new_tokens <= self.context

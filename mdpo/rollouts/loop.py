@@ -82,14 +82,16 @@ def read_questions(path: str, instruction: str = "") -> list[Question]:
         where = f"{path}:{place}"
         asked = [name for name in ("question", "prompt") if row.get(name)]
         if len(asked) != 1 or "answer" not in row:
-            raise UserError(f"{where}: needs `answer` and either `question` or `prompt`; it has {', '.join(row)}.")
+            raise UserError(
+                f"{where}: needs `answer` and either `question` or `prompt`; it has {', '.join(row)}.", "question"
+            )
         try:
             key = str(row.get("key") or row.get("id") or where)
             found.append(Question(key, _prompt(row[asked[0]], instruction), gold_answer(row["answer"])))
         except (DropPair, UserError) as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}", error.key) from error
         if key in used:
-            raise UserError(f"{where}: the key {key!r} comes twice.")
+            raise UserError(f"{where}: the key {key!r} comes twice.", "key")
         used.add(key)
     if not found:
         raise UserError(f"rollouts: no rows in {path}.")

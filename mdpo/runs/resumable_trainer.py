@@ -138,10 +138,11 @@ class ResumableTrainer(Trainer):
         if given is True:
             given, skipped = newest_whole(self.args.output_dir)
             if given is None:
-                raise UserError(f"{self.args.output_dir} holds no whole checkpoint. {' '.join(skipped)}")
+                message = f"{self.args.output_dir} holds no whole checkpoint. {' '.join(skipped)}"
+                raise UserError(message, "resume_from_checkpoint")
         path = str(given) if given else None
         if path and Path(path, MANIFEST).exists() and (wrong := wrong_sizes(Path(path))):
-            raise UserError(f"{path} is not whole: {'; '.join(wrong)}.")
+            raise UserError(f"{path} is not whole: {'; '.join(wrong)}.", "resume_from_checkpoint")
         return path
 
     def _init_training_state(self, max_steps, *args, **kwargs):

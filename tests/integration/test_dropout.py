@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from errors import refused
 from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from torch import nn
 from transformers import BioGptConfig, BioGptForCausalLM, OPTConfig, OPTForCausalLM
 
-from mdpo.errors import UserError
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.token_logps import enable_scoring
 from mdpo.types import PairBatch
@@ -88,5 +88,5 @@ def test_what_is_random_without_a_rate_is_refused():
     assert torch.equal(torch.get_rng_state(), state)
     mlp, plain = model.model.layers[1].mlp, model.model.layers[1].mlp.forward
     mlp.forward = lambda x: plain(x) + (1e-3 * torch.rand(1) if mlp.training else 0.0)
-    with pytest.raises(UserError, match="LlamaForCausalLM draws at random in training mode"):
+    with refused("disable_dropout", "LlamaForCausalLM", "disable_dropout: false"):
         refuse_noise(model, Accelerator(cpu=True), batch())

@@ -7,6 +7,7 @@ others packed ones.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,9 +215,10 @@ def test_offload_equals_one_process(workshop, extensions, one_process, tmp_path)
 
 
 @pytest.mark.slow
-def test_stale_build_lock_is_named_and_removed(workshop, tmp_path):
+def test_stale_build_lock_is_named_and_removed(workshop, extensions, tmp_path):
+    """Beside an operator that is built: the next start would wait for the lock all the same."""
+    shutil.copytree(extensions, tmp_path / "extensions")
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
     lock.touch()
     flags = ["--per_device_train_batch_size=2", "--max_steps=1"]
     code, text = launch("zero2_cpu", workshop, tmp_path / "extensions", tmp_path / "out", *flags)

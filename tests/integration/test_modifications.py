@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from errors import refused
 from tiny import agent_rows
 from trainers import close, loss_and_gradients, mdpo_trainer, rows_with_margins, trainer_of
 
 import mdpo.loss.functions as losses
 from dpo_trainer import DPOTrainer
 from mdpo.config.validation import TOWARDS_MARGIN
-from mdpo.errors import UserError
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
 from mdpo.types import PairLogps
 
@@ -179,9 +179,9 @@ def test_length_penalty_in_the_trainer(tmp_path, tokenizer):
 def test_missing_margin_is_an_error_that_names_the_row(tmp_path, tokenizer):
     rows = rows_with_margins(4)
     rows[2]["margin"] = None
-    with pytest.raises(UserError, match=r"margin_scale: 1 rows of train have no `margin`, the first one is row:3"):
+    with refused("margin_scale", "1 rows of train ", "`margin`", " row:3."):
         mdpo_trainer(tmp_path, tokenizer, rows, margin_scale=1.0)
-    with pytest.raises(UserError, match="4 rows of train"):
+    with refused("margin_scale", "4 rows of train ", " row:1."):
         mdpo_trainer(tmp_path, tokenizer, agent_rows(4), margin_scale=1.0)
     mdpo_trainer(tmp_path, tokenizer, rows)  # without the scale nobody looks at it
 
@@ -291,7 +291,7 @@ def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):
     first = agent_rows(1)[0]
     prompt = [{"role": "assistant", "content": "Hello.", "weight": 0.5}, first["chosen"][0]]
     rows = [{"prompt": prompt, "chosen": first["chosen"][1:], "rejected": first["rejected"][1:]}] * 2
-    with pytest.raises(UserError, match="a weight in the prompt"):
+    with refused("dataset", "a weight in the prompt", "row:1"):
         mdpo_trainer(tmp_path, tokenizer, rows)
     rows[1] = {**rows[1], "prompt": [{**prompt[0], "weight": None}, prompt[1]]}
     assert len(mdpo_trainer(tmp_path, tokenizer, rows).train_dataset) == 1
@@ -300,10 +300,10 @@ def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):
 def test_a_stream_without_margins_is_an_error(tmp_path, tokenizer):
     stream = Dataset.from_list(agent_rows(4)).to_iterable_dataset()
     trainer = mdpo_trainer(tmp_path, tokenizer, stream, margin_scale=1.0, max_steps=1)
-    with pytest.raises(UserError, match="no `margin`"):
+    with refused("margin_scale", "`margin`"):
         trainer.train()
 
 
 def test_weights_need_turn_masks(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="mask_user_turns: true"):
+    with refused("weight", "mask_user_turns: true"):
         trainer_of(DPOTrainer, weighted(agent_rows(4), (1, 0.5)), tmp_path, tokenizer)

@@ -10,12 +10,12 @@ import types
 import pytest
 import torch
 from datasets import Dataset
+from errors import refused
 from plans import SIZES, recipe_for
 from repository import ROOT
 from transformers import Qwen3Config
 
 from mdpo.config.recipe import load_recipe
-from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.memory.breakdown import GB, MemoryPlan
 from mdpo.memory.oom import (
@@ -266,7 +266,7 @@ def test_a_run_that_runs_out_ends_in_the_explanation(tmp_path):
         ),
     )
     recipe = recipe_for(tmp_path, Qwen3Config(**{**SIZES, "num_hidden_layers": 1}))
-    with pytest.raises(UserError, match=r"(?s)Out of memory: .*pairs\.jsonl:1.*What to try next"):
+    with refused("memory", "pairs.jsonl:1", "What to try next"):
         with explained(recipe, lambda: trainer, []):
             raise MemoryError
     with pytest.raises(ZeroDivisionError), explained(recipe, lambda: None, []):

@@ -142,7 +142,7 @@ def test_the_run_ends_with_the_figures_shown(folder, before_training):
     output = train.run(folder)
     ((_, shown),) = train.shown
     report = json.loads((folder / "outputs/my-agent/run_report.json").read_text(encoding="utf-8"))
-    assert report["steps"] == 18 and report["after"]["eval_pairs"] == 8 and "held-out pairs: 8" in output
+    assert report["steps"] == 6 and report["after"]["eval_pairs"] == 8 and "held-out pairs: 8" in output
     numbers = re.compile(r"-?\d+\.\d+|\d+")
     for line in spaced(shown):
         name = numbers.split(line)[0].strip()
@@ -159,7 +159,7 @@ def test_the_run_ends_with_the_figures_shown(folder, before_training):
 
 
 def close(found: list[str], wanted: list[str]) -> None:
-    """Whole numbers are the same; others may be off by what another order of sums makes of 18 steps."""
+    """Whole numbers are the same; others may be off by what another order of sums makes of six steps."""
     assert len(found) == len(wanted) > 0, (found, wanted)
     for got, number in zip(found, wanted, strict=True):
         assert float(got) == pytest.approx(float(number), rel=0.01, abs=0.02) if "." in number else got == number

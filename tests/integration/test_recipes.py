@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from errors import refused
 from repository import ROOT
 from safetensors.torch import load_file
 from tiny import CHATML, agent_rows, tokenizer_for, trl_template
@@ -27,7 +28,6 @@ from mdpo.config.parsing import FIELDS
 from mdpo.config.recipe import load_recipe
 from mdpo.config.validation import check_options
 from mdpo.data.rows import row_to_pair
-from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.memory.sharding import Sharding
@@ -463,17 +463,17 @@ def test_a_stale_memory_table_is_named(tmp_path, monkeypatch):
     readme.parent.mkdir(parents=True)
     (readme.parent / "config.json").write_text("{}")
     readme.write_text("# One\n<!-- memory: a.yaml b.yaml -->\nold\n<!-- memory end -->\nafter\n")
-    with pytest.raises(UserError, match="one are stale"):
+    with refused("README.md", "of one "):
         memory.main(["--check"])
     assert "old" in readme.read_text()
     memory.main([])
     expected = "# One\n<!-- memory: a.yaml b.yaml -->\n| a.yaml b.yaml |\n\n<!-- memory end -->\nafter\n"
     assert readme.read_text() == expected
     memory.main(["--check"])
-    with pytest.raises(UserError, match="two: is not a family"):
+    with refused("two", "config.json"):
         memory.main(["two"])
     readme.write_text("# One\n")
-    with pytest.raises(UserError, match="has no table"):
+    with refused("README.md", readme, "<!-- memory: "):
         memory.main([])
 
 
@@ -531,16 +531,16 @@ def test_right_is_paired_with_wrong(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "flags", "says"),
+    ("rows", "flags", "key", "details"),
     [
-        ([conversation("a", 0, True)], [], "None of the 1 questions"),
-        ([{"key": "a"}], [], "jsonl:1: is no conversation.*messages"),
-        ([conversation("a", 0, True)], ["--pairs=0"], "--pairs: 0"),
-        ([conversation("a", 0, True)], ["--out=missing/pairs.jsonl"], "has no folder"),
-        ([conversation("a", 0, True)], ["--out=setup.cfg"], "is there already"),
+        ([conversation("a", 0, True)], [], "questions", ["1 questions"]),
+        ([{"key": "a"}], [], "conversation", ["conversations.jsonl:1: ", "messages"]),
+        ([conversation("a", 0, True)], ["--pairs=0"], "pairs", ["--pairs: 0 "]),
+        ([conversation("a", 0, True)], ["--out=missing/pairs.jsonl"], "out", ["missing/pairs.jsonl", "no folder"]),
+        ([conversation("a", 0, True)], ["--out=setup.cfg"], "out", ["setup.cfg", "there already"]),
     ],
 )
-def test_bad_conversations_are_named(tmp_path, monkeypatch, rows, flags, says):
+def test_bad_conversations_are_named(tmp_path, monkeypatch, rows, flags, key, details):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=says):
+    with refused(key, *details):
         paired(tmp_path, rows, *flags)

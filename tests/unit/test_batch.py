@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import concatenate, find_batch_size, recursively_apply, send_to_device
 from accelerate.utils.operations import get_data_structure, slice_tensors
 from deepspeed.runtime.engine import DeepSpeedEngine
+from errors import refused
 from torch.distributed.utils import _to_kwargs
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import Trainer, TrainingArguments
 
 from dpo_trainer import DPOTrainer
-from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.types import FIELDS, OPTIONAL, PairBatch
 
@@ -179,7 +179,7 @@ def test_a_batch_with_trls_keys_gets_what_follows_from_its_mask():
 def test_a_batch_of_another_kind_is_refused(lacks):
     padded = COLLATORS["padded"](ROWS)
     foreign = {name: padded[name] for name in ("input_ids", "attention_mask", "completion_mask") if name != lacks}
-    with pytest.raises(UserError, match="its batches need input_ids, attention_mask and completion_mask"):
+    with refused("data_collator", "input_ids, attention_mask and completion_mask"):
         PairBatch.of(foreign)
 
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from errors import refused
 from peft import LoraConfig, get_peft_model
 from tiny import CHATML, tiny_llama, tokenizer_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mdpo.forward.token_logps
-from mdpo.errors import UserError
 from mdpo.forward.collators import PairCollator
 from mdpo.forward.lm_head import adds_in_float32
 from mdpo.forward.pair_logps import sum_by_pair, verbosity_weights
@@ -204,7 +204,7 @@ def test_head_is_called_once_whatever_the_count():
 
 def test_adapter_on_the_head_is_refused_before_training():
     model = get_peft_model(tiny_llama(tokenizer_for(CHATML)), LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(UserError, match="lm_head"):
+    with refused("lora_target_modules", "lm_head"):
         enable_scoring(model.get_base_model())
 
 

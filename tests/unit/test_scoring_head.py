@@ -12,10 +12,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
+from errors import refused
 from packed_pairs import AWKWARD, SIZES, batches
 from peft import LoraConfig, get_peft_model
 
-from mdpo.errors import UserError
 from mdpo.forward.packed_attention import NAME
 from mdpo.forward.scoring_head import ScoringHead, own_attention
 from mdpo.forward.token_logps import enable_scoring, score_tokens
@@ -67,7 +67,7 @@ def test_the_model_is_given_back_as_it_was(tmp_path):
         assert "model.safetensors" in names and "config.json" in names
         assert filecmp.cmpfiles(tmp_path / "before", tmp_path / other, names, shallow=False) == (names, [], [])
     for batch in (PADDED, PACKED):
-        with pytest.raises(UserError, match="LlamaForCausalLM has no scoring head. Call `enable_scoring`"):
+        with refused("scoring", "LlamaForCausalLM", "`enable_scoring`"):
             scored(model, batch)
 
 
@@ -204,7 +204,7 @@ def test_an_attention_chosen_later_is_the_one_that_comes_back():
 
 def test_peft_models_are_given_by_their_base():
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(UserError, match="PeftModel is PEFT's wrapper. Give its get_base_model()"):
+    with refused("scoring", "PeftModel", "get_base_model()"):
         enable_scoring(model)
     enable_scoring(model.get_base_model())
     assert torch.isfinite(scored(model)).all()
@@ -215,7 +215,7 @@ def test_a_configuration_that_another_model_has_switched_is_refused():
     enable_scoring(policy)
     scored(policy)
     other = transformers.LlamaForCausalLM(policy.config)
-    with pytest.raises(UserError, match="shares its configuration with a model that is in packed attention"):
+    with refused("scoring", "LlamaForCausalLM", "configuration"):
         enable_scoring(other)
     assert "forward" not in vars(other)
     scored(policy, PADDED)
@@ -225,12 +225,12 @@ def test_a_configuration_that_another_model_has_switched_is_refused():
 def test_a_head_is_installed_once_and_restored_once():
     model = llama()
     scoring = enable_scoring(model)
-    with pytest.raises(UserError, match="LlamaForCausalLM scores already"):
+    with refused("scoring", "LlamaForCausalLM", "`restore()`"):
         ScoringHead(model, scoring.score).install()
-    with pytest.raises(UserError, match="not installed in LlamaForCausalLM"):
+    with refused("scoring", "not installed in LlamaForCausalLM"):
         ScoringHead(model, scoring.score).restore()
     scoring.restore()
-    with pytest.raises(UserError, match="not installed in LlamaForCausalLM"):
+    with refused("scoring", "not installed in LlamaForCausalLM"):
         scoring.restore()
 
 
@@ -239,7 +239,7 @@ def test_a_head_inside_a_wrapper_cannot_be_taken_out():
     scoring = enable_scoring(model)
     mixed(model)
     wrapper = model.forward
-    with pytest.raises(UserError, match="forward was wrapped after its scoring head"):
+    with refused("scoring", "LlamaForCausalLM's forward", "wrapped"):
         scoring.restore()
     assert model.forward is wrapper and ScoringHead.of(model) is scoring
     model.forward = model._original_forward
@@ -248,6 +248,6 @@ def test_a_head_inside_a_wrapper_cannot_be_taken_out():
 
 def test_a_head_with_an_adapter_leaves_the_model_alone():
     model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head"])).get_base_model()
-    with pytest.raises(UserError, match="the LM head cannot carry an adapter"):
+    with refused("lora_target_modules", "'lm_head'"):
         enable_scoring(model)
     assert "forward" not in vars(model) and "_scoring_head" not in vars(model)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from errors import refused
 from packed_pairs import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
 from peft import LoraConfig, get_peft_model
 
@@ -14,7 +15,6 @@ import mdpo.forward.layout_check
 import mdpo.forward.packed_attention
 import mdpo.forward.varlen
 from mdpo.config.parsing import ROOT
-from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.forward.layout import Layout, head_disagreement
 from mdpo.forward.layout_check import misplaced, plain_attention, shifted
@@ -158,7 +158,7 @@ def test_attention_that_takes_no_keywords_is_one_line(capsys):
     line = "shared_prefix: off for NemotronForCausalLM: its layers hand no keywords on to attention.\n"
     assert capsys.readouterr().out == line
     assert torch.isfinite(score_tokens(model, fitted).logps).all()
-    with pytest.raises(UserError, match="no keywords on to attention. Set shared_prefix: false"):
+    with refused("shared_prefix", "NemotronAttention", "no keywords", "shared_prefix: false"):
         score_tokens(model, batch)
 
 
@@ -269,7 +269,7 @@ def test_a_head_that_does_more_is_an_error_in_half_precision_too(dtype):
 
     model = Halved(tiny("Llama").config).eval().to(dtype)
     enable_scoring(model)
-    with pytest.raises(UserError, match="Halved are not those of its own logits"):
+    with refused("LM head", "Halved"):
         kept(model, PackedCollator()(ROWS))
 
 
