@@ -43,6 +43,7 @@ style: .venv/.complete
 quality: .venv/.complete
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv outputs models

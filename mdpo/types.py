@@ -181,7 +181,7 @@ class PairBatch(dict[str, Any]):
     def __or__(self, fields: Mapping[str, Any]) -> "PairBatch":  # type: ignore[override]
         return PairBatch({**self, **fields})
 
-    def __ior__(self, fields: Mapping[str, Any]) -> "PairBatch":  # type: ignore[override,misc]
+    def __ior__(self, fields: Mapping[str, Any]) -> "PairBatch":  # type: ignore[override]
         self.update(fields)
         return self
 

@@ -56,7 +56,10 @@ class PackedCollator:
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> PairBatch:
-        ids, positions, segments, sides = [], [], [], ([], [])
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[list[int]] = []
+        sides: tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]] = ([], [])
         for row in rows:
             chosen, rejected = row["chosen_ids"], row["rejected_ids"]
             start, shared = len(ids), min(row["shared_len"], len(chosen) - 1, len(rejected) - 1)

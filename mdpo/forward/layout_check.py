@@ -44,8 +44,10 @@ class Watch:
 
     def __init__(self, model, batch: PairBatch):
         self.segments = Segments(batch.segments)
-        self.own, self.reason = own_attention(model), None
-        self.calls, self._first = {True: 0, False: 0}, None
+        self.own = own_attention(model)
+        self.reason: str | None = None
+        self.calls = {True: 0, False: 0}  # by whether it was packed
+        self._first: list[torch.Tensor] = []  # query and key of the first layer, padded
 
     @contextmanager
     def looking(self):
@@ -62,7 +64,8 @@ class Watch:
 
             return watched
 
-        ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
+        # Beside its class's own, until it is deleted.
+        ALL_ATTENTION_FUNCTIONS.get_interface = get_interface  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -124,11 +127,12 @@ class Watch:
             end = start + prefix + chosen
             places = list(range(start, end)), [*range(start, start + prefix), *range(end, end + rejected)]
             for row, at, first in ((i, places[0], 0), (pairs + i, places[1], prefix)):
-                side = [x[:, :, at].float() for x in (q, k, v)]
+                query, key, value = (x[:, :, at].float() for x in (q, k, v))
                 if self.own in IN_FLOAT32:
-                    result = attend(module, *side, _part(mask, row, len(at), side[0].size(1)), **kwargs)[0]
+                    part = _part(mask, row, len(at), query.size(1))
+                    result = attend(module, query, key, value, part, **kwargs)[0]
                 else:
-                    result = plain_attention(*side, kwargs)
+                    result = plain_attention(query, key, value, kwargs)
                 out.append(result[:, first:])
             start = end + rejected
         return torch.cat(out, 1)
@@ -146,7 +150,8 @@ def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
     matrices of 16k tokens would take more memory than the step that they are to vouch for."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scaling, softcap, window = (kwargs.get(name) for name in ("scaling", "softcap", "sliding_window"))
-    at, out = torch.arange(q.size(2), device=q.device), []
+    at = torch.arange(q.size(2), device=q.device)
+    out: list[torch.Tensor] = []
     for rows in at.split(QUERIES):
         keys = slice(0, int(rows.numel() + len(out) * QUERIES))
         scores = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * (q.size(-1) ** -0.5 if scaling is None else scaling)

@@ -110,9 +110,9 @@ def packed_attention(
     unknown = [f"its attention takes {name}" for name in unknown]
     if segments is None:
         unknown.append("its layers hand no keywords on to attention")
-    if unknown and _refusals is None:
-        raise UserError(f"shared_prefix: of {type(module).__name__}, {unknown[0]}. Set shared_prefix: false.")
     if unknown:
+        if _refusals is None:
+            raise UserError(f"shared_prefix: of {type(module).__name__}, {unknown[0]}. Set shared_prefix: false.")
         _refusals.extend(unknown)
     if segments is None:
         return query.new_zeros(1, query.size(2), query.size(1), value.size(-1)), None

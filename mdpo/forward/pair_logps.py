@@ -21,7 +21,7 @@ def verbosity_weights(batch: PairBatch, alpha: float) -> torch.Tensor:
 
 def counted(batch: PairBatch) -> torch.Tensor:
     """True for tokens whose turn's weight is not 0, (S,)."""
-    return torch.ones_like(batch.pair, dtype=bool) if batch.turn_weight is None else batch.turn_weight != 0
+    return torch.ones_like(batch.pair, dtype=torch.bool) if batch.turn_weight is None else batch.turn_weight != 0
 
 
 def sum_by_pair(logps: torch.Tensor, batch: PairBatch, weights: torch.Tensor | None = None) -> PairLogps:
@@ -42,6 +42,8 @@ def policy_weights(scores: TokenScores, batch: PairBatch) -> torch.Tensor:
     """WPO's weight of each pair, (B,), without gradient (arXiv 2406.11827, eq. 2): how likely the policy would have
     written both sides itself, exp of the mean over tokens of log p(token) − log Σ_v p_v², chosen's times rejected's."""
     n_pairs, place = batch.n_pairs, batch.sequence_of_token
+    if scores.log_collision is None:
+        raise ValueError("policy_weights: scores without log_collision")
     aligned = (scores.logps.double() - scores.log_collision.double()).detach() * counted(batch)
     sums = aligned.new_zeros(2 * n_pairs).index_add(0, place, aligned)
     tokens = _per_sequence(counted(batch), place, n_pairs)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
 
 from mdpo.errors import UserError
 from mdpo.forward.lm_head import HeadTransform
@@ -21,7 +22,7 @@ class ScoringHead:
     or unpickled model has a scoring head of its own, which calls the copy.
     """
 
-    def __init__(self, model: torch.nn.Module, score: Callable, fused: bool = False):
+    def __init__(self, model: PreTrainedModel, score: Callable, fused: bool = False):
         self.model, self.score, self.fused = model, score, fused
         self.transform = HeadTransform.of(self._config)
         self.own_attention = self._config._attn_implementation
@@ -48,7 +49,7 @@ class ScoringHead:
         _ = self.lm_head
         self._before = vars(self.model).get("forward")
         self.model.forward = self
-        self.model._scoring_head = self
+        vars(self.model)["_scoring_head"] = self
         return self
 
     def restore(self) -> None:

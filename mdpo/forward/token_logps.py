@@ -33,7 +33,7 @@ class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate
     where asked for `log_collision`, log Σ_v p_v² (nats). `aux_loss`, where asked for: a mixture of experts'
     load-balancing loss, a scalar with gradient."""
 
-    logps: torch.Tensor | None = None
+    logps: torch.Tensor
     entropy: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     top1: torch.Tensor | None = None
@@ -89,7 +89,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             if need_bias:
                 d_bias = plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(ctx.compute)
-            if need_hidden:
+            if d_hidden is not None:
                 d_hidden[at] = (d_logits @ head.weight).to(hidden.dtype)
             if need_weight:
                 d_weight = plus_product(d_weight, d_logits.T, h)
@@ -161,6 +161,8 @@ def scored_beside(model, target: torch.Tensor):
     body's own: what a model does to them before its head (BERT's transform) would be missing. `model`, without
     wrappers, has a scoring head."""
     scoring = ScoringHead.of(model)
+    if scoring is None:
+        raise _no_scoring_head(model)
     own, found, states = scoring.lm_head.forward, [], []
     # OPT and Bart kinds call their body's decoder past the body; where both are called, the body's output comes last.
     bodies = [part for part in (getattr(_body(model), "decoder", None), _body(model)) if part is not None]
@@ -181,6 +183,10 @@ def scored_beside(model, target: torch.Tensor):
             hook.remove()
 
 
+def _no_scoring_head(model) -> UserError:
+    return UserError(f"scoring: {type(model).__name__} has no scoring head. Call `enable_scoring` on it first.")
+
+
 def _body(model) -> torch.nn.Module:
     return model.model if model.base_model is model else model.base_model  # Llama-4's class misnames it
 
@@ -195,7 +201,7 @@ def score_tokens(model, batch: PairBatch, collision=False, aux_loss=False) -> To
     inputs |= {"segments": Segments(batch.segments)} if batch.is_packed else {}
     scores = model(**inputs, score_length=batch.input_ids.size(1))
     if "logps" not in scores:
-        raise UserError(f"scoring: {type(model).__name__} has no scoring head. Call `enable_scoring` on it first.")
+        raise _no_scoring_head(model)
     if not batch.is_packed:
         return scores
     both = {name: x if name == "aux_loss" else x.index_select(0, batch.unique_index) for name, x in scores.items()}

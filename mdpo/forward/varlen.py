@@ -7,6 +7,7 @@ A kernel is `kernel(query, key, value, segments, scaling, window, softcap, dropo
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata, util
+from typing import Any, cast
 
 import torch
 
@@ -65,8 +66,9 @@ def _fails(kernel: Callable, device: torch.device) -> str | None:
     try:
         with torch.no_grad():
             out = kernel(q, k, v, pair, 0.125, None, None, 0.0).float()
-        options = {"attn_mask": pair.seen, "scale": 0.125, "enable_gqa": True}
-        wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=pair.seen, scale=0.125, enable_gqa=True
+        )
     except Exception as error:  # no kernel for this GPU, or an interface of another version
         return first_line(error, innermost=False)
     if (out - wanted.transpose(1, 2)).norm() <= AGREES * wanted.norm():
@@ -100,8 +102,15 @@ def _gathered(query, key, value, segments):
 
 
 def flash(query, key, value, segments, scaling, window, softcap, dropout):
-    call, _ = flash_attn()
-    options = {"softmax_scale": scaling, "causal": True, "dropout_p": dropout, "softcap": softcap or 0.0}
+    call, why = flash_attn()
+    if call is None:
+        raise RuntimeError(why)
+    options: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "causal": True,
+        "dropout_p": dropout,
+        "softcap": softcap or 0.0,
+    }
     options["window_size"] = (-1, -1) if window is None else (window - 1, 0)
     return call(*_gathered(query, key, value, segments), **options)[None]
 
@@ -110,6 +119,7 @@ def torch_varlen(query, key, value, segments, scaling, window, softcap, dropout)
     """Knows neither soft-caps nor dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     options["enable_gqa"] = query.size(1) != key.size(1)
-    return varlen_attn(*_gathered(query, key, value, segments), **options)[None]
+    out = varlen_attn(*_gathered(query, key, value, segments), **options)
+    return cast(torch.Tensor, out)[None]  # more than a tensor only where it is asked for

@@ -121,15 +121,19 @@ def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
     that every rank has the same number. Rows numbered −1 (a foreign collator's) cannot be told apart and all stay."""
     table = joined(tables)
     seen: set[int] = set()
-    keep = [i for i, row in enumerate(table[:, 0].long().tolist()) if row < 0 or not (row in seen or seen.add(row))]
+    keep = []
+    for i, row in enumerate(table[:, 0].long().tolist()):
+        if row < 0 or row not in seen:
+            keep.append(i)
+        seen.add(row)
     return table[keep]
 
 
 def mean_over_steps(tables: list[list[torch.Tensor]]) -> dict[str, float]:
     """Training metrics as TRL logs them: each step's own averages over all ranks, averaged over the steps since the
     last log; figures by turn over all pairs of these steps. `tables[rank][step]` holds that step's pairs."""
-    tables = [joined(list(step)) for step in zip(*tables, strict=True)]
-    if not tables:
+    steps = [joined(list(of_each_rank)) for of_each_rank in zip(*tables, strict=True)]
+    if not steps:
         return {}
-    steps = [averages(table) for table in tables]
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} | _by_turn(joined(tables))
+    means = [averages(step) for step in steps]
+    return {name: sum(mean[name] for mean in means) / len(means) for name in means[0]} | _by_turn(joined(steps))

@@ -69,7 +69,9 @@ class PairTerms:
         counts = policy.chosen_tokens, policy.rejected_tokens
         scores = [losses.divergence_score(r, s.f_divergence_type, s.f_alpha_divergence_coef) for r in ratios]
         difference = s.beta * (scores[0] - scores[1])
-        kl = None if mean_over_ranks is None else tuple(mean_over_ranks(reward).clamp(min=0) for reward in rewards)
+        baselines = None
+        if mean_over_ranks is not None:
+            baselines = mean_over_ranks(rewards[0]).clamp(min=0), mean_over_ranks(rewards[1]).clamp(min=0)
         return cls(
             policy,
             reference,
@@ -81,13 +83,19 @@ class PairTerms:
             mean_difference=scores[0] / counts[0].clamp(min=1) - scores[1] / counts[1].clamp(min=1),
             length_penalty=s.length_penalty * (counts[0] - counts[1]),
             target_margin=difference.new_zeros(()) if margin is None else (s.margin_scale * margin).to(difference),
-            baselines=kl,
+            baselines=baselines,
         )
 
 
 def _aot(t: PairTerms, s: LossSettings) -> Tensor:
     policy, reference = (logps.chosen - logps.rejected for logps in (t.policy, t.reference))
     return losses.smoothed_loss(s.beta * losses.sorted_difference(policy, reference), s.label_smoothing)
+
+
+def _kto_pair(t: PairTerms, s: LossSettings) -> Tensor:
+    if t.baselines is None:
+        raise ValueError("kto_pair: its terms need mean_over_ranks")
+    return losses.kto_pair_loss(t.chosen_reward, t.rejected_reward, *t.baselines)
 
 
 # name -> (B,) losses of a pair; the first fifteen are TRL 1.16's
@@ -116,7 +124,7 @@ LOSSES: dict[str, Callable[[PairTerms, LossSettings], Tensor]] = {
     "rev_kl": lambda t, s: losses.rev_kl_loss(t.reward_difference, t.target_margin),
     "tv": lambda t, s: losses.tv_loss(t.reward_difference, t.target_margin),
     "hellinger": lambda t, s: losses.hellinger_loss(t.reward_difference, t.target_margin),
-    "kto_pair": lambda t, s: losses.kto_pair_loss(t.chosen_reward, t.rejected_reward, *t.baselines),
+    "kto_pair": _kto_pair,
 }
 OF_TRL = tuple(LOSSES)[:15]
 
@@ -125,4 +133,5 @@ def pair_losses(terms: PairTerms) -> Tensor:
     """The weighted sum of the settings' losses, (B,)."""
     s = terms.settings
     weights = s.loss_weights or [1.0] * len(s.loss_type)
-    return sum(weight * LOSSES[name](terms, s) for name, weight in zip(s.loss_type, weights, strict=True))
+    first, *others = [weight * LOSSES[name](terms, s) for name, weight in zip(s.loss_type, weights, strict=True)]
+    return sum(others, start=first)

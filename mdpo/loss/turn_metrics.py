@@ -29,9 +29,11 @@ def turn_rewards(
     ratios = (policy.detach().double() - reference.detach().double()) * beta
     for weight in (batch.turn_weight, weights):
         ratios = ratios if weight is None else ratios * weight
-    tokens = batch.turn_tokens  # (2B, K)
+    tokens, turn = batch.turn_tokens, batch.turn  # (2B, K), (S,)
+    if tokens is None or turn is None:
+        raise ValueError("turn_rewards: the batch has no turns")
     turns, pairs = tokens.size(1), batch.n_pairs
-    place = batch.sequence_of_token * turns + batch.turn
+    place = batch.sequence_of_token * turns + turn
     rewards = ratios.new_zeros(tokens.numel()).index_add(0, place, ratios)
     both = torch.cat([rewards.view(2, pairs, turns), tokens.view(2, pairs, turns).double()])  # (4, B, K)
     return both.permute(1, 2, 0).reshape(pairs, OF_A_TURN * turns)

@@ -191,8 +191,7 @@ class ChatTemplate:
         found = [(tail.find(s), s) for s in self.stops if s in tail]
         if not found and (specials := list(self.special.finditer(tail))):
             alone = Marks(self.render(marked[: i + 1], tools, **kwargs), marker)
-            closing = self.find_special(alone.text[alone.end_of(i) :])
-            n = common_prefix([m.group() for m in specials], closing)
+            n = common_prefix([m.group() for m in specials], self.find_special(alone.text[alone.end_of(i) :]))
             closer = specials[max(n - 1, 0)]
             found = [(closer.start(), closer.group())]
         if not found:

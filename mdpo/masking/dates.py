@@ -48,11 +48,12 @@ def rendered_on_day(tokenizer, messages, **kwargs) -> str:
     UserError for what is no date, and whatever the template raises."""
     day, before = kwargs.pop(NAME, None), chat_template_utils.datetime
     # A template is not given functions as variables: they come to it as text.
-    chat_template_utils.datetime = before if day is None else Clock(str(day))
+    clock = before if day is None else Clock(str(day))
+    chat_template_utils.datetime = clock  # type: ignore[misc,assignment]  # a name of transformers' module
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     finally:
-        chat_template_utils.datetime = before
+        chat_template_utils.datetime = before  # type: ignore[misc]
 
 
 def with_day(tokenizer, kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -121,11 +121,13 @@ class Marks:
     def ranges(self, messages: list[int]) -> list[tuple[int, int]]:
         """Unmarked characters [start, end) of the content of these messages. DropPair where some was left out."""
         slots = [s for i in messages for s in self.of(i)]
-        found = [(self.start(s), self.end(s)) for s in slots]
-        for s, pair in zip(slots, found, strict=True):
-            if None in pair:
+        found = [(s, self.start(s), self.end(s)) for s in slots]
+        ranges = []
+        for s, start, end in found:
+            if start is None or end is None:
                 raise self.missing(s)
-        return [(self.unmarked(start), self.unmarked(end)) for start, end in found]
+            ranges.append((self.unmarked(start), self.unmarked(end)))
+        return ranges
 
     def missing(self, s: int) -> DropPair:
         """The reason to drop a pair whose slot `s` the template left out."""
@@ -143,12 +145,15 @@ class Marks:
 
     def end_of(self, i: int) -> int:
         """Behind the last piece of message `i`; DropPair where the template left one out."""
-        ends = [self.end(s) for s in self.of(i)]
-        if not ends:
+        found = [(s, self.end(s)) for s in self.of(i)]
+        if not found:
             raise DropPair(f"a turn without words ({numbered(i)})")
-        if None in ends:
-            raise self.missing(self.of(i)[ends.index(None)])
-        return max(ends)
+        last = 0
+        for s, end in found:
+            if end is None:
+                raise self.missing(s)
+            last = max(last, end)
+        return last
 
     def end_before(self, i: int) -> int:
         """Behind the last piece of the messages before `i`, 0 where there is none."""

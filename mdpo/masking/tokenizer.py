@@ -49,7 +49,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
     if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
