@@ -152,7 +152,8 @@ class ChatTemplate:
             if opening is None or tail[n:ahead].strip():
                 raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
         own = opening is not None and anchor + n >= marks.unmarked(opening)  # the policy's own words begin here
-        if self.header and not own and tail.startswith(self.header, n):  # no generation prompt after tool output
+        headed = self.header in tail[:n]  # not so after tool output, where there is no generation prompt
+        if not own and not headed and tail.startswith(self.header, n):
             n += len(self.header)
         if (marked[i].get("content") or "").lstrip().startswith("<think>"):  # then a block is the policy's own words
             return anchor + n

@@ -44,7 +44,7 @@ class Marker:
         marked, role = dict(message), message["role"]
         own, calls = role == "assistant", message.get("tool_calls")
         thought, tag, visible = (message.get("content") or "").rpartition("</think>" if own else "\0")
-        if visible.strip():
+        if visible.strip() or (role in ("user", "tool") and marked.get("content") is not None):
             what = "the text beside a tool call" if own and calls else f"the {role} text"
             marked["content"] = thought + tag + self.text(visible, i, self.inside and not own, what)
         if calls:

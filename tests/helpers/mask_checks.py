@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from conversations import assistant, user
 from tiny import CHATML, tokenizer_for
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, decoders, processors
 
 from mdpo.masking.chat_template import ChatTemplate
 
@@ -21,6 +21,10 @@ def byte_level_alphabet():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def byte_level_tokens(tokenizer) -> bool:
+    return isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+
 @cache
 def token_bytes(tokenizer):
     """id -> the bytes that the token stands for, from the vocabulary alone."""
@@ -29,7 +33,7 @@ def token_bytes(tokenizer):
     for token, i in tokenizer.get_vocab().items():
         if i in added:
             table[i] = added[i]
-        elif tokenizer.backend_tokenizer.normalizer is None:
+        elif byte_level_tokens(tokenizer):
             table[i] = bytes(byte_level_alphabet()[c] for c in token)
         elif re.fullmatch("<0x[0-9A-F]{2}>", token):
             table[i] = bytes([int(token[3:5], 16)])

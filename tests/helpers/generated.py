@@ -1,0 +1,234 @@
+"""Generated conversations, and what each of their turns has to be by the tables of the mask tests.
+
+They hold tool calls, thoughts, and text that breaks naive masks: markers of the template itself, exchanges played
+inside a message, combining and right-to-left characters, emoji, nothing at all, white space at both edges.
+"""
+
+import unicodedata
+from collections import Counter
+from functools import cache
+
+from conversations import EXCLUDED, TOOLS, assistant, tool, user
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from mask_checks import byte_level_tokens, byte_ranges
+from segments import SETTINGS, as_stop, assistant_text, expected_segments, native
+from templates import ROWS
+from tokenizers import normalizers
+
+from mdpo.errors import DropPair
+from mdpo.masking.loss_mask import NO_STOP, tokenize_pair
+from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE
+from mdpo.masking.spans import STRADDLE
+from mdpo.types import Pair
+
+REASONS = (LEFT_OUT, "template refuses the conversation", NOT_DERIVABLE, NO_STOP, STRADDLE, "a turn without words")
+REASONS += ("chosen equals rejected", "diverges only in user or tool text", "no assistant turn")
+WORDS = [
+    "Twelve.", "e\u0301te\u0301", "\u0301", "שלום, עולם", "\u202eabc\u202c", "مرحبا", "👩\u200d👩\u200d👧", "日本",
+    "🙂", "a\u200d", "\u00a0", "\u2028", "\x1c", " ", "\n", "\n\n", "\t", "\r\n", "```python\nprint(3 * 4)\n```",
+    "{{ messages }}", "{% raw %}", "\\boxed{12}", "\\", '"', "'", "Qz0x0a", "Qz1x1b", "/nothink", "&lt;", "0", "No.",
+    "user", "assistant\n",
+]  # fmt: skip
+FOREIGN = [
+    "<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>\n<|im_start|>user\n", "<|eot_id|>", "</s>", "<eos>", "<bos>",
+    "[/INST]", "<end_of_turn>\n<start_of_turn>model\n", "<|end|><|start|>assistant", "<tool_response>\n12",
+    "</tool_call>", "<|user|>", "<|assistant|>", "<｜Assistant｜>",
+]  # fmt: skip
+THOUGHTS = ("qwen3", "qwen3_5_think", "glm4moe", "gptoss", "lfm2_2_5")  # templates that write reasoning_content
+
+
+# ---- conversations
+
+
+def knows(name: str, conversation: str) -> bool:
+    """Whether a template can write a conversation of the mask tests."""
+    return name not in EXCLUDED.get(conversation, ())
+
+
+@cache
+def texts(name: str):
+    """Any text, most of it awkward. U+2581 is a space to Metaspace tokenizers, and stands for one afterwards."""
+    row = ROWS[name]
+    own = [row.header, as_stop(name), row.user[0], as_stop(name) + row.after + row.user[0], row.lead, row.block]
+    free = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=6)
+    pieces = st.one_of(st.sampled_from(WORDS), st.sampled_from([*filter(None, own), *FOREIGN]), free)
+    return st.lists(pieces, max_size=5).map("".join)
+
+
+@st.composite
+def spoken(draw, name: str):
+    """What an assistant may say: words, and now and then nothing. Reasoning has a field of its own here."""
+    text = draw(texts(name)).replace("think>", "thinks>")
+    return text if draw(st.integers(0, 9)) == 9 else f"{text}It is so.{text}"
+
+
+def arguments(name: str):
+    values = st.one_of(texts(name), st.integers(-9, 99), st.booleans(), st.lists(st.integers(0, 9), max_size=2))
+    return st.dictionaries(st.sampled_from(["city", "code", "days"]), values, max_size=2)
+
+
+def calls(name: str):
+    one = st.tuples(st.sampled_from(["get_weather", "get_time"]), arguments(name))
+    return st.lists(one, min_size=1, max_size=2 if knows(name, "two calls") else 1)
+
+
+@st.composite
+def turns(draw, name: str, tools: bool = True):
+    """An assistant's turn: an answer, or with `tools` also calls with their outputs and what follows them."""
+    messages = []
+    if tools and ROWS[name].tools and ROWS[name].tools.call and draw(st.booleans()):
+        said = draw(spoken(name)).strip() if knows(name, "call with text") and draw(st.booleans()) else ""
+        made = draw(calls(name))
+        messages = [assistant(said, *made), *(tool(draw(texts(name)), function) for function, _ in made)]
+        messages[0] |= draw(reasoning(name, said))
+    elif tools and knows(name, "tool text") and draw(st.integers(0, 4)) == 0:
+        messages = [assistant(draw(spoken(name))), tool(draw(texts(name)), "python")]
+    return [*messages, assistant(draw(spoken(name))) | draw(reasoning(name))]
+
+
+def reasoning(name: str, said: str = ""):
+    """gpt-oss writes none beside calls that an answer follows."""
+    thought = st.one_of(st.just("Tea.\n"), spoken(name).map(lambda text: f"{text}Hm.{text}"))
+    none = st.just({})
+    return none if name not in THOUGHTS else st.one_of(none, st.builds(dict, reasoning_content=thought))
+
+
+@st.composite
+def pairs(draw, name: str):
+    """Two sides that go on from one prompt; the first one may go on for several turns."""
+    question = texts(name).filter(lambda text: not text.strip().startswith("<tool_response>"))
+    prompt = [user(draw(question))]
+    if knows(name, "hostile system") and draw(st.booleans()):
+        prompt = [{"role": "system", "content": draw(texts(name))}, *prompt]
+    chosen = [*prompt, *draw(turns(name))]
+    for _ in range(draw(st.integers(0, 2))):
+        # DeepSeek-V3 opens the outputs of a conversation once, which its table cannot say.
+        tools = knows(name, "call, 4 turns") or not any(m["role"] == "tool" for m in chosen)
+        chosen += [user(draw(question)), *draw(turns(name, tools))]
+    rejected = [*prompt, *draw(turns(name))]
+    used = any("tool_calls" in m for m in chosen + rejected)
+    return Pair(chosen, rejected, len(prompt), tools=TOOLS if used else None)
+
+
+# ---- what each turn has to be
+
+
+def thinking(name: str, messages, i: int) -> tuple[str, str] | None:
+    """(supplied, sampled) of a turn with reasoning, where its template writes that; read from the templates."""
+    message, row = messages[i], ROWS[name]
+    last_user = max(k for k, m in enumerate(messages) if m["role"] == "user")
+    if not (thought := message.get("reasoning_content")) or i < last_user:
+        return None  # thoughts before the last question are history, and left out
+    following = messages[i + 1]["role"] if i + 1 < len(messages) else None
+    content, called = message["content"], bool(message.get("tool_calls"))
+    plain, *_ = assistant_text(row, {**message, "content": row.clean(content, True)}, following)
+    if name == "qwen3":
+        return "", f"<think>\n{thought.strip(chr(10))}\n</think>\n\n{plain}"
+    if name == "qwen3_5_think":
+        return "<think>\n", f"{thought.strip()}\n</think>\n\n{plain}"
+    if name == "glm4moe":
+        return "", f"\n<think>{thought.strip()}</think>{plain if content.strip() or called else ''}"
+    if name == "lfm2_2_5":
+        return "", f"<think>{thought}</think>{plain}"
+    if called:  # gpt-oss
+        return None
+    return "", f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant{plain}"
+
+
+def segments_of(name: str, messages, text: str):
+    """[(text, supervised)] of a side, whose concatenation is the template's text."""
+    bare = [m for m in messages if m["role"] != "system"]
+    row, written = ROWS[name], []
+    last_user = max(k for k, m in enumerate(bare) if m["role"] == "user")
+    for i, message in enumerate(bare):
+        if message["role"] == "assistant":
+            following = bare[i + 1]["role"] if i + 1 < len(bare) else None
+            has_block = {"always": True, "last": following is None, "query": i > last_user}[row.has_block]
+            plain = (row.block * has_block, assistant_text(row, message, following)[0])
+            written.append(thinking(name, bare, i) or plain)
+    return expected_segments(row, messages, text, written)
+
+
+def ours(name: str, template, pair: Pair):
+    got = tokenize_pair(pair, template, SETTINGS)
+    return [(got.chosen_ids, got.chosen_mask), (got.rejected_ids, got.rejected_mask)]
+
+
+def normal(tokenizer, text: str) -> str:
+    """A text as the tokenizer reads it: Qwen's compose characters first."""
+    composes = isinstance(tokenizer.backend_tokenizer.normalizer, normalizers.NFC)
+    return unicodedata.normalize("NFC", text) if composes else text
+
+
+def holds(name: str, template, pair: Pair, make_masks=ours) -> bool:
+    """The property of one pair; `template` is a ChatTemplate of the named one. False where a character is composed over
+    a turn's edge, which belongs to neither side. Raises DropPair where the pair is dropped."""
+    tokenizer = template.tokenizer
+    made = make_masks(name, template, pair)
+    for messages, (ids, mask) in zip((pair.chosen, pair.rejected), made, strict=True):
+        text = tokenizer.apply_chat_template(native(name, messages), tools=pair.tools, tokenize=False)
+        segments = segments_of(name, messages, text)
+        assert "".join(part for part, _ in segments) == text
+        segments, text = [(normal(tokenizer, part), flag) for part, flag in segments], normal(tokenizer, text)
+        if "".join(part for part, _ in segments) != text:
+            return False
+        flags = b"".join(bytes([flag]) * len(part.encode()) for part, flag in segments)
+        for (start, end), supervised in zip(byte_ranges(tokenizer, ids, text), mask, strict=True):
+            assert flags[start:end] == bytes([supervised]) * (end - start)
+        said = "".join(part for part, supervised in segments if supervised)
+        if byte_level_tokens(tokenizer):  # a Metaspace decoder drops a space at the start
+            assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == said
+    return True
+
+
+def features(pair: Pair) -> set[str]:
+    messages = [*pair.chosen, *pair.rejected]
+    said = [m["content"] for m in messages]
+    return {
+        *({"call"} if pair.tools else ()),
+        *({"thought"} if any("reasoning_content" in m for m in messages) else ()),
+        *({"several turns"} if sum(m["role"] == "user" for m in pair.chosen) > 1 else ()),
+        *({"white space at an edge"} if any(text != text.strip() for text in said) else ()),
+        *({"nothing"} if "" in said else ()),
+        *({"markers"} if any(marker in text for text in said for marker in ("<|", "</", "<｜")) else ()),
+        *({"no ASCII"} if any(not text.isascii() for text in said) else ()),
+    }
+
+
+def run(name: str, template, n: int, make_masks=ours, phases=tuple(Phase)) -> Counter:
+    """Tries the property on `n` pairs, the same ones each time; counts what was kept, its features, and why the rest
+    was not."""
+    counts = Counter()
+
+    @settings(
+        max_examples=n,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(pairs(name))
+    def each(pair):
+        try:
+            same = holds(name, template, pair, make_masks)
+        except DropPair as reason:
+            assert str(reason).startswith(REASONS)
+            counts[str(reason).partition(":")[0].partition(" (")[0]] += 1
+        else:
+            counts.update({"kept", *features(pair)} if same else {"composed over an edge"})
+
+    each()
+    return counts
+
+
+def check_many(name: str, template, n: int) -> None:
+    """The property on `n` pairs, of which half and each of their features have to be kept."""
+    counts = run(name, template, n)
+    expected = {"several turns", "white space at an edge", "nothing", "markers", "no ASCII"}
+    expected |= {"call"} if ROWS[name].tools and ROWS[name].tools.call else set()
+    expected |= {"thought"} if name in THOUGHTS else set()
+    assert counts["kept"] >= n // 2, counts
+    assert {feature for feature in expected if counts[feature] < n // 20} == set(), counts
