@@ -38,7 +38,7 @@ from mdpo.forward.modes import base_model
 from mdpo.forward.pair_logps import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.functions import nll_loss
-from mdpo.loss.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
+from mdpo.loss.metrics import deduplicate, mean_over_steps, of_all_ranks, pair_table, summarize
 from mdpo.loss.pair_tables import PairTables
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
 from mdpo.loss.turn_metrics import turn_rewards
@@ -62,7 +62,7 @@ class DPOTrainer(ResumableTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) over the tokens that the policy itself produced.
 
     Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data/rows.py`) or already
-    tokenised by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can mend.
+    tokenized by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can mend.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss is a mean over pairs; Trainer divides by the accumulation steps
@@ -214,7 +214,7 @@ class DPOTrainer(ResumableTrainer):
         return PairCollator(pad_token_id, args.pad_to_multiple_of)
 
     def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
-        """Both sets tokenised; several evaluation sets stay a dict."""
+        """Both sets tokenized; several evaluation sets stay a dict."""
         train = self._prepare_dataset(train, tokenizer, args, "train")
         if isinstance(evaluation, dict):
             evaluation = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in evaluation.items()}
@@ -414,7 +414,7 @@ class DPOTrainer(ResumableTrainer):
         return loss, logits, padded.input_ids
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """On the given sets, raw or tokenised, or on the trainer's own."""
+        """On the given sets, raw or tokenized, or on the trainer's own."""
         if isinstance(eval_dataset, Dataset | IterableDataset):  # of a dict each set comes by here
             name = metric_key_prefix
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, name)
@@ -431,8 +431,8 @@ class DPOTrainer(ResumableTrainer):
         ############## MODIFICATION 13: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
         tables, tokens = of_all_ranks([self.tables.take_eval()], self.tables.tokens, self.args.device)
-        table = evaluated_once([table for [table] in tables])
-        metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
+        table = deduplicate([table for [table] in tables])
+        metrics = {**self._shown(summarize(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
         ############## MODIFICATION 13 END
         metrics["num_tokens"] = tokens
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})

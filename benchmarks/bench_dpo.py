@@ -5,8 +5,8 @@ python benchmarks/bench_dpo.py --only "agent pairs" --steps 3
 python benchmarks/bench_dpo.py --grow                           # the cost as work grows, ours alone
 
 Both sides hold their own model in their own process and train on the same rows in the same order; a step of the one
-follows a step of the other, so that each ratio compares two neighbours in time. A step is a whole one: data, forward,
-backward, clipping, optimiser, logging. TRL runs with its best settings for these workloads: reference log-probs
+follows a step of the other, so that each ratio compares two neighbors in time. A step is a whole one: data, forward,
+backward, clipping, optimizer, logging. TRL runs with its best settings for these workloads: reference log-probs
 precomputed, scaled-dot-product attention, no gradient checkpointing, fused AdamW.
 """
 

@@ -85,14 +85,16 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     saved = load_file(args.adapter / "adapter_model.safetensors")
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)
-        quantised, options = hasattr(settings, "quantization_config"), {"revision": revision, "dtype": torch.float32}
-        base = None if quantised else AutoModelForCausalLM.from_pretrained(name, **options)
+        quantized, options = hasattr(settings, "quantization_config"), {"revision": revision, "dtype": torch.float32}
+        base = None if quantized else AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base model {name!r} cannot be had: {first_line(error)}. Give its folder: --base.") from error
-    if quantised:
-        raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.", "base")
+        raise UserError(
+            f"base model {name!r} cannot be loaded: {first_line(error)}. Give its folder: --base."
+        ) from error
+    if quantized:
+        raise UserError(f"{name} is quantized: nothing merges into it. Give the model it was made of: --base.", "base")
     dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
-    if bits := quantised_bits(args.adapter):
+    if bits := quantized_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
         say(f"The run held {name} in {bits} bits. The adapter is merged into its whole weights, in {dtype}.")
     unfit = f"{adapter} does not fit {name}"
@@ -106,7 +108,7 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     return model, fast_tokenizer(adapter if (args.adapter / "tokenizer_config.json").is_file() else name), dtype
 
 
-def quantised_bits(adapter: Path) -> int | None:
+def quantized_bits(adapter: Path) -> int | None:
     """Those of the base in the run, by the recipe beside the adapter or, for a checkpoint, above it."""
     paths = [path for path in (adapter / RESOLVED, adapter.resolve().parent / RESOLVED) if path.is_file()]
     recipe = {setting.key: setting.value for setting in read_yaml(paths[0])} if paths else {}

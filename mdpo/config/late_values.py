@@ -67,7 +67,7 @@ def _refuse_best_model(args: Any) -> None:
         raise UserError(f"{key} needs evaluations; set eval_strategy.")
     if args.deepspeed_plugin is not None and args.save_only_model and args.load_best_model_at_end:
         raise UserError(
-            "save_only_model: under DeepSpeed load_best_model_at_end needs whole checkpoints. Leave it out."
+            "save_only_model: under DeepSpeed load_best_model_at_end needs complete checkpoints. Leave it out."
         )
 
 

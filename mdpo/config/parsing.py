@@ -136,7 +136,7 @@ def todays_keys(settings: Iterable[Setting], notes: list[str]) -> dict[str, Sett
     """Settings by today's key; what became of older keys is appended to `notes`. Raises UserError for unknown ones."""
     result: dict[str, Setting] = {}
     for setting in settings:
-        today = setting if setting.key in FIELDS else _modernise(setting, notes)
+        today = setting if setting.key in FIELDS else _modernize(setting, notes)
         if today is None:
             continue
         if today.key in result:
@@ -145,7 +145,7 @@ def todays_keys(settings: Iterable[Setting], notes: list[str]) -> dict[str, Sett
     return result
 
 
-def _modernise(setting: Setting, notes: list[str]) -> Setting | None:
+def _modernize(setting: Setting, notes: list[str]) -> Setting | None:
     """The setting under today's key, or None where it asks for nothing. Raises UserError with the table's advice."""
     retired, origin, value = RETIRED_KEYS.get(setting.key), setting.origin, setting.value
     if retired is None:

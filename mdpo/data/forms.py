@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mdpo.data.columns import Row, role_of, structured, unwrapped
-from mdpo.data.messages import normalise_messages, same_message
+from mdpo.data.messages import normalize_messages, same_message
 from mdpo.data.questions import QUESTIONS, begins, history, messages_in, question, text_in
 from mdpo.data.sides import SIDE_FORMS, TRL, sides_form
 from mdpo.data.tool_calls import read_tools
@@ -159,10 +159,10 @@ def _opens_with_user(side: Any) -> bool:
 
 def _ask_themselves(sides: tuple, base: list[Message]) -> bool:
     """Whether conversations that open with the assistant's greeting hold the question that stands beside them."""
-    asked = [m for m in normalise_messages(base) if m["role"] == "user"]
+    asked = [m for m in normalize_messages(base) if m["role"] == "user"]
     if not asked or not all(isinstance(side, list) for side in sides):
         return False
-    both = [[m for m in normalise_messages(side) if m["role"] == "user"] for side in sides]
+    both = [[m for m in normalize_messages(side) if m["role"] == "user"] for side in sides]
     return all(said and same_message(said[0], asked[0]) for said in both)
 
 

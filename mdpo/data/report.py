@@ -48,7 +48,7 @@ class DataReport:
             which = "longer" if accuracy > 0.5 else "shorter"
             found.append(
                 f"the side that the policy wrote more on wins in {accuracy:.0%} of the pairs: preferring the {which} "
-                "side is a shortcut. Balance lengths, or use a length-normalised loss or length_penalty."
+                "side is a shortcut. Balance lengths, or use a length-normalized loss or length_penalty."
             )
         return found
 
@@ -145,7 +145,7 @@ def _sentences(found: dict[str, Any], costs: dict[int, int]) -> str:
 
 
 def describe(rows: Dataset) -> dict[str, Any]:
-    """Of a tokenised set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
+    """Of a tokenized set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
     the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
     `longer_wins`, the accuracy of preferring the longer side, ties counting one half."""
     found = {what: np.zeros((len(rows), 2), np.int64) for what in ("turns", "tokens", "supervised")}

@@ -1,4 +1,4 @@
-"""A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
+"""A set of rows → a set of tokenized pairs, every dropped row counted under its reason."""
 
 import json
 from dataclasses import astuple, replace
@@ -68,13 +68,13 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     try:
         pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
-        tokenised = vars(tokenize_pair(pair, template, settings))
+        tokenized = vars(tokenize_pair(pair, template, settings))
         out |= {
-            **tokenised,
-            "remarks": list(dict.fromkeys([*pair.remarks, *tokenised["remarks"]])),
+            **tokenized,
+            "remarks": list(dict.fromkeys([*pair.remarks, *tokenized["remarks"]])),
             "margin": pair.margin,
             "prompt_key": _digest(_question_of(pair)),
-            "digest": _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
+            "digest": _digest([tokenized[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
             "special_in_context": special_tokens_in_context(pair, template),
         }
     except DropPair as e:
@@ -119,7 +119,7 @@ def tokenize_dataset(
         features=FEATURES,
         num_proc=num_proc if len(rows) > 1000 else None,
         new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), VERSION)),
-        desc=f"Tokenising {name}",
+        desc=f"Tokenizing {name}",
     )
     counts = DropCounts(name)
     light = done.select_columns([*COUNTED, "longest"])
@@ -151,8 +151,8 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
         return not reason
 
     options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
-    tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
-    return tokenised.filter(keep).remove_columns(NOT_TRAINED_ON), counts
+    tokenized = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
+    return tokenized.filter(keep).remove_columns(NOT_TRAINED_ON), counts
 
 
 def side_lengths(rows: Dataset) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""B tokenised pairs → one batch for the model: packed in one row, each shared prefix once, or padded, its slow twin.
+"""B tokenized pairs → one batch for the model: packed in one row, each shared prefix once, or padded, its slow twin.
 
 In both, every position to be scored stands in a list, and the lists of both layouts name the same tokens in one order.
 """
@@ -18,7 +18,7 @@ REFERENCE = {side: f"reference_{side}_logps" for side in SIDES}  # columns of lo
 
 @dataclass
 class PairCollator:
-    """Rows of a tokenised set → a padded PairBatch.
+    """Rows of a tokenized set → a padded PairBatch.
 
     Example: chosen [7, 8, 9] with mask [0, 0, 1], rejected [7, 8] with mask [0, 1], T = 3:
     logp_position [1, 3], label [9, 8], pair [0, 0], side [0, 1].
@@ -45,7 +45,7 @@ class PairCollator:
 
 @dataclass
 class PackedCollator:
-    """Rows of a tokenised set → a packed PairBatch: one row of N tokens without padding, for each pair its shared
+    """Rows of a tokenized set → a packed PairBatch: one row of N tokens without padding, for each pair its shared
     prefix, the rest of chosen, the rest of rejected. Positions of both rests go on where the prefix ends, which is at
     the latest before a side's last token. Supervised tokens of the prefix are scored once.
 

@@ -42,9 +42,9 @@ def policy_weights(scores: TokenScores, batch: PairBatch) -> torch.Tensor:
     """WPO's weight of each pair, (B,), without gradient (arXiv 2406.11827, eq. 2): how likely the policy would have
     written both sides itself, exp of the mean over tokens of log p(token) − log Σ_v p_v², chosen's times rejected's."""
     n_pairs, place = batch.n_pairs, batch.sequence_of_token
-    if scores.log_collision is None:
-        raise ValueError("policy_weights: scores without log_collision")
-    aligned = (scores.logps.double() - scores.log_collision.double()).detach() * counted(batch)
+    if scores.log_sum_p_squared is None:
+        raise ValueError("policy_weights: scores without log_sum_p_squared")
+    aligned = (scores.logps.double() - scores.log_sum_p_squared.double()).detach() * counted(batch)
     sums = aligned.new_zeros(2 * n_pairs).index_add(0, place, aligned)
     tokens = _per_sequence(counted(batch), place, n_pairs)
     return (sums.view(2, n_pairs) / tokens.clamp(min=1)).sum(0).exp()

@@ -30,14 +30,14 @@ GPU_CHUNK_BYTES = 1 << 29
 class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate know how to pass on
     """For S scored tokens, float32 (S,): `logps` in nats, with gradient; and without gradient `entropy` of the
     predicted distribution (nats), `mean_logit` over the vocabulary, `top1` (1 where the token is the likeliest), and
-    where asked for `log_collision`, log Σ_v p_v² (nats). `aux_loss`, where asked for: a mixture of experts'
+    where asked for `log_sum_p_squared`, log Σ_v p_v² (nats). `aux_loss`, where asked for: a mixture of experts'
     load-balancing loss, a scalar with gradient."""
 
     logps: torch.Tensor
     entropy: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     top1: torch.Tensor | None = None
-    log_collision: torch.Tensor | None = None
+    log_sum_p_squared: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
 
 
@@ -50,8 +50,8 @@ def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> t
 class ChunkedLogProbs(torch.autograd.Function):
     """`full_log_probs` without the logits in memory: chunks of tokens, float32 log-softmax, recomputed in backward.
 
-    Returns (logps, entropy, mean_logit, top1, log_collision), each float32 (S,), the last one None unless `collision`;
-    only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over chunks in
+    Returns (logps, entropy, mean_logit, top1, log_sum_p_squared), each float32 (S,), the last one None unless
+    `collision`; only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over chunks in
     float32. `fused` compiles what is done to each chunk's logits.
     """
 
@@ -105,7 +105,7 @@ def enable_scoring(model, fused: bool = False) -> ScoringHead:
     model before any PEFT wrapping, or its `get_base_model()`; errors are those of `ScoringHead.install`.
 
     `score_length` is T, the tokens of a row: what stands before the last T hidden states comes from prompt-learning
-    PEFT. `score_collision` asks for log_collision, `output_router_logits` for aux_loss. `fused` as in
+    PEFT. `score_collision` asks for log_sum_p_squared, `output_router_logits` for aux_loss. `fused` as in
     ChunkedLogProbs."""
     scoring = ScoringHead.of(model)
     if scoring is None:

@@ -19,8 +19,8 @@ AGREES = 3e-2  # of the norm, with float32: a half-precision kernel rounds its s
 
 @cache
 def flash_attn() -> tuple[Callable | None, str | None]:
-    """flash-attn's varlen function, imported once; or None, and why it cannot be had. A build for another torch fails
-    when it is imported, and flash-attn 4 has a package of this name without that function."""
+    """flash-attn's varlen function, imported once; or None, and why it cannot be loaded. A build for another torch
+    fails when it is imported, and flash-attn 4 has a package of this name without that function."""
     if util.find_spec("flash_attn") is None:
         return None, "flash-attn is not installed"
     try:

@@ -39,7 +39,7 @@ def turn_rewards(
     return both.permute(1, 2, 0).reshape(pairs, OF_A_TURN * turns)
 
 
-def joined(tables: list[torch.Tensor]) -> torch.Tensor:
+def pad_and_cat(tables: list[torch.Tensor]) -> torch.Tensor:
     """Tables of pairs one below the other; those of fewer turns get zeros at their right."""
     width = max(table.size(1) for table in tables)
     return torch.cat([torch.nn.functional.pad(table, (0, width - table.size(1))) for table in tables])

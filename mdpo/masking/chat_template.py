@@ -15,7 +15,7 @@ from mdpo.console import first_line
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.dates import rendered_on_day, with_day
 from mdpo.masking.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
-from mdpo.masking.sentinels import NOT_DERIVABLE, Marker, Marks, fresh_nonces, numbered
+from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, SentinelInserter, fresh_nonces, numbered
 from mdpo.masking.stops import THINK_OPENER, any_of, probe_header, probe_stop
 from mdpo.types import Message, common_prefix
 
@@ -112,11 +112,11 @@ class ChatTemplate:
                 raise DropPair(f"{NOT_DERIVABLE}: where {numbered(span.message)} begins and ends")
         return Rendered(text, spans, marks.contents(), list(dict.fromkeys(remarks)))
 
-    def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], Marker, Marks]:
+    def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], SentinelInserter, Marks]:
         """Messages with sentinels, and the marked text: without its sentinels it has to be the template's own text."""
         nonce, marks = next(fresh_nonces(text)), None
         for inside in (False, True):
-            marker = Marker(nonce, inside)
+            marker = SentinelInserter(nonce, inside)
             marked = [marker.message(m, i) for i, m in enumerate(messages)]
             try:
                 marks = Marks(self.render(marked, tools, **kwargs), marker)
@@ -126,7 +126,9 @@ class ChatTemplate:
                 return marked, marker, marks
         raise DropPair(f"{NOT_DERIVABLE}: the template rewrites {marks.owner(text) if marks else 'marked text'}")
 
-    def _start(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs, remarks) -> int:
+    def _start(
+        self, marks: Marks, marker: SentinelInserter, marked: list[Message], i: int, tools, kwargs, remarks
+    ) -> int:
         """Where the policy begins to sample message `i`: after the generation prompt for the messages before it.
 
         Example (Qwen3, last turn): the text goes on with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
@@ -179,7 +181,9 @@ class ChatTemplate:
         prompts = (Marks(text, marker) for text in texts)
         return [p.plain[p.unmarked(p.end_before(i)) :] for p in prompts]
 
-    def _end(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs) -> tuple[int, str]:
+    def _end(
+        self, marks: Marks, marker: SentinelInserter, marked: list[Message], i: int, tools, kwargs
+    ) -> tuple[int, str]:
         """Where message `i` ends: behind the first end-of-turn token after its last content. Between that content and
         the next message's content stands nothing but the template's own text.
 

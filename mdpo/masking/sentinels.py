@@ -18,7 +18,7 @@ def numbered(i: int) -> str:
 
 
 @dataclass
-class Slot:
+class ContentSpan:
     """One piece of content: message `owner`'s characters `before` + A … B + `after`, A and B being sentinels. White
     space around it stays outside, so that a template which strips content does to the marked text what it does to the
     plain one. `what` is its name in reasons."""
@@ -30,13 +30,13 @@ class Slot:
 
 
 @dataclass
-class Marker:
+class SentinelInserter:
     """Puts sentinels into messages. With `inside`, those of user and tool messages stand a little inside the content:
     Qwen3, for one, looks whether a user message begins with <tool_response>."""
 
     nonce: str
     inside: bool = False
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[ContentSpan] = field(default_factory=list)
 
     def message(self, message: Message, i: int) -> Message:
         """The message with sentinels around its content (behind the reasoning that it may begin with) and around each
@@ -69,7 +69,7 @@ class Marker:
         core = value.strip()
         lead, tail = value[: value.index(core)], value[value.index(core) + len(core) :]
         edge = min(EDGE, len(core) // 2) if inside else 0
-        slot = Slot(i, core[:edge], core[len(core) - edge :], what)
+        slot = ContentSpan(i, core[:edge], core[len(core) - edge :], what)
         s, core = len(self.slots), core[edge : len(core) - edge]
         self.slots.append(slot)
         return f"{lead}{slot.before}{self.nonce}{s}a{core}{self.nonce}{s}b{slot.after}{tail}"
@@ -83,7 +83,7 @@ def fresh_nonces(text: str) -> Iterator[str]:
 class Marks:
     """Where sentinels stand in a marked text. A template may repeat a tool's name later on: first places count."""
 
-    def __init__(self, text: str, marker: Marker):
+    def __init__(self, text: str, marker: SentinelInserter):
         self.text, self.slots = text, marker.slots
         pattern = re.compile(rf"{marker.nonce}(\d+)([ab])")
         self._sentinels = [(m.start(), m.end(), int(m[1])) for m in pattern.finditer(text)]

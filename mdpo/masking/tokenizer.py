@@ -26,7 +26,7 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
             f"\nWhere the hub cannot be reached, download it elsewhere and set {key} to the local folder; "
             "for a gated model, log in with `hf auth login`."
         )  # fmt: skip
-        raise UserError(f"loading model {name!r}: it cannot be had: {first_line(e, innermost=False)}{advice}") from e
+        raise UserError(f"loading model {name!r}: it cannot be loaded: {first_line(e, innermost=False)}{advice}") from e
     if data.chat_template:
         tokenizer.chat_template = read_template(Path(data.chat_template))
     elif (template := _without_mark(tokenizer.chat_template)) != tokenizer.chat_template:
@@ -96,7 +96,7 @@ def check_model(tokenizer, model, args):
             return None  # an adapter's folder, a GGUF file
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **place)
     except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"model_name_or_path: {name!r} cannot be had: {first_line(e, innermost=False)}") from e
+        raise UserError(f"model_name_or_path: {name!r} cannot be loaded: {first_line(e, innermost=False)}") from e
     refuse_small_vocabulary(tokenizer, config)
     if reference := args.ref_model_name_or_path:
         try:
@@ -105,7 +105,7 @@ def check_model(tokenizer, model, args):
             )
         except (OSError, ValueError, ImportError) as e:
             raise UserError(
-                f"ref_model_name_or_path: {reference!r} cannot be had: {first_line(e, innermost=False)}"
+                f"ref_model_name_or_path: {reference!r} cannot be loaded: {first_line(e, innermost=False)}"
             ) from e
         refuse_small_vocabulary(tokenizer, of_reference, "ref_model_name_or_path: ")
     refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())

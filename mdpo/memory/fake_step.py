@@ -24,7 +24,7 @@ from mdpo.forward.packed_attention import Segments
 from mdpo.memory.fake_tensors import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 
 
-class Skeleton:
+class FakeModel:
     """A model without data, as a recipe trains it.
 
     `make` returns it in the dtype that it is loaded in, `make_reference` the reference where a step has a model of its
@@ -72,9 +72,9 @@ class Skeleton:
         return base_model(self.policy)
 
     def training(self, pairs: int, length: int, held: bool, again: bool) -> dict[str, int]:
-        """PARTS (bytes) at the peak of a forward and a backward pass. `held`: gradients stay until the optimiser's
+        """PARTS (bytes) at the peak of a forward and a backward pass. `held`: gradients stay until the optimizer's
         step, else they leave as soon as they are there (DeepSpeed reduces them). `again`: earlier micro-batches have
-        left theirs. The reference, where it is not computed ahead, scores the batch between the two passes."""
+        left theirs. The reference, where it is not precomputed, scores the batch between the two passes."""
         self.policy.train()
         with self._counting() as found, contextlib.ExitStack() as hooks:
             for weight in (p for p in self.policy.parameters() if p.requires_grad):

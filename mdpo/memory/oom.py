@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass
-class Seen:
+class MemorySnapshot:
     """Memory of this process as it is now, in bytes. `limit` is what it may have: the GPU's, or the smallest of the
     process's, its cgroup's and the machine's. `reserved`: what PyTorch holds of a GPU, in use or not."""
 
@@ -58,7 +58,7 @@ class Seen:
     reserved: int | None = None
 
     @classmethod
-    def now(cls, device: torch.device | str = "cpu") -> "Seen":
+    def now(cls, device: torch.device | str = "cpu") -> "MemorySnapshot":
         device = torch.device(device)
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
@@ -125,7 +125,7 @@ def _before(args) -> Sharding:
 
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:
     """`report` with memory as it is now, and as planned where it can be."""
-    seen = Seen.now(device)
+    seen = MemorySnapshot.now(device)
     traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and a plan needs some room
     try:
         plan = plan_memory(recipe, sharding)
@@ -193,7 +193,7 @@ def next_changes(recipe, sharding: Sharding, plan: MemoryPlan | None, gb: float,
     if args.max_length and (length := _shorter(args.max_length, plan, gb)):
         found.append(f"--max_length={length}: longer pairs are dropped, and counted.")
     if sharded and not (sharding.offload_optimizer and sharding.offload_param):
-        found.append(f"{command.format(OFFLOAD)}: optimiser and weights wait in CPU memory, which is slow.")
+        found.append(f"{command.format(OFFLOAD)}: optimizer and weights wait in CPU memory, which is slow.")
     return found or ["LoRA (--use_peft=true), a smaller model, or more memory: nothing cheaper is left."]
 
 

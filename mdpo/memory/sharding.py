@@ -86,7 +86,7 @@ class Sharding:
         words += [f"on {self.machines} machines"] if self.machines > 1 else []
         sharded = STAGES[self.stage] if self.processes > 1 or self.stage else ""
         away = " and ".join(
-            w for w, on in (("optimiser", self.offload_optimizer), ("weights", self.offload_param)) if on
+            w for w, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_param)) if on
         )
         return ", ".join(
             [" ".join(words), *([sharded] if sharded else []), *([f"{away} in CPU memory"] if away else [])]

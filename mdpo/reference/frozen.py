@@ -179,6 +179,6 @@ class Reference:
             try:
                 return named_digest(name, revision, self._folder, subfolder)
             except OSError as error:
-                raise UserError(f"reference {name!r} cannot be had: {first_line(error)}") from error
+                raise UserError(f"reference {name!r} cannot be loaded: {first_line(error)}") from error
 
         return agreed(read)

@@ -11,7 +11,7 @@ from mdpo.errors import UserError
 
 
 def load_model(name_or_path: str, **kwargs):
-    """A causal language model for training or as reference. Raises UserError where it cannot be had, or not whole."""
+    """A causal language model for training or as reference. Raises UserError where it cannot be loaded whole."""
     refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
     what = f"model {name_or_path!r} cannot be loaded"
     try:

@@ -1,7 +1,7 @@
 """The reference's log-probs, computed before training and kept on disk: one float32 number for each supervised token,
 found again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
 
-A folder of shards per reference, written whole or not at all, by several ranks side by side; a killed pass goes on
+A folder of shards per reference, written whole or not at all, by several ranks side by side; a killed pass resumes
 where its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
 """
 

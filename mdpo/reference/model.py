@@ -209,8 +209,8 @@ def load_moved(reference, accelerator, folder: str) -> None:
     files = sorted(Path(folder, MOVED).glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"resume_from_checkpoint: {folder} does not hold the reference that sync_ref_model had moved. Go on from a "
-            "checkpoint of a run with sync_ref_model, or start afresh."
+            f"resume_from_checkpoint: {folder} does not hold the reference that sync_ref_model had moved. Resume from "
+            "a checkpoint of a run with sync_ref_model, or start afresh."
         )
     saved = {name: weight for file in files for name, weight in load_file(file).items()}
     missing = []

@@ -16,7 +16,7 @@ from mdpo.reporting.log_history import ADVICE, before_and_after, chosen_logps, l
 from mdpo.reporting.plots import write_plots
 from mdpo.reporting.progress import StepTimer, clock
 from mdpo.reporting.run_report import RESOLVED, SHOWN, speed_line
-from mdpo.reporting.token_view import CONTEXT, END, SHARED, SUPERVISED, VISIBLE, two_pairs
+from mdpo.reporting.token_view import CONTEXT, END, SHARED, SUPERVISED, VISIBLE, sample_pairs
 from mdpo.reporting.turn_tables import turn_tables
 from mdpo.storage import replace_text
 from mdpo.types import SIDES
@@ -80,7 +80,7 @@ class RunPage(TrainerCallback):
         if place:
             rows.append(("commit", place["commit"] + (", with changes that are not in it" if place["changed"] else "")))
         rows += [(k, ", ".join(v) or "none" if k == "gpus" else v) for k, v in machine.items()]
-        pairs = [shown_pair(pair) for pair in two_pairs(self.train_dataset, self.tokenizer)]
+        pairs = [shown_pair(pair) for pair in sample_pairs(self.train_dataset, self.tokenizer)]
         return {"data": self.data, "pairs": pairs, "machine": rows, "beta": args.beta}
 
     def _now(self, args, state, report: dict[str, Any] | None) -> dict[str, Any]:

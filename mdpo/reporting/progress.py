@@ -24,7 +24,7 @@ def peak_memory_gb(device) -> float:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds between the begin and the end of optimiser steps: training alone, no evaluation, no saving. Adds
+    """Seconds between the begin and the end of optimizer steps: training alone, no evaluation, no saving. Adds
     tokens_per_second (of all processes, since the last log) and peak_memory_gb (of this one) to training's logs."""
 
     def __init__(self):

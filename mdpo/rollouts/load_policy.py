@@ -28,7 +28,7 @@ def adapter_config(checkpoint: str) -> PeftConfig | None:
     try:
         return PeftConfig.from_pretrained(checkpoint) if find_adapter_config_file(checkpoint) else None
     except (OSError, ValueError) as error:
-        raise UserError(f"CHECKPOINT: {checkpoint} cannot be had: {error}") from error
+        raise UserError(f"CHECKPOINT: {checkpoint} cannot be loaded: {error}") from error
 
 
 def starting_policy(model, args, quantization_config=None):

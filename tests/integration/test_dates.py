@@ -1,4 +1,4 @@
-"""Templates that write the day: a run that goes on tomorrow keeps that of its first start, and all say it."""
+"""Templates that write the day: a resumed run tomorrow keeps that of its first start, and all say it."""
 
 import json
 import shutil

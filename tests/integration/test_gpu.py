@@ -95,7 +95,7 @@ def test_float32_sums_of_half_precision_products(dtype):
 
 
 def test_nothing_learnt_is_ln_2_in_bfloat16(tmp_path):
-    """Reference and policy are one model: in the step, and computed ahead."""
+    """Reference and policy are one model: in the step, and precomputed."""
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     for ahead in (False, True):
         models = lambda: (tiny_llama(tokenizer, 0), tiny_llama(tokenizer, 0))  # noqa: E731
@@ -108,7 +108,7 @@ def test_nothing_learnt_is_ln_2_in_bfloat16(tmp_path):
 
 
 def test_scoring_does_not_wait_for_the_gpu():
-    """torch's own watch over synchronisation, without the head's backward, which asks once where gradients are 0."""
+    """torch's own watch over synchronization, without the head's backward, which asks once where gradients are 0."""
     model = tiny("Llama").to(GPU, torch.bfloat16)
     batch = PackedCollator()(AWKWARD["seven"]).to(GPU)
     score_tokens(model, batch)  # kernels are probed

@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite(value, bf16, clip, tokenizer, tmp_path, capsy
     trainer.train()
     assert weights.moved() == [True, True, False, True, True, True]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    assert "warning: step 3: the loss of row pair-4 is not finite; it is not applied." in capsys.readouterr().out
+    assert "warning: step 3: the loss of row pair-4 is not finite; the step is skipped." in capsys.readouterr().out
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [math.isfinite(log["loss"]) for log in logs] == [True, True, False, True, True, True]
     assert [log.get("nonfinite_steps") for log in logs] == [None, None, 1, 1, 1, 1]
@@ -95,7 +95,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint(tokenizer, 
 
 
 def test_without_the_guard_the_weights_are_lost(tokenizer, tmp_path):
-    """The wrong twin: Trainer's own behaviour, which a plain DPOConfig keeps."""
+    """The wrong twin: Trainer's own behavior, which a plain DPOConfig keeps."""
     trainer, weights = trainer_of(tmp_path, tokenizer, {4: math.nan})
     trainer.args.max_nonfinite_steps = None
     trainer.train()

@@ -118,7 +118,7 @@ def test_precomputed_reference_under_zero(stage, workshop, extensions, one_proce
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
-    """The reference moves after every step, whole or partitioned; a run that goes on from a checkpoint has it back."""
+    """The reference moves after every step, whole or partitioned; a resumed run from a checkpoint has it back."""
     move = ["--sync_ref_model", "--ref_model_sync_steps=1", "--ref_model_mixup_alpha=0.3", "--save_strategy=steps"]
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     code, text = launch("cpu", workshop, extensions, one, *move, "--save_steps=2", "--per_device_train_batch_size=4")
@@ -179,7 +179,7 @@ def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, t
     compare(out, one_process, workshop)
     assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
     states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
-    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimiser
+    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimizer
     if ahead == "true":
         shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
         assert shards == {"0", "1"}
@@ -201,7 +201,7 @@ def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp
         code, output, calls = end(cluster, job, log)
         requeued = [call for call in calls if call.startswith("scontrol")]
         assert (code, requeued) == (int(not begun), [f"scontrol requeue {own['SLURM_JOB_ID']}"]), output[-4000:]
-    assert "going on from" in output
+    assert "resuming from" in output
     assert [log["step"] for log in losses(tmp_path / "my out")] == list(range(1, 41))
 
 
@@ -210,7 +210,7 @@ def test_offload_equals_one_process(workshop, extensions, one_process, tmp_path)
     flags, config = ["--per_device_train_batch_size=2"], on_two_cpus("zero3_offload_for_dpo", tmp_path)
     code, text = launch(config, workshop, extensions, tmp_path / "out", *flags)
     assert code == 0, text[-4000:]
-    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimiser states are offloaded
+    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimizer states are offloaded
     compare(tmp_path / "out", one_process, workshop)
 
 

@@ -24,7 +24,7 @@ COMMON = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
 ADAPTERS = {
     "LoRA": (False, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
     "DoRA": (False, {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
-    "rank-stabilised": (False, {"target_modules": "all-linear", "use_rslora": True}),
+    "rank-stabilized": (False, {"target_modules": "all-linear", "use_rslora": True}),
     "head saved whole": (False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tied": (True, {"target_modules": ["q_proj", "v_proj"]}),
     "tied, head saved whole": (True, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
@@ -211,7 +211,7 @@ def test_other_adapters_are_merged_where_peft_can(tmp_path):
     nothing_written(tmp_path, [tmp_path / "prompt"], "adapter", "PROMPT_TUNING")
 
 
-def test_a_quantised_base_is_said_or_refused(trained, tmp_path, capsys):
+def test_a_quantized_base_is_said_or_refused(trained, tmp_path, capsys):
     """The recipe beside the adapter tells of a run in 4 bits; nothing can be merged into a base saved in 4 bits."""
     base, adapter = trained
     held = copy_of(adapter, tmp_path / "run")

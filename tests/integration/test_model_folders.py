@@ -247,7 +247,7 @@ def test_policy_and_reference_of_a_merged_object_begin_as_it_is(base, tmp_path):
 
 @pytest.mark.parametrize("prompts", [False, True])
 def test_a_copied_reference_of_a_new_adapter_is_the_model_beneath(prompts, base, tmp_path):
-    """As under DeepSpeed, where log-probs that are computed ahead need a model of their own."""
+    """As under DeepSpeed, where log-probs that are precomputed need a model of their own."""
     merged = adapter("sft", base).merge_and_unload().requires_grad_(True)
     ids = torch.arange(5, 50)[None]
     with torch.no_grad():

@@ -165,14 +165,14 @@ def test_in_the_trainer(name, tmp_path, tokenizer):
 
 
 def test_length_penalty_in_the_trainer(tmp_path, tokenizer):
-    plain, penalised = (mdpo_trainer(tmp_path, tokenizer, beta=0.01, length_penalty=a) for a in (0.0, 0.05))
+    plain, penalized = (mdpo_trainer(tmp_path, tokenizer, beta=0.01, length_penalty=a) for a in (0.0, 0.05))
     batch = next(iter(plain.get_train_dataloader()))
     _, policy = plain.compute_loss(plain.model, batch, return_outputs=True)
     table = plain.tables.eval[-1] if plain.tables.eval else plain.tables.train[-1]
     lengths = (policy.chosen_tokens - policy.rejected_tokens).tolist()
     assert any(lengths)
     wanted = [-log_sigmoid(x + 0.05 * n) for x, n in zip((table[:, 2] - table[:, 3]).tolist(), lengths, strict=True)]
-    got = penalised.compute_loss(penalised.model, batch).item()
+    got = penalized.compute_loss(penalized.model, batch).item()
     assert got == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
 
 

@@ -14,7 +14,7 @@ from plans import BF16, CONFIGS, LORA, TINY, recipe_for
 from repository import ROOT
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig
 
-from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMISER, STEP
+from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMIZER, STEP
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
 
@@ -45,7 +45,7 @@ def weights_of(config) -> tuple[int, int]:
 
 
 def states(parts) -> float:
-    return sum(parts.get(name, 0) for name in ("weights", "gradients", "optimiser states"))
+    return sum(parts.get(name, 0) for name in ("weights", "gradients", "optimizer states"))
 
 
 P, LARGEST = weights_of(WIDE)
@@ -57,7 +57,7 @@ def test_zero2_states(tmp_path, n):
     16-bit copy of the gradients before the float32 one, 20 P/N at that moment, and 14 P/N during backward."""
     plan = planned(tmp_path, Sharding(2, n, precision="bf16"), gradient_accumulation_steps=1)
     _, theirs = estimate_zero2_model_states_mem_needs(P, n, 1, cpu_offload=False)
-    assert states(plan.phases[OPTIMISER]) - theirs == pytest.approx(2 * P / n, abs=10)
+    assert states(plan.phases[OPTIMIZER]) - theirs == pytest.approx(2 * P / n, abs=10)
     assert states(plan.phases[STEP]) == pytest.approx(2 * P + 14 * P / n, abs=10)
     assert plan.phases[STEP]["communication"] == 2 * 3 * BUCKET  # two buckets, and the flat copy that is sent
     alone = planned(tmp_path, Sharding(2, n, precision="bf16", overlap=False), gradient_accumulation_steps=1)
@@ -93,13 +93,13 @@ def test_zero2_offload(tmp_path):
 @pytest.mark.parametrize("n", [2, 8])
 def test_zero3_states(tmp_path, n):
     """DeepSpeed says 18 P/N + 4 bytes for each weight of the largest layer. Its code holds 2 + 2 + 12 in backward, and
-    2 + 4 more for gradients of up to 1e9 weights at the optimiser's step. Whole layers stay until 1e9 weights are
+    2 + 4 more for gradients of up to 1e9 weights at the optimizer's step. Whole layers stay until 1e9 weights are
     there, so that 4 bytes a weight of one layer are too few."""
     plan = planned(tmp_path, Sharding(3, n, precision="bf16"), gradient_accumulation_steps=1)
     _, theirs, largest = estimate_zero3_model_states_mem_needs(P, LARGEST, n, 1, False, False)
     assert states(plan.phases[STEP]) == pytest.approx(16 * P / n, abs=10)
-    assert states(plan.phases[OPTIMISER]) == pytest.approx(16 * P / n + 6 * LIVE / n, abs=10)
-    assert states(plan.phases[STEP]) < theirs - largest < states(plan.phases[OPTIMISER])
+    assert states(plan.phases[OPTIMIZER]) == pytest.approx(16 * P / n + 6 * LIVE / n, abs=10)
+    assert states(plan.phases[STEP]) < theirs - largest < states(plan.phases[OPTIMIZER])
     assert plan.phases[STEP]["gathered weights"] == 2 * (LIVE + LARGEST) > largest
 
 
@@ -122,10 +122,10 @@ def test_without_deepspeed(tmp_path):
     the gradients."""
     small = TINY
     p, _ = weights_of(small)
-    mixed = planned(tmp_path, Sharding(), small, dtype="float32").phases[OPTIMISER]
-    assert (mixed["weights"], mixed["optimiser states"], mixed["gradients"]) == (4 * p, 8 * p, 4 * p)
-    two = planned(tmp_path, Sharding(0, 2), small, dtype="float32").phases[OPTIMISER]
-    assert (two["weights"], two["optimiser states"], two["communication"]) == (4 * p, 8 * p, 4 * p)
+    mixed = planned(tmp_path, Sharding(), small, dtype="float32").phases[OPTIMIZER]
+    assert (mixed["weights"], mixed["optimizer states"], mixed["gradients"]) == (4 * p, 8 * p, 4 * p)
+    two = planned(tmp_path, Sharding(0, 2), small, dtype="float32").phases[OPTIMIZER]
+    assert (two["weights"], two["optimizer states"], two["communication"]) == (4 * p, 8 * p, 4 * p)
 
 
 @pytest.mark.parametrize("keys", [{}, {"dtype": "float16", "bf16": False, "fp16": True}], ids=["bfloat16", "float16"])

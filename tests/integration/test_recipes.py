@@ -120,7 +120,7 @@ def test_idle_keys_are_found(gpu, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_it_loads_here_and_every_option_can_be_honoured(path):
+def test_it_loads_here_and_every_option_can_be_honored(path):
     recipe = load_recipe([str(path)])
     assert check_options(recipe.training, get_peft_config(recipe.model), recipe.values) == []
     assert all("bfloat16" in note or "flash" in note for note in recipe.notes)

@@ -103,7 +103,7 @@ def test_shards_are_written_as_time_passes(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ keys and identities
 
 
-def tokenised(**changes):
+def tokenized(**changes):
     row = {"chosen_ids": [5, 6, 7], "chosen_mask": [0, 1, 1], "rejected_ids": [5, 8], "rejected_mask": [0, 1]}
     return Dataset.from_list([{**row, **changes}])
 
@@ -112,16 +112,16 @@ def test_keys_change_with_ids_masks_and_reference_alone():
     def row_keys(dataset, identity):
         return [key.tobytes() for key in reference_cache.row_keys(dataset, identity)]
 
-    [key] = row_keys(tokenised(), "a")
-    assert len(key) == 16 and row_keys(tokenised(), "a") == [key]
-    assert row_keys(tokenised(margin=2.0, chosen_weights=[1.0, 0.5, 1.0], key="x"), "a") == [key]
+    [key] = row_keys(tokenized(), "a")
+    assert len(key) == 16 and row_keys(tokenized(), "a") == [key]
+    assert row_keys(tokenized(margin=2.0, chosen_weights=[1.0, 0.5, 1.0], key="x"), "a") == [key]
     others = [
-        row_keys(tokenised(), "b"),
-        row_keys(tokenised(chosen_ids=[5, 6, 9]), "a"),
-        row_keys(tokenised(chosen_mask=[0, 0, 1]), "a"),
-        row_keys(tokenised(rejected_mask=[0, 0]), "a"),
+        row_keys(tokenized(), "b"),
+        row_keys(tokenized(chosen_ids=[5, 6, 9]), "a"),
+        row_keys(tokenized(chosen_mask=[0, 0, 1]), "a"),
+        row_keys(tokenized(rejected_mask=[0, 0]), "a"),
         row_keys(
-            tokenised(chosen_ids=[5, 6], chosen_mask=[0, 1], rejected_ids=[7, 5, 8], rejected_mask=[1, 0, 1]), "a"
+            tokenized(chosen_ids=[5, 6], chosen_mask=[0, 1], rejected_ids=[7, 5, 8], rejected_mask=[1, 0, 1]), "a"
         ),
     ]
     assert len({key, *(k for [k] in others)}) == 6

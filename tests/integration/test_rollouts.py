@@ -16,7 +16,7 @@ from mdpo.rollouts.loop import (
     OUTPUT_CHARACTERS,
     Question,
     Reply,
-    Rules,
+    RolloutConfig,
     Trajectory,
     code_of,
     output_block,
@@ -104,7 +104,7 @@ def expected(name: str, role: str) -> list[dict]:
 @pytest.mark.parametrize(("size", "role"), [(1, "user"), (4, "tool"), (100, "user")])
 def test_scripted_trajectories(size, role, sandbox):
     policy = Script({name: turns for name, (turns, *_) in SCRIPTED.items()})
-    rules = Rules(max_turns=4, batch_size=size, tool_role=role)
+    rules = RolloutConfig(max_turns=4, batch_size=size, tool_role=role)
     found = {t.key: t for t in roll_out([question(name) for name in SCRIPTED], policy, sandbox.run, rules)}
     assert set(found) == set(SCRIPTED) and max(policy.sizes) == min(size, len(SCRIPTED))
     for name, (turns, _, answer, correct, ended, code) in SCRIPTED.items():
@@ -119,14 +119,14 @@ def test_a_place_that_becomes_free_is_filled():
     policy = Script(turns)
     ran = []
     found = list(roll_out([question(k, "1") for k in turns], policy, lambda c: ran.append(c) or RunResult("", "ok", 0),
-                          Rules(batch_size=2)))  # fmt: skip
+                          RolloutConfig(batch_size=2)))  # fmt: skip
     assert policy.sizes == [2, 2, 2, 1] and ran == ["1\n"] * 3
     assert [t.key for t in found] == ["q0", "q1", "q2", "long"]
 
 
 def test_samples_have_a_number_each():
     found = list(roll_out([question("a"), question("b")], Script({"a": ["\\boxed{42}"], "b": ["?"]}), None,
-                          Rules(samples=3, batch_size=4)))  # fmt: skip
+                          RolloutConfig(samples=3, batch_size=4)))  # fmt: skip
     assert [(t.key, t.sample, t.correct) for t in found] == [
         ("a", 0, True), ("a", 1, True), ("a", 2, True), ("b", 0, False), ("b", 1, False), ("b", 2, False)
     ]  # fmt: skip
@@ -285,7 +285,7 @@ def test_rollouts_of_a_random_model(tiny, sandbox, tmp_path):
     model, tokenizer, template = tiny
     generate = Generator(model, tokenizer, template, max_new_tokens=16)
     questions = [Question(str(i), c, "12") for i, c in enumerate(CONVERSATIONS)]
-    found = save_all(roll_out(questions, generate, sandbox.run, Rules(max_turns=2)), tmp_path / "t.jsonl", 4)
+    found = save_all(roll_out(questions, generate, sandbox.run, RolloutConfig(max_turns=2)), tmp_path / "t.jsonl", 4)
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [t.key for t in found] and len(rows) == 4
     alone = [reply.text for reply in generate(CONVERSATIONS)]
@@ -319,7 +319,7 @@ def test_rollouts_of_the_quickstart_model(sandbox):
     questions = [Question(str(i), prompt, "291") for i, prompt in enumerate(prompts)]
     generate = Generator(model, tokenizer, ChatTemplate(tokenizer), max_new_tokens=20)
     four, one = (
-        {t.key: t for t in roll_out(questions, generate, sandbox.run, Rules(max_turns=2, batch_size=size))}
+        {t.key: t for t in roll_out(questions, generate, sandbox.run, RolloutConfig(max_turns=2, batch_size=size))}
         for size in (4, 1)
     )
     assert four == one and len(four) == 4

@@ -242,7 +242,7 @@ def test_incomplete_checkpoint_is_noticed(tmp_path, tokenizer):
         check_saved(tmp_path, model)
 
 
-# Options that no run could honour, and those that would do nothing: the options, the error's key, what it names.
+# Options that no run could honor, and those that would do nothing: the options, the error's key, what it names.
 REFUSED = [
     ({"loss_type": ["sigmod"]}, "loss_type", "'sigmod'"),
     ({"loss_type": ["sigmoid", "sigmoid"]}, "loss_type", "twice"),
@@ -274,7 +274,7 @@ WITHOUT_EFFECT = [
 
 
 @pytest.mark.parametrize(("options", "key", "detail"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
-def test_what_no_run_could_honour_is_refused(options, key, detail, tmp_path, tokenizer):
+def test_what_no_run_could_honor_is_refused(options, key, detail, tmp_path, tokenizer):
     with refused(key, detail):
         mdpo_trainer(tmp_path, tokenizer, **options)
 
@@ -331,7 +331,7 @@ def test_explicit_prompt_supervises_the_same_as_an_implicit_one(tmp_path, tokeni
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_reference_that_moves_is_part_of_the_checkpoint(steps, tmp_path, tokenizer):
-    """α = ½ after each second step. A run that goes on from step 2 ends with the same reference and the same policy."""
+    """α = ½ after each second step. A run resumed from step 2 ends with the same reference and the same policy."""
     options = {
         "sync_ref_model": True,
         "ref_model_sync_steps": 2,

@@ -9,8 +9,8 @@ from trl import DPOConfig
 from dpo_trainer import DPOTrainer
 from mdpo.forward.collators import PackedCollator, PairCollator, unpacked
 from mdpo.forward.pair_logps import sum_by_pair
-from mdpo.loss.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
-from mdpo.loss.turn_metrics import joined, turn_figures, turn_rewards
+from mdpo.loss.metrics import COLUMNS, deduplicate, mean_over_steps, summarize
+from mdpo.loss.turn_metrics import pad_and_cat, turn_figures, turn_rewards
 from mdpo.reporting.turn_tables import turn_tables
 
 # Chosen of pair 0 has turns of 2 and 1 tokens, its rejected side shares the first; pair 1 has three turns and one.
@@ -107,7 +107,7 @@ def test_ranks_with_other_numbers_of_turns_and_a_pair_twice():
     """Rank 1's last batch was filled up with pair 0, which counts once."""
     first = tables((0, 3, 1), (1, 0, 4), turns=[[3, 1, 5, 5], [0, 4, 5, 5]])
     second = tables((2, 2, 1), (0, 3, 1), turns=[[1, 1, 2, 2, 1, 0, 2, 2], [3, 1, 5, 5, 0, 0, 0, 0]])
-    figures = summarise(evaluated_once([first, second]))
+    figures = summarize(deduplicate([first, second]))
     assert figures["rewards/margins"] == pytest.approx((2 - 4 + 1) / 3)
     assert figures["margins/turn_1"] == pytest.approx((2 - 4 + 0) / 3) and figures["pairs/turn_1"] == 3
     assert figures["margins/turn_2"] == 1 and figures["pairs/turn_2"] == 1
@@ -116,7 +116,7 @@ def test_ranks_with_other_numbers_of_turns_and_a_pair_twice():
     steps = mean_over_steps([[first, second[:1]]])
     assert steps["margins/turn_1"] == pytest.approx((2 - 4 + 0) / 3)
     assert steps["rewards/margins"] == pytest.approx(((2 - 4) / 2 + 1) / 2)
-    assert joined([first, second]).shape == (4, len(COLUMNS) + 8)
+    assert pad_and_cat([first, second]).shape == (4, len(COLUMNS) + 8)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.data import files as files_module
 from mdpo.data.files import ROW, whole_row, without_nulls
-from mdpo.data.messages import normalise_messages
+from mdpo.data.messages import normalize_messages
 from mdpo.data.rows import COLUMNS, row_to_pair
 from mdpo.data.sources import hold_out, load_sets, mix
 from mdpo.data.tokenize import PlainText, tokenize_dataset, tokenize_row
@@ -85,21 +85,21 @@ def test_sharegpt():
      ("function", "tool"), ("developer", "developer"), ("tool", "tool")],
 )  # fmt: skip
 def test_other_names_of_roles(name, role):
-    assert normalise_messages([{"role": name, "content": "x"}]) == [{"role": role, "content": "x"}]
+    assert normalize_messages([{"role": name, "content": "x"}]) == [{"role": role, "content": "x"}]
 
 
 def test_tool_calls_of_other_formats():
     call = {"name": "f", "arguments": {"x": 1}}
     wanted = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}]
-    assert normalise_messages([{"from": "function_call", "value": call}]) == wanted
-    assert normalise_messages([{"from": "function_call", "value": json.dumps(call)}]) == wanted
-    assert normalise_messages([{"from": "function_call", "value": json.dumps([call])}]) == wanted
+    assert normalize_messages([{"from": "function_call", "value": call}]) == wanted
+    assert normalize_messages([{"from": "function_call", "value": json.dumps(call)}]) == wanted
+    assert normalize_messages([{"from": "function_call", "value": json.dumps([call])}]) == wanted
     old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
-    assert normalise_messages([old]) == wanted
-    assert normalise_messages([{**old, "function_call": json.dumps(call)}]) == wanted
+    assert normalize_messages([old]) == wanted
+    assert normalize_messages([{**old, "function_call": json.dumps(call)}]) == wanted
     for other in ("parameters", "input", "args"):
         named = {"type": "function", "name": "f", other: {"x": 1}}
-        assert normalise_messages([{"role": "assistant", "tool_calls": [named]}]) == wanted
+        assert normalize_messages([{"role": "assistant", "tool_calls": [named]}]) == wanted
 
 
 def test_a_prompt_that_is_a_text_beside_messages():
@@ -172,11 +172,11 @@ def test_drop_reasons(row, key, details):
         row_to_pair(row)
 
 
-def test_messages_are_normalised():
+def test_messages_are_normalized():
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None}
     call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     silent = {"role": "tool", "content": "", "tool_call_id": "1"}
-    assert normalise_messages([parts, call, silent]) == [
+    assert normalize_messages([parts, call, silent]) == [
         {"role": "user", "content": "ab"},
         {
             "role": "assistant",
@@ -446,12 +446,12 @@ def test_unreadable_files_are_named_with_their_line(name, text, message, tmp_pat
         load_sets({str(tmp_path / name): 1.0}, ["train"])
 
 
-def tokenised(n, prompts):
+def tokenized(n, prompts):
     return Dataset.from_dict({"id": list(range(n)), "prompt_key": [f"p{i % prompts}" for i in range(n)]})
 
 
 def test_hold_out_takes_whole_prompts_and_is_seeded():
-    rows = tokenised(20, prompts=5)  # four rows a prompt
+    rows = tokenized(20, prompts=5)  # four rows a prompt
     train, held_out = hold_out(rows, 6, seed=1)
     assert len(held_out) == 8 and len(train) == 12  # two prompts are needed for six rows
     assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
@@ -463,7 +463,7 @@ def test_hold_out_takes_whole_prompts_and_is_seeded():
 
 
 def test_mix_shuffles_by_seed_and_limits():
-    parts = [tokenised(6, 6), tokenised(4, 4)]
+    parts = [tokenized(6, 6), tokenized(4, 4)]
     assert sorted(mix(parts, 0)["id"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
     assert mix(parts, 0)["id"] == mix(parts, 0)["id"] != mix(parts, 1)["id"]
     assert len(mix(parts, 0, limit=3)) == 3

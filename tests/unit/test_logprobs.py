@@ -131,13 +131,13 @@ def test_head_transform_of_configs(fields, scale, softcap):
     assert (transform.scale, transform.softcap) == (scale, softcap)
 
 
-def tokenised(*pairs):
+def tokenized(*pairs):
     names = ("chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
     return [dict(zip(names, pair, strict=True), row=i) for i, pair in enumerate(pairs)]
 
 
 def test_collator_by_hand():
-    batch = PairCollator(pad_token_id=0)(tokenised(([7, 8, 9], [0, 0, 1], [7, 8], [0, 1])))
+    batch = PairCollator(pad_token_id=0)(tokenized(([7, 8, 9], [0, 0, 1], [7, 8], [0, 1])))
     assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 8, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1], [0, 1, 0]]
@@ -148,7 +148,7 @@ def test_collator_by_hand():
 
 
 def test_collator_with_holes_two_pairs_and_multiple_of():
-    rows = tokenised(([1, 2, 3, 4], [0, 1, 0, 1], [1, 5], [0, 1]), ([6, 7], [0, 1], [6, 8, 9], [0, 0, 1]))
+    rows = tokenized(([1, 2, 3, 4], [0, 1, 0, 1], [1, 5], [0, 1]), ([6, 7], [0, 1], [6, 8, 9], [0, 0, 1]))
     batch = PairCollator(pad_token_id=0, pad_to_multiple_of=8)(rows)
     assert batch["input_ids"].shape == (4, 8)
     # Rows: chosen 0, chosen 1, rejected 0, rejected 1; index = row · 8 + column of the predecessor.
@@ -171,7 +171,7 @@ def test_sums_by_pair_by_hand():
 def test_scores_equal_the_models_own_logits_in_values_and_gradients(tied):
     tokenizer = tokenizer_for(CHATML)
     model = tiny_llama(tokenizer, tie_word_embeddings=tied)
-    rows = tokenised(([1, 20, 30, 40, 50], [0, 1, 0, 1, 1], [1, 20, 31], [0, 1, 1]), ([1, 9], [0, 1], [1, 8], [0, 1]))
+    rows = tokenized(([1, 20, 30, 40, 50], [0, 1, 0, 1, 1], [1, 20, 31], [0, 1, 1]), ([1, 9], [0, 1], [1, 8], [0, 1]))
     batch = PairCollator(tokenizer.pad_token_id)(rows)
     ids, mask = batch["input_ids"], batch["completion_mask"]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
@@ -197,7 +197,7 @@ def test_head_is_called_once_whatever_the_count():
     calls = []
     model.lm_head.register_forward_hook(lambda *a: calls.append(1))
     for mask in ([0, 1, 1, 1], [0, 0, 0, 0]):
-        batch = PairCollator(0)(tokenised(([1, 2, 3, 4], mask, [1, 2, 3, 4], mask)))
+        batch = PairCollator(0)(tokenized(([1, 2, 3, 4], mask, [1, 2, 3, 4], mask)))
         score_tokens(model, batch).logps.sum().backward()
     assert len(calls) == 2
 

@@ -253,10 +253,10 @@ def test_the_heads_limit_is_what_rounding_its_logits_explains(dtype):
     logits, target = 100 + 5 * torch.randn(64, 500, generator=generator), torch.arange(64)
     ours = logits.log_softmax(-1)[target, target]
     assert head_disagreement(ours, logits.to(dtype).float(), target, dtype) is None
-    centred = logits - 100
-    ours = centred.log_softmax(-1)[target, target]
-    assert head_disagreement(ours, centred / 2, target, dtype)
-    assert (head_disagreement(ours, centred * 1.01, target, dtype) is None) == (dtype == torch.bfloat16)
+    centered = logits - 100
+    ours = centered.log_softmax(-1)[target, target]
+    assert head_disagreement(ours, centered / 2, target, dtype)
+    assert (head_disagreement(ours, centered * 1.01, target, dtype) is None) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
