@@ -51,8 +51,8 @@ class ChunkedLogProbs(torch.autograd.Function):
     """`full_log_probs` without the logits in memory: chunks of tokens, float32 log-softmax, recomputed in backward.
 
     Returns (logps, entropy, mean_logit, top1, log_sum_p_squared), each float32 (S,), the last one None unless
-    `collision`; only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over chunks in
-    float32. `fused` compiles what is done to each chunk's logits.
+    `collision`; only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over
+    chunks in float32. `fused` compiles what is done to each chunk's logits.
     """
 
     @staticmethod
