@@ -27,9 +27,9 @@ from mdpo.types import SIDES, TokenizedPair
 VERSION = 9
 FEATURES = Features(
     {
-        **{f"{side}_ids": List(Value("int32")) for side in ("chosen", "rejected")},
-        **{f"{side}_mask": List(Value("uint8")) for side in ("chosen", "rejected")},
-        **{f"{side}_weights": List(Value("float32")) for side in ("chosen", "rejected")},
+        **{f"{side}_ids": List(Value("int32")) for side in SIDES},
+        **{f"{side}_mask": List(Value("uint8")) for side in SIDES},
+        **{f"{side}_weights": List(Value("float32")) for side in SIDES},
         "shared_len": Value("int32"),
         "margin": Value("float64"),
         "key": Value("string"),

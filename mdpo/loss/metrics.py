@@ -8,7 +8,7 @@ from mdpo.forward.token_logps import TokenScores
 from mdpo.loss.registry import PairTerms
 from mdpo.loss.turn_metrics import pad_and_cat, turn_figures
 from mdpo.ranks import gathered_tensor
-from mdpo.types import PairBatch
+from mdpo.types import SIDES, PairBatch
 
 # One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
 COLUMNS = (
@@ -75,7 +75,7 @@ def summarize(table: torch.Tensor) -> dict[str, float]:
 def averages(table: torch.Tensor) -> dict[str, float]:
     """Means over pairs; entropy, logits and accuracy over tokens."""
     column = dict(zip(COLUMNS, table.unbind(1), strict=False))
-    tokens = {side: column[f"{side}_tokens"].sum().clamp(min=1) for side in ("chosen", "rejected")}
+    tokens = {side: column[f"{side}_tokens"].sum().clamp(min=1) for side in SIDES}
     margins = column["chosen_reward"] - column["rejected_reward"]
     metrics = {
         "entropy": column["entropy"].sum() / (tokens["chosen"] + tokens["rejected"]),
