@@ -30,14 +30,15 @@ from mdpo.data.rows import refuse_missing_margins
 from mdpo.data.sampler import LongestFirst, pair_tokens
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError
-from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, n_pairs, n_tokens, score_list, unpacked
+from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpacked
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.layout import Layout, packing_refused
+from mdpo.forward.modes import base_model
 from mdpo.forward.pair_logps import policy_weights, sum_by_pair, verbosity_weights
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.functions import nll_loss
-from mdpo.loss.metrics import evaluated_once, mean_over_steps, of_all_ranks, pair_table, summarise
+from mdpo.loss.metrics import deduplicate, mean_over_steps, of_all_ranks, pair_table, summarize
 from mdpo.loss.pair_tables import PairTables
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
 from mdpo.loss.turn_metrics import turn_rewards
@@ -51,6 +52,7 @@ from mdpo.rollouts.load_policy import starting_policy
 from mdpo.runs.checkpoints import writing
 from mdpo.runs.nonfinite_guard import NonfiniteGuard
 from mdpo.runs.resumable_trainer import ResumableTrainer
+from mdpo.types import PairBatch
 
 AnyDataset = Dataset | IterableDataset
 NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows"
@@ -60,7 +62,7 @@ class DPOTrainer(ResumableTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) over the tokens that the policy itself produced.
 
     Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data/rows.py`) or already
-    tokenised by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can mend.
+    tokenized by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can mend.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss is a mean over pairs; Trainer divides by the accumulation steps
@@ -93,7 +95,7 @@ class DPOTrainer(ResumableTrainer):
         self._set_pad_token(processing_class, model, args.pad_token)
         refuse_small_vocabulary(processing_class, model.config)
         model = self._wrap_peft(model, peft_config, ref_model, args)
-        compiled = self._enable_scoring(model.get_base_model() if isinstance(model, PeftModel) else model, args)
+        compiled = self._enable_scoring(base_model(model), args)
         self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
         # TRL's names for both
@@ -184,7 +186,9 @@ class DPOTrainer(ResumableTrainer):
             try:
                 model = get_peft_model(model, peft_config, autocast_adapter_dtype=quantized or not zero3)
             except (ValueError, NotImplementedError) as error:  # lora_dropout on experts, say
-                raise UserError(f"PEFT cannot put this adapter on {type(model).__name__}: {error}") from error
+                raise UserError(
+                    f"PEFT cannot put this adapter on {type(model).__name__}: {error}", "peft_config"
+                ) from error
             if args.deepspeed_plugin is None:
                 in_float32(model)
         elif isinstance(model, PeftModel) and ref_model is None and not args.ref_model_name_or_path:
@@ -210,7 +214,7 @@ class DPOTrainer(ResumableTrainer):
         return PairCollator(pad_token_id, args.pad_to_multiple_of)
 
     def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
-        """Both sets tokenised; several evaluation sets stay a dict."""
+        """Both sets tokenized; several evaluation sets stay a dict."""
         train = self._prepare_dataset(train, tokenizer, args, "train")
         if isinstance(evaluation, dict):
             evaluation = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in evaluation.items()}
@@ -324,9 +328,8 @@ class DPOTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of this rank's pairs, a scalar; with `return_outputs` also their PairLogps."""
-        batch = inputs if "score_index" in inputs else {**inputs, **score_list(*_ids_and_mask(inputs))}
+        batch = PairBatch.of(inputs)
         self.batch_in_hand = batch  # for the message where memory runs out
-        n = n_pairs(batch)
         if self.args.disable_dropout and self.model.training and not self._noise_checked:
             refuse_noise(model, self.accelerator, batch)
             self._noise_checked = True
@@ -335,26 +338,27 @@ class DPOTrainer(ResumableTrainer):
         )
         reference_logps = self.reference.logps(model, batch)
 
-        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, n, self.args.ld_alpha)
-        ############## MODIFICATION 8: turn weights. `score_weight` of the batch multiplies both models' log-probs.
-        policy = sum_by_pair(scores.logps, batch, n, weights)
-        own = sum_by_pair(scores.logps, batch, n)
-        reference = sum_by_pair(reference_logps, batch, n, weights)
+        weights = None if self.args.ld_alpha is None else verbosity_weights(batch, self.args.ld_alpha)
+        ############## MODIFICATION 8: turn weights. `turn_weight` of the batch multiplies both models' log-probs.
+        policy = sum_by_pair(scores.logps, batch, weights)
+        own = sum_by_pair(scores.logps, batch)
+        reference = sum_by_pair(reference_logps, batch, weights)
         ############## MODIFICATION 8 END
-        terms = PairTerms(policy, reference, own, self.loss_settings)
+        margin = mean_over_ranks = None
         ############## MODIFICATION 9: margins from the data.
         if self.loss_settings.margin_scale:
-            if "margin" not in batch:
+            margin = batch.margin
+            if margin is None:
                 raise UserError("margin_scale: a pair of this batch has no `margin`.")
-            terms.margin = batch["margin"]
         ############## MODIFICATION 9 END
         ############## MODIFICATION 10: losses beyond TRL's; KTO on pairs needs the mean log ratios of all ranks.
         if "kto_pair" in self.loss_settings.loss_type:
-            terms.kl = tuple(self._mean_over_ranks(reward).clamp(min=0) for reward in (terms.w, terms.l))
+            mean_over_ranks = self._mean_over_ranks
         ############## MODIFICATION 10 END
+        terms = PairTerms.of(policy, reference, own, self.loss_settings, margin, mean_over_ranks)
         losses = pair_losses(terms)
         if self.args.use_weighting:
-            losses = losses * policy_weights(scores, batch, n)
+            losses = losses * policy_weights(scores, batch)
         ############## MODIFICATION 11: the RPO term, added to each pair's loss.
         nll = nll_loss(own.chosen, own.chosen_tokens)
         if self.loss_settings.nll_coefficient:
@@ -365,11 +369,11 @@ class DPOTrainer(ResumableTrainer):
 
         turns = None
         ############## MODIFICATION 12: margins and accuracy by turn; TRL has those of whole sides.
-        if self.render_settings.mask_turns and "score_turn" in batch:
+        if self.render_settings.mask_turns and batch.turn is not None:
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
         ############## MODIFICATION 12 END
         table = pair_table(batch, scores, losses, terms, nll, turns)
-        self.tables.append(table, self.model.training, n_tokens(batch))
+        self.tables.append(table, self.model.training, batch.n_tokens)
         loss = self.nonfinite.loss(losses.mean().float())
         return (loss, policy) if return_outputs else loss
 
@@ -400,17 +404,17 @@ class DPOTrainer(ResumableTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
         self.interrupt_if_preempted()
-        inputs = self._prepare_inputs(inputs)
+        inputs = PairBatch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
                 return loss, None, None
-            padded = unpacked(inputs, self.layout.pad_token_id) if "segments" in inputs else inputs
-            logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
-        return loss, logits, padded["input_ids"]
+            padded = unpacked(inputs, self.layout.pad_token_id) if inputs.is_packed else inputs
+            logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+        return loss, logits, padded.input_ids
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """On the given sets, raw or tokenised, or on the trainer's own."""
+        """On the given sets, raw or tokenized, or on the trainer's own."""
         if isinstance(eval_dataset, Dataset | IterableDataset):  # of a dict each set comes by here
             name = metric_key_prefix
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, name)
@@ -427,8 +431,8 @@ class DPOTrainer(ResumableTrainer):
         ############## MODIFICATION 13: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
         tables, tokens = of_all_ranks([self.tables.take_eval()], self.tables.tokens, self.args.device)
-        table = evaluated_once([table for [table] in tables])
-        metrics = {**self._shown(summarise(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
+        table = deduplicate([table for [table] in tables])
+        metrics = {**self._shown(summarize(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
         ############## MODIFICATION 13 END
         metrics["num_tokens"] = tokens
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -470,10 +474,3 @@ class DPOTrainer(ResumableTrainer):
         base = getattr(self.model.config, "_name_or_path", None)
         tags = [*tags, *self._tag_names]
         write_card(self.args.output_dir, name, base, dataset_name, tags, self.args, self.state.log_history)
-
-
-def _ids_and_mask(inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch from another collator, such as TRL's: ids and completion mask, (2B, T) each."""
-    if "completion_mask" not in inputs:
-        raise UserError("data_collator: its batches need input_ids, attention_mask and completion_mask, as TRL's have.")
-    return inputs["input_ids"], inputs["completion_mask"]

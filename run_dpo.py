@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     facts = recipe_facts(recipe.values, args)
     resume = prepare_output_dir(args, facts)
     say(*fix_day(recipe, tokenizer, resume))
-    facts |= recipe_facts(recipe.values, args)  # with the day, for a start that goes on from this one
+    facts |= recipe_facts(recipe.values, args)  # with the day, for a start that resumes from this one
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
     check_lengths(config, {"the training set": train_dataset, "the held-out set": eval_dataset}, args)

@@ -5,8 +5,8 @@ python benchmarks/bench_dpo.py --only "agent pairs" --steps 3
 python benchmarks/bench_dpo.py --grow                           # the cost as work grows, ours alone
 
 Both sides hold their own model in their own process and train on the same rows in the same order; a step of the one
-follows a step of the other, so that each ratio compares two neighbours in time. A step is a whole one: data, forward,
-backward, clipping, optimiser, logging. TRL runs with its best settings for these workloads: reference log-probs
+follows a step of the other, so that each ratio compares two neighbors in time. A step is a whole one: data, forward,
+backward, clipping, optimizer, logging. TRL runs with its best settings for these workloads: reference log-probs
 precomputed, scaled-dot-product attention, no gradient checkpointing, fused AdamW.
 """
 
@@ -120,9 +120,9 @@ def useful_work(trainer, pairs: int) -> dict[str, list[float]]:
     embeddings = {id(p): p for p in (trainer.model.get_input_embeddings().weight, trainer.model.lm_head.weight)}
     weights = sum(p.numel() for p in trainer.model.parameters() if p.ndim == 2 and id(p) not in embeddings)
     for batch in trainer.get_train_dataloader():
-        segments = Segments(batch["segments"])
+        segments = Segments(batch.segments)
         seen = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(segments.sizes, segments.key_sizes, strict=True))
-        n, scored = batch["input_ids"].numel(), len(batch["score_index"])
+        n, scored = batch.input_ids.numel(), len(batch.logp_position)
         forward = 2 * n * weights + 2 * scored * config.hidden_size * config.vocab_size
         forward += 4 * seen * config.num_attention_heads * head_dim * config.num_hidden_layers
         tokens.append(n)

@@ -41,6 +41,7 @@ from mdpo.forward.lm_head import HeadTransform  # noqa: E402
 from mdpo.forward.packed_attention import Segments  # noqa: E402
 from mdpo.forward.token_logps import ChunkedLogProbs, full_log_probs, score_tokens  # noqa: E402
 from mdpo.forward.varlen import kernels  # noqa: E402
+from mdpo.types import PairBatch  # noqa: E402
 
 # One pair, answers of 1024 tokens, bfloat16, gradient checkpointing, forward and backward in ms on one A800: public
 # figures of prefix sharing, not measured here. Prefix: (unshared, shared).
@@ -69,7 +70,7 @@ def attending(kernel, function, *args):
 def scored(model, batch) -> tuple[torch.Tensor, ...]:
     """Log-probs, the loss of what the sides' mean log-probs differ by, and the first layer's gradients as one list."""
     logps = score_tokens(model, batch).logps
-    loss = -torch.nn.functional.logsigmoid(((1 - 2 * batch["score_side"]) * logps).mean())
+    loss = -torch.nn.functional.logsigmoid(((1 - 2 * batch.side) * logps).mean())
     model.zero_grad()
     loss.backward()
     found = torch.cat([p.grad.float().flatten() for p in model.model.layers[0].parameters()])
@@ -135,16 +136,16 @@ def attention_speed() -> None:
         lines.add(name, *(found if isinstance(found, tuple) else (found, "")))
 
 
-def step_flops(settings, batch: dict) -> float:
+def step_flops(settings, batch: PairBatch) -> float:
     """Of forward and backward: each computed token once, the head where a token is scored, attention where it sees."""
-    if "segments" in batch:
-        sizes = Segments(batch["segments"])
+    if batch.is_packed:
+        sizes = Segments(batch.segments)
         seen = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(sizes.sizes, sizes.key_sizes, strict=True))
     else:
-        seen = sum(n * (n + 1) / 2 for n in batch["lengths"])
-    head = settings.vocab_size * settings.hidden_size * len(batch["score_index"])
+        seen = sum(n * (n + 1) / 2 for n in batch.lengths)
+    head = settings.vocab_size * settings.hidden_size * len(batch.logp_position)
     attention = 2 * seen * settings.hidden_size * settings.num_hidden_layers
-    return 6 * (weights_of(settings)[0] * batch["input_ids"].numel() + head + attention)
+    return 6 * (weights_of(settings)[0] * batch.input_ids.numel() + head + attention)
 
 
 def step_speed(billions: int, vocabulary: int, rate: float) -> None:

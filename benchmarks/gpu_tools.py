@@ -7,9 +7,10 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from mdpo.forward.collators import PackedCollator, PairCollator, on_device
+from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.token_logps import enable_scoring
+from mdpo.types import PairBatch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -111,8 +112,8 @@ def model_of(settings, dtype: torch.dtype, fused: bool = False):
     return model
 
 
-def collated(layout: str, rows: list[dict]) -> dict:
-    return on_device((PackedCollator() if layout == "packed" else PairCollator(0))(rows), DEVICE)
+def collated(layout: str, rows: list[dict]) -> PairBatch:
+    return (PackedCollator() if layout == "packed" else PairCollator(0))(rows).to(DEVICE)
 
 
 def synchronize() -> None:

@@ -23,7 +23,7 @@ PARTS = {  # what an operator's name holds -> its part; the first that fits
     "attention": ("scaled_dot_product",),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "compiled elementwise": ("CompiledFxGraph",),
-    "optimiser and clipping": ("_fused_adamw", "linalg_vector_norm", "Optimizer", "aten::stack"),
+    "optimizer and clipping": ("_fused_adamw", "linalg_vector_norm", "Optimizer", "aten::stack"),
 }
 
 

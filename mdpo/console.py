@@ -42,8 +42,10 @@ def _in_words(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("in-words", _in_words)
 
 
-def first_line(error: Exception) -> str:
-    """What the innermost cause of an error says, in one line."""
-    while error.__cause__ is not None:
+def first_line(error: BaseException, innermost: bool = True) -> str:
+    """What an error says, or the innermost one that it was raised from, in one line without the dot at its end; the
+    error's kind where it says nothing."""
+    while innermost and error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+    return line if line.endswith("...") else line.removesuffix(".")

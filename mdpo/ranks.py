@@ -1,7 +1,7 @@
 """What the ranks of a run tell each other beside training's own tensors, and how they wait for each other.
 
 They wait at the store by which the process group was made. No collective is open meanwhile: NCCL's limit of 30 minutes
-does not run, signals come in, and one rank may read, write or tokenise for hours. Every function here that has no other
+does not run, signals come in, and one rank may read, write or tokenize for hours. Every function here that has no other
 word is called by all ranks together, in the same order; in one process each does nothing but its caller's work.
 """
 
@@ -109,7 +109,7 @@ def share(sizes: dict[str, int]) -> list[str]:
 
 def shares(sizes: dict[str, int], n_ranks: int, of_a_node: int) -> list[list[str]]:
     """For each rank the names of files that it is to read through: its own, which its node has in memory or is about to
-    load, and of the others, spread over the first node's ranks, about as many bytes as its neighbours."""
+    load, and of the others, spread over the first node's ranks, about as many bytes as its neighbors."""
     found: list[list[str]] = [[] for _ in range(n_ranks)]
     load = [0] * n_ranks
     own = {name: int(match[1]) for name in sizes if (match := OF_A_RANK.search(name)) and int(match[1]) < n_ranks}
@@ -146,19 +146,22 @@ def _told(store, key: str, work: Callable[[], Any]) -> Any:
     return value
 
 
-def _outcome(error: BaseException) -> tuple[None, str, str]:
-    kind = "user" if isinstance(error, UserError) else "left" if isinstance(error, Preempted) else "other"
-    return None, kind, str(error) or type(error).__name__
+def _outcome(error: BaseException) -> tuple[None, str, tuple]:
+    """What the ranks that wait are told: no value, the kind of error, and what it is made of."""
+    if isinstance(error, UserError):
+        return None, "user", (str(error), error.key)
+    kind = "left" if isinstance(error, Preempted) else "other"
+    return None, kind, (str(error) or type(error).__name__,)
 
 
 def _heard(store, key: str, first: int) -> Any:
-    value, kind, message = pickle.loads(_await(store, key))
+    value, kind, parts = pickle.loads(_await(store, key))
     if kind == "user":
-        raise UserError(message)
+        raise UserError(*parts)
     if kind == "left":
-        raise Preempted(message)
+        raise Preempted(*parts)
     if kind == "other":
-        raise RankFailed(f"rank {first} failed: {message}")
+        raise RankFailed(f"rank {first} failed: {parts[0]}")
     return value
 
 

@@ -6,6 +6,7 @@ import stat
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 
@@ -30,6 +31,32 @@ def as_new_files(folder: Path) -> None:
     for path in paths:
         with suppress(PermissionError):  # not ours, or a file system without modes
             path.chmod(mode | stat.S_IMODE(path.stat().st_mode) & 0o111)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file at once: whoever reads it meanwhile sees the old one or the new one, whole. Raises OSError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def read_cache(path: Path) -> Any:
+    """What `write_cache` has left there; None where nothing is, or a damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_cache(path: Path, value: Any) -> None:
+    """Plain JSON data, for other processes and later starts; where it cannot be written they find it out again."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(value, indent=0))
 
 
 def manifest(folder: Path) -> dict:

@@ -1,10 +1,15 @@
 """The containers that travel between the stages."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-import torch
+import numpy as np
+from torch import Tensor
 
+from mdpo.errors import UserError
+
+SIDES = ("chosen", "rejected")
 Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, tool_call_id
 
 
@@ -52,17 +57,163 @@ class TokenizedPair:
     remarks: list[str] = field(default_factory=list)  # as `Pair.remarks`
 
 
+class PairBatch(dict[str, Any]):
+    """B pairs for the model and the loss, padded or packed. A dict, so that DataLoader, accelerate, transformers and
+    DeepSpeed carry it; its keys are the fields below, and any other one is a KeyError. Each field is an attribute too:
+    where a batch lacks it, None if the field is optional, else an AttributeError.
+
+    T is the length of a padded row and N that of the packed one, in tokens; K is the most turns of a side. S counts the
+    supervised tokens of all sides, in an order that both layouts share: chosen of pair 0 … B-1, then rejected of pair
+    0 … B-1. U ≤ S are those of the packed row, where the tokens of a shared prefix stand once; padded, U = S. Tensors
+    are int64 unless said otherwise.
+    """
+
+    __slots__ = ()  # `batch.margin = x` would hide the key
+
+    input_ids: Tensor  # padded (2B, T): rows 0 … B-1 are the chosen sides, B … 2B-1 the rejected ones. Packed (1, N)
+    logp_position: Tensor  # (U,) each supervised token's predecessor, as an index into the flattened input_ids
+    label: Tensor  # (U,) its id
+    pair: Tensor  # (S,) its pair, 0 … B-1
+    side: Tensor  # (S,) its side, 0 chosen, 1 rejected
+    turn: Tensor | None  # (S,) its turn in its side, from 0
+    turn_weight: Tensor | None  # (S,) float32, its turn's weight, only where one is not 1
+    reference_logp: Tensor | None  # (S,) float32, nats, the reference's log-prob, only where precomputed
+    turn_tokens: Tensor | None  # (2B, K) the tokens of each turn; a turn of weight 0 is none
+    margin: Tensor | None  # (B,) float32, only where all rows have one
+    row: Tensor | None  # (B,) the pair's number in its dataset, -1 where it has none
+    # padded alone
+    attention_mask: Tensor  # (2B, T) 1 where a token is, 0 where padding
+    completion_mask: Tensor | None  # (2B, T) 1 where a token is supervised, in holes if need be
+    lengths: list[int] | None  # the tokens of each row, 2B numbers
+    # packed alone
+    position_ids: Tensor  # (1, N)
+    segments: list[list[int]]  # of each pair the lengths of shared prefix, rest of chosen, rest of rejected
+    unique_index: Tensor  # (S,) each supervised token's place among the U
+    side_position: Tensor  # (S,) its predecessor's place in its own side
+
+    def __init__(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **more: Any):
+        super().__init__()
+        self.update(fields, **more)
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> "PairBatch":
+        """What any collator gave: of a padded batch such as TRL's the fields that are ours, with those that follow from
+        its completion_mask. Raises UserError where it has none."""
+        batch = inputs if isinstance(inputs, cls) else cls({k: inputs[k] for k in inputs if k in FIELDS})
+        if "logp_position" in batch:
+            return batch
+        if not {"input_ids", "completion_mask"} <= batch.keys():
+            raise UserError(
+                "data_collator: its batches need input_ids, attention_mask and completion_mask, as TRL's have."
+            )
+        return batch.with_labels()
+
+    def with_labels(self) -> "PairBatch":
+        """A padded batch with logp_position, label, pair and side from its completion_mask. A supervised token at the
+        very start has no predecessor and is left out, as in every causal language model."""
+        ids = self.input_ids
+        rows, columns = self["completion_mask"][:, 1:].nonzero(as_tuple=True)  # column t predicts token t + 1
+        return self | {
+            "logp_position": rows * ids.size(1) + columns,
+            "label": ids[rows, columns + 1],
+            "pair": rows % self.n_pairs,
+            "side": rows // self.n_pairs,
+        }
+
+    @property
+    def is_packed(self) -> bool:
+        return "segments" in self
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.segments) if self.is_packed else self.input_ids.size(0) // 2
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of both sides of all pairs, the shared ones counted for each side, padding not."""
+        return sum(self.pair_lengths)
+
+    @property
+    def pair_lengths(self) -> list[int]:
+        """Tokens of both sides of each pair, the shared ones counted for each side."""
+        if self.is_packed:
+            return [2 * prefix + chosen + rejected for prefix, chosen, rejected in self.segments]
+        rows = self.attention_mask.sum(1).tolist() if self.lengths is None else self.lengths  # a foreign collator's
+        return [chosen + rejected for chosen, rejected in zip(rows[: self.n_pairs], rows[self.n_pairs :], strict=True)]
+
+    @property
+    def sequence_of_token(self) -> Tensor:
+        """(S,) the sequence that each supervised token belongs to: 0 … B-1 chosen, B … 2B-1 rejected."""
+        return self.side * self.n_pairs + self.pair
+
+    def to(self, device, non_blocking: bool = False) -> "PairBatch":
+        """The batch with its tensors on a device."""
+        moved = {k: x.to(device, non_blocking=non_blocking) for k, x in self.items() if isinstance(x, Tensor)}
+        return self | moved
+
+    # What is left of a dict's interface: all that writes looks at the names.
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OPTIONAL:
+            return self.get(name)
+        if name in self:
+            return self[name]
+        kind = f"a {'packed' if self.is_packed else 'padded'} batch that lacks" if name in FIELDS else "no field"
+        raise AttributeError(f"PairBatch: {kind} {name!r}", name=name, obj=self)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in FIELDS:
+            raise KeyError(f"PairBatch has no field {name!r}; it has {', '.join(FIELDS)}")
+        super().__setitem__(name, value)
+
+    def update(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **more: Any) -> None:  # type: ignore[override]
+        for name, value in dict(fields, **more).items():
+            self[name] = value
+
+    def setdefault(self, name: str, value: Any = None) -> Any:
+        if name not in self:
+            self[name] = value
+        return self[name]
+
+    def copy(self) -> "PairBatch":
+        return PairBatch(self)
+
+    def __or__(self, fields: Mapping[str, Any]) -> "PairBatch":  # type: ignore[override]
+        return PairBatch({**self, **fields})
+
+    def __ior__(self, fields: Mapping[str, Any]) -> "PairBatch":  # type: ignore[override]
+        self.update(fields)
+        return self
+
+
+FIELDS: dict[str, Any] = {k: hint for k, hint in get_type_hints(PairBatch).items() if not k.startswith("_")}
+OPTIONAL = {name for name, hint in FIELDS.items() if type(None) in get_args(hint)}
+
+
 @dataclass
 class PairLogps:
     """Log-probs of B pairs, each token's times its weight, summed over supervised tokens: float64, nats, shape (B,).
     Token counts are of supervised tokens whose turn's weight is not 0: int64, shape (B,)."""
 
-    chosen: torch.Tensor
-    rejected: torch.Tensor
-    chosen_tokens: torch.Tensor
-    rejected_tokens: torch.Tensor
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
 
 
-def common_prefix(a, b) -> int:
+def turn_begins(mask: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+    """Whether a turn, a run of ones, begins at each place of a mask (T,): bool (T,). Of several masks one behind the
+    other `rows` are the places where they begin: there a run ends, though the next mask may go on with a one.
+
+    Example: [0, 1, 1, 0, 1] -> true at 1 and 4; with rows [0, 2] at 1, 2 and 4.
+    """
+    ones = np.asarray(mask, bool)
+    before = np.zeros_like(ones)
+    before[1:] = ones[:-1]
+    before[np.asarray(rows, np.int64)] = False
+    return ones & ~before
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
     """Length of the longest common prefix of two sequences."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,6 +1,6 @@
 """The data report of a recipe, without weights or a GPU: python scripts/check_data.py RECIPE.yaml [--key=value ...]
 
-Reads and tokenises all rows as run_dpo.py does (same recipes, same keys) and prints what it would print: rows kept, and
+Reads and tokenizes all rows as run_dpo.py does (same recipes, same keys) and prints what it would print: rows kept, and
 dropped under each reason, lengths, what is supervised, warnings. `--report FOLDER` also writes FOLDER/data_report.json.
 Exit code 1 where the data would stop the run, as with more bad rows than `max_bad_fraction`, or, with
 `on_bad_rows: error`, with any: for CI, check_data.py RECIPE.yaml --on_bad_rows=error.

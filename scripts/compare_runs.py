@@ -29,7 +29,7 @@ from mdpo.reporting.plots import PLOTS, STYLE, Line, over_steps, page_svg, thinn
 from mdpo.reporting.run_report import REPORT, RESOLVED, SHOWN
 from mdpo.runs.entrypoint import run
 
-COLOURS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6b7a86", "#e06fa8")
+COLORS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6b7a86", "#e06fa8")
 STATE = "trainer_state.json"
 OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no part of what is trained
 CURVES = ("loss", "reward_accuracy", "margins", "logps")  # of PLOTS
@@ -63,8 +63,8 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
         raise UserError(str(error)) from error
     if rest:
         raise UserError(f"{rest[0]} is not known here; compare_runs.py takes output folders and --out.")
-    if not 2 <= len(args.runs) <= len(COLOURS):
-        raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLOURS)} output folders of run_dpo.py.")
+    if not 2 <= len(args.runs) <= len(COLORS):
+        raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLORS)} output folders of run_dpo.py.")
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"--out: there is no folder {args.out.absolute().parent}.")
     return args.runs, args.out
@@ -124,16 +124,16 @@ def terminal_table(title: str, names: list[str], rows: list[tuple[str, list[str]
 
 
 def plots(runs: list[Run]):
-    """(title, what is drawn) for each metric of CURVES: a colour a run, training solid, held-out dashed."""
+    """(title, what is drawn) for each metric of CURVES: a color a run, training solid, held-out dashed."""
     for plot in (plot for plot in PLOTS if plot.name in CURVES):
         for what, metric, _ in plot.lines:
             lines = []
-            for of, colour in zip(runs, COLOURS, strict=False):
+            for of, color in zip(runs, COLORS, strict=False):
                 found = curve(of.history, metric)
                 label = of.name  # once in the legend: matplotlib leaves out what begins with an underscore
                 for held_out, points in ((False, smoothed(found.training)), (True, found.held_out)):
                     if points:
-                        lines.append(Line(label, colour, held_out, thinned(points)))
+                        lines.append(Line(label, color, held_out, thinned(points)))
                         label = "_"
             if lines:
                 yield f"{plot.title}: {what}" if what else plot.title, plot, lines
@@ -142,7 +142,7 @@ def plots(runs: list[Run]):
 def html(runs: list[Run], tables) -> str:
     with matplotlib.rc_context(STYLE):
         drawn = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
-    names = list(zip((of.name for of in runs), COLOURS, strict=False))
+    names = list(zip((of.name for of in runs), COLORS, strict=False))
     return template("compare.html").render(runs=names, tables=tables, plots=drawn)
 
 

@@ -24,14 +24,14 @@ from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.data.prepare import prepare_pairs
 from mdpo.errors import UserError
-from mdpo.loss.metrics import evaluated_once
+from mdpo.loss.metrics import deduplicate
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.dates import fix_day
 from mdpo.masking.tokenizer import load_tokenizer
 from mdpo.rollouts.answers import refuse_missing_verifier
 from mdpo.rollouts.generate import Generator, refuse_hidden_tool_role
 from mdpo.rollouts.load_policy import adapter_config, load_adapter_weights, load_policy, scoring_arguments
-from mdpo.rollouts.loop import Rules, read_questions, roll_out, save_all
+from mdpo.rollouts.loop import RolloutConfig, read_questions, roll_out, save_all
 from mdpo.rollouts.sandbox import Limits, Sandbox
 from mdpo.rollouts.tables import by_turns, count_turns, held_out_table, rollout_figures, rollout_tables
 from mdpo.runs.entrypoint import run
@@ -120,7 +120,7 @@ def held_out(checkpoint: str, recipe, tokenizer) -> dict | None:
     if "peft_config" in given:  # made by the trainer as for training, at random
         load_adapter_weights(scorer.model, checkpoint)
     scorer.evaluate()
-    return by_turns(evaluated_once(scorer.kept), [count_turns(mask) for mask in pairs["chosen_mask"]])
+    return by_turns(deduplicate(scorer.kept), [count_turns(mask) for mask in pairs["chosen_mask"]])
 
 
 def prepare_rollouts(args: argparse.Namespace, recipe, tokenizer) -> tuple:
@@ -141,7 +141,7 @@ def rollout(args: argparse.Namespace, recipe, tokenizer, questions, template, sa
     model = load_policy(args.checkpoint, recipe)
     generate = Generator(model, tokenizer, template, args.max_new_tokens, args.temperature)
     set_seed(args.seed)
-    rules = Rules(args.max_turns, args.batch_size, args.samples, args.tool_role)
+    rules = RolloutConfig(args.max_turns, args.batch_size, args.samples, args.tool_role)
     done = save_all(roll_out(questions, generate, sandbox.run, rules), args.save, len(questions) * args.samples)
     return rollout_figures(done)
 

@@ -38,9 +38,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (args.adapter / file).is_file():
-            raise UserError(f"{args.adapter}: no {file} in it, so it is not an adapter that a run has saved.")
+            raise UserError(
+                f"{args.adapter}: no {file} in it, so it is not an adapter that a run has saved.", "adapter"
+            )
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists and is not an empty folder. Name another one.")
+        raise UserError(f"{args.out} exists and is not an empty folder. Name another one.", "out")
     model, tokenizer, dtype = load(args)
     adapted = log_probs(model, tokenizer)
     with model.disable_adapter():
@@ -74,34 +76,39 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     adapter, config = str(args.adapter), PeftConfig.from_pretrained(str(args.adapter))
     name, revision = args.base or config.base_model_name_or_path, None if args.base else config.revision
     if config.is_prompt_learning:
-        raise UserError(f"{adapter}: {config.peft_type.value} works beside the weights and cannot be merged.")
+        raise UserError(
+            f"{adapter}: {config.peft_type.value} works beside the weights and cannot be merged.", "adapter"
+        )
     if not name:
-        raise UserError(f"{adapter}: its adapter_config.json names no base model. Give it: --base.")
+        raise UserError(f"{adapter}: its adapter_config.json names no base model. Give it: --base.", "base")
     refuse_no_model("--base", name, revision)
     saved = load_file(args.adapter / "adapter_model.safetensors")
     try:
         settings = AutoConfig.from_pretrained(name, revision=revision)
-        quantised, options = hasattr(settings, "quantization_config"), {"revision": revision, "dtype": torch.float32}
-        base = None if quantised else AutoModelForCausalLM.from_pretrained(name, **options)
+        quantized, options = hasattr(settings, "quantization_config"), {"revision": revision, "dtype": torch.float32}
+        base = None if quantized else AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"base model {name!r} cannot be had: {first_line(error)}. Give its folder: --base.") from error
-    if quantised:
-        raise UserError(f"{name} is quantised: nothing merges into it. Give the model it was made of: --base.")
+        raise UserError(
+            f"base model {name!r} cannot be loaded: {first_line(error)}. Give its folder: --base."
+        ) from error
+    if quantized:
+        raise UserError(f"{name} is quantized: nothing merges into it. Give the model it was made of: --base.", "base")
     dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
-    if bits := quantised_bits(args.adapter):
+    if bits := quantized_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
         say(f"The run held {name} in {bits} bits. The adapter is merged into its whole weights, in {dtype}.")
+    unfit = f"{adapter} does not fit {name}"
     try:
         model = PeftModel.from_pretrained(base, adapter).eval()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter} does not fit {name}: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise UserError(f"{unfit}: {str(error).strip().splitlines()[-1].strip()}", "adapter") from error
     if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
-        raise UserError(f"{adapter} does not fit {name}: {len(odd)} weights have no counterpart, such as {min(odd)}.")
+        raise UserError(f"{unfit}: {len(odd)} weights have no counterpart, such as {min(odd)}.", "adapter")
     load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
     return model, fast_tokenizer(adapter if (args.adapter / "tokenizer_config.json").is_file() else name), dtype
 
 
-def quantised_bits(adapter: Path) -> int | None:
+def quantized_bits(adapter: Path) -> int | None:
     """Those of the base in the run, by the recipe beside the adapter or, for a checkpoint, above it."""
     paths = [path for path in (adapter / RESOLVED, adapter.resolve().parent / RESOLVED) if path.is_file()]
     recipe = {setting.key: setting.value for setting in read_yaml(paths[0])} if paths else {}
@@ -119,7 +126,7 @@ def merged(model: PeftModel):
     try:
         return model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError, AttributeError) as error:
-        raise UserError(f"PEFT cannot merge this adapter: {first_line(error)}.") from error
+        raise UserError(f"PEFT cannot merge this adapter: {first_line(error)}.", "adapter") from error
 
 
 def log_probs(model, tokenizer) -> torch.Tensor:
@@ -140,7 +147,9 @@ def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dt
     if moved.mean() <= NOISE:
         say("The adapter changes nothing: it has not been trained.")
     elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
-        raise UserError(f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.")
+        raise UserError(
+            f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.", "dtype"
+        )
     if not off.max() <= TOLERANCE[dtype]:
         raise UserError(f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off): not kept.")
 

@@ -38,7 +38,9 @@ def main(argv: list[str]) -> None:
     questions = by_question(args.conversations)
     rows = [row for key, both in questions.items() for row in draw(key, *both, args.pairs, args.seed)]
     if not rows:
-        raise UserError(f"None of the {len(questions)} questions has both a right and a wrong conversation.")
+        raise UserError(
+            f"None of the {len(questions)} questions has both a right and a wrong conversation.", "questions"
+        )
     args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     paired = len({row["id"].rpartition("-")[0] for row in rows})
     say(f"{args.out}: {len(rows)} pairs of {paired} of {len(questions)} questions")
@@ -57,7 +59,9 @@ def by_question(paths: list[Path]) -> dict[str, tuple[list, list]]:
                 row = json.loads(line)
                 key, messages, correct, ended = row["key"], row["messages"], row["correct"], row["ended"]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{number}: is no conversation of scripts/evaluate.py ({error}).") from error
+                raise UserError(
+                    f"{path}:{number}: is no conversation of scripts/evaluate.py ({error}).", "conversation"
+                ) from error
             sides = found.setdefault(key, ([], []))
             if ended not in UNFINISHED and messages not in sides[not correct]:
                 sides[not correct].append(messages)

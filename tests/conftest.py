@@ -1,8 +1,11 @@
 """Nothing that a test run leaves behind is met by another one, or by a user: caches go to a folder of their own."""
 
+import ast
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,17 +14,32 @@ import pytest
 pytest.register_assert_rewrite(
     "generated", "launches", "mask_checks", "packed_pairs", "segments", "slurm_job", "trainers", "varlen_stand_ins"
 )
+TESTS = Path(__file__).parent
 
-if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent test run that starts processes
+if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent: a test that starts processes, or the first of pytest -n
     os.environ["MDPO_TEST_HF_HOME"] = tempfile.mkdtemp(prefix="mdpo-tests-")
     atexit.register(shutil.rmtree, os.environ["MDPO_TEST_HF_HOME"], ignore_errors=True)
-os.environ["HF_HOME"] = os.environ["MDPO_TEST_HF_HOME"]
+# Each worker of pytest -n has caches of its own; DeepSpeed's operator is built once for all of them.
+os.environ["HF_HOME"] = os.path.join(os.environ["MDPO_TEST_HF_HOME"], os.environ.get("PYTEST_XDIST_WORKER", "main"))
+os.environ.setdefault("MDPO_TEST_EXTENSIONS", os.path.join(os.environ["MDPO_TEST_HF_HOME"], "extensions"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; and several threads add up in any order
 
 
 @pytest.fixture(scope="session")
-def extensions(tmp_path_factory) -> Path:
-    """Where DeepSpeed builds its operator in this session; nobody else's lock can be met there."""
-    return Path(os.environ.get("MDPO_TEST_EXTENSIONS") or tmp_path_factory.mktemp("extensions"))
+def extensions() -> Path:
+    """Where DeepSpeed's operator is built before the first launch; no lock of a user's build can be met there."""
+    from filelock import FileLock
+
+    folder = Path(os.environ["MDPO_TEST_EXTENSIONS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "workers.lock"):
+        if not list(folder.glob("**/deepspeed_shm_comm.so")):
+            build = (
+                "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder; Builder().load(verbose=False)"
+            )
+            own = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+            subprocess.run([sys.executable, "-c", build], env={**os.environ, **own}, check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture
@@ -40,3 +58,16 @@ def pytest_collection_modifyitems(items):
     if needs and not torch.cuda.is_available():
         for item in needs:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU (bash benchmarks/gpu_check.sh runs it)"))
+
+
+def functions(folder: str) -> int:
+    """Test functions of a folder, told without an import."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (TESTS / folder).glob("test_*.py")]
+    return sum(isinstance(n, ast.FunctionDef) and n.name.startswith("test_") for tree in trees for n in ast.walk(tree))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """`make quick` says what it has not looked at."""
+    if [Path(argument).resolve() for argument in config.args] == [TESTS / "unit"]:
+        left = ", ".join(f"{functions(folder)} in {folder}" for folder in ("integration", "faults"))
+        terminalreporter.write_line(f"left out: test functions, {left}, and slow ones: make test, make test-slow")

@@ -121,7 +121,7 @@ _REFUSED = {
         "fsdp_transformer_layer_cls_to_wrap",
         "tp_size",
     ),
-    "put the organisation in hub_model_id, as ORGANISATION/NAME": ("push_to_hub_organization",),
+    "put the organization in hub_model_id, as ORGANIZATION/NAME": ("push_to_hub_organization",),
     "use model_revision": (
         "base_model_revision",
         "model_code_revision",

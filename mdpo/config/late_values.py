@@ -67,7 +67,7 @@ def _refuse_best_model(args: Any) -> None:
         raise UserError(f"{key} needs evaluations; set eval_strategy.")
     if args.deepspeed_plugin is not None and args.save_only_model and args.load_best_model_at_end:
         raise UserError(
-            "save_only_model: under DeepSpeed load_best_model_at_end needs whole checkpoints. Leave it out."
+            "save_only_model: under DeepSpeed load_best_model_at_end needs complete checkpoints. Leave it out."
         )
 
 
@@ -219,7 +219,7 @@ def _named(key: str, where: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # of foreign parts, which raise whatever they like at a value
         key = "optim" if isinstance(error, ImportError) and key.startswith("optim") else key
-        words = re.sub(r"\b\w*\.?__init__\(\) |\bget_\w+_schedule\w*\(\) ", "", first_line(error)).rstrip(".")
+        words = re.sub(r"\b\w*\.?__init__\(\) |\bget_\w+_schedule\w*\(\) ", "", first_line(error))
         raise UserError(f"{key}: {words or type(error).__name__}{where}.") from error
 
 

@@ -11,6 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 
 from mdpo.config.parallelism import ADVICE
+from mdpo.console import first_line
 from mdpo.errors import UserError
 
 CPU_FLAGS = {"--cpu", "--use_cpu"}
@@ -37,7 +38,8 @@ def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
     raise UserError(
         f"{wants}, but torch can use no GPU here: {_torch_says(driver)} Install a torch that is built for this "
         "driver's CUDA (see docs/clusters.md), or newer drivers. To train on the CPU all the same, take "
-        "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true."
+        "training_configs/cpu.yaml, zero2_cpu.yaml or zero3_cpu.yaml, or set use_cpu: true.",
+        key="use_cpu",
     )
 
 
@@ -56,7 +58,7 @@ def _torch_says(driver: str | None) -> str:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            said = f" ({(str(error).strip().splitlines() or [''])[0]})"
+            said = f" ({first_line(error)})"
     return f"torch {torch.__version__} {built}, NVIDIA driver: {driver or 'none found'}{said}."
 
 

@@ -49,7 +49,7 @@ def refuse_adapter(name: str, key: str = "model", revision: str | None = None, s
     try:
         found = find_adapter_config_file(name, revision=revision, subfolder=subfolder)
     except (OSError, ValueError) as error:  # no name that the hub could have
-        raise UserError(f"{key}: {name!r} cannot be had: {first_line(error)}") from error
+        raise UserError(f"{key}: {name!r} cannot be loaded: {first_line(error)}") from error
     if found is None:
         return
     try:

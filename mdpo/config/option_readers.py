@@ -1,4 +1,4 @@
-"""The options that work in every run, each under the file that reads it; tests/unit/test_effects.py looks them up there."""
+"""The options that work in every run, each under the file that reads it (tests/unit/test_effects.py looks)."""
 
 WORKS = {
     "transformers/trainer.py": (

@@ -61,18 +61,18 @@ def read_yaml(path: Path) -> list[Setting]:
         loader = Loader(path.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode) or not root.value:
-            raise UserError(f"{path}: holds no `key: value` lines; a recipe is a mapping of keys to values.")
+            raise UserError(f"{path}: holds no `key: value` lines; a recipe is a mapping of keys to values.", "recipe")
         prepare(root, str(path))
         return [
             _setting(str(key.value), node, loader, f"{path}:{key.start_mark.line + 1}: {key.value}")
             for key, node in root.value
         ]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {_near_recipes(path)}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {_near_recipes(path)}", "recipe") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.", "recipe") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(syntax(str(path), error)) from None
+        raise UserError(syntax(str(path), error), "recipe") from None
 
 
 def _near_recipes(path: Path) -> str:
@@ -97,10 +97,11 @@ def read_flags(argv: list[str]) -> tuple[Path | None, list[Setting]]:
             recipes.append(token)
         else:
             raise UserError(
-                f"{token!r} is not expected: a recipe ends in .yaml, a setting is --key=value, a list [a, b]."
+                f"{token!r} is not expected: a recipe ends in .yaml, a setting is --key=value, a list [a, b].",
+                key="argument",
             )
     if len(recipes) > 1:
-        raise UserError(f"two recipes are given, {recipes[0]} and {recipes[1]}; give one.")
+        raise UserError(f"two recipes are given, {recipes[0]} and {recipes[1]}; give one.", "recipe")
     return (Path(recipes[0]) if recipes else None), settings
 
 
@@ -112,7 +113,7 @@ def _take_value(key: str, rest: list[str]) -> str:
         follows = follows and (rest[0].lower() in WORDS or str in options and not rest[0].endswith((".yaml", ".yml")))
         return rest.pop(0) if follows else "true"
     if not follows and key != "config" and key not in FIELDS:
-        raise UserError(_unknown(key, f"--{key}"))
+        raise UserError(_unknown(key, f"--{key}"), key)
     if not follows:
         raise UserError(f"--{key}: its value is missing; write --{key}=VALUE.")
     return rest.pop(0)
@@ -126,7 +127,7 @@ def flag(key: str, text: str) -> Setting:
             node = loader.get_single_node()
             prepare(node, f"--{key}")
         except yaml.YAMLError as error:
-            raise UserError(syntax(f"--{key}", error)) from None
+            raise UserError(syntax(f"--{key}", error), key) from None
     node = node or yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
     return _setting(key, node, loader, f"--{key}")
 
@@ -135,7 +136,7 @@ def todays_keys(settings: Iterable[Setting], notes: list[str]) -> dict[str, Sett
     """Settings by today's key; what became of older keys is appended to `notes`. Raises UserError for unknown ones."""
     result: dict[str, Setting] = {}
     for setting in settings:
-        today = setting if setting.key in FIELDS else _modernise(setting, notes)
+        today = setting if setting.key in FIELDS else _modernize(setting, notes)
         if today is None:
             continue
         if today.key in result:
@@ -144,11 +145,11 @@ def todays_keys(settings: Iterable[Setting], notes: list[str]) -> dict[str, Sett
     return result
 
 
-def _modernise(setting: Setting, notes: list[str]) -> Setting | None:
+def _modernize(setting: Setting, notes: list[str]) -> Setting | None:
     """The setting under today's key, or None where it asks for nothing. Raises UserError with the table's advice."""
     retired, origin, value = RETIRED_KEYS.get(setting.key), setting.origin, setting.value
     if retired is None:
-        raise UserError(_unknown(setting.key, origin))
+        raise UserError(_unknown(setting.key, origin), setting.key)
     if value is None or (retired.to is None and value is False):
         notes.append(f"{origin} is gone and was off; left out ({retired.advice or f'today: {retired.to}'}).")
         return None

@@ -62,7 +62,7 @@ class Recipe:
         try:
             yield
         except UserError as error:
-            raise UserError(_placed(str(error), self.origins)) from error
+            raise _placed(str(error), self.origins, error.key) from error
 
     def write(self, path: str | Path) -> None:
         """Write the resolved recipe; load_recipe reads it back to the same values (all but PRIVATE_KEYS)."""
@@ -87,7 +87,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     values = {key: expanded(key, value, origins[key]) for key, value in values.items()}
     for key in ("model_name_or_path", "dataset_mixer"):
         if not values.get(key):
-            raise UserError(f"{path}: {key} is missing; a recipe has to name its model and its training sets.")
+            raise UserError(f"{path}: {key} is missing; a recipe has to name its model and its training sets.", key)
     if not values.get("output_dir"):
         values["output_dir"] = _default_output_dir(path)
         notes.append(f"output_dir is not set; writing to {values['output_dir']}.")
@@ -121,7 +121,7 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             )
             if not isinstance(error, UserError) and not set(re.findall(r"\w+", message)) & set(given):
                 message = f"{_culprit(part, given)}{message}"
-            raise UserError(_placed(message, origins)) from error
+            raise _placed(message, origins, error.key if isinstance(error, UserError) else None) from error
     one_entry(parts["model"])
     return parts
 
@@ -136,13 +136,15 @@ def _culprit(part: type, given: dict[str, Any]) -> str:
     return ""
 
 
-def _placed(message: str, origins: dict[str, str]) -> str:
-    """The message with the places of the keys in it: in front for `key: ...`, else behind."""
-    key = message.partition(":")[0]
-    if key in origins:
-        return origins[key] + message[len(key) :]
-    places = [origins[word] for word in dict.fromkeys(re.findall(r"\w+", message)) if word in origins]
-    return f"{message} (Set at {', '.join(places)}.)" if places else message
+def _placed(message: str, origins: dict[str, str], key: str | None) -> UserError:
+    """The message with the places of the keys in it: in front for `key: ...`, else behind. `key`: that of the error,
+    None for the first one in the message."""
+    first = message.partition(":")[0]
+    if first in origins:
+        return UserError(origins[first] + message[len(first) :], None if key == first else key)
+    named = [word for word in dict.fromkeys(re.findall(r"\w+", message)) if word in origins]
+    places = f" (Set at {', '.join(origins[word] for word in named)}.)" if named else ""
+    return UserError(message + places, key or next(iter(named), None))
 
 
 def accepted(key: str) -> Any:

@@ -121,7 +121,7 @@ TRL_VALUES = {
 
 @dataclass(repr=False)
 class MDPOConfig(DPOConfig):
-    """trl.DPOConfig with what multi-turn DPO needs. A plain DPOConfig in its place gives TRL's behaviour."""
+    """trl.DPOConfig with what multi-turn DPO needs. A plain DPOConfig in its place gives TRL's behavior."""
 
     __repr__ = DPOConfig.__str__  # TrainingArguments' own, which hides tokens; DPOConfig's repr shows them
     of_trl = False  # no key: whether it stands for a plain trl.DPOConfig

@@ -14,7 +14,7 @@ from mdpo.config.schema import MDPOConfig
 from mdpo.errors import UserError
 from mdpo.loss.registry import LOSSES, OF_TRL
 
-# Losses of the difference of rewards: another f-divergence's normaliser cancels in them alone.
+# Losses of the difference of rewards: another f-divergence's normalizer cancels in them alone.
 OF_DIFFERENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 TOWARDS_MARGIN = {"kl", "rev_kl", "tv", "hellinger"}
 # Options that only some losses look at.
@@ -37,7 +37,7 @@ INSTEAD = {
     "use_liger_kernel": "leave it out; the LM head already runs in chunks",
     "activation_offloading": "use gradient_checkpointing, which is on by default",
     "auto_find_batch_size": "set per_device_train_batch_size; the longest pairs come first, so that it shows at once",
-    "ignore_data_skip": "a run goes on with the pairs that it has not seen",
+    "ignore_data_skip": "a resumed run trains on the pairs that it has not seen",
     "restore_callback_states_from_checkpoint": "what the trainer needs is restored without it",
     "enable_jit_checkpoint": "a signal ends in a checkpoint without it",
     **dict.fromkeys(
@@ -53,7 +53,7 @@ INSTEAD = {
 
 
 def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe: dict | None = None) -> list[str]:
-    """Raises UserError for what no run could honour. Options without effect are errors under MDPOConfig, which recipes
+    """Raises UserError for what no run could honor. Options without effect are errors under MDPOConfig, which recipes
     use, if they ask for something else than what happens; those, under a plain trl.DPOConfig, which TRL lets pass, and
     the others are returned, a line each. `recipe` holds the keys that were set and their values."""
     args = MDPOConfig.with_trl_behaviour(args)
@@ -181,10 +181,13 @@ def refuse_inputs(model, ref_model, args: DPOConfig, train_dataset, processing_c
     if not isinstance(train_dataset, Dataset | IterableDataset):
         raise UserError(f"train_dataset must be a Dataset or IterableDataset, not {type(train_dataset).__name__}.")
     if {"image", "images"} & set(next(iter(train_dataset))):
-        raise UserError("The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.")
+        raise UserError(
+            "The rows have images; this trainer takes text. Use trl.DPOTrainer for vision models.", "train_dataset"
+        )
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise UserError(f"processing_class must be a tokenizer, not {type(processing_class).__name__}.")
     if ref_model is not None and ref_model is model:
-        raise UserError("model and ref_model are the same object: leave ref_model out, and a copy is made.")
+        message = "model and ref_model are the same object: leave ref_model out, and a copy is made."
+        raise UserError(message, "ref_model")
     if ref_model is not None and args.ref_model_name_or_path:
         raise UserError("ref_model_name_or_path: a ref_model was given too. Give one of the two.")

@@ -60,7 +60,8 @@ def _refuse_duplicates(node: yaml.Node, origin: str, seen: set[int]) -> None:
         if isinstance(key, yaml.ScalarNode):
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise UserError(f"{origin}: key {key.value!r} is on line {lines[key.value]} and again on line {line}.")
+                both = f"line {lines[key.value]} and again on line {line}"
+                raise UserError(f"{origin}: key {key.value!r} is on {both}.", key.value)
             lines[key.value] = line
         _refuse_duplicates(value, origin, seen)
 
@@ -91,9 +92,9 @@ def _sources(key: yaml.Node, value: yaml.Node, origin: str, done: dict[int, bool
     sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
     place = f"{origin}: << on line {key.start_mark.line + 1}"
     if not all(isinstance(source, yaml.MappingNode) for source in sources):
-        raise UserError(f"{place} takes a mapping, or a list of them; write <<: *ANCHOR of a mapping.")
+        raise UserError(f"{place} takes a mapping, or a list of them; write <<: *ANCHOR of a mapping.", "<<")
     if not all(done[id(source)] for source in sources):
-        raise UserError(f"{place} names the mapping that it stands in.")
+        raise UserError(f"{place} names the mapping that it stands in.", "<<")
     return sources
 
 

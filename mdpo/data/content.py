@@ -148,6 +148,6 @@ def parts_as_text(content: str) -> list[dict[str, Any]] | None:
     found = unfolded(content)
     begins = BEGINS.match(content) if found is None else None
     if begins and begins[1] in KNOWN:
-        raise DropPair("content begins as content parts in JSON and is not JSON")
+        raise DropPair("content begins as content parts in JSON and is not JSON", "content")
     listed = isinstance(found, list) and found and all(isinstance(p, dict) and _kind(p) in KNOWN for p in found)
     return found if listed else None

@@ -3,7 +3,6 @@ up, as a table of columns would do with the arguments of tool calls."""
 
 import importlib.util
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from lzma import LZMAError
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from mdpo.console import first_line
 from mdpo.errors import UserError
+from mdpo.storage import read_cache, write_cache
 
 KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -113,10 +113,8 @@ def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
     anything is written; kept beside `datasets`' own cache, for other ranks and later starts."""
     name = xxhash.xxh3_64_hexdigest(json.dumps([str(Path(path).resolve()), *stamp]).encode())
     kept = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-columns", f"{name}.json")
-    try:
-        return json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass
+    if (known := read_cache(kept)) is not None:
+        return known
     columns: dict[str, None] = {}
     rows = 0
     for _, row in tqdm(json_rows(path), desc=f"reading {path}", unit=" rows", delay=3):
@@ -124,13 +122,7 @@ def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
         rows += 1
     if not rows:
         raise UserError(f"dataset file {path}: no rows in it.")
-    draft = kept.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(list(columns)), encoding="utf-8")
-        os.replace(draft, kept)
-    except OSError:  # the file is read again next time
-        draft.unlink(missing_ok=True)
+    write_cache(kept, list(columns))
     return list(columns)
 
 

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from mdpo.data.columns import Row, role_of, structured, unwrapped
-from mdpo.data.messages import normalise_messages, same_message
+from mdpo.data.messages import normalize_messages, same_message
 from mdpo.data.questions import QUESTIONS, begins, history, messages_in, question, text_in
-from mdpo.data.sides import SIDES, TRL, sides_form
+from mdpo.data.sides import SIDE_FORMS, TRL, sides_form
 from mdpo.data.tool_calls import read_tools
 from mdpo.data.unread import NO_QUESTION, ROLE_MARKS, WORDS, Unread, no_pairs, no_question, words_in
 from mdpo.errors import DropPair, UserError
 from mdpo.types import Message
 
-FORMS = (*SIDES, *QUESTIONS)
+FORMS = (*SIDE_FORMS, *QUESTIONS)
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
            "score_chosen", "score_rejected", "key")  # fmt: skip
 SYSTEMS = ("system", "system_prompt")
@@ -106,14 +106,16 @@ def _refuse_unclear(base: list[Message], columns: set[str], sides: tuple) -> Non
         return
     first = [side[0] if isinstance(side, list) else side for side in sides]
     if role_of(last) == "assistant" and all(isinstance(f, str) or role_of(f) == "assistant" for f in first):
-        raise DropPair(f"{names} ends with an assistant turn that is not the chosen answer")
+        raise DropPair(f"{names} ends with an assistant turn that is not the chosen answer", names)
     if not all(isinstance(side, str) for side in sides):
         return
     words = text_in(last.get("content", last.get("value"))).strip()
     if words_in(words) >= WORDS and all(side.strip().startswith(words) for side in sides):
-        raise DropPair(f"plain texts that begin with the words of {names}: take them out of the texts, or the column")
+        reason = f"plain texts that begin with the words of {names}: take them out of the texts, or the column"
+        raise DropPair(reason, "plain texts")
     if any(ROLE_MARKS.match(side.lstrip()) for side in sides):
-        raise DropPair(f"plain texts with turns of their own beside {names}: take the column out, or write messages")
+        reason = f"plain texts with turns of their own beside {names}: take the column out, or write messages"
+        raise DropPair(reason, "plain texts")
 
 
 def _with_history(row: Row, base: list[Message], sides: tuple) -> Found:
@@ -157,10 +159,10 @@ def _opens_with_user(side: Any) -> bool:
 
 def _ask_themselves(sides: tuple, base: list[Message]) -> bool:
     """Whether conversations that open with the assistant's greeting hold the question that stands beside them."""
-    asked = [m for m in normalise_messages(base) if m["role"] == "user"]
+    asked = [m for m in normalize_messages(base) if m["role"] == "user"]
     if not asked or not all(isinstance(side, list) for side in sides):
         return False
-    both = [[m for m in normalise_messages(side) if m["role"] == "user"] for side in sides]
+    both = [[m for m in normalize_messages(side) if m["role"] == "user"] for side in sides]
     return all(said and same_message(said[0], asked[0]) for said in both)
 
 

@@ -43,14 +43,14 @@ class _Turn:
     plain: bool = False
 
 
-def normalise_messages(messages: list[Message], where: str = "") -> list[Message]:
+def normalize_messages(messages: list[Message], where: str = "") -> list[Message]:
     """Messages as templates want them: string content, tool-call arguments as objects, no null fields.
     Raises DropPair with the message's number, from 1, in `where` (a column)."""
     return read_messages(messages, where).messages
 
 
 def read_messages(messages: list[Message], where: str = "") -> Conversation:
-    """As `normalise_messages`, with weights and what is worth a line. One entry may become several messages (tool
+    """As `normalize_messages`, with weights and what is worth a line. One entry may become several messages (tool
     outputs and a text in one), several may become one (the items of one answer). Raises DropPair."""
     out, turns = Conversation(), []
     for number, message in enumerate(messages, 1):
@@ -62,7 +62,7 @@ def read_messages(messages: list[Message], where: str = "") -> Conversation:
                 if not _joined(turns, turn):
                     turns.append(turn)
         except DropPair as reason:
-            raise DropPair(f"{_place(where, number)}{reason}") from None
+            raise DropPair(f"{_place(where, number)}{reason}", reason.key) from None
     for turn in turns:
         if not turn.plain and (reason := _empty(turn.message)):
             raise DropPair(f"{_place(where, turn.number)}{reason}")
@@ -73,7 +73,7 @@ def read_messages(messages: list[Message], where: str = "") -> Conversation:
 
 
 def same_message(a: Message, b: Message) -> bool:
-    """Whether two normalised messages say the same, white space around it, ids of calls and other fields aside."""
+    """Whether two normalized messages say the same, white space around it, ids of calls and other fields aside."""
     (said, calls), (also, others) = ((m["content"].strip(), m.get("tool_calls", ())) for m in (a, b))
     return (a["role"], said) == (b["role"], also) and [c["function"] for c in calls] == [c["function"] for c in others]
 

@@ -14,6 +14,7 @@ from transformers.integrations import deepspeed
 from mdpo.console import say
 from mdpo.data.tokenize import side_lengths
 from mdpo.errors import UserError
+from mdpo.forward.modes import base_model
 from mdpo.memory.fake_tensors import replaced
 
 TABLE = re.compile(r"pos|^wpe$")  # in the name of a table of positions
@@ -42,7 +43,7 @@ def learned_positions(model) -> int | None:
     nothing ends."""
     adapters = getattr(model, "peft_config", {}).values()
     own = max((adapter.num_virtual_tokens for adapter in adapters if adapter.is_prompt_learning), default=0)
-    limit = _of_base(model.get_base_model() if adapters else model)
+    limit = _of_base(base_model(model))
     return None if limit is None else limit - own
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to tokenised pairs to train on and to evaluate on. Needs no weights."""
+"""From a recipe to tokenized pairs to train on and to evaluate on. Needs no weights."""
 
 import os
 
@@ -13,7 +13,7 @@ from mdpo.data.files import whole_row
 from mdpo.data.forms import look
 from mdpo.data.report import DataReport, describe
 from mdpo.data.rows import refuse_missing_margins
-from mdpo.data.sources import Part, hold_out, load_sets, mix
+from mdpo.data.sources import DatasetSplit, hold_out, load_sets, mix
 from mdpo.data.tokenize import DropCounts, rank_imbalance, tokenize_dataset
 from mdpo.errors import UserError
 from mdpo.masking.dates import fix_day
@@ -24,7 +24,7 @@ SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
 
 
 def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset, Dataset | None, DataReport]:
-    """(training pairs, held-out pairs or None, what became of all rows), tokenised once by the main process, which
+    """(training pairs, held-out pairs or None, what became of all rows), tokenized once by the main process, which
     shows the report, and writes it into `folder` where one is given. Whether too many rows are bad is for the caller
     to ask the report. Raises UserError."""
     args, data = recipe.training, recipe.data
@@ -33,11 +33,11 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     refuse_unwritable()
     with first_of_node(), keeping_rows():
         parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
-        train = _tokenised([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
+        train = _tokenized([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
         evals = [p for p in parts if "train" not in p.split]
         if data.eval_dataset_mixer:
             evals += load_sets(data.eval_dataset_mixer, splits=None)
-        evals = _tokenised(evals, "eval", recipe, tokenizer, report)
+        evals = _tokenized(evals, "eval", recipe, tokenizer, report)
     if not train:
         raise UserError(f"dataset_splits: no set has a split to train on among {data.dataset_splits}.")
     train, held_out = mix(train, args.seed), mix(evals, args.seed) if evals else None
@@ -56,7 +56,7 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     return train, held_out, report
 
 
-def _tokenised(parts: list[Part], kind: str, recipe, tokenizer, report: DataReport) -> list[Dataset]:
+def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: DataReport) -> list[Dataset]:
     """The kept rows of each part, without what an earlier row of any part repeats; `place` is the order of all."""
     args, settings = recipe.training, render_settings(recipe)
     done, seen, place = [], set(), 0

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mdpo.data.columns import Form, Row, role_of, structured
-from mdpo.data.messages import normalise_messages, same_message
+from mdpo.data.messages import normalize_messages, same_message
 from mdpo.errors import DropPair
 from mdpo.types import Message
 
@@ -105,7 +105,7 @@ def question(row: Row, answer: Any = None) -> tuple[list[Message], set[str]]:
     base, used = before + base, used | {name} - {""}
     if not text:
         return base, used
-    if base and any(same_message(m, text) for m in normalise_messages(base)):
+    if base and any(same_message(m, text) for m in normalize_messages(base)):
         return base, used | columns
     if base and role_of(base[-1]) != "assistant" and any(role_of(m) != "system" for m in base):
         names = ", ".join(sorted(columns))
@@ -130,8 +130,8 @@ def _one_list(row: Row, answer: Any) -> tuple[list[Message], str]:
 def _without_answer(messages: list[Message], answer: Any) -> list[Message]:
     """A conversation that ends with the chosen answer, as SFT data has it, up to there."""
     given = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    given = normalise_messages(given if isinstance(given, list) else [given])
-    start, end = messages[: -len(given)], normalise_messages(messages)[-len(given) :]
+    given = normalize_messages(given if isinstance(given, list) else [given])
+    start, end = messages[: -len(given)], normalize_messages(messages)[-len(given) :]
     if start and len(end) == len(given) and role_of(end[0]) == "assistant" and all(map(same_message, end, given)):
         return start
     return messages
@@ -146,7 +146,8 @@ def _one_text(row: Row) -> tuple[Message | None, set[str]]:
         for message in form.read(row)[-1:]:
             found[form.columns[0]] = message
     if found and not prompt and text_in(row.get("context")):
-        raise DropPair(f"both {' and '.join(found)} and context hold text: write both into `prompt`")
+        both = f"both {' and '.join(found)} and context"
+        raise DropPair(f"{both} hold text: write both into `prompt`", both)
     said = {m["content"].strip() for m in found.values()}
     if len(said) > 1:
         raise DropPair(f"both {' and '.join(found)}, which differ: keep one, or write `prompt`")
@@ -158,4 +159,4 @@ def begins(messages: list[Message], start: list[Message]) -> bool:
     """Whether messages begin with the same words as `start`, which may be all of them."""
     if len(start) > len(messages):
         return False
-    return all(map(same_message, normalise_messages(messages), normalise_messages(start)))
+    return all(map(same_message, normalize_messages(messages), normalize_messages(start)))

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mdpo.data.tokenize import SIDES, DropCounts
+from mdpo.data.tokenize import DropCounts
 from mdpo.errors import UserError
+from mdpo.types import SIDES, turn_begins
 
 DATA_REPORT = "data_report.json"
 SUSPICIOUS = (0.3, 0.7)  # accuracy of "the longer side wins": outside of it length alone may be what is learnt
@@ -47,7 +48,7 @@ class DataReport:
             which = "longer" if accuracy > 0.5 else "shorter"
             found.append(
                 f"the side that the policy wrote more on wins in {accuracy:.0%} of the pairs: preferring the {which} "
-                "side is a shortcut. Balance lengths, or use a length-normalised loss or length_penalty."
+                "side is a shortcut. Balance lengths, or use a length-normalized loss or length_penalty."
             )
         return found
 
@@ -144,7 +145,7 @@ def _sentences(found: dict[str, Any], costs: dict[int, int]) -> str:
 
 
 def describe(rows: Dataset) -> dict[str, Any]:
-    """Of a tokenised set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
+    """Of a tokenized set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
     the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
     `longer_wins`, the accuracy of preferring the longer side, ties counting one half."""
     found = {what: np.zeros((len(rows), 2), np.int64) for what in ("turns", "tokens", "supervised")}
@@ -173,9 +174,7 @@ def _runs(masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offsets = np.asarray(masks.offsets, np.int64)
     bits = np.asarray(masks.values, np.int64)[offsets[0] : offsets[-1]]
     starts = offsets[:-1] - offsets[0]
-    before = np.concatenate([[0], bits[:-1]])
-    before[starts] = 0
-    begins = bits * (1 - before)
+    begins = turn_begins(bits, starts).astype(np.int64)
     return np.add.reduceat(begins, starts), np.diff(offsets), np.add.reduceat(bits, starts)
 
 

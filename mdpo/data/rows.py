@@ -9,7 +9,7 @@ from mdpo.data.json_texts import kind_of
 from mdpo.data.messages import (
     Conversation,
     is_text,
-    normalise_messages,
+    normalize_messages,
     parsed,
     read_messages,
     refuse_broken,
@@ -52,8 +52,8 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     both, weights, n, told = _conversations(prompt, sides, mask_turns, different_prompts)
     if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
         raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
-                        "mask_user_turns: true.")  # fmt: skip
-    first = normalise_messages([{"role": "system", "content": row["system"]}], "system") if row.get("system") else []
+                        "mask_user_turns: true.", "weight")  # fmt: skip
+    first = normalize_messages([{"role": "system", "content": row["system"]}], "system") if row.get("system") else []
     own = [side[0] for side in both if side[0]["role"] == "system"]
     if first and not all(same_message(message, *first) for message in own):
         row["remarks"].append(OTHER_SYSTEM)
@@ -231,7 +231,7 @@ def _common_start(a, b) -> int:
 
 
 def refuse_missing_margins(args: MDPOConfig, rows, name: str) -> None:
-    """Raises UserError where `margin_scale` is set and a row of the tokenised set has no margin."""
+    """Raises UserError where `margin_scale` is set and a row of the tokenized set has no margin."""
     if args.margin_scale and any(missing := [margin is None for margin in rows["margin"]]):
         first = rows["key"][missing.index(True)]
         raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")

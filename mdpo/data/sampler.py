@@ -45,6 +45,6 @@ def longest_first(order: np.ndarray, distinct: np.ndarray, side: np.ndarray, ste
 
 
 def pair_tokens(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct, side) of tokenised pairs, (n,) each, int64."""
+    """(distinct, side) of tokenized pairs, (n,) each, int64."""
     sides = side_lengths(rows)
     return sides.sum(1) - np.asarray(rows["shared_len"], np.int64), sides.max(1)

@@ -114,7 +114,8 @@ def _score(completion: Row) -> float:
     try:
         return sum(map(float, ratings)) / len(ratings)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise DropPair("a completion without rank, overall_score, fine-grained_score or ratings") from None
+        reason = "a completion without rank, overall_score, fine-grained_score or ratings"
+        raise DropPair(reason, "completions") from None
 
 
 def generations(row: Row) -> Row:
@@ -143,7 +144,7 @@ def _by(name: str) -> Callable[[Row], float]:
 TRL = Form(("chosen", "rejected"), "TRL; UltraFeedback binarized, hh-rlhf, Orca pairs, LLaMA-Factory, UltraInteract",
            "as they are: messages, one message, an object with `messages` or `conversations`, or a text",
            named("chosen", "rejected"))  # fmt: skip
-SIDES = (
+SIDE_FORMS = (
     TRL,
     Form(("preferred_output", "non_preferred_output"), "OpenAI, Azure, Fireworks, Together",
          "chosen, rejected", named("preferred_output", "non_preferred_output")),
@@ -195,4 +196,4 @@ SIDES = (
 
 def sides_form(columns: Any) -> Form | None:
     """The first form whose columns are all there."""
-    return next((form for form in SIDES if set(form.columns) <= set(columns)), None)
+    return next((form for form in SIDE_FORMS if set(form.columns) <= set(columns)), None)

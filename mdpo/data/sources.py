@@ -23,7 +23,7 @@ from mdpo.errors import UserError
 
 
 @dataclass
-class Part:
+class DatasetSplit:
     """One split of one set: the set as the recipe names it, with [split] behind it where it has several."""
 
     name: str
@@ -32,7 +32,9 @@ class Part:
     columns: list[str]
 
 
-def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None) -> list[Part]:
+def load_sets(
+    mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None
+) -> list[DatasetSplit]:
     """Every set in the mix: the first `fraction` of the rows of splits to train on, and all rows of the others. With
     `splits` None all splits are taken, and the fraction is of each.
 
@@ -58,7 +60,7 @@ def load_sets(mixer: dict[str, float], splits: list[str] | None, configs: list[s
                 raise UserError(
                     f"dataset {name!r}: its rows have images, and this trainer takes text. Use trl.DPOTrainer for them."
                 )
-            parts.append(Part(_part_name(name, split, found), split, rows, columns))
+            parts.append(DatasetSplit(_part_name(name, split, found), split, rows, columns))
     return parts
 
 
@@ -94,7 +96,7 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
         raise
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
         raise UserError(
-            f"dataset {name!r} cannot be had: {first_line(e)}. Where the hub cannot be reached, put the data into a "
+            f"dataset {name!r} cannot be loaded: {first_line(e)}. Where the hub cannot be reached, put the data into a "
             "local file and name that file in dataset_mixer."
         ) from e
     numbered = {split: number_rows(rows, _part_name(name, split, found)) for split, rows in found.items()}

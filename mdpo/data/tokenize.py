@@ -1,4 +1,4 @@
-"""A set of rows → a set of tokenised pairs, every dropped row counted under its reason."""
+"""A set of rows → a set of tokenized pairs, every dropped row counted under its reason."""
 
 import json
 from dataclasses import astuple, replace
@@ -9,6 +9,7 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
+from mdpo.console import first_line
 from mdpo.data.counts import DropCounts
 from mdpo.data.files import whole_row
 from mdpo.data.forms import look
@@ -20,11 +21,10 @@ from mdpo.masking.dates import with_day
 from mdpo.masking.loss_mask import RenderSettings, special_tokens_in_context, tokenize_pair
 from mdpo.masking.plain_texts import PlainText
 from mdpo.masking.spans import refuse_slow
-from mdpo.types import TokenizedPair
+from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
 VERSION = 9
-SIDES = ("chosen", "rejected")
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in ("chosen", "rejected")},
@@ -68,13 +68,13 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     try:
         pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
-        tokenised = vars(tokenize_pair(pair, template, settings))
+        tokenized = vars(tokenize_pair(pair, template, settings))
         out |= {
-            **tokenised,
-            "remarks": list(dict.fromkeys([*pair.remarks, *tokenised["remarks"]])),
+            **tokenized,
+            "remarks": list(dict.fromkeys([*pair.remarks, *tokenized["remarks"]])),
             "margin": pair.margin,
             "prompt_key": _digest(_question_of(pair)),
-            "digest": _digest([tokenised[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
+            "digest": _digest([tokenized[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
             "special_in_context": special_tokens_in_context(pair, template),
         }
     except DropPair as e:
@@ -82,7 +82,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
     except UserError:
         raise
     except Exception as e:  # one odd row does not end a run
-        return {**out, "drop_reason": f"unexpected {type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}"}
+        return {**out, "drop_reason": f"unexpected {type(e).__name__}: {first_line(e, innermost=False)[:80]}"}
     return {**out, "drop_reason": ""}
 
 
@@ -119,7 +119,7 @@ def tokenize_dataset(
         features=FEATURES,
         num_proc=num_proc if len(rows) > 1000 else None,
         new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), VERSION)),
-        desc=f"Tokenising {name}",
+        desc=f"Tokenizing {name}",
     )
     counts = DropCounts(name)
     light = done.select_columns([*COUNTED, "longest"])
@@ -129,7 +129,7 @@ def tokenize_dataset(
     counts.longest = np.asarray(done["longest"], np.int64)
     kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
     if not counts.kept:
-        raise UserError("no pair is left.\n" + "\n".join(counts.lines()))
+        raise UserError("no pair is left.\n" + "\n".join(counts.lines()), "dataset")
     return kept.remove_columns(NOT_TRAINED_ON), counts
 
 
@@ -151,8 +151,8 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
         return not reason
 
     options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
-    tokenised = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
-    return tokenised.filter(keep).remove_columns(NOT_TRAINED_ON), counts
+    tokenized = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
+    return tokenized.filter(keep).remove_columns(NOT_TRAINED_ON), counts
 
 
 def side_lengths(rows: Dataset) -> np.ndarray:

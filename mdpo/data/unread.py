@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from mdpo.data.columns import Row, role_of
-from mdpo.data.messages import normalise_messages
+from mdpo.data.messages import normalize_messages
 from mdpo.errors import DropPair
 
 NO_QUESTION = "no user turn and no prompt"
@@ -72,7 +72,7 @@ def no_question(row: Row, sides: tuple, used: set[str]) -> DropPair | None:
     if not all(isinstance(side, list | dict) for side in sides):
         return None
     named = zip(sides, ("chosen", "rejected"), strict=True)
-    messages = [normalise_messages(side if isinstance(side, list) else [side], name) for side, name in named]
+    messages = [normalize_messages(side if isinstance(side, list) else [side], name) for side, name in named]
     if all(any(m["role"] == "user" for m in side) for side in messages):
         return None
     return (Unread if column else DropPair)(NO_QUESTION + where)

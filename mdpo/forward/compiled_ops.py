@@ -9,13 +9,14 @@ import functools
 import types
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from mdpo.console import say
+from mdpo.console import first_line, say
 from mdpo.forward.lm_head import chunk_statistics, logits_gradient
 
 MIN_WIDTH = 256  # hidden sizes below are not bound by memory traffic; a call of compiled code costs more than it saves
@@ -28,8 +29,9 @@ VARIANTS = 64
 @cache
 def compiled(function: Callable) -> Callable:
     """The function compiled once, for any sizes. Past VARIANTS forms it goes on uncompiled, and one line says so."""
-    options = {"dynamic": True, "fullgraph": True, "recompile_limit": VARIANTS, "isolate_recompiles": True}
-    fast, slow = torch.compile(function, **options), []
+    options: dict[str, Any] = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
+    fast = torch.compile(function, dynamic=True, fullgraph=True, **options)
+    slow: list[bool] = []
 
     @functools.wraps(function)
     def call(*args):
@@ -78,7 +80,8 @@ def _gate(activation: type[nn.Module]) -> Callable:
 def _gated_forward(self, x):
     """Of what backward needs, gate and up are kept, and their product is computed again. Inside non-reentrant gradient
     checkpointing nothing is kept anyway, and hooks of ours would take the place of its own."""
-    product, gate, up = _gate(type(self.act_fn)), self.gate_proj(x), self.up_proj(x)
+    product = _gate(type(self.act_fn))  # type: ignore[arg-type]  # as in `_same`
+    gate, up = self.gate_proj(x), self.up_proj(x)
     inner = product(gate, up)
     if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return self.down_proj(inner)
@@ -128,15 +131,15 @@ def _cannot(kinds: dict[type, list[nn.Module]], device, dtype: torch.dtype) -> s
         try:
             same = check()
         except Exception as error:  # no compiler, or a compiler's own trouble: training goes on without it
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"fused_ops: off for {name}: {why}"
+            return f"fused_ops: off for {name}: {first_line(error, innermost=False)}"
         if not same:
             return f"fused_ops: off for {name}: compiled, it does not give the same numbers."
     return None
 
 
 def _same(module: nn.Module, device, dtype: torch.dtype) -> bool:
-    return agrees(module, _norm(type(module)) if is_norm(module) else _gated_forward, device, dtype)
+    forward = _norm(type(module)) if is_norm(module) else _gated_forward  # type: ignore[arg-type]  # a class is hashable
+    return agrees(module, forward, device, dtype)
 
 
 def _on_all_ranks(done: bool, device) -> bool:
@@ -156,7 +159,8 @@ def is_gated(module: nn.Module) -> bool:
     parts = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Module) and hasattr(part, "weight") for part in parts):
         return False
-    return isinstance(getattr(module, "act_fn", None), nn.Module) and not list(module.act_fn.parameters())
+    activation = getattr(module, "act_fn", None)
+    return isinstance(activation, nn.Module) and not list(activation.parameters())
 
 
 def agrees(module: nn.Module, forward: Callable, device, dtype: torch.dtype | None = None) -> bool:
@@ -164,11 +168,13 @@ def agrees(module: nn.Module, forward: Callable, device, dtype: torch.dtype | No
     the module's weights are quantized the stand-in's are of `dtype`."""
     stand_in = copy.copy(module)
     stand_in._parameters, stand_in._modules = dict(module._parameters), dict(module._modules)
-    weight = module.weight if is_norm(module) else module.gate_proj.weight
     if is_norm(module):
+        weight = cast(torch.Tensor, module.weight)
         width = getattr(weight, "ds_shape", weight.shape)[0]
-    else:  # a quantized weight has another shape
-        width = getattr(module.gate_proj, "in_features", None) or getattr(weight, "ds_shape", weight.shape)[1]
+    else:
+        gate = cast(nn.Linear, module.gate_proj)  # or PEFT's layer around it; a quantized weight has another shape
+        weight = gate.weight
+        width = getattr(gate, "in_features", None) or getattr(weight, "ds_shape", weight.shape)[1]
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else dtype
     generator = torch.Generator().manual_seed(0)
 
@@ -179,15 +185,16 @@ def agrees(module: nn.Module, forward: Callable, device, dtype: torch.dtype | No
         stand_in._parameters["weight"] = nn.Parameter(random(width).detach())
     else:
         for name, shape in (("gate_proj", (24, width)), ("up_proj", (24, width)), ("down_proj", (width, 24))):
-            stand_in._modules[name] = nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=dtype)
-            stand_in._modules[name].weight = nn.Parameter(random(*shape).detach() / width**0.5)
+            projection = nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=dtype)
+            projection.weight = nn.Parameter(random(*shape).detach() / width**0.5)
+            stand_in._modules[name] = projection
     x, upstream = random(2, 7, width), random(2, 7, width).detach()
     inputs, results = [x, *stand_in.parameters()], []
     for function in (type(module).forward, forward):
         with torch.enable_grad():
             out = function(stand_in, x)
             results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
-    limit = TOLERANCE.get(dtype, 5e-2)
+    limit = TOLERANCE.get(dtype, 5e-2) if dtype is not None else 5e-2
     return all((a - b).norm() <= limit * a.norm() for a, b in zip(*results, strict=True))
 
 

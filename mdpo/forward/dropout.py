@@ -12,6 +12,7 @@ from torch import nn
 from mdpo.errors import UserError
 from mdpo.forward.modes import evaluating
 from mdpo.forward.token_logps import score_tokens
+from mdpo.types import PairBatch
 
 RATE = re.compile(r"drop|jitter|noise")
 # PhiMoE's router has a threshold of this name, in evaluation too; others copy the rate under another name.
@@ -55,13 +56,13 @@ def configured(model: nn.Module):
             setattr(config, name, value)
 
 
-def refuse_noise(model: nn.Module, accelerator, batch: dict[str, torch.Tensor]) -> None:
+def refuse_noise(model: nn.Module, accelerator, batch: PairBatch) -> None:
     """Raises UserError where the log-probs of a few tokens of a batch depend on the generator's state in training mode:
     then something random is left that has no rate (PhiMoE draws its experts); noise on embeddings (NEFTune) was asked
     for. All ranks call it together."""
-    ids = batch["input_ids"][:1, :TOKENS]
+    ids = batch.input_ids[:1, :TOKENS]
     places = torch.arange(ids.size(1) - 1, device=ids.device)
-    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "score_index": places, "score_target": ids[0, 1:]}
+    row = PairBatch(input_ids=ids, attention_mask=torch.ones_like(ids), logp_position=places, label=ids[0, 1:])
 
     def logps(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

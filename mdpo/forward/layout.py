@@ -11,9 +11,10 @@ from mdpo.console import first_line, say
 from mdpo.errors import UserError
 from mdpo.forward.collators import first_pairs, unpacked
 from mdpo.forward.layout_check import Watch, misplaced, shifted
-from mdpo.forward.modes import evaluating
+from mdpo.forward.modes import base_model, evaluating
 from mdpo.forward.packed_attention import noting_refusals, refused
 from mdpo.forward.token_logps import score_tokens, scored_beside
+from mdpo.types import PairBatch
 
 HEAD_TOKENS = 64  # of a real row, whose own logits are looked at
 # Norm of the difference of the two layouts' log-probs over their norm. Float32 adds in another order; half precision
@@ -29,7 +30,7 @@ def packing_refused(model) -> str | None:
     """Why the model, PEFT's wrapper included, cannot be given packed rows; None where it can."""
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         return "prompt-learning PEFT puts tokens of its own before the row"
-    return refused(_base(model))
+    return refused(base_model(model))
 
 
 class Layout:
@@ -40,9 +41,9 @@ class Layout:
         self._packs: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
         self._heads: WeakSet[torch.nn.Module] = WeakSet()  # whose log-probs are those of their logits
 
-    def fit(self, model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def fit(self, model, batch: PairBatch) -> PairBatch:
         """The batch in the layout that `model` (wrapped or not) takes. All ranks call it together."""
-        inner, packed = self.accelerator.unwrap_model(model), "segments" in batch
+        inner, packed = self.accelerator.unwrap_model(model), batch.is_packed
         if inner not in self._heads or (packed and inner not in self._packs):
             first = first_pairs(batch, 2) if packed else batch
             # Compiled parts run eagerly: two pairs are no reason to compile.
@@ -54,14 +55,14 @@ class Layout:
                     self._packs[inner] = self._check(model, inner, first)
         return unpacked(batch, self.pad_token_id) if packed and not self._packs[inner] else batch
 
-    def _check_head(self, model, inner, batch) -> None:
+    def _check_head(self, model, inner, batch: PairBatch) -> None:
         """Raises UserError where the log-probs of a row's first tokens are not those of the model's own logits: then
         its head does more than `mdpo.forward.token_logps` knows of."""
-        mask = batch["attention_mask"][:1].bool()
-        ids = batch["input_ids"][:1][mask][None, :HEAD_TOKENS]
+        mask = batch.attention_mask[:1].bool()
+        ids = batch.input_ids[:1][mask][None, :HEAD_TOKENS]
         n = ids.size(1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with scored_beside(_base(inner), ids[0, 1:]) as found:
+        with scored_beside(base_model(inner), ids[0, 1:]) as found:
             logits = model(**inputs).logits[0, -n:-1].float()
         reason = (
             head_disagreement(found[0], logits, ids[0, 1:], inner.dtype)
@@ -71,10 +72,12 @@ class Layout:
         if self._anywhere(reason):
             raise UserError(
                 f"The log-probs of {type(inner).__name__} are not those of its own logits: its LM head does something "
-                f"that is not known here ({reason or 'seen on another rank'}). This architecture cannot be trained yet."
+                f"that is not known here ({reason or 'seen on another rank'}). This architecture cannot be trained "
+                "yet.",
+                key="LM head",
             )
 
-    def _check(self, model, inner, batch) -> bool:
+    def _check(self, model, inner, batch: PairBatch) -> bool:
         """Whether both layouts agree on every rank; one line where they do not. Each rank makes the same forwards."""
         reason = packing_refused(inner)
         if reason is None:
@@ -84,9 +87,9 @@ class Layout:
         say(f"shared_prefix: off for {type(inner).__name__}: {reason or 'another rank found a difference'}.")
         return False
 
-    def _compare(self, model, inner, batch) -> str | None:
+    def _compare(self, model, inner, batch: PairBatch) -> str | None:
         """What speaks against the packed layout."""
-        padded, watch = unpacked(batch, self.pad_token_id), Watch(_base(inner), batch)
+        padded, watch = unpacked(batch, self.pad_token_id), Watch(base_model(inner), batch)
         with watch.looking():
             wanted = score_tokens(model, padded).logps
         again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
@@ -141,7 +144,3 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def _computed(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     on = x.device.type
     return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else dtype
-
-
-def _base(model):
-    return model.get_base_model() if hasattr(model, "peft_config") else model

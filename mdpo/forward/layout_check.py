@@ -8,7 +8,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.console import first_line
-from mdpo.forward.packed_attention import NAME, Segments, noting_refusals, own_attention
+from mdpo.forward.packed_attention import NAME, Segments, noting_refusals
+from mdpo.forward.scoring_head import own_attention
+from mdpo.types import PairBatch
 
 SAME_ATTENTION = 1e-5  # of the norm, float32
 KERNEL = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # a kernel's own rounding, one layer's
@@ -18,32 +20,34 @@ GROUPS = 2  # of heads that share a key head: what is looked at in float32
 IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of its own
 
 
-def misplaced(batch: dict[str, torch.Tensor]) -> str | None:
+def misplaced(batch: PairBatch) -> str | None:
     """Of a packed batch: whether a token's position is another one than its place in its side."""
-    wanted = [t for p, c, r in batch["segments"] for t in (*range(p + c), *range(p, p + r))]
-    found = batch["position_ids"][0].tolist()
+    wanted = [t for p, c, r in batch.segments for t in (*range(p + c), *range(p, p + r))]
+    found = batch.position_ids[0].tolist()
     return None if found == wanted else "its row's positions are not those of its sides"
 
 
-def shifted(batch: dict[str, torch.Tensor], pad_token_id: int, by: int = 3) -> dict[str, torch.Tensor]:
+def shifted(batch: PairBatch, pad_token_id: int, by: int = 3) -> PairBatch:
     """A padded batch with padding before its rows: the same log-probs, rounded otherwise."""
-    length = batch["input_ids"].size(1)
+    length = batch.input_ids.size(1)
     ids, mask = (
         torch.nn.functional.pad(batch[name], (by, 0), value=value)
         for name, value in (("input_ids", pad_token_id), ("attention_mask", 0))
     )
-    index = batch["score_index"]
+    index = batch.logp_position
     moved = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    return {**batch, **moved, "score_index": index + (index // length + 1) * by}
+    return batch | moved | {"logp_position": index + (index // length + 1) * by}
 
 
 class Watch:
     """Looks on while a model is called with B pairs padded, then packed. `reason` is the first thing that is wrong."""
 
-    def __init__(self, model, batch: dict[str, torch.Tensor]):
-        self.segments = Segments(batch["segments"])
-        self.own, self.reason = own_attention(model), None
-        self.calls, self._first = {True: 0, False: 0}, None
+    def __init__(self, model, batch: PairBatch):
+        self.segments = Segments(batch.segments)
+        self.own = own_attention(model)
+        self.reason: str | None = None
+        self.calls = {True: 0, False: 0}  # by whether it was packed
+        self._first: list[torch.Tensor] = []  # query and key of the first layer, padded
 
     @contextmanager
     def looking(self):
@@ -60,7 +64,8 @@ class Watch:
 
             return watched
 
-        ALL_ATTENTION_FUNCTIONS.get_interface = get_interface
+        # Beside its class's own, until it is deleted.
+        ALL_ATTENTION_FUNCTIONS.get_interface = get_interface  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -122,11 +127,12 @@ class Watch:
             end = start + prefix + chosen
             places = list(range(start, end)), [*range(start, start + prefix), *range(end, end + rejected)]
             for row, at, first in ((i, places[0], 0), (pairs + i, places[1], prefix)):
-                side = [x[:, :, at].float() for x in (q, k, v)]
+                query, key, value = (x[:, :, at].float() for x in (q, k, v))
                 if self.own in IN_FLOAT32:
-                    result = attend(module, *side, _part(mask, row, len(at), side[0].size(1)), **kwargs)[0]
+                    part = _part(mask, row, len(at), query.size(1))
+                    result = attend(module, query, key, value, part, **kwargs)[0]
                 else:
-                    result = plain_attention(*side, kwargs)
+                    result = plain_attention(query, key, value, kwargs)
                 out.append(result[:, first:])
             start = end + rejected
         return torch.cat(out, 1)
@@ -144,7 +150,8 @@ def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
     matrices of 16k tokens would take more memory than the step that they are to vouch for."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scaling, softcap, window = (kwargs.get(name) for name in ("scaling", "softcap", "sliding_window"))
-    at, out = torch.arange(q.size(2), device=q.device), []
+    at = torch.arange(q.size(2), device=q.device)
+    out: list[torch.Tensor] = []
     for rows in at.split(QUERIES):
         keys = slice(0, int(rows.numel() + len(out) * QUERIES))
         scores = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * (q.size(-1) ** -0.5 if scaling is None else scaling)

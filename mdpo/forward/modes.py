@@ -1,8 +1,13 @@
-"""A model that is deterministic for a while, then as it was."""
+"""A model within its wrappers; one that is deterministic for a while, then as it was."""
 
 from contextlib import contextmanager
 
 from torch import nn
+
+
+def base_model(model):
+    """What a PEFT model was put on; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 """Attention over packed pairs: prefix and chosen tokens are one causal sequence, rejected tokens see prefix and
-rejected, and no token sees another pair. Registered with transformers under NAME; scoring switches to it and back.
+rejected, and no token sees another pair. Registered with transformers under NAME; a ScoringHead switches to it.
 
     prefix p0 p1 | chosen c0 c1 | rejected r0     c1 sees p0 p1 c0 c1, r0 sees p0 p1 r0
 """
@@ -85,27 +85,6 @@ def refused(model) -> str | None:
     return None
 
 
-def remember_attention(model) -> None:
-    """Before any `switch`: two models may share a configuration."""
-    current = model.config.get_text_config()._attn_implementation
-    model._own_attention = getattr(model, "_own_attention", "sdpa") if current == NAME else current
-
-
-def switch(model, packed: bool) -> None:
-    """Packed attention for the calls that follow, gradient checkpointing's second forward included, or the model's own
-    again. `model` is the one without wrappers."""
-    config = model.config.get_text_config()
-    if packed == (config._attn_implementation == NAME):
-        return
-    config._attn_implementation = NAME if packed else model._own_attention
-
-
-def own_attention(model) -> str:
-    """The attention implementation that the model was loaded with, whatever it is switched to."""
-    current = model.config.get_text_config()._attn_implementation
-    return model._own_attention if current == NAME else current
-
-
 @contextmanager
 def noting_refusals():
     """Within it, why packed attention cannot serve a model is collected in the list that is yielded, and its result is
@@ -131,9 +110,9 @@ def packed_attention(
     unknown = [f"its attention takes {name}" for name in unknown]
     if segments is None:
         unknown.append("its layers hand no keywords on to attention")
-    if unknown and _refusals is None:
-        raise UserError(f"shared_prefix: of {type(module).__name__}, {unknown[0]}. Set shared_prefix: false.")
     if unknown:
+        if _refusals is None:
+            raise UserError(f"shared_prefix: of {type(module).__name__}, {unknown[0]}. Set shared_prefix: false.")
         _refusals.extend(unknown)
     if segments is None:
         return query.new_zeros(1, query.size(2), query.size(1), value.size(-1)), None

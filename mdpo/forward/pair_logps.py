@@ -4,53 +4,49 @@ import torch
 
 from mdpo.forward.collators import CHOSEN, REJECTED
 from mdpo.forward.token_logps import TokenScores
-from mdpo.types import PairLogps
+from mdpo.types import PairBatch, PairLogps
 
 
-def token_places(batch: dict[str, torch.Tensor], n_pairs: int) -> torch.Tensor:
-    """For each scored token the sequence that it belongs to, (S,): 0 … B-1 chosen, B … 2B-1 rejected."""
-    return batch["score_side"] * n_pairs + batch["score_pair"]
-
-
-def verbosity_weights(batch: dict[str, torch.Tensor], n_pairs: int, alpha: float) -> torch.Tensor:
+def verbosity_weights(batch: PairBatch, alpha: float) -> torch.Tensor:
     """LD-DPO's weights (arXiv 2409.06411), (S,): 1 for the first min(|y_w|, |y_l|) supervised tokens of a side, alpha
     for the rest of the longer side. Tokens of a sequence come in their order; those of weight 0 are not counted."""
-    place = token_places(batch, n_pairs)
+    n_pairs, place = batch.n_pairs, batch.sequence_of_token
     used = counted(batch)
     mine = place[None] == torch.arange(2 * n_pairs, device=place.device)[:, None]  # (2B, S)
     position = (mine & used[None]).cumsum(1).gather(0, place[None])[0]  # from 1
     tokens = _per_sequence(used, place, n_pairs)
-    shorter = tokens.min(0).values[batch["score_pair"]]
+    shorter = tokens.min(0).values[batch.pair]
     return torch.where(position <= shorter, 1.0, alpha)
 
 
-def counted(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def counted(batch: PairBatch) -> torch.Tensor:
     """True for tokens whose turn's weight is not 0, (S,)."""
-    return batch["score_weight"] != 0 if "score_weight" in batch else torch.ones_like(batch["score_pair"], dtype=bool)
+    return torch.ones_like(batch.pair, dtype=torch.bool) if batch.turn_weight is None else batch.turn_weight != 0
 
 
-def sum_by_pair(
-    logps: torch.Tensor, batch: dict[str, torch.Tensor], n_pairs: int, weights: torch.Tensor | None = None
-) -> PairLogps:
+def sum_by_pair(logps: torch.Tensor, batch: PairBatch, weights: torch.Tensor | None = None) -> PairLogps:
     """Per-token log-probs (S,), times turn weights and `weights` (S,) → sums and token counts of each pair, side.
 
     Sums are float64 whatever comes in. A reward is the small difference of two sums of thousands of terms, and on a GPU
     the order of summation changes from call to call: in float64 neither reaches the loss."""
-    place = token_places(batch, n_pairs)
+    n_pairs, place = batch.n_pairs, batch.sequence_of_token
     logps = logps.double()
-    for weight in (batch.get("score_weight"), weights):
+    for weight in (batch.turn_weight, weights):
         logps = logps if weight is None else logps * weight
     sums = logps.new_zeros(2 * n_pairs).index_add(0, place, logps).view(2, n_pairs)
     tokens = _per_sequence(counted(batch), place, n_pairs)
     return PairLogps(sums[CHOSEN], sums[REJECTED], tokens[CHOSEN], tokens[REJECTED])
 
 
-def policy_weights(scores: TokenScores, batch: dict[str, torch.Tensor], n_pairs: int) -> torch.Tensor:
+def policy_weights(scores: TokenScores, batch: PairBatch) -> torch.Tensor:
     """WPO's weight of each pair, (B,), without gradient (arXiv 2406.11827, eq. 2): how likely the policy would have
     written both sides itself, exp of the mean over tokens of log p(token) − log Σ_v p_v², chosen's times rejected's."""
-    aligned = (scores.logps.double() - scores.log_collision.double()).detach() * counted(batch)
-    sums = aligned.new_zeros(2 * n_pairs).index_add(0, token_places(batch, n_pairs), aligned)
-    tokens = _per_sequence(counted(batch), token_places(batch, n_pairs), n_pairs)
+    n_pairs, place = batch.n_pairs, batch.sequence_of_token
+    if scores.log_sum_p_squared is None:
+        raise ValueError("policy_weights: scores without log_sum_p_squared")
+    aligned = (scores.logps.double() - scores.log_sum_p_squared.double()).detach() * counted(batch)
+    sums = aligned.new_zeros(2 * n_pairs).index_add(0, place, aligned)
+    tokens = _per_sequence(counted(batch), place, n_pairs)
     return (sums.view(2, n_pairs) / tokens.clamp(min=1)).sum(0).exp()
 
 

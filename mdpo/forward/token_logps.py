@@ -4,20 +4,20 @@ The head is called as a module exactly once per forward, whatever the number of 
 its hooks then gather the weight once in forward and once in backward, and ranks with different counts stay in step.
 """
 
-import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # every family's is this one
 from transformers.utils import ModelOutput
 
 from mdpo.errors import UserError
 from mdpo.forward.compiled_ops import compiled
 from mdpo.forward.lm_head import Head, HeadTransform, chunk_statistics, logits_gradient, plus, plus_product, slices
-from mdpo.forward.packed_attention import Segments, remember_attention, switch
+from mdpo.forward.packed_attention import Segments
+from mdpo.forward.scoring_head import ScoringHead
+from mdpo.types import PairBatch
 
 # Of float32 logits held at a time. On a GPU each chunk's backward reads and writes the weight's float32 gradient, 8
 # bytes a weight, for 2 FLOPs a weight and token: an H100 (990 TFLOP/s, 3.35 TB/s, by its data sheet) computes for as
@@ -30,14 +30,14 @@ GPU_CHUNK_BYTES = 1 << 29
 class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate know how to pass on
     """For S scored tokens, float32 (S,): `logps` in nats, with gradient; and without gradient `entropy` of the
     predicted distribution (nats), `mean_logit` over the vocabulary, `top1` (1 where the token is the likeliest), and
-    where asked for `log_collision`, log Σ_v p_v² (nats). `aux_loss`, where asked for: a mixture of experts'
+    where asked for `log_sum_p_squared`, log Σ_v p_v² (nats). `aux_loss`, where asked for: a mixture of experts'
     load-balancing loss, a scalar with gradient."""
 
-    logps: torch.Tensor | None = None
+    logps: torch.Tensor
     entropy: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     top1: torch.Tensor | None = None
-    log_collision: torch.Tensor | None = None
+    log_sum_p_squared: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
 
 
@@ -50,9 +50,9 @@ def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> t
 class ChunkedLogProbs(torch.autograd.Function):
     """`full_log_probs` without the logits in memory: chunks of tokens, float32 log-softmax, recomputed in backward.
 
-    Returns (logps, entropy, mean_logit, top1, log_collision), each float32 (S,), the last one None unless `collision`;
-    only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over chunks in
-    float32. `fused` compiles what is done to each chunk's logits.
+    Returns (logps, entropy, mean_logit, top1, log_sum_p_squared), each float32 (S,), the last one None unless
+    `collision`; only logps carries gradient, to hidden states, weight and bias. The weight's gradient is summed over
+    chunks in float32. `fused` compiles what is done to each chunk's logits.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             if need_bias:
                 d_bias = plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(ctx.compute)
-            if need_hidden:
+            if d_hidden is not None:
                 d_hidden[at] = (d_logits @ head.weight).to(hidden.dtype)
             if need_weight:
                 d_weight = plus_product(d_weight, d_logits.T, h)
@@ -99,126 +99,110 @@ class ChunkedLogProbs(torch.autograd.Function):
         return d_hidden, *gradients, None, None, None, None, None
 
 
-def enable_scoring(model, fused: bool = False) -> None:
-    """Lets `model(input_ids=…, score_index=…, score_target=…)` return TokenScores. Called without `score_index` the
-    model's own forward runs, so generation and saving are unchanged. Give the model before any PEFT wrapping, or its
-    `get_base_model()`. Raises UserError for an LM head that carries its own adapter.
+def enable_scoring(model, fused: bool = False) -> ScoringHead:
+    """Lets `model(input_ids=…, logp_position=…, label=…)` return TokenScores, until the ScoringHead that is returned is
+    `restore`d; a model that has one keeps it. Called without `logp_position` the model's own forward runs. Give the
+    model before any PEFT wrapping, or its `get_base_model()`; errors are those of `ScoringHead.install`.
 
     `score_length` is T, the tokens of a row: what stands before the last T hidden states comes from prompt-learning
-    PEFT. `score_collision` asks for log_collision, `output_router_logits` for aux_loss. `fused` as in
+    PEFT. `score_collision` asks for log_sum_p_squared, `output_router_logits` for aux_loss. `fused` as in
     ChunkedLogProbs."""
-    _plain_head(model)
-    own_forward = model.forward
-    config = model.config.get_text_config()
-    remember_attention(model)
-    transform = HeadTransform.of(config)
+    scoring = ScoringHead.of(model)
+    if scoring is None:
+        return ScoringHead(model, _scores, fused).install()
+    scoring.claim()
+    scoring.fused = fused
+    return scoring
 
-    def chunk(device) -> int:  # tokens
-        return max(64, CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES) // (4 * config.vocab_size))
 
-    @functools.wraps(own_forward)  # generate() checks its arguments against this signature
-    def forward(*args, score_index=None, score_target=None, score_length=None, score_collision=False, **kwargs):
-        segments = kwargs.get("segments")
-        switch(model, packed=segments is not None)
-        if score_index is None:
-            return own_forward(*args, **kwargs)
-        kwargs.pop("labels", None)  # PEFT passes labels=None
-        kwargs["use_cache"] = False
-        outputs = _body(model)(*args, **kwargs)
-        hidden = outputs.last_hidden_state[:, -score_length:]
-        hidden = hidden.reshape(-1, hidden.size(-1))[score_index.to(hidden.device)]
-        head = _plain_head(model)
-        with _chunked(head, score_target.to(hidden.device), transform, chunk(hidden.device), score_collision, fused):
-            scores = TokenScores(*head(hidden))
-        if kwargs.get("output_router_logits"):
-            counts = (
-                kwargs.get("attention_mask")
-                if segments is None
-                else segments.counts.to(hidden.device, non_blocking=True)
-            )
-            experts = getattr(config, "num_experts", None) or config.num_local_experts
-            # In float32: means over thousands of tokens, which a bfloat16 model would make in bfloat16.
-            logits = tuple(layer.float() for layer in outputs.router_logits or ())
-            balance = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, counts) if logits else 0.0
-            scores.aux_loss = torch.as_tensor(balance, device=hidden.device)
-        return scores
+def _scores(scoring: ScoringHead, *args, logp_position, label, score_length, score_collision, **kwargs) -> TokenScores:
+    """TokenScores of one call of the model, whose body gets `args` and `kwargs`."""
+    kwargs.pop("labels", None)  # PEFT passes labels=None
+    kwargs["use_cache"] = False
+    outputs = _body(scoring.model)(*args, **kwargs)
+    hidden = outputs.last_hidden_state[:, -score_length:]
+    hidden = hidden.reshape(-1, hidden.size(-1))[logp_position.to(hidden.device)]
+    label, settings = label.to(hidden.device), _settings(scoring, hidden.device)
 
-    model.forward = forward
-    model._head_settings = transform, chunk, fused
+    def log_probs(weight, bias, hidden):
+        return ChunkedLogProbs.apply(hidden, weight, bias, label, *settings, score_collision, scoring.fused)
+
+    with scoring.lm_head_computes(log_probs) as head:
+        scores = TokenScores(*head(hidden))
+    if kwargs.get("output_router_logits"):
+        scores.aux_loss = _balance(scoring.model.config.get_text_config(), outputs, kwargs, hidden.device)
+    return scores
+
+
+def _settings(scoring: ScoringHead, device: torch.device) -> tuple[HeadTransform, int]:
+    """What is done to logits, and how many tokens' logits are held at a time."""
+    words = scoring.model.config.get_text_config().vocab_size
+    return scoring.transform, max(64, CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES) // (4 * words))
+
+
+def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
+    """A mixture of experts' load-balancing loss, a scalar; a shared token counts for both sides."""
+    segments = inputs.get("segments")
+    if segments is None:
+        counts = inputs.get("attention_mask")
+    else:
+        counts = segments.counts.to(device, non_blocking=True)
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    # In float32: means over thousands of tokens, which a bfloat16 model would make in bfloat16.
+    logits = tuple(layer.float() for layer in outputs.router_logits or ())
+    balance = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, counts) if logits else 0.0
+    return torch.as_tensor(balance, device=device)
 
 
 @contextmanager
 def scored_beside(model, target: torch.Tensor):
     """Within it, where the model's own forward calls its LM head, the S hidden states before a row's last are also
     scored as in training, against `target` (S,); their log-probs come into the list that is yielded. They are the
-    body's own: what a model does to them before its head (BERT's transform) would be missing. `model` is without
-    wrappers."""
-    head, (transform, chunk, fused) = _plain_head(model), model._head_settings
-    own, before, found, states = head.forward, head.__dict__.get("forward"), [], []
+    body's own: what a model does to them before its head (BERT's transform) would be missing. `model`, without
+    wrappers, has a scoring head."""
+    scoring = ScoringHead.of(model)
+    if scoring is None:
+        raise _no_scoring_head(model)
+    own, found, states = scoring.lm_head.forward, [], []
     # OPT and Bart kinds call their body's decoder past the body; where both are called, the body's output comes last.
     bodies = [part for part in (getattr(_body(model), "decoder", None), _body(model)) if part is not None]
     hooks = [part.register_forward_hook(lambda module, inputs, outputs: states.append(outputs[0])) for part in bodies]
 
-    def forward(hidden):
-        weights = head.weight, getattr(head, "bias", None)
-        if states and states[-1].size(-1) == weights[0].size(-1):
+    def both(weight, bias, hidden):
+        if states and states[-1].size(-1) == weight.size(-1):
             rows = states[-1].reshape(-1, states[-1].size(-1))[-len(target) - 1 : -1]
-            found.append(ChunkedLogProbs.apply(rows, *weights, target, transform, chunk(rows.device), False, fused)[0])
+            settings = _settings(scoring, rows.device)
+            found.append(ChunkedLogProbs.apply(rows, weight, bias, target, *settings, False, scoring.fused)[0])
         return own(hidden)
 
-    head.forward = forward
     try:
-        yield found
+        with scoring.lm_head_computes(both):
+            yield found
     finally:
         for hook in hooks:
             hook.remove()
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
+
+
+def _no_scoring_head(model) -> UserError:
+    return UserError(f"scoring: {type(model).__name__} has no scoring head. Call `enable_scoring` on it first.")
 
 
 def _body(model) -> torch.nn.Module:
     return model.model if model.base_model is model else model.base_model  # Llama-4's class misnames it
 
 
-def _plain_head(model) -> torch.nn.Module:
-    head = model.get_output_embeddings()
-    if hasattr(head, "modules_to_save"):  # a fully trained copy beside a LoRA adapter
-        adapters = [a for a in head.active_adapters if a in head.modules_to_save]
-        head = head.modules_to_save[adapters[0]] if adapters and not head.disable_adapters else head.original_module
-    if isinstance(head, BaseTunerLayer):
-        raise UserError("lora_target_modules: the LM head cannot carry an adapter here; take 'lm_head' out of it.")
-    return head
-
-
-@contextmanager
-def _chunked(head, *settings):
-    """Within it, calling `head(hidden)` runs ChunkedLogProbs inside the module call, where its weight is gathered."""
-    before = head.__dict__.get("forward")
-
-    def forward(hidden):
-        return ChunkedLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), *settings)
-
-    head.forward = forward  # written out: torch.compile goes through this, and not through one generator in another
-    try:
-        yield
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
-
-
-def score_tokens(model, batch: dict[str, torch.Tensor], collision=False, aux_loss=False) -> TokenScores:
+def score_tokens(model, batch: PairBatch, collision=False, aux_loss=False) -> TokenScores:
     """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare). Of a packed
-    batch shared tokens are computed once and returned for each side."""
-    names = ("input_ids", "attention_mask", "position_ids", "score_index", "score_target")
+    batch shared tokens are computed once and returned for each side. Raises UserError for a model without a scoring
+    head."""
+    names = ("input_ids", "attention_mask", "position_ids", "logp_position", "label")
     asked = {"score_collision": collision, "output_router_logits": aux_loss}
     inputs = {name: batch[name] for name in names if name in batch} | {name: True for name in asked if asked[name]}
-    if "segments" not in batch:
-        return model(**inputs, score_length=batch["input_ids"].size(1))
-    segments = Segments(batch["segments"])
-    once = model(**inputs, score_length=batch["input_ids"].size(1), segments=segments)
-    both = {name: x if name == "aux_loss" else x.index_select(0, batch["score_source"]) for name, x in once.items()}
+    inputs |= {"segments": Segments(batch.segments)} if batch.is_packed else {}
+    scores = model(**inputs, score_length=batch.input_ids.size(1))
+    if "logps" not in scores:
+        raise _no_scoring_head(model)
+    if not batch.is_packed:
+        return scores
+    both = {name: x if name == "aux_loss" else x.index_select(0, batch.unique_index) for name, x in scores.items()}
     return TokenScores(**both)

@@ -7,10 +7,11 @@ A kernel is `kernel(query, key, value, segments, scaling, window, softcap, dropo
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata, util
+from typing import Any, cast
 
 import torch
 
-from mdpo.console import say
+from mdpo.console import first_line, say
 
 FLASH_ATTN = ((2, 6), (3,))  # from the first version with soft-caps up to the next interface
 AGREES = 3e-2  # of the norm, with float32: a half-precision kernel rounds its scores and its output
@@ -18,15 +19,15 @@ AGREES = 3e-2  # of the norm, with float32: a half-precision kernel rounds its s
 
 @cache
 def flash_attn() -> tuple[Callable | None, str | None]:
-    """flash-attn's varlen function, imported once; or None, and why it cannot be had. A build for another torch fails
-    when it is imported, and flash-attn 4 has a package of this name without that function."""
+    """flash-attn's varlen function, imported once; or None, and why it cannot be loaded. A build for another torch
+    fails when it is imported, and flash-attn 4 has a package of this name without that function."""
     if util.find_spec("flash_attn") is None:
         return None, "flash-attn is not installed"
     try:
         version = metadata.version("flash-attn")
         from flash_attn import flash_attn_varlen_func
     except Exception as error:  # ImportError, OSError of a library, whatever a package's own code raises
-        return None, f"flash-attn cannot be imported ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+        return None, f"flash-attn cannot be imported ({first_line(error, innermost=False)})"
     least, below = FLASH_ATTN
     if not least <= _numbers(version) < below:
         words = ".".join(map(str, least)), ".".join(map(str, below))
@@ -65,10 +66,11 @@ def _fails(kernel: Callable, device: torch.device) -> str | None:
     try:
         with torch.no_grad():
             out = kernel(q, k, v, pair, 0.125, None, None, 0.0).float()
-        options = {"attn_mask": pair.seen, "scale": 0.125, "enable_gqa": True}
-        wanted = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=pair.seen, scale=0.125, enable_gqa=True
+        )
     except Exception as error:  # no kernel for this GPU, or an interface of another version
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error, innermost=False)
     if (out - wanted.transpose(1, 2)).norm() <= AGREES * wanted.norm():
         return None
     return "it does not give what plain attention gives"
@@ -100,8 +102,15 @@ def _gathered(query, key, value, segments):
 
 
 def flash(query, key, value, segments, scaling, window, softcap, dropout):
-    call, _ = flash_attn()
-    options = {"softmax_scale": scaling, "causal": True, "dropout_p": dropout, "softcap": softcap or 0.0}
+    call, why = flash_attn()
+    if call is None:
+        raise RuntimeError(why)
+    options: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "causal": True,
+        "dropout_p": dropout,
+        "softcap": softcap or 0.0,
+    }
     options["window_size"] = (-1, -1) if window is None else (window - 1, 0)
     return call(*_gathered(query, key, value, segments), **options)[None]
 
@@ -110,6 +119,7 @@ def torch_varlen(query, key, value, segments, scaling, window, softcap, dropout)
     """Knows neither soft-caps nor dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     options["enable_gqa"] = query.size(1) != key.size(1)
-    return varlen_attn(*_gathered(query, key, value, segments), **options)[None]
+    out = varlen_attn(*_gathered(query, key, value, segments), **options)
+    return cast(torch.Tensor, out)[None]  # more than a tensor only where it is asked for

@@ -68,7 +68,7 @@ def discopop_loss(x: torch.Tensor, tau: float) -> torch.Tensor:
 
 def ipo_loss(mean_delta: torch.Tensor, beta: float) -> torch.Tensor:
     """(Δ̄ − 1/(2β))², (B,), Δ̄ the difference of the two sides' mean ratios per token: IPO (arXiv 2310.12036, eq. 17),
-    normalised by length as its authors do."""
+    normalized by length as its authors do."""
     return (mean_delta - 1 / (2 * beta)) ** 2
 
 

@@ -3,11 +3,12 @@
 import torch
 from torch.nn.functional import pad
 
-from mdpo.forward.pair_logps import counted, token_places
+from mdpo.forward.pair_logps import counted
 from mdpo.forward.token_logps import TokenScores
 from mdpo.loss.registry import PairTerms
-from mdpo.loss.turn_metrics import joined, turn_figures
+from mdpo.loss.turn_metrics import pad_and_cat, turn_figures
 from mdpo.ranks import gathered_tensor
+from mdpo.types import PairBatch
 
 # One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
 COLUMNS = (
@@ -29,7 +30,7 @@ COLUMNS = (
 
 
 def pair_table(
-    batch,
+    batch: PairBatch,
     scores: TokenScores,
     losses: torch.Tensor,
     terms: PairTerms,
@@ -40,18 +41,18 @@ def pair_table(
     `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked. `turns`, of
     `mdpo.reporting.turns`, stand behind COLUMNS."""
     n = len(losses)
-    place, logps = token_places(batch, n), terms.policy
+    sequence, logps = batch.sequence_of_token, terms.policy
 
     def by_side(values):  # (S,) -> chosen (B,), rejected (B,)
         values = values.double() * counted(batch)
-        return values.new_zeros(2 * n).index_add(0, place, values).view(2, n)
+        return values.new_zeros(2 * n).index_add(0, sequence, values).view(2, n)
 
     logits, top1, entropy = by_side(scores.mean_logit), by_side(scores.top1), by_side(scores.entropy)
     columns = (
-        batch["row"] if "row" in batch else torch.full((n,), -1, device=losses.device),
+        torch.full((n,), -1, device=losses.device) if batch.row is None else batch.row,
         losses,
-        terms.w,
-        terms.l,
+        terms.chosen_reward,
+        terms.rejected_reward,
         logps.chosen,
         logps.rejected,
         logps.chosen_tokens,
@@ -66,7 +67,7 @@ def pair_table(
     return table if turns is None else torch.cat([table, turns], dim=1)
 
 
-def summarise(table: torch.Tensor) -> dict[str, float]:
+def summarize(table: torch.Tensor) -> dict[str, float]:
     """TRL's metrics of a table of pairs, and behind them those by turn where the table has turns."""
     return {**averages(table), **_by_turn(table)}
 
@@ -105,7 +106,7 @@ def of_all_ranks(tables: list[torch.Tensor], count: int, device) -> tuple[list[l
     sum of `count` over ranks). All ranks call it together, with equally many tables; two collectives on `device`, of
     sizes and of numbers."""
     flat = [pad(table.to(device), (1, 0), value=i) for i, table in enumerate(tables)]  # its place in front of a row
-    mine = joined(flat) if flat else torch.zeros(0, 1, dtype=torch.float64, device=device)
+    mine = pad_and_cat(flat) if flat else torch.zeros(0, 1, dtype=torch.float64, device=device)
     sizes = gathered_tensor(torch.tensor([*mine.shape, count], device=device)).tolist()
     rows, width = (max(size[i] for size in sizes) for i in (0, 1))
     padded = pad(mine, (0, width - mine.size(1), 0, rows - mine.size(0)))
@@ -115,20 +116,24 @@ def of_all_ranks(tables: list[torch.Tensor], count: int, device) -> tuple[list[l
     return split, sum(size[2] for size in sizes)
 
 
-def evaluated_once(tables: list[torch.Tensor]) -> torch.Tensor:
+def deduplicate(tables: list[torch.Tensor]) -> torch.Tensor:
     """The tables of all ranks as one, each pair once: the last batches are filled up with pairs from the start, so
     that every rank has the same number. Rows numbered −1 (a foreign collator's) cannot be told apart and all stay."""
-    table = joined(tables)
+    table = pad_and_cat(tables)
     seen: set[int] = set()
-    keep = [i for i, row in enumerate(table[:, 0].long().tolist()) if row < 0 or not (row in seen or seen.add(row))]
+    keep = []
+    for i, row in enumerate(table[:, 0].long().tolist()):
+        if row < 0 or row not in seen:
+            keep.append(i)
+        seen.add(row)
     return table[keep]
 
 
 def mean_over_steps(tables: list[list[torch.Tensor]]) -> dict[str, float]:
     """Training metrics as TRL logs them: each step's own averages over all ranks, averaged over the steps since the
     last log; figures by turn over all pairs of these steps. `tables[rank][step]` holds that step's pairs."""
-    tables = [joined(list(step)) for step in zip(*tables, strict=True)]
-    if not tables:
+    steps = [pad_and_cat(list(of_each_rank)) for of_each_rank in zip(*tables, strict=True)]
+    if not steps:
         return {}
-    steps = [averages(table) for table in tables]
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]} | _by_turn(joined(tables))
+    means = [averages(step) for step in steps]
+    return {name: sum(mean[name] for mean in means) / len(means) for name in means[0]} | _by_turn(pad_and_cat(steps))

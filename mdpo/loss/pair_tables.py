@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from mdpo.loss.metrics import COLUMNS
-from mdpo.loss.turn_metrics import joined
+from mdpo.loss.turn_metrics import pad_and_cat
 
 FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # what tells a pair at fault
 ROW = COLUMNS.index("row")
@@ -36,7 +36,7 @@ class PairTables:
     def drop_step(self) -> torch.Tensor:
         """Takes out the pairs of the step in hand, as one table in the CPU's memory."""
         tables, self.train = self.train[self._earlier :], self.train[: self._earlier]
-        return joined(tables).cpu()
+        return pad_and_cat(tables).cpu()
 
     def take_train(self) -> list[torch.Tensor]:
         """The tables of training since the last call."""
@@ -46,7 +46,7 @@ class PairTables:
     def take_eval(self) -> torch.Tensor:
         """The evaluated pairs since the last call, as one table."""
         taken, self.eval = self.eval, []
-        return joined(taken)
+        return pad_and_cat(taken)
 
     def state_dict(self) -> dict:
         return {"train": self.train, "tokens": self.tokens}

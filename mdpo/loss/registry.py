@@ -1,9 +1,9 @@
-"""Which losses a run minimises, and what they are made of: the table of names over `mdpo.loss.functions`."""
+"""Which losses a run minimizes, and what they are made of: the table of names over `mdpo.loss.functions`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-import torch
+from torch import Tensor
 
 import mdpo.loss.functions as losses
 from mdpo.types import PairLogps
@@ -30,78 +30,108 @@ class LossSettings:
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
 
-@dataclass
+@dataclass(frozen=True)
 class PairTerms:
-    """What losses are made of, for B pairs, each (B,) unless said otherwise.
+    """What losses are made of, for B pairs, each (B,) unless said otherwise. `PairTerms.of` computes them."""
 
-    `policy`, `reference`: log-probs as the preference losses see them; `own`: the policy's without LD-DPO's weights,
-    for losses of the chosen side's likelihood. `margin`: the data's, or 0. `kl`: two scalars, for kto_pair alone.
-    """
-
-    policy: PairLogps
+    policy: PairLogps  # log-probs as the preference losses see them
     reference: PairLogps
-    own: PairLogps
+    own: PairLogps  # the policy's without LD-DPO's weights, for losses of the chosen side's likelihood
     settings: LossSettings
-    margin: torch.Tensor | float = 0.0
-    kl: tuple[torch.Tensor, torch.Tensor] | None = None
+    chosen_ratio: Tensor  # r(y_w) = log π(y_w|x) − log π_ref(y_w|x), nats
+    rejected_ratio: Tensor  # r(y_l)
+    chosen_reward: Tensor  # w = β r(y_w)
+    rejected_reward: Tensor  # l = β r(y_l)
+    reward_difference: Tensor  # x = w − l, or what an f-divergence makes of it
+    mean_difference: Tensor  # of the two sides' ratios per token, Δ̄
+    length_penalty: Tensor  # beyond TRL: α (|y_w| − |y_l|), R-DPO (arXiv 2403.19159)
+    target_margin: Tensor  # beyond TRL: m = margin_scale · margin; a scalar 0 without margins
+    baselines: tuple[Tensor, Tensor] | None  # kto_pair's kl_w and kl_l, scalars without gradient
 
-    def __post_init__(self):
-        s, p, r = self.settings, self.policy, self.reference
-        self.chosen_ratio = losses.log_ratio(p.chosen, r.chosen)
-        self.rejected_ratio = losses.log_ratio(p.rejected, r.rejected)
-        self.w, self.l = s.beta * self.chosen_ratio, s.beta * self.rejected_ratio  # the implicit rewards
-        scores = [
-            losses.divergence_score(ratio, s.f_divergence_type, s.f_alpha_divergence_coef)
-            for ratio in (self.chosen_ratio, self.rejected_ratio)
-        ]
-        self.x = s.beta * (scores[0] - scores[1])
-        counts = p.chosen_tokens, p.rejected_tokens
-        self.mean_delta = scores[0] / counts[0].clamp(min=1) - scores[1] / counts[1].clamp(min=1)
-        # Beyond TRL: margins from the data, and the length penalty of R-DPO (arXiv 2403.19159).
-        self.length = s.length_penalty * (counts[0] - counts[1])
+    @classmethod
+    def of(
+        cls,
+        policy: PairLogps,
+        reference: PairLogps,
+        own: PairLogps,
+        settings: LossSettings,
+        margin: Tensor | None = None,
+        mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> "PairTerms":
+        """`margin` (B,) is the data's. `mean_over_ranks` takes (B,) to its mean over the pairs of all ranks, without
+        gradient, for kto_pair alone."""
+        s = settings
+        ratios = (
+            losses.log_ratio(policy.chosen, reference.chosen),
+            losses.log_ratio(policy.rejected, reference.rejected),
+        )
+        rewards = s.beta * ratios[0], s.beta * ratios[1]
+        counts = policy.chosen_tokens, policy.rejected_tokens
+        scores = [losses.divergence_score(r, s.f_divergence_type, s.f_alpha_divergence_coef) for r in ratios]
+        difference = s.beta * (scores[0] - scores[1])
+        baselines = None
+        if mean_over_ranks is not None:
+            baselines = mean_over_ranks(rewards[0]).clamp(min=0), mean_over_ranks(rewards[1]).clamp(min=0)
+        return cls(
+            policy,
+            reference,
+            own,
+            settings,
+            *ratios,
+            *rewards,
+            reward_difference=difference,
+            mean_difference=scores[0] / counts[0].clamp(min=1) - scores[1] / counts[1].clamp(min=1),
+            length_penalty=s.length_penalty * (counts[0] - counts[1]),
+            target_margin=difference.new_zeros(()) if margin is None else (s.margin_scale * margin).to(difference),
+            baselines=baselines,
+        )
 
-    @property
-    def m(self) -> torch.Tensor:
-        scaled = self.settings.margin_scale * self.margin
-        return scaled.to(self.x) if isinstance(scaled, torch.Tensor) else self.x.new_full((), scaled)
 
-
-def _aot(t: PairTerms, s: LossSettings) -> torch.Tensor:
+def _aot(t: PairTerms, s: LossSettings) -> Tensor:
     policy, reference = (logps.chosen - logps.rejected for logps in (t.policy, t.reference))
     return losses.smoothed_loss(s.beta * losses.sorted_difference(policy, reference), s.label_smoothing)
 
 
+def _kto_pair(t: PairTerms, s: LossSettings) -> Tensor:
+    if t.baselines is None:
+        raise ValueError("kto_pair: its terms need mean_over_ranks")
+    return losses.kto_pair_loss(t.chosen_reward, t.rejected_reward, *t.baselines)
+
+
 # name -> (B,) losses of a pair; the first fifteen are TRL 1.16's
-LOSSES: dict[str, Callable[[PairTerms, LossSettings], torch.Tensor]] = {
-    "sigmoid": lambda t, s: losses.sigmoid_loss(t.x + t.length - t.m),
-    "hinge": lambda t, s: losses.hinge_loss(t.x - t.m),
-    "ipo": lambda t, s: losses.ipo_loss(t.mean_delta, s.beta),
-    "exo_pair": lambda t, s: losses.exo_loss(t.x, s.label_smoothing),
-    "nca_pair": lambda t, s: losses.nca_loss(t.w, t.l),
-    "robust": lambda t, s: losses.robust_loss(t.x, s.label_smoothing),
-    "bco_pair": lambda t, s: losses.bco_loss(t.w, t.l),
+LOSSES: dict[str, Callable[[PairTerms, LossSettings], Tensor]] = {
+    "sigmoid": lambda t, s: losses.sigmoid_loss(t.reward_difference + t.length_penalty - t.target_margin),
+    "hinge": lambda t, s: losses.hinge_loss(t.reward_difference - t.target_margin),
+    "ipo": lambda t, s: losses.ipo_loss(t.mean_difference, s.beta),
+    "exo_pair": lambda t, s: losses.exo_loss(t.reward_difference, s.label_smoothing),
+    "nca_pair": lambda t, s: losses.nca_loss(t.chosen_reward, t.rejected_reward),
+    "robust": lambda t, s: losses.robust_loss(t.reward_difference, s.label_smoothing),
+    "bco_pair": lambda t, s: losses.bco_loss(t.chosen_reward, t.rejected_reward),
     "sppo_hard": lambda t, s: losses.sppo_hard_loss(t.chosen_ratio, t.rejected_ratio, s.beta),
     "aot": _aot,
-    "aot_unpaired": lambda t, s: losses.smoothed_loss(losses.sorted_difference(t.w, t.l), s.label_smoothing),
-    "apo_zero": lambda t, s: losses.apo_zero_loss(t.w, t.l),
-    "apo_down": lambda t, s: losses.apo_down_loss(t.w, t.l),
-    "discopop": lambda t, s: losses.discopop_loss(t.x, s.discopop_tau),
+    "aot_unpaired": lambda t, s: losses.smoothed_loss(
+        losses.sorted_difference(t.chosen_reward, t.rejected_reward), s.label_smoothing
+    ),
+    "apo_zero": lambda t, s: losses.apo_zero_loss(t.chosen_reward, t.rejected_reward),
+    "apo_down": lambda t, s: losses.apo_down_loss(t.chosen_reward, t.rejected_reward),
+    "discopop": lambda t, s: losses.discopop_loss(t.reward_difference, s.discopop_tau),
     "sft": lambda t, s: losses.token_nll(t.own.chosen, t.own.chosen_tokens),
-    "sigmoid_norm": lambda t, s: losses.sigmoid_loss(s.beta * t.mean_delta),
+    "sigmoid_norm": lambda t, s: losses.sigmoid_loss(s.beta * t.mean_difference),
     # Beyond TRL: further losses of the published M-DPO code.
-    "cross_entropy": lambda t, s: losses.sigmoid_loss(t.w),
+    "cross_entropy": lambda t, s: losses.sigmoid_loss(t.chosen_reward),
     "raft": lambda t, s: -t.own.chosen,
-    "kl": lambda t, s: losses.kl_loss(t.x, t.m),
-    "rev_kl": lambda t, s: losses.rev_kl_loss(t.x, t.m),
-    "tv": lambda t, s: losses.tv_loss(t.x, t.m),
-    "hellinger": lambda t, s: losses.hellinger_loss(t.x, t.m),
-    "kto_pair": lambda t, s: losses.kto_pair_loss(t.w, t.l, *t.kl),
+    "kl": lambda t, s: losses.kl_loss(t.reward_difference, t.target_margin),
+    "rev_kl": lambda t, s: losses.rev_kl_loss(t.reward_difference, t.target_margin),
+    "tv": lambda t, s: losses.tv_loss(t.reward_difference, t.target_margin),
+    "hellinger": lambda t, s: losses.hellinger_loss(t.reward_difference, t.target_margin),
+    "kto_pair": _kto_pair,
 }
 OF_TRL = tuple(LOSSES)[:15]
 
 
-def pair_losses(terms: PairTerms) -> torch.Tensor:
+def pair_losses(terms: PairTerms) -> Tensor:
     """The weighted sum of the settings' losses, (B,)."""
     s = terms.settings
     weights = s.loss_weights or [1.0] * len(s.loss_type)
-    return sum(weight * LOSSES[name](terms, s) for name, weight in zip(s.loss_type, weights, strict=True))
+    first, *others = [weight * LOSSES[name](terms, s) for name, weight in zip(s.loss_type, weights, strict=True)]
+    return sum(others, start=first)

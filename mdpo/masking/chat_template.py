@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from mdpo.console import first_line
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.dates import rendered_on_day, with_day
 from mdpo.masking.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
-from mdpo.masking.sentinels import NOT_DERIVABLE, Marker, Marks, fresh_nonces, numbered
+from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, SentinelInserter, fresh_nonces, numbered
 from mdpo.masking.stops import THINK_OPENER, any_of, probe_header, probe_stop
 from mdpo.types import Message, common_prefix
 
@@ -55,7 +56,8 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path!r} has no chat template. "
-                "Set chat_template in the recipe to a .jinja file."
+                "Set chat_template in the recipe to a .jinja file.",
+                key="chat_template",
             )
         self.tokenizer, self.kwargs = tokenizer, with_day(tokenizer, kwargs)
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
@@ -110,11 +112,11 @@ class ChatTemplate:
                 raise DropPair(f"{NOT_DERIVABLE}: where {numbered(span.message)} begins and ends")
         return Rendered(text, spans, marks.contents(), list(dict.fromkeys(remarks)))
 
-    def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], Marker, Marks]:
+    def _mark(self, messages, text, tools, kwargs) -> tuple[list[Message], SentinelInserter, Marks]:
         """Messages with sentinels, and the marked text: without its sentinels it has to be the template's own text."""
         nonce, marks = next(fresh_nonces(text)), None
         for inside in (False, True):
-            marker = Marker(nonce, inside)
+            marker = SentinelInserter(nonce, inside)
             marked = [marker.message(m, i) for i, m in enumerate(messages)]
             try:
                 marks = Marks(self.render(marked, tools, **kwargs), marker)
@@ -124,7 +126,9 @@ class ChatTemplate:
                 return marked, marker, marks
         raise DropPair(f"{NOT_DERIVABLE}: the template rewrites {marks.owner(text) if marks else 'marked text'}")
 
-    def _start(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs, remarks) -> int:
+    def _start(
+        self, marks: Marks, marker: SentinelInserter, marked: list[Message], i: int, tools, kwargs, remarks
+    ) -> int:
         """Where the policy begins to sample message `i`: after the generation prompt for the messages before it.
 
         Example (Qwen3, last turn): the text goes on with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
@@ -177,7 +181,9 @@ class ChatTemplate:
         prompts = (Marks(text, marker) for text in texts)
         return [p.plain[p.unmarked(p.end_before(i)) :] for p in prompts]
 
-    def _end(self, marks: Marks, marker: Marker, marked: list[Message], i: int, tools, kwargs) -> tuple[int, str]:
+    def _end(
+        self, marks: Marks, marker: SentinelInserter, marked: list[Message], i: int, tools, kwargs
+    ) -> tuple[int, str]:
         """Where message `i` ends: behind the first end-of-turn token after its last content. Between that content and
         the next message's content stands nothing but the template's own text.
 
@@ -190,8 +196,7 @@ class ChatTemplate:
         found = [(tail.find(s), s) for s in self.stops if s in tail]
         if not found and (specials := list(self.special.finditer(tail))):
             alone = Marks(self.render(marked[: i + 1], tools, **kwargs), marker)
-            closing = self.find_special(alone.text[alone.end_of(i) :])
-            n = common_prefix([m.group() for m in specials], closing)
+            n = common_prefix([m.group() for m in specials], self.find_special(alone.text[alone.end_of(i) :]))
             closer = specials[max(n - 1, 0)]
             found = [(closer.start(), closer.group())]
         if not found:
@@ -213,7 +218,7 @@ class ChatTemplate:
 
 def _refusal(error: Exception) -> str:
     """A drop reason: the template's own words, but no row's whole text."""
-    return f"template refuses the conversation: {(str(error).strip().splitlines() or [type(error).__name__])[0][:120]}"
+    return f"template refuses the conversation: {first_line(error, innermost=False)[:120]}"
 
 
 def _as_text_parts(message: Message) -> Message:

@@ -1,5 +1,5 @@
 """The day that a chat template writes into conversations (Llama 3, Mistral, gpt-oss ask for it with `strftime_now`):
-one for a whole run. Else the rows of a run that goes on tomorrow would have other tokens than today.
+one for a whole run. Else the rows of a resumed run tomorrow would have other tokens than today.
 
 The day stands as {"strftime_now": "2026-11-28"} among the template's variables: in a recipe's `chat_template_kwargs`
 where it is to be fixed, put there at a run's first start where it is not, and so in every checkpoint's manifest and in
@@ -48,11 +48,12 @@ def rendered_on_day(tokenizer, messages, **kwargs) -> str:
     UserError for what is no date, and whatever the template raises."""
     day, before = kwargs.pop(NAME, None), chat_template_utils.datetime
     # A template is not given functions as variables: they come to it as text.
-    chat_template_utils.datetime = before if day is None else Clock(str(day))
+    clock = before if day is None else Clock(str(day))
+    chat_template_utils.datetime = clock  # type: ignore[misc,assignment]  # a name of transformers' module
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     finally:
-        chat_template_utils.datetime = before
+        chat_template_utils.datetime = before  # type: ignore[misc]
 
 
 def with_day(tokenizer, kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def fix_day(recipe, tokenizer, checkpoint: str | Path | None = None) -> list[str
     line = f"chat template: it writes the day into conversations, {day}, "
     if kept:
         return [f"{line}the day of the first start, which {checkpoint} keeps."]
-    line += f"today ({checkpoint} keeps none)" if checkpoint else "today; a run that goes on keeps that of its start"
+    line += f"today ({checkpoint} keeps none)" if checkpoint else "today; a resumed run keeps that of its start"
     return [f"{line}. The same tokens on any day: chat_template_kwargs: {{{_fixing(tokenizer, day)}}}."]
 
 

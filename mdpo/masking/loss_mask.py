@@ -6,13 +6,14 @@ the rendered text before it leaves this module.
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate, Rendered
 from mdpo.masking.plain_texts import plain_sides
 from mdpo.masking.sentinels import NOT_DERIVABLE, numbered
 from mdpo.masking.spans import APART, same_text, supervised, tokenize
-from mdpo.types import Pair, TokenizedPair, common_prefix
+from mdpo.types import Message, Pair, TokenizedPair, common_prefix
 
 NO_STOP = "end-of-turn missing"
 ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
@@ -57,11 +58,21 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
     sides = [_without_unlearned(side) if 0 in side[2] else side for side in sides]
     shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
     (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
-    weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
+    chosen_weights, rejected_weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
     longest = max(len(ids) for ids, *_ in whole)
     masks = [(mask, uncut) for (_, mask, _), (_, uncut, _) in zip(sides, whole, strict=True)]
     cut = any(len(mask) < len(uncut) and mask[-1] and uncut[len(mask)] for mask, uncut in masks)
-    return TokenizedPair(chosen_ids, chosen_mask, rejected_ids, rejected_mask, shared, *weights, longest, cut)
+    return TokenizedPair(
+        chosen_ids,
+        chosen_mask,
+        rejected_ids,
+        rejected_mask,
+        shared,
+        chosen_weights,
+        rejected_weights,
+        longest,
+        cut,
+    )
 
 
 def _without_unlearned(side: Side) -> Side:
@@ -79,9 +90,13 @@ def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
     return sum(len(template.find_special(text)) for text in texts)
 
 
+def _conversations(pair: Pair) -> tuple[list[Message], list[Message]]:
+    return cast(tuple[list[Message], list[Message]], (pair.chosen, pair.rejected))  # no plain texts
+
+
 def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings):
     """Both sides, and remarks."""
-    both = (pair.chosen, pair.rejected)
+    both = _conversations(pair)
     texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
     encoded = [tokenize(text, template.tokenizer) for text in texts]
     longest = max(len(ids) for ids, _ in encoded)
@@ -127,14 +142,14 @@ def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
 def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
     """TRL 1.16's rule for conversations: ids of the whole text as the template writes it; supervised is what comes
     after the common token prefix of the prompt (with its generation prompt) and both sides."""
-    prompt = template.render(pair.chosen[: pair.n_prompt], pair.tools, generation=True, **pair.template_kwargs)
-    sides = [template.render(side, pair.tools, **pair.template_kwargs) for side in (pair.chosen, pair.rejected)]
-    encoded = [
-        template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, *sides)
-    ]
-    prompt_ids, sides = encoded[0], encoded[1:]
-    start = min(common_prefix(prompt_ids, ids) for ids in sides)
-    return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in sides]
+    both = _conversations(pair)
+    prompt = template.render(both[0][: pair.n_prompt], pair.tools, generation=True, **pair.template_kwargs)
+    texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
+    prompt_ids, *whole = (
+        template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, *texts)
+    )
+    start = min(common_prefix(prompt_ids, ids) for ids in whole)
+    return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in whole]
 
 
 def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
@@ -144,10 +159,10 @@ def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
     too_long = limit is not None and max(len(ids) for ids, *_ in sides) > limit
     if too_long and settings.truncation_mode == "drop":
         raise DropPair("over-long")
-    if too_long:
+    if limit is not None and too_long:
         if settings.mask_turns and any(_last_turn(mask) >= limit for _, mask, _ in sides):
             raise DropPair("last turn lost")
-        sides = [tuple(part[:limit] for part in side) for side in sides]
+        sides = [(ids[:limit], mask[:limit], weights[:limit]) for ids, mask, weights in sides]
     if any(sum(mask) == 0 for _, mask, _ in sides) and (settings.mask_turns or too_long):
         raise DropPair("last turn lost" if too_long else "no assistant turn")
     if settings.mask_turns and sides[0][:2] == sides[1][:2]:

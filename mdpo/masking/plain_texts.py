@@ -1,6 +1,7 @@
 """Plain texts → token ids and masks: no chat template writes them, and no turn of theirs is known."""
 
 import re
+from typing import cast
 
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.stops import any_of
@@ -45,19 +46,20 @@ def plain_sides(pair: Pair, template, ours: bool) -> tuple[list[tuple], list[str
     tokenizer = template.tokenizer
     eos = tokenizer.eos_token
     if not eos:
-        raise UserError("Plain texts end with the end-of-sequence token, and the tokenizer has none.")
+        raise UserError("Plain texts end with the end-of-sequence token, and the tokenizer has none.", "tokenizer")
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, verbose=False)["input_ids"]
 
-    texts, remarks = (pair.chosen, pair.rejected), []
+    texts = cast(tuple[str, str], (pair.chosen, pair.rejected))  # `row_to_pair`: both or none
+    remarks: list[str] = []
     if ours:
         sides = [_closed(text, template.stops, encode, tokenizer) for text in texts]
         marked = any(has_role_marks(text, template) for text in texts)
         remarks = [PLAIN] + [GUESSED] * (not pair.prompt_given) + [ROLES] * marked
     else:
         sides = [encode(text if text.endswith(eos) else text + eos) for text in texts]
-    prompt = encode(pair.chosen[: pair.n_prompt])
+    prompt = encode(texts[0][: pair.n_prompt])
     start = min(common_prefix(prompt, ids) for ids in sides)
     return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in sides], remarks
 

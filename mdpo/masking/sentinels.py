@@ -18,7 +18,7 @@ def numbered(i: int) -> str:
 
 
 @dataclass
-class Slot:
+class ContentSpan:
     """One piece of content: message `owner`'s characters `before` + A … B + `after`, A and B being sentinels. White
     space around it stays outside, so that a template which strips content does to the marked text what it does to the
     plain one. `what` is its name in reasons."""
@@ -30,13 +30,13 @@ class Slot:
 
 
 @dataclass
-class Marker:
+class SentinelInserter:
     """Puts sentinels into messages. With `inside`, those of user and tool messages stand a little inside the content:
     Qwen3, for one, looks whether a user message begins with <tool_response>."""
 
     nonce: str
     inside: bool = False
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[ContentSpan] = field(default_factory=list)
 
     def message(self, message: Message, i: int) -> Message:
         """The message with sentinels around its content (behind the reasoning that it may begin with) and around each
@@ -69,7 +69,7 @@ class Marker:
         core = value.strip()
         lead, tail = value[: value.index(core)], value[value.index(core) + len(core) :]
         edge = min(EDGE, len(core) // 2) if inside else 0
-        slot = Slot(i, core[:edge], core[len(core) - edge :], what)
+        slot = ContentSpan(i, core[:edge], core[len(core) - edge :], what)
         s, core = len(self.slots), core[edge : len(core) - edge]
         self.slots.append(slot)
         return f"{lead}{slot.before}{self.nonce}{s}a{core}{self.nonce}{s}b{slot.after}{tail}"
@@ -83,7 +83,7 @@ def fresh_nonces(text: str) -> Iterator[str]:
 class Marks:
     """Where sentinels stand in a marked text. A template may repeat a tool's name later on: first places count."""
 
-    def __init__(self, text: str, marker: Marker):
+    def __init__(self, text: str, marker: SentinelInserter):
         self.text, self.slots = text, marker.slots
         pattern = re.compile(rf"{marker.nonce}(\d+)([ab])")
         self._sentinels = [(m.start(), m.end(), int(m[1])) for m in pattern.finditer(text)]
@@ -121,11 +121,13 @@ class Marks:
     def ranges(self, messages: list[int]) -> list[tuple[int, int]]:
         """Unmarked characters [start, end) of the content of these messages. DropPair where some was left out."""
         slots = [s for i in messages for s in self.of(i)]
-        found = [(self.start(s), self.end(s)) for s in slots]
-        for s, pair in zip(slots, found, strict=True):
-            if None in pair:
+        found = [(s, self.start(s), self.end(s)) for s in slots]
+        ranges = []
+        for s, start, end in found:
+            if start is None or end is None:
                 raise self.missing(s)
-        return [(self.unmarked(start), self.unmarked(end)) for start, end in found]
+            ranges.append((self.unmarked(start), self.unmarked(end)))
+        return ranges
 
     def missing(self, s: int) -> DropPair:
         """The reason to drop a pair whose slot `s` the template left out."""
@@ -143,12 +145,15 @@ class Marks:
 
     def end_of(self, i: int) -> int:
         """Behind the last piece of message `i`; DropPair where the template left one out."""
-        ends = [self.end(s) for s in self.of(i)]
-        if not ends:
+        found = [(s, self.end(s)) for s in self.of(i)]
+        if not found:
             raise DropPair(f"a turn without words ({numbered(i)})")
-        if None in ends:
-            raise self.missing(self.of(i)[ends.index(None)])
-        return max(ends)
+        last = 0
+        for s, end in found:
+            if end is None:
+                raise self.missing(s)
+            last = max(last, end)
+        return last
 
     def end_before(self, i: int) -> int:
         """Behind the last piece of the messages before `i`, 0 where there is none."""

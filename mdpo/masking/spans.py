@@ -5,7 +5,7 @@ from bisect import bisect_left
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from mdpo.errors import DropPair, UserError
 
@@ -62,7 +62,11 @@ def _engine(state: str) -> Tokenizer:
 def _without_space(part: Any) -> Any:
     if not part or part["type"] == "Prepend":
         return None
-    switch = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(part["type"], {})
+    switches: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    switch = switches.get(part["type"], {})
     nested = {
         name: [kept for p in part[name] if (kept := _without_space(p))]
         for name in ("normalizers", "pretokenizers")
@@ -94,14 +98,12 @@ def supervised(text: str, spans: list[Range], encoded: tuple[list[int], list[Ran
 
 
 @lru_cache(maxsize=8)
-def _added(tokenizer) -> dict:
+def _added(tokenizer) -> dict[int, AddedToken]:
     return dict(tokenizer.added_tokens_decoder)
 
 
-def _own(text: str, within: Range, token) -> Range | None:
-    """Where an added token's own characters stand in its range; None where `token` is None, no added one."""
-    if token is None:
-        return None
+def _own(text: str, within: Range, token: AddedToken) -> Range:
+    """Where an added token's own characters stand in its range."""
     start = text.find(token.content, *within)
     return (start, start + len(token.content)) if start >= 0 else within
 
@@ -115,13 +117,13 @@ def _cut(text: str, edge: int, ids: list[int], ranges: list[Range], tokenizer) -
 
     def own(t: int) -> int:
         """Where token t begins if it is an added one, else nowhere near."""
-        found = _own(text, ranges[t], _added(tokenizer).get(ids[t]))
-        return found[0] if found else -1
+        token = _added(tokenizer).get(ids[t])
+        return -1 if token is None else _own(text, ranges[t], token)[0]
 
     first = next((t for t in range(across, -1, -1) if 0 <= own(t) < edge), 0)
     last = next((t for t in range(across + 1, len(ids)) if own(t) >= edge), len(ids))
     begin, end = ranges[first][0] if first else 0, ranges[last][0] if last < len(ids) else len(text)
-    made = []
+    made: list[tuple[int, Range]] = []
     for start, stop in ((begin, edge), (edge, end)):
         piece, places = tokenize(text[start:stop], tokenizer, goes_on=start == edge)
         if not _same(text[start:stop], piece, tokenizer):

@@ -42,7 +42,8 @@ def probe_stop(template) -> set[str]:
         raise UserError(
             f"The chat template of {tokenizer.name_or_path!r} writes {middle!r} after an assistant turn, and "
             "none of it is a special token of the tokenizer, or another that was added to it: the end of a turn cannot "
-            "be supervised. Use a template whose end-of-turn token the tokenizer knows, or add that token to it."
+            "be supervised. Use a template whose end-of-turn token the tokenizer knows, or add that token to it.",
+            key="chat_template",
         )
     return {tokens[0]}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from mdpo.console import say
+from mdpo.console import first_line, say
 from mdpo.errors import UserError
 
 _MARK = "\ufeff"  # what an editor may put in front of a file
@@ -26,7 +26,7 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
             f"\nWhere the hub cannot be reached, download it elsewhere and set {key} to the local folder; "
             "for a gated model, log in with `hf auth login`."
         )  # fmt: skip
-        raise UserError(f"loading model {name!r}: it cannot be had: {_reason(e)}{advice}") from e
+        raise UserError(f"loading model {name!r}: it cannot be loaded: {first_line(e, innermost=False)}{advice}") from e
     if data.chat_template:
         tokenizer.chat_template = read_template(Path(data.chat_template))
     elif (template := _without_mark(tokenizer.chat_template)) != tokenizer.chat_template:
@@ -45,11 +45,11 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     )
     here = {path.name for path in Path(name).glob("t*")}
     if "tekken.json" in here and not {"tokenizer.json", "tokenizer.model"} & here:
-        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}")
+        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}", "tokenizer")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
     if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
@@ -96,7 +96,7 @@ def check_model(tokenizer, model, args):
             return None  # an adapter's folder, a GGUF file
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **place)
     except (OSError, ValueError, ImportError) as e:
-        raise UserError(f"model_name_or_path: {name!r} cannot be had: {_reason(e)}") from e
+        raise UserError(f"model_name_or_path: {name!r} cannot be loaded: {first_line(e, innermost=False)}") from e
     refuse_small_vocabulary(tokenizer, config)
     if reference := args.ref_model_name_or_path:
         try:
@@ -104,14 +104,12 @@ def check_model(tokenizer, model, args):
                 reference, trust_remote_code=args.trust_remote_code, subfolder=place["subfolder"]
             )
         except (OSError, ValueError, ImportError) as e:
-            raise UserError(f"ref_model_name_or_path: {reference!r} cannot be had: {_reason(e)}") from e
+            raise UserError(
+                f"ref_model_name_or_path: {reference!r} cannot be loaded: {first_line(e, innermost=False)}"
+            ) from e
         refuse_small_vocabulary(tokenizer, of_reference, "ref_model_name_or_path: ")
     refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())
     return config
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def refuse_router_loss(wanted: float | None, config) -> None:
@@ -125,7 +123,8 @@ def refuse_pad_token(tokenizer, wanted: str | None) -> None:
     if not (wanted or tokenizer.pad_token or tokenizer.eos_token):
         raise UserError(
             f"The tokenizer of {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token. Set "
-            "pad_token in the recipe to a token of its vocabulary."
+            "pad_token in the recipe to a token of its vocabulary.",
+            key="pad_token",
         )
 
 

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mdpo.memory.fake_step import Skeleton
+from mdpo.forward.modes import base_model
+from mdpo.memory.fake_step import FakeModel
 from mdpo.memory.sharding import Sharding
 
 GB = 1e9
-STEP, OPTIMISER, EVALUATION = "a training step", "the optimiser's step", "evaluation"
-SHOWN = ("weights", "gradients", "optimiser states", "reference", "gathered weights", "communication", "activations")
+STEP, OPTIMIZER, EVALUATION = "a training step", "the optimizer's step", "evaluation"
+SHOWN = ("weights", "gradients", "optimizer states", "reference", "gathered weights", "communication", "activations")
 SHOWN += ("LM head", "libraries (assumed)")
 BUCKET = 500_000_000  # elements: reduce_bucket_size
 LIVE = 1_000_000_000  # elements: stage3_max_live_parameters, and what it may fetch ahead of its use
-SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimiser steps on at a time
+SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimizer steps on at a time
 WHOLE = 100_000  # elements: ZeRO-3 shards no parameter below this (stage3_param_persistence_threshold)
 LIBRARIES = {"GPU": 1.0 * GB, "CPU": 0.8 * GB}  # assumed: CUDA context, cuBLAS, NCCL; Python and its libraries
 TIGHT = 0.05  # of the memory: less to spare than what fragmentation often takes
@@ -28,7 +29,7 @@ ROUND = 64  # tokens: how exactly a long max_length is looked for
 
 @dataclass
 class MemoryPlan:
-    """`phases`: bytes by part, of STEP, OPTIMISER and, where there are held-out pairs, EVALUATION. `cpu`: bytes that
+    """`phases`: bytes by part, of STEP, OPTIMIZER and, where there are held-out pairs, EVALUATION. `cpu`: bytes that
     offloading keeps on each machine; `at` gives the plan of another max_length, `limit` is the longest that the model
     knows. `checkpoint`: bytes on disk of one, of which `kept` are there at once."""
 
@@ -103,17 +104,17 @@ class MemoryPlan:
 
 
 def four_bit(weight: nn.Parameter, nested: bool) -> float:
-    """Bytes of bitsandbytes' form: 4 bits each and a float32 scale for 64; with nested quantisation a byte for 64 and a
+    """Bytes of bitsandbytes' form: 4 bits each and a float32 scale for 64; with nested quantization a byte for 64 and a
     float32 for 256 of those."""
     blocks = weight.numel() / 64
     return weight.numel() / 2 + (blocks * (1 + 4 / 256) if nested else 4 * blocks)
 
 
-class Needs:
+class MemoryModel:
     """What one process holds of a model under a sharding, for any max_length. `nested` is None for weights that are not
-    quantised, else whether four-bit weights have nested scales."""
+    quantized, else whether four-bit weights have nested scales."""
 
-    def __init__(self, skeleton: Skeleton, sharding: Sharding, args, evaluates: bool, nested: bool | None = None):
+    def __init__(self, skeleton: FakeModel, sharding: Sharding, args, evaluates: bool, nested: bool | None = None):
         self.skeleton, self.sharding, self.args, self.evaluates = skeleton, sharding, args, evaluates
         weights = list(skeleton.policy.parameters())
         trained = [p for p in weights if p.requires_grad]
@@ -132,7 +133,7 @@ class Needs:
 
     def plan(self, length: int) -> MemoryPlan:
         if length not in self._plans:
-            found = {STEP: self._step(length), OPTIMISER: self._optimiser_step()}
+            found = {STEP: self._step(length), OPTIMIZER: self._optimizer_step()}
             found |= {EVALUATION: self._evaluation(length)} if self.evaluates else {}
             known = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
             longest, kept = max(known, length), self.args.save_total_limit
@@ -171,7 +172,7 @@ class Needs:
         states = self.saved * (self.sharding.stage == 2) + 12 * self.trained if self.sharding.stage else 2 * self.saved
         return self.saved + states + (self.reference if self.args.sync_ref_model else 0)
 
-    def _optimiser_step(self) -> dict[str, float]:
+    def _optimizer_step(self) -> dict[str, float]:
         """Gradients of ZeRO-2: the share, its flat copy and, where that is not float32, one that is. ZeRO-3 copies a
         sub-group at a time. Of AdamW that is not fused: what it divides by, for all weights on a GPU, for one on a
         CPU."""
@@ -203,7 +204,7 @@ class Needs:
         where, stage = self.sharding, self.sharding.stage
         parts = {"weights": self._shard(self.weights) if stage == 3 else self.weights, "gradients": 0.0}
         parts["weights"] *= not where.offload_param
-        parts["optimiser states"] = 0 if where.offload_optimizer else self._states()
+        parts["optimizer states"] = 0 if where.offload_optimizer else self._states()
         parts["reference"] = self._shard(self.reference) * (not where.offload_param) if stage == 3 else self.reference
         if stage == 0 and where.processes > 1:
             parts["communication"] = self.trained * self.gradient  # DDP's buckets, beside the gradients
@@ -224,7 +225,7 @@ class Needs:
         return size / self.sharding.processes
 
     def _in_cpu(self) -> float:
-        """Bytes on each machine: of the optimiser, float32 weights, gradients and both moments, gradients as they come,
+        """Bytes on each machine: of the optimizer, float32 weights, gradients and both moments, gradients as they come,
         and under ZeRO-2 a buffer of the new weights and one for the largest gradient; of offloaded weights, all."""
         where, size = self.sharding, 0.0
         if where.offload_optimizer:
@@ -238,6 +239,6 @@ class Needs:
 
 def four_bit_weights(model: nn.Module) -> list[nn.Parameter]:
     """Those that bitsandbytes packs: frozen matrices of linear layers, all but the LM head's."""
-    head = (model.get_base_model() if hasattr(model, "peft_config") else model).get_output_embeddings()
+    head = base_model(model).get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return [m.weight for m in linear if not m.weight.requires_grad]

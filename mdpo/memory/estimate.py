@@ -17,8 +17,8 @@ from mdpo.config.precision import HALF, without_master
 from mdpo.console import first_line
 from mdpo.errors import UserError
 from mdpo.masking.tokenizer import refuse_missing_folder
-from mdpo.memory.breakdown import MemoryPlan, Needs
-from mdpo.memory.fake_step import Skeleton
+from mdpo.memory.breakdown import MemoryModel, MemoryPlan
+from mdpo.memory.fake_step import FakeModel
 from mdpo.memory.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -39,7 +39,7 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
         name = args.ref_model_name_or_path or recipe.model.model_name_or_path
         reference = _maker(_model_config(name, recipe), recipe, values)
     try:
-        skeleton = Skeleton(
+        skeleton = FakeModel(
             _maker(config, recipe, values),
             args,
             peft,
@@ -51,16 +51,17 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
         )
         if getattr(skeleton.policy, "_is_stateful", False):
             raise UserError(
-                f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here."
+                f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here.",
+                key="model_type",
             )
         if not sharding.stage:
             _refuse_no_master(args, skeleton.policy)
         nested = recipe.model.use_bnb_nested_quant if recipe.model.load_in_4bit else None
-        return Needs(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
+        return MemoryModel(skeleton, sharding, args, _evaluates(recipe.data), nested).plan(args.max_length)
     except UserError:
         raise
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}") from error
+        raise UserError(f"{config.model_type} cannot be planned: {first_line(error)}", "model_type") from error
 
 
 def _evaluates(data) -> bool:
@@ -107,7 +108,7 @@ def _model_config(name: str, recipe):
         return AutoConfig.from_pretrained(name, trust_remote_code=recipe.training.trust_remote_code, **place)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"model_name_or_path: the configuration of {name!r} cannot be had: {first_line(error)}\n"
+            f"model_name_or_path: the configuration of {name!r} cannot be loaded: {first_line(error)}\n"
             "Where the hub cannot be reached, give a local folder that holds its config.json, no weights are needed: "
             "--model_name_or_path=FOLDER"
         ) from error

@@ -19,11 +19,12 @@ from mdpo.config.precision import cast_weights
 from mdpo.forward.compiled_ops import MIN_WIDTH, is_gated, is_norm
 from mdpo.forward.dropout import disable_dropout
 from mdpo.forward.layout import packing_refused
+from mdpo.forward.modes import base_model
 from mdpo.forward.packed_attention import Segments
 from mdpo.memory.fake_tensors import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 
 
-class Skeleton:
+class FakeModel:
     """A model without data, as a recipe trains it.
 
     `make` returns it in the dtype that it is loaded in, `make_reference` the reference where a step has a model of its
@@ -68,12 +69,12 @@ class Skeleton:
 
     @property
     def _base(self):
-        return self.policy.get_base_model() if hasattr(self.policy, "peft_config") else self.policy
+        return base_model(self.policy)
 
     def training(self, pairs: int, length: int, held: bool, again: bool) -> dict[str, int]:
-        """PARTS (bytes) at the peak of a forward and a backward pass. `held`: gradients stay until the optimiser's
+        """PARTS (bytes) at the peak of a forward and a backward pass. `held`: gradients stay until the optimizer's
         step, else they leave as soon as they are there (DeepSpeed reduces them). `again`: earlier micro-batches have
-        left theirs. The reference, where it is not computed ahead, scores the batch between the two passes."""
+        left theirs. The reference, where it is not precomputed, scores the batch between the two passes."""
         self.policy.train()
         with self._counting() as found, contextlib.ExitStack() as hooks:
             for weight in (p for p in self.policy.parameters() if p.requires_grad):
@@ -108,7 +109,7 @@ class Skeleton:
         """log-probs (S,) of a batch of `pairs` whose sides have `length` tokens each."""
         row = (1, 2 * pairs * length) if self.packed else (2 * pairs, length)
         scored = torch.empty(2 * pairs * (length - 1), dtype=torch.int64)
-        inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "score_index": scored, "score_target": scored}
+        inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "logp_position": scored, "label": scored}
         if self.packed:
             inputs["position_ids"] = torch.empty(row, dtype=torch.int64)
             inputs["segments"] = Segments([[0, length, length]] * pairs)

@@ -14,10 +14,10 @@ import torch
 
 from mdpo.console import first_line
 from mdpo.errors import UserError
-from mdpo.forward.collators import n_pairs, n_tokens, pair_lengths
 from mdpo.memory.breakdown import GB, MemoryPlan
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
+from mdpo.types import PairBatch
 
 ZERO3, OFFLOAD = "training_configs/zero3_for_dpo.yaml", "training_configs/zero3_offload_for_dpo.yaml"
 EXPANDABLE = "expandable_segments:True"
@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass
-class Seen:
+class MemorySnapshot:
     """Memory of this process as it is now, in bytes. `limit` is what it may have: the GPU's, or the smallest of the
     process's, its cgroup's and the machine's. `reserved`: what PyTorch holds of a GPU, in use or not."""
 
@@ -58,7 +58,7 @@ class Seen:
     reserved: int | None = None
 
     @classmethod
-    def now(cls, device: torch.device | str = "cpu") -> "Seen":
+    def now(cls, device: torch.device | str = "cpu") -> "MemorySnapshot":
         device = torch.device(device)
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
@@ -113,7 +113,8 @@ def explained(recipe, trainer: Callable[[], object], argv: list[str]):
         rows = getattr(made, "train_dataset" if made is None or made.model.training else "eval_dataset", None)
         keys = rows["key"] if "key" in (getattr(rows, "column_names", None) or ()) else None
         sharding = Sharding.running(made.accelerator) if made is not None else _before(args)
-        raise UserError(explain(error, batch, recipe, sharding, args.device, keys, argv or None)) from error
+        message = explain(error, batch, recipe, sharding, args.device, keys, argv or None)
+        raise UserError(message, "memory") from error
 
 
 def _before(args) -> Sharding:
@@ -124,7 +125,7 @@ def _before(args) -> Sharding:
 
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:
     """`report` with memory as it is now, and as planned where it can be."""
-    seen = Seen.now(device)
+    seen = MemorySnapshot.now(device)
     traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and a plan needs some room
     try:
         plan = plan_memory(recipe, sharding)
@@ -136,8 +137,7 @@ def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: l
 def report(error, batch, recipe, sharding, seen, plan=None, keys=None, argv=None, not_planned=None) -> str:
     """The whole message. `batch` is a collator's, or None; `keys` the `key` column of its set, which its `row` numbers
     count in; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` the command line behind run_dpo.py."""
-    said = str(error).strip().splitlines() or [type(error).__name__]
-    lines = [f"Out of memory: {said[0]}", f"  seen: {seen}"]
+    lines = [f"Out of memory: {first_line(error, innermost=False)}", f"  seen: {seen}"]
     if batch is not None:
         lines.append(f"  batch: {describe_batch(batch, keys)}")
     if plan is not None:
@@ -156,16 +156,16 @@ def _allocator() -> str:
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
 
 
-def describe_batch(batch: dict[str, torch.Tensor], keys: list[str] | None = None) -> str:
+def describe_batch(batch: PairBatch, keys: list[str] | None = None) -> str:
     """Pairs, tokens, and where the longest pair stands in the data."""
-    lengths, pairs = pair_lengths(batch), n_pairs(batch)
-    words = f"{pairs} pair{'s' if pairs > 1 else ''}, {n_tokens(batch)} tokens"
-    if "segments" in batch:
-        words += f" ({batch['input_ids'].numel()} computed, shared ones once)"
+    lengths, pairs = batch.pair_lengths, batch.n_pairs
+    words = f"{pairs} pair{'s' if pairs > 1 else ''}, {batch.n_tokens} tokens"
+    if batch.is_packed:
+        words += f" ({batch.input_ids.numel()} computed, shared ones once)"
     else:
-        words += f" ({batch['input_ids'].numel()} computed, padding included)"
+        words += f" ({batch.input_ids.numel()} computed, padding included)"
     longest = max(range(pairs), key=lambda i: lengths[i])
-    row = int(batch["row"][longest]) if "row" in batch else -1
+    row = -1 if batch.row is None else int(batch.row[longest])
     name = keys[row] if keys is not None and 0 <= row < len(keys) else f"row {row}" if row >= 0 else "unknown"
     return f"{words}; the longest pair has {lengths[longest]}: {name}"
 
@@ -193,7 +193,7 @@ def next_changes(recipe, sharding: Sharding, plan: MemoryPlan | None, gb: float,
     if args.max_length and (length := _shorter(args.max_length, plan, gb)):
         found.append(f"--max_length={length}: longer pairs are dropped, and counted.")
     if sharded and not (sharding.offload_optimizer and sharding.offload_param):
-        found.append(f"{command.format(OFFLOAD)}: optimiser and weights wait in CPU memory, which is slow.")
+        found.append(f"{command.format(OFFLOAD)}: optimizer and weights wait in CPU memory, which is slow.")
     return found or ["LoRA (--use_peft=true), a smaller model, or more memory: nothing cheaper is left."]
 
 

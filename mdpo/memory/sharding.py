@@ -38,15 +38,16 @@ class Sharding:
         raw = _mapping(path)
         kind, engine = str(raw.get("distributed_type", "NO")).upper(), raw.get("deepspeed_config") or {}
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
-            raise UserError(f"{path}: distributed_type: {kind} cannot be planned; DEEPSPEED, MULTI_GPU or NO can.")
+            reason = f"{kind} cannot be planned; DEEPSPEED, MULTI_GPU or NO can."
+            raise UserError(f"{path}: distributed_type: {reason}", "distributed_type")
         if processes is not None and processes < 1:
             raise UserError(f"--processes: {processes} is out of range; give a whole number >= 1.")
         n = processes or int(raw.get("num_processes") or 1)
         machines = int(raw.get("num_machines") or 1)
         if n % machines:
-            raise UserError(f"{path}: {n} processes do not divide among {machines} machines.")
+            raise UserError(f"{path}: {n} processes do not divide among {machines} machines.", "num_machines")
         if kind == "NO" and n > 1 and not raw.get("use_cpu"):
-            raise UserError(f"{path}: distributed_type: NO is one process, not {n}.")
+            raise UserError(f"{path}: distributed_type: NO is one process, not {n}.", "distributed_type")
         if kind == "DEEPSPEED":
             _refuse(path, engine)
         stage = int(engine.get("zero_stage", 2)) if kind == "DEEPSPEED" else 0
@@ -85,7 +86,7 @@ class Sharding:
         words += [f"on {self.machines} machines"] if self.machines > 1 else []
         sharded = STAGES[self.stage] if self.processes > 1 or self.stage else ""
         away = " and ".join(
-            w for w, on in (("optimiser", self.offload_optimizer), ("weights", self.offload_param)) if on
+            w for w, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_param)) if on
         )
         return ", ".join(
             [" ".join(words), *([sharded] if sharded else []), *([f"{away} in CPU memory"] if away else [])]
@@ -100,7 +101,8 @@ def overlap_reduction(plugin) -> str | None:
     if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
         raise UserError(
             f"deepspeed_config.{OVERLAP}: accelerate reads no such key in its file; under ZeRO-2 and ZeRO-3 it is "
-            "true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file."
+            "true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file.",
+            key=OVERLAP,
         )
     zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {}
     if zero.get("stage") != 2 or OVERLAP in zero:
@@ -114,23 +116,28 @@ def _mapping(path: str | Path) -> dict:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         known = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Accelerate files here: {known}.") from None
+        message = f"{path}: cannot be read ({error.strerror}). Accelerate files here: {known}."
+        raise UserError(message, "accelerate file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not valid YAML: {error}") from None
+        raise UserError(f"{path}: is not valid YAML: {error}", "accelerate file") from None
     if not isinstance(raw, dict) or "num_processes" not in raw:
-        raise UserError(f"{path}: is not an accelerate file (no num_processes). A recipe goes first, without a flag.")
+        message = f"{path}: is not an accelerate file (no num_processes). A recipe goes first, without a flag."
+        raise UserError(message, "num_processes")
     return raw
 
 
 def _refuse(path: str | Path, engine: dict) -> None:
     stage = int(engine.get("zero_stage", 2))
     if stage not in (2, 3):
-        raise UserError(f"{path}: zero_stage: ZeRO-{stage} cannot be planned; ZeRO-2 and ZeRO-3 can.")
+        raise UserError(f"{path}: zero_stage: ZeRO-{stage} cannot be planned; ZeRO-2 and ZeRO-3 can.", "zero_stage")
     for what in ("optimizer", "param"):
         device = engine.get(f"offload_{what}_device") or "none"
         if device not in ("none", "cpu"):
-            raise UserError(f"{path}: offload_{what}_device: {device} cannot be planned; none and cpu can.")
+            key = f"offload_{what}_device"
+            raise UserError(f"{path}: {key}: {device} cannot be planned; none and cpu can.", key)
         if device == "cpu" and what == "param" and stage != 3:
-            raise UserError(f"{path}: offload_param_device: DeepSpeed takes it under ZeRO-3 only.")
+            key = "offload_param_device"
+            raise UserError(f"{path}: {key}: DeepSpeed takes it under ZeRO-3 only.", key)
     if unknown := sorted(set(engine) - READ - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}):
-        raise UserError(f"{path}: deepspeed_config.{unknown[0]} cannot be planned; leave it out to plan without it.")
+        reason = f"deepspeed_config.{unknown[0]} cannot be planned; leave it out to plan without it."
+        raise UserError(f"{path}: {reason}", unknown[0])

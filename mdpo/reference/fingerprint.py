@@ -1,7 +1,6 @@
 """What a reference is known by: a digest of its weights and of everything else that its log-probs depend on."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,7 +9,9 @@ import xxhash
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from mdpo.forward.packed_attention import own_attention
+from mdpo.forward.modes import base_model
+from mdpo.forward.scoring_head import own_attention
+from mdpo.storage import read_cache, write_cache
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 BESIDE = ("config.json", "adapter_config.json", "*.py")  # remote code counts too
@@ -30,9 +31,9 @@ def named_digest(name_or_path: str, revision: str | None, cache: Path, subfolder
         files = sorted(path for pattern in (*WEIGHTS, *BESIDE) for path in folder.glob(pattern))
         if not any(path.match(pattern) for path in files for pattern in WEIGHTS):
             return None
-        known = _read(cache / DIGESTS)
+        known = read_cache(cache / DIGESTS) or {}
         digests = {path.name: _file_digest(path, known) for path in files}
-        _write(cache / DIGESTS, known)
+        write_cache(cache / DIGESTS, known)
         adapter = folder / "adapter_config.json"
     else:
         names = ("config.json", "adapter_config.json")
@@ -69,23 +70,6 @@ def _file_digest(path: Path, known: dict[str, list]) -> str:
                 bar.update(len(block))
         known[name] = [*state, digest.hexdigest()]
     return known[name][2]
-
-
-def _read(path: Path) -> dict[str, list]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: files are read again
-        return {}
-
-
-def _write(path: Path, known: dict[str, list]) -> None:
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known, indent=0), encoding="utf-8")
-        os.replace(draft, path)
-    except OSError:  # a convenience: the files are read again next time
-        draft.unlink(missing_ok=True)
 
 
 def weights_digest(model, whole: bool = False) -> str | None:
@@ -128,7 +112,7 @@ def reference_identity(
 ) -> str:
     """The digest that a reference's log-probs are kept under; `model` is the policy, whose dtype and attention a
     reference by name has, `init_kwargs` what it is loaded with, `engine_dtype` what DeepSpeed casts both to."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = base_model(model)
     parts = {
         "version": VERSION,
         "weights": weights,

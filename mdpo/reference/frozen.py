@@ -122,8 +122,8 @@ class Reference:
     def logps(self, policy, batch) -> torch.Tensor:
         """(S,) float32, nats: of the batch's supervised tokens. `policy` as it is wrapped for training. Raises
         UserError for a batch without them where they were to be precomputed."""
-        if "score_reference" in batch:
-            return batch["score_reference"]
+        if batch.reference_logp is not None:
+            return batch.reference_logp
         if self.args.precompute_ref_log_probs:
             raise UserError(
                 "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
@@ -179,6 +179,6 @@ class Reference:
             try:
                 return named_digest(name, revision, self._folder, subfolder)
             except OSError as error:
-                raise UserError(f"reference {name!r} cannot be had: {first_line(error)}") from error
+                raise UserError(f"reference {name!r} cannot be loaded: {first_line(error)}") from error
 
         return agreed(read)

@@ -11,7 +11,7 @@ from mdpo.errors import UserError
 
 
 def load_model(name_or_path: str, **kwargs):
-    """A causal language model for training or as reference. Raises UserError where it cannot be had, or not whole."""
+    """A causal language model for training or as reference. Raises UserError where it cannot be loaded whole."""
     refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
     what = f"model {name_or_path!r} cannot be loaded"
     try:
@@ -23,9 +23,8 @@ def load_model(name_or_path: str, **kwargs):
             raise
         raise UserError(f"{what}: its files hold other shapes than its config.json says (see the report above).") from e
     except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"{what}: {reason}\n"
+            f"{what}: {first_line(e, innermost=False)}.\n"
             "Where the hub cannot be reached, set model_name_or_path (or ref_model_name_or_path) to a local folder."
         ) from e
     _refuse_missing(what, found)

@@ -1,7 +1,7 @@
 """The reference's log-probs, computed before training and kept on disk: one float32 number for each supervised token,
 found again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
 
-A folder of shards per reference, written whole or not at all, by several ranks side by side; a killed pass goes on
+A folder of shards per reference, written whole or not at all, by several ranks side by side; a killed pass resumes
 where its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
 """
 
@@ -25,11 +25,10 @@ from tqdm.auto import tqdm
 from mdpo.console import say
 from mdpo.data.tokenize import side_lengths
 from mdpo.errors import UserError
-from mdpo.forward.collators import SIDES, on_device
-from mdpo.forward.pair_logps import token_places
 from mdpo.ranks import gathered
 from mdpo.reference.logp_columns import Columns, Distinct, Piece
 from mdpo.storage import as_new_files, sync
+from mdpo.types import SIDES, PairBatch
 
 SHARD_S = 30  # seconds of work that a killed pass loses at most
 Sides = tuple[np.ndarray, np.ndarray]  # log-probs of chosen and of rejected, float32
@@ -186,18 +185,19 @@ def _computed(
         for step in tqdm(steps, desc=f"reference log-probs of {name}", disable=not accelerator.is_main_process):
             i = step * ranks + accelerator.process_index
             rows = batches[min(i, len(batches) - 1)]  # a rank without one repeats the last: ZeRO-3 needs all of them
-            batch = collator([dataset[int(row)] for row in rows])
-            logps = score(on_device(batch, accelerator.device)).float().cpu()
+            batch = PairBatch.of(collator([dataset[int(row)] for row in rows]))
+            logps = score(batch.to(accelerator.device)).float().cpu()
             if i >= len(batches):
                 continue
             if not torch.isfinite(logps).all():
                 raise UserError(
                     f"reference log-probs of {name}: not finite in row {dataset[int(rows[0])].get('key', rows[0])} or "
-                    f"one of the {len(rows)} rows scored with it. Look at the reference's weights and its dtype."
+                    f"one of the {len(rows)} rows scored with it. Look at the reference's weights and its dtype.",
+                    key="reference log-probs",
                 )
             n = len(rows)
             # Tokens of one sequence follow each other, chosen sides first, as the collator lists them.
-            counts = torch.bincount(token_places(batch, n), minlength=2 * n).numpy()
+            counts = torch.bincount(batch.sequence_of_token, minlength=2 * n).numpy()
             parts = np.split(logps.numpy(), counts.cumsum()[:-1])
             sides = list(zip(parts[:n], parts[n:], strict=True))
             new.append((rows, counts.reshape(2, n).T, np.concatenate([side for pair in sides for side in pair])))

@@ -18,8 +18,9 @@ import xxhash
 from datasets import Dataset, concatenate_datasets
 
 from mdpo.errors import UserError
-from mdpo.forward.collators import REFERENCE, SIDES
+from mdpo.forward.collators import REFERENCE
 from mdpo.ranks import agreed, first_of_node, first_rank_of_node, gathered, rank
+from mdpo.types import SIDES
 
 AT_ONCE = 4_000_000  # numbers of a rank that all others receive at a time
 ROWS = 1000  # of a record batch

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from mdpo.config.precision import HALF, cast_weights
 from mdpo.errors import UserError
 from mdpo.forward.compiled_ops import fuse
-from mdpo.forward.modes import evaluating
-from mdpo.forward.packed_attention import own_attention
+from mdpo.forward.modes import base_model, evaluating
+from mdpo.forward.scoring_head import own_attention
 from mdpo.forward.token_logps import TokenScores, enable_scoring, score_tokens
 from mdpo.reference.fingerprint import OWN_ADAPTER
 from mdpo.reference.loading import load_model
@@ -34,17 +34,15 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_
     if name_or_path or (path and (sharded or not made_by_caller)):
         if name_or_path:  # the revision is the policy's
             init_kwargs = {k: v for k, v in init_kwargs.items() if k != "revision"}
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        inner = base_model(model)
         kwargs = {"dtype": inner.dtype, "attn_implementation": own_attention(inner), **init_kwargs}
         return load_model(path, **kwargs)
     if sharded:
         raise UserError("Under ZeRO-3 the reference needs a path: set ref_model_name_or_path, or pass ref_model.")
     reference = copy.deepcopy(model)
-    inner = reference.get_base_model() if hasattr(reference, "peft_config") else reference
-    vars(inner).pop("forward", None)  # `enable_scoring` closed over the policy: the copy would call and switch that
     if hasattr(reference, "peft_config"):
         if reference.active_peft_config.is_prompt_learning:
-            return inner
+            return reference.get_base_model()
         reference.base_model.disable_adapter_layers()  # for good: the model that the adapter was put on
     return reference
 
@@ -54,7 +52,7 @@ def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype 
     `dtype` is what DeepSpeed casts the policy to; the reference then computes in it too."""
     model.requires_grad_(False).eval()
     cast_weights(model, dtype)
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = base_model(model)
     enable_scoring(inner, fused and fuse(inner, accelerator.device, together=False)[0])
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
@@ -211,8 +209,8 @@ def load_moved(reference, accelerator, folder: str) -> None:
     files = sorted(Path(folder, MOVED).glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"resume_from_checkpoint: {folder} does not hold the reference that sync_ref_model had moved. Go on from a "
-            "checkpoint of a run with sync_ref_model, or start afresh."
+            f"resume_from_checkpoint: {folder} does not hold the reference that sync_ref_model had moved. Resume from "
+            "a checkpoint of a run with sync_ref_model, or start afresh."
         )
     saved = {name: weight for file in files for name, weight in load_file(file).items()}
     missing = []

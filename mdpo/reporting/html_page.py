@@ -1,6 +1,5 @@
 """run_report.html and plots/*.png in the output folder: the whole picture of a run, written anew while it goes on."""
 
-import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +16,10 @@ from mdpo.reporting.log_history import ADVICE, before_and_after, chosen_logps, l
 from mdpo.reporting.plots import write_plots
 from mdpo.reporting.progress import StepTimer, clock
 from mdpo.reporting.run_report import RESOLVED, SHOWN, speed_line
-from mdpo.reporting.token_view import CONTEXT, END, SHARED, SIDES, SUPERVISED, VISIBLE, two_pairs
+from mdpo.reporting.token_view import CONTEXT, END, SHARED, SUPERVISED, VISIBLE, sample_pairs
 from mdpo.reporting.turn_tables import turn_tables
+from mdpo.storage import replace_text
+from mdpo.types import SIDES
 
 TEMPLATES = Path(__file__).with_name("templates")
 PAGE, PLOTS = "run_report.html", "plots"
@@ -79,7 +80,7 @@ class RunPage(TrainerCallback):
         if place:
             rows.append(("commit", place["commit"] + (", with changes that are not in it" if place["changed"] else "")))
         rows += [(k, ", ".join(v) or "none" if k == "gpus" else v) for k, v in machine.items()]
-        pairs = [shown_pair(pair) for pair in two_pairs(self.train_dataset, self.tokenizer)]
+        pairs = [shown_pair(pair) for pair in sample_pairs(self.train_dataset, self.tokenizer)]
         return {"data": self.data, "pairs": pairs, "machine": rows, "beta": args.beta}
 
     def _now(self, args, state, report: dict[str, Any] | None) -> dict[str, Any]:
@@ -115,9 +116,7 @@ def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) 
         plots={k: (title, Markup(svg)) for k, (title, svg) in write_plots(folder / PLOTS, history).items()},
         recipe=resolved.read_text(encoding="utf-8") if resolved.exists() else "",
     )
-    part = folder / f".{PAGE}.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, folder / PAGE)
+    replace_text(folder / PAGE, page)
 
 
 def template(name: str) -> jinja2.Template:

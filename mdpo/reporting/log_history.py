@@ -50,7 +50,7 @@ def not_finite(history: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means of each point and its neighbours, a twentieth of the curve's points to each side, as far as there are any.
+    """Means of each point and its neighbors, a twentieth of the curve's points to each side, as far as there are any.
     Under 20 points nothing is smoothed."""
     half, values, out = len(points) // 20, [value for _, value in points], []
     for i, (step, _) in enumerate(points):

@@ -17,7 +17,8 @@ from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.spans import supervised, tokenize
 from mdpo.masking.tokenizer import token_text
-from mdpo.reporting.token_view import CONTEXT, END, SHARED, SIDES, SUPERVISED, special_ids
+from mdpo.reporting.token_view import CONTEXT, END, SHARED, SUPERVISED, special_ids
+from mdpo.types import SIDES
 
 PAGE, STYLE = (Path(__file__).with_name("templates") / name for name in ("mask_page.html", "page.css"))
 KINDS = [CONTEXT, SHARED, SUPERVISED, END, "cut off"]

@@ -1,7 +1,7 @@
 """Plots of a run: what is drawn is data first (`Plot`, `lines_of`), then a figure, as PNG and as SVG for pages.
 
-Colour tells what (chosen green, rejected orange, everything else blue), the stroke tells of which pairs: training is
-solid, over its raw values, held-out dashed with dots. All colours can be read on white and on black.
+Color tells what (chosen green, rejected orange, everything else blue), the stroke tells of which pairs: training is
+solid, over its raw values, held-out dashed with dots. All colors can be read on white and on black.
 """
 
 import io
@@ -22,8 +22,8 @@ SIZE, DPI = (4.8, 3.0), 160  # inches, dots an inch
 BLUE, GREEN, ORANGE = "#3b82d6", "#2a9d6f", "#d9730d"
 TURNS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f")  # of the first turns' curves
 INK, GREY, LINE = "#1f2328", "#57606a", "#d0d7de"
-OF_THE_PAGE = {INK: "var(--ink)", GREY: "var(--grey)", LINE: "var(--line)"}
-MOST_POINTS = 400  # of a curve: as many as such a picture has columns for a point and its neighbours
+OF_THE_PAGE = {INK: "var(--ink)", GREY: "var(--gray)", LINE: "var(--line)"}
+MOST_POINTS = 400  # of a curve: as many as such a picture has columns for a point and its neighbors
 STYLE = {
     **{"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y"},
@@ -35,7 +35,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot over steps: its file name, title, y axis with unit, and (what, metric, colour) of its lines."""
+    """One plot over steps: its file name, title, y axis with unit, and (what, metric, color) of its lines."""
 
     name: str
     title: str
@@ -80,7 +80,7 @@ class Line:
     """What is drawn: (step, value) points, raw ones behind them where they were smoothed."""
 
     label: str
-    colour: str
+    color: str
     held_out: bool
     points: list[tuple[float, float]]
     raw: list[tuple[float, float]] = field(default_factory=list)
@@ -89,27 +89,27 @@ class Line:
 def lines_of(plot: Plot, history: list[dict[str, Any]]) -> list[Line]:
     """Training and held-out line of each metric that the history has."""
     lines = []
-    for what, metric, colour in plot.lines:
+    for what, metric, color in plot.lines:
         found = curve(history, metric)
         for held_out, points in ((False, found.training), (True, found.held_out)):
             if points:
                 smooth = not held_out and metric not in ONLY_AS_LOGGED and len(points) >= 20
                 label = f"{what} {'held-out' if held_out else 'training'}".strip()
                 line, raw = (smoothed(points), thinned(points)) if smooth else (points, [])
-                lines.append(Line(label, colour, held_out, thinned(line), raw))
+                lines.append(Line(label, color, held_out, thinned(line), raw))
     return lines
 
 
 def turn_lines(history: list[dict[str, Any]]) -> list[Line]:
     """Margins of the first turns over steps: of held-out pairs where they were evaluated twice, else training's."""
-    found = [(k, colour, curve(history, f"margins/turn_{k}")) for k, colour in enumerate(TURNS, start=1)]
+    found = [(k, color, curve(history, f"margins/turn_{k}")) for k, color in enumerate(TURNS, start=1)]
     held_out = any(len(of.held_out) > 1 for _, _, of in found)
-    points = [(k, colour, of.held_out if held_out else smoothed(of.training)) for k, colour, of in found]
-    return [Line(f"turn {k}", colour, held_out, thinned(of)) for k, colour, of in points if of]
+    points = [(k, color, of.held_out if held_out else smoothed(of.training)) for k, color, of in found]
+    return [Line(f"turn {k}", color, held_out, thinned(of)) for k, color, of in points if of]
 
 
 def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points: means of as many neighbours each as that takes."""
+    """At most `most` points: means of as many neighbors each as that takes."""
     each = -(-len(points) // most)
     groups = [points[i : i + each] for i in range(0, len(points), each)]
     return [tuple(sum(values) / len(values) for values in zip(*group, strict=True)) for group in groups]
@@ -119,11 +119,11 @@ def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, fl
     figure, axes = _figure(title)
     for line in lines:
         if line.raw:
-            axes.plot(*zip(*line.raw, strict=True), color=line.colour, alpha=0.3, linewidth=0.8)
+            axes.plot(*zip(*line.raw, strict=True), color=line.color, alpha=0.3, linewidth=0.8)
         dots = len(line.points) <= 40 if line.held_out else len(line.points) == 1
         axes.plot(
             *zip(*line.points, strict=True),
-            color=line.colour,
+            color=line.color,
             linewidth=1.8,
             linestyle="--" if line.held_out else "-",
             marker="o" if dots else None,
@@ -214,7 +214,7 @@ def write_plots(folder: Path, history: list[dict[str, Any]]) -> dict[str, tuple[
 
 
 def page_svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element that takes ink, grey and line colours from the page, in its light and dark mode."""
+    """The figure as an SVG element that takes ink, gray and line colors from the page, in its light and dark mode."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
@@ -222,6 +222,6 @@ def page_svg(figure: Figure, title: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # of several plots in one page they would be the same
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
     svg = svg.replace(svg[: svg.index(">") + 1], f'<svg viewBox="0 0 {width} {height}" role="img">', 1)
-    for colour, variable in OF_THE_PAGE.items():
-        svg = svg.replace(colour, variable)
+    for color, variable in OF_THE_PAGE.items():
+        svg = svg.replace(color, variable)
     return svg.replace(">", f"><title>{title}</title>", 1)

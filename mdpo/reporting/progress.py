@@ -24,7 +24,7 @@ def peak_memory_gb(device) -> float:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds between the begin and the end of optimiser steps: training alone, no evaluation, no saving. Adds
+    """Seconds between the begin and the end of optimizer steps: training alone, no evaluation, no saving. Adds
     tokens_per_second (of all processes, since the last log) and peak_memory_gb (of this one) to training's logs."""
 
     def __init__(self):
@@ -128,11 +128,12 @@ class ProgressLine(TrainerCallback):
             self.close()
         if not state.is_world_process_zero:
             return
-        for name in (key.removesuffix("_loss") for key in metrics or {} if key.endswith("_loss")):
+        for key in (key for key in metrics or {} if key.endswith("_pairs")):  # one a dataset; nll_loss is none
+            name = key.removesuffix("_pairs")
             which = "" if name == "eval" else f" of {name.removeprefix('eval_')}"
-            pairs = metrics.get(f"{name}_pairs", 0)
             self._say(
-                f"step {state.global_step}, {pairs:.0f} held-out pairs{which}: {figures_line(metrics, f'{name}_')}"
+                f"step {state.global_step}, {metrics[key]:.0f} held-out pairs{which}: "
+                f"{figures_line(metrics, f'{name}_')}"
             )
 
     def on_train_end(self, args, state, control, **kwargs):

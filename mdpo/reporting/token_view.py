@@ -1,4 +1,4 @@
-"""Tokens as people look at them: their texts, what each is to the loss, and colours; on a terminal, in pictures, pages.
+"""Tokens as people look at them: their texts, what each is to the loss, and colors; on a terminal, in pictures, pages.
 
 What needs the tokenizer's libraries is imported late: they write to stdout, which a script may want for itself.
 """
@@ -6,10 +6,10 @@ What needs the tokenizer's libraries is imported late: they write to stdout, whi
 from functools import partial
 
 from mdpo.console import say
+from mdpo.types import SIDES, turn_begins
 
-SIDES = ("chosen", "rejected")
 SHARED, CONTEXT, SUPERVISED, END = "shared prefix", "context", "supervised", "end of turn"
-COLOURS = {  # text, two backgrounds that alternate from token to token (close in the 256-colour palette too)
+COLORS = {  # text, two backgrounds that alternate from token to token (close in the 256-color palette too)
     SHARED: ("#d0d7de", "#3d444d", "#4d5660"),
     CONTEXT: ("#8b949e", "default", "default"),
     (SUPERVISED, "chosen"): ("#03251b", "#87d7af", "#5fd7af"),
@@ -38,7 +38,7 @@ def training_pairs(argv: list[str]):
     recipe, tokenizer = recipe_and_tokenizer(argv)
     rows, _, _ = prepare_pairs(recipe, tokenizer)
     order = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)
-    show = partial(as_object, text_of=token_text(tokenizer), specials=special_ids(tokenizer))
+    show = partial(to_json, text_of=token_text(tokenizer), specials=special_ids(tokenizer))
     return map(show, rows.select(order))
 
 
@@ -47,8 +47,8 @@ def special_ids(tokenizer) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
 
 
-def as_object(row: dict, text_of, specials: set[int]) -> dict:
-    """One tokenised pair as --json prints it. `ends`: where special tokens close a supervised span."""
+def to_json(row: dict, text_of, specials: set[int]) -> dict:
+    """One tokenized pair as --json prints it. `ends`: where special tokens close a supervised span."""
     out = {"key": row["key"], "shared_len": row["shared_len"]}
     for name in SIDES:
         ids, mask = row[f"{name}_ids"], row[f"{name}_mask"]
@@ -64,12 +64,12 @@ def token_kinds(side: dict, shared_len: int) -> list[str]:
     return [END if t in side["ends"] else SUPERVISED if bit else rest[t] for t, bit in enumerate(side["mask"])]
 
 
-def two_pairs(rows, tokenizer) -> list[dict]:
-    """Of a tokenised set, as `as_object` has them, with `kinds` on each side: the first two pairs with several
+def sample_pairs(rows, tokenizer) -> list[dict]:
+    """Of a tokenized set, as `to_json` has them, with `kinds` on each side: the first two pairs with several
     supervised turns on both sides among the first LOOKED_AT, filled up with the first ones."""
     from mdpo.masking.tokenizer import token_text
 
-    first = [as_object(row, token_text(tokenizer), special_ids(tokenizer)) for row in rows.select(_places(rows))]
+    first = [to_json(row, token_text(tokenizer), special_ids(tokenizer)) for row in rows.select(_places(rows))]
     for pair in first:
         for name in SIDES:
             pair[name]["kinds"] = token_kinds(pair[name], pair["shared_len"])
@@ -78,9 +78,5 @@ def two_pairs(rows, tokenizer) -> list[dict]:
 
 def _places(rows) -> list[int]:
     looked = rows.select(range(min(LOOKED_AT, len(rows)))).select_columns([f"{name}_mask" for name in SIDES])
-
-    def turns(mask) -> int:
-        return sum(bit > before for before, bit in zip([0, *mask], mask, strict=False))
-
-    several = [i for i, row in enumerate(looked) if all(turns(row[f"{name}_mask"]) > 1 for name in SIDES)]
+    several = [i for i, row in enumerate(looked) if all(turn_begins(row[f"{name}_mask"]).sum() > 1 for name in SIDES)]
     return (several + [i for i in range(len(looked)) if i not in several])[:2]

@@ -40,11 +40,13 @@ class Generator:
         return [texts.get(i, Reply("", "too long")) for i in range(len(prompts))]
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """Ids of the conversation and the generation prompt, by the template and tokeniser that training uses."""
+        """Ids of the conversation and the generation prompt, by the template and tokenizer that training uses."""
         try:
             return tokenize(self.template.render(messages, generation=True), self.tokenizer)[0]
         except DropPair as reason:
-            raise UserError(f"{reason} (its messages: {', '.join(m['role'] for m in messages)}).") from reason
+            raise UserError(
+                f"{reason} (its messages: {', '.join(m['role'] for m in messages)}).", reason.key
+            ) from reason
 
     def fits(self, ids: list[int]) -> bool:
         return self.context is None or len(ids) + self.max_new_tokens <= self.context

@@ -12,6 +12,7 @@ from trl import get_quantization_config
 from mdpo.config.recipe import Recipe, model_init_kwargs
 from mdpo.console import say
 from mdpo.errors import UserError
+from mdpo.forward.modes import base_model
 from mdpo.masking.tokenizer import refuse_missing_folder
 from mdpo.reference.loading import load_model
 from mdpo.runs.saved_weights import load_adapters
@@ -27,7 +28,7 @@ def adapter_config(checkpoint: str) -> PeftConfig | None:
     try:
         return PeftConfig.from_pretrained(checkpoint) if find_adapter_config_file(checkpoint) else None
     except (OSError, ValueError) as error:
-        raise UserError(f"CHECKPOINT: {checkpoint} cannot be had: {error}") from error
+        raise UserError(f"CHECKPOINT: {checkpoint} cannot be loaded: {error}") from error
 
 
 def starting_policy(model, args, quantization_config=None):
@@ -91,7 +92,7 @@ def load_policy(checkpoint: str, recipe: Recipe) -> PreTrainedModel:
         model = PeftModel.from_pretrained(base, checkpoint)
         if Path(checkpoint).is_dir():
             load_adapters(checkpoint, model)
-        model = model.get_base_model()
+        model = base_model(model)
     placed = "quantization_config" in kwargs or getattr(model, "hf_device_map", None)
     return (model if placed else model.to(recipe.training.device)).eval()
 

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mdpo.data.files import json_rows
-from mdpo.data.messages import conversation, normalise_messages
+from mdpo.data.messages import conversation, normalize_messages
 from mdpo.errors import DropPair, UserError
 from mdpo.rollouts.answers import gold_answer, is_right, last_boxed
 from mdpo.rollouts.sandbox import RunResult
@@ -59,7 +59,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Rules:
+class RolloutConfig:
     """`samples` conversations for each question, `batch_size` at a time, of at most `max_turns` turns of the policy."""
 
     max_turns: int = 6
@@ -82,14 +82,16 @@ def read_questions(path: str, instruction: str = "") -> list[Question]:
         where = f"{path}:{place}"
         asked = [name for name in ("question", "prompt") if row.get(name)]
         if len(asked) != 1 or "answer" not in row:
-            raise UserError(f"{where}: needs `answer` and either `question` or `prompt`; it has {', '.join(row)}.")
+            raise UserError(
+                f"{where}: needs `answer` and either `question` or `prompt`; it has {', '.join(row)}.", "question"
+            )
         try:
             key = str(row.get("key") or row.get("id") or where)
             found.append(Question(key, _prompt(row[asked[0]], instruction), gold_answer(row["answer"])))
         except (DropPair, UserError) as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}", error.key) from error
         if key in used:
-            raise UserError(f"{where}: the key {key!r} comes twice.")
+            raise UserError(f"{where}: the key {key!r} comes twice.", "key")
         used.add(key)
     if not found:
         raise UserError(f"rollouts: no rows in {path}.")
@@ -102,13 +104,15 @@ def _prompt(asked: Any, instruction: str) -> list[Message]:
         return [{"role": "user", "content": f"{instruction}\n\n{asked}" if instruction else asked}]
     if instruction:
         raise UserError("--instruction goes in front of texts; this prompt is a list of messages.")
-    messages = normalise_messages(asked) if isinstance(asked, list) else []
+    messages = normalize_messages(asked) if isinstance(asked, list) else []
     if not messages or messages[-1]["role"] == "assistant":
         raise UserError("a prompt has to be a text, or messages of which the last is not the assistant's.")
     return messages
 
 
-def roll_out(questions: list[Question], generate: Generate, run_code: RunCode, rules: Rules) -> Iterator[Trajectory]:
+def roll_out(
+    questions: list[Question], generate: Generate, run_code: RunCode, rules: RolloutConfig
+) -> Iterator[Trajectory]:
     """Yields trajectories as they end, each with its answer judged. A place in the batch that becomes free is filled
     with the next question, so that long conversations hold nobody up. Programs of a batch run side by side."""
     jobs = [(question, sample) for question in questions for sample in range(rules.samples)]
@@ -144,7 +148,7 @@ def save_all(trajectories: Iterable[Trajectory], path: str | Path, total: int) -
     return done
 
 
-def take_turn(trajectory: Trajectory, reply: Reply, rules: Rules) -> str | None:
+def take_turn(trajectory: Trajectory, reply: Reply, rules: RolloutConfig) -> str | None:
     """Adds the policy's turn, and ends the trajectory or returns the program to run before the next one.
 
     A box outside code is the answer, whatever code stands beside it: the policy did not wait for its output. A turn

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from rich.table import Table
 
-from mdpo.loss.metrics import COLUMNS, summarise
+from mdpo.loss.metrics import COLUMNS, summarize
 from mdpo.rollouts.loop import ENDS, Trajectory
+from mdpo.types import turn_begins
 
 Z = 1.959964  # of the normal distribution, for 95 %
 
@@ -18,14 +19,14 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     Example: 8 of 10 -> (0.4902, 0.9433)."""
     if n == 0:
         return 0.0, 1.0
-    centre, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    center, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
 def count_turns(mask: Sequence[int]) -> int:
     """The supervised turns of a side: runs of 1 in its mask. Example: [0, 1, 1, 0, 1] -> 2."""
-    return sum(bit and not before for before, bit in zip([0, *mask], mask, strict=False))
+    return int(turn_begins(mask).sum())
 
 
 def by_turns(table: torch.Tensor, turns: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -35,7 +36,7 @@ def by_turns(table: torch.Tensor, turns: Sequence[int]) -> dict[str, dict[str, f
     groups = {str(n): table[of_pair == n] for n in sorted(set(of_pair.tolist()))} | {"all": table}
     figures = {}
     for name, rows in groups.items():
-        metrics = summarise(rows)
+        metrics = summarize(rows)
         figures[name] = {
             "pairs": len(rows),
             "accuracy": metrics["rewards/accuracies"],

@@ -8,7 +8,7 @@ from transformers.trainer_callback import ExportableState
 from mdpo.errors import UserError
 from mdpo.ranks import agreed, wait_for_all
 from mdpo.runs import rank_state
-from mdpo.runs.checkpoints import PREFIX, SAVING, publish, remove_older, sealed_by_all, writing
+from mdpo.runs.checkpoints import PREFIX, SAVING, commit, remove_older, sealed_by_all, writing
 
 
 def write_checkpoint(trainer, resumable: bool) -> None:
@@ -52,7 +52,7 @@ def _write(trainer, staged: Path, final: Path, resumable: bool) -> None:
         agreed(lambda: _refuse_scattered(staged, args.world_size))
     files = sealed_by_all(staged)  # each rank a share: reading takes as long as writing
     facts = {"step": state.global_step, "resumable": resumable, "run": trainer.run_facts, "files": files}
-    agreed(lambda: publish(staged, final, facts))
+    agreed(lambda: commit(staged, final, facts))
 
 
 def _save_state(trainer, folder: Path) -> None:

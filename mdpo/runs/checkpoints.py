@@ -61,7 +61,7 @@ def sealed(folder: Path, names: list[str]) -> dict[str, list]:
     return found
 
 
-def publish(staged: Path, final: Path, facts: dict) -> None:
+def commit(staged: Path, final: Path, facts: dict) -> None:
     """Writes the manifest into `staged` and makes it visible as `final` in one step, all files with the mode of new
     ones; an older folder of that name goes aside first. A kill at any moment leaves `final` whole or absent."""
     as_new_files(staged)
@@ -146,19 +146,19 @@ def step_of(folder: Path) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """(the newest whole checkpoint that a run can go on from, or None; a line for each one passed over). All ranks call
+def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint that a run can resume from, or None; a line for each one skipped). All ranks call
     it together."""
     lines = []
     for folder in agreed(lambda: by_step(output_dir)):
-        if not (wrong := hindrances(folder)):
+        if not (wrong := why_not_resumable(folder)):
             return folder, lines
         lines.append(f"{folder}: {'; '.join(wrong[:3])}{f'; {len(wrong) - 3} more' if len(wrong) > 3 else ''}.")
     return None, lines
 
 
-def hindrances(folder: Path) -> list[str]:
-    """Why a run cannot go on from a checkpoint; empty where it can. All ranks call it together."""
+def why_not_resumable(folder: Path) -> list[str]:
+    """Why a run cannot resume from a checkpoint; empty where it can. All ranks call it together."""
     if wrong := faults(folder):
         return wrong
     resumable = agreed(lambda: manifest(folder)["resumable"])
@@ -166,8 +166,8 @@ def hindrances(folder: Path) -> list[str]:
 
 
 def remove_older(output_dir: Path, limit: int | None, keep: str | None) -> None:
-    """Keeps the newest `limit` checkpoints and the one called `keep`. What is not whole does not count towards the
-    limit and is left for its owner to look at; the newest whole one always stays."""
+    """Keeps the newest `limit` checkpoints and the one called `keep`. What is not complete does not count towards the
+    limit and is left for its owner to look at; the newest complete one always stays."""
     whole = [folder for folder in by_step(output_dir) if not wrong_sizes(folder)]
     for folder in whole[max(limit, 1) :] if limit else ():
         if keep is None or folder.name != Path(keep).name:
@@ -195,8 +195,8 @@ def writing(what: str | Path):
         if not is_write_failure(error):
             raise
         raise UserError(
-            f"{what} could not be written: {error}\nWhole checkpoints are as they were. Make room (save_total_limit "
-            "says how many are kept) or put it right, then start the same command again: it goes on from the newest."
+            f"{what} could not be written: {error}\nComplete checkpoints are as they were. Make room (save_total_limit "
+            "says how many are kept) or put it right, then start the same command again: it resumes from the newest."
         ) from error
 
 

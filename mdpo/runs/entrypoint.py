@@ -77,7 +77,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if other := failures.other_failure():  # the launcher ends the rest when one rank has failed: no preemption
             failures.leave_with(RankFailed(f"rank {other['rank']} failed"), debug)
         preemption.mark()
-        print(f"\nleft because of {signal_name}", file=sys.stderr, flush=True)
+        print(f"\nstopped by {signal_name}", file=sys.stderr, flush=True)
         failures.exit_without_teardown(preemption.EXIT_CODE)  # others may be anywhere: nothing is waited for
     except Exception as raised:
         error = of_tracker(raised) or _of_encoding(raised) or raised

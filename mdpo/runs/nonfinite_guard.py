@@ -68,11 +68,11 @@ class NonfiniteGuard:
         message = f"step {step}: {what} {_named(at_fault or rows, dataset)} is not finite"
         if self.in_a_row >= self.args.max_nonfinite_steps:
             raise UserError(
-                f"{message}, the {self.in_a_row}. such step in a row (max_nonfinite_steps). None of them was "
-                "applied. Look at these rows, lower learning_rate, or use bf16 or float32 in place of fp16; the same "
-                f"command then goes on from the newest {PREFIX}* in {self.args.output_dir}, where there is one."
+                f"{message}, the {self.in_a_row}. such step in a row (max_nonfinite_steps). All of them were "
+                "skipped. Look at these rows, lower learning_rate, or use bf16 or float32 in place of fp16; the same "
+                f"command then resumes from the newest {PREFIX}* in {self.args.output_dir}, where there is one."
             )
-        say(f"warning: {message}; it is not applied.")
+        say(f"warning: {message}; the step is skipped.")
         return True
 
     def amend(self, logs: dict[str, float], step: int) -> None:

@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time, gone on with where it stands, never mixed with another one."""
+"""The output folder of a run: one run at a time, resumed where it stands, never mixed with another one."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from mdpo.console import say
 from mdpo.errors import UserError
 from mdpo.ranks import agreed, gathered
-from mdpo.runs.checkpoints import PREFIX, SAVING, by_step, hindrances, newest_whole, step_of
+from mdpo.runs.checkpoints import PREFIX, SAVING, by_step, newest_complete, step_of, why_not_resumable
 from mdpo.runs.preemption import MARKER
 from mdpo.runs.run_fingerprint import differences
 from mdpo.storage import manifest
@@ -23,7 +23,7 @@ _locks = []  # held until the process ends, however it ends
 
 
 def prepare_output_dir(args, facts: dict) -> str | None:
-    """The checkpoint to go on from, or None for a new run; the folder is then locked, and free of another run's files.
+    """The checkpoint to resume from, or None for a new run; the folder is then locked, and free of another run's files.
     `facts` are recipe_facts. All ranks call it together. Raises UserError."""
     folder = Path(args.output_dir)
     agreed(lambda: _claim(folder))
@@ -85,7 +85,7 @@ def _cleared(folder: Path, checkpoint: Path | None, overwrite: bool, facts: dict
     """As prepare_output_dir returns it; another run's files are gone, or refused."""
     if checkpoint is not None:
         refuse_another_run(checkpoint, facts)
-        say(f"going on from {checkpoint}")
+        say(f"resuming from {checkpoint}")
         if checkpoint.parent.resolve() == folder.resolve():
             return str(checkpoint)
     left = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
@@ -129,14 +129,14 @@ def _checkpoint(folder: Path, asked: str | bool | None, overwrite: bool) -> Path
         return _named(Path(asked), folder)
     if overwrite:
         if asked:
-            raise UserError("resume_from_checkpoint: true goes on, overwrite_output_dir starts anew. Choose one.")
+            raise UserError("resume_from_checkpoint: true resumes, overwrite_output_dir starts anew. Choose one.")
         return None
-    found, passed_over = newest_whole(folder)
-    say(*(f"passed over {line}" for line in passed_over))
-    if found is None and passed_over:
+    found, skipped = newest_complete(folder)
+    say(*(f"skipped {line}" for line in skipped))
+    if found is None and skipped:
         raise UserError(
-            f"output_dir: {folder} holds checkpoints, but none to go on from:\n"
-            + "\n".join(passed_over)
+            f"output_dir: {folder} holds checkpoints, but none to resume from:\n"
+            + "\n".join(skipped)
             + "\nStart anew with --overwrite_output_dir, or choose another output_dir."
         )
     if found is None and asked:
@@ -147,8 +147,8 @@ def _checkpoint(folder: Path, asked: str | bool | None, overwrite: bool) -> Path
 def _named(checkpoint: Path, folder: Path) -> Path:
     if not agreed(checkpoint.is_dir):
         raise UserError(f"resume_from_checkpoint: {checkpoint} is not a folder.")
-    if wrong := hindrances(checkpoint):
-        raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be gone on from: {'; '.join(wrong[:8])}.")
+    if wrong := why_not_resumable(checkpoint):
+        raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be resumed from: {'; '.join(wrong[:8])}.")
     step = step_of(checkpoint)
     newer = [path.name for path in agreed(lambda: by_step(folder)) if step is not None and step_of(path) > step]
     if newer and checkpoint.parent.resolve() == folder.resolve():
@@ -170,7 +170,7 @@ def refuse_another_run(checkpoint: str | Path, facts: dict) -> None:
         raise UserError(
             f"{checkpoint} is of another run:\n  "
             + "\n  ".join(refused)
-            + "\nGo on with the recipe that it was made with, or start a new run: --overwrite_output_dir, or another "
+            + "\nResume with the recipe that it was made with, or start a new run: --overwrite_output_dir, or another "
             "output_dir."
         )
     say(*(f"warning: the resumed run may round differently: {line}" for line in rounding))

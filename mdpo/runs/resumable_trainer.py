@@ -14,7 +14,7 @@ from mdpo.errors import Preempted, UserError
 from mdpo.ranks import wait_for_all
 from mdpo.runs import preemption, rank_state
 from mdpo.runs.checkpoint_writer import write_checkpoint
-from mdpo.runs.checkpoints import PREFIX, SAVING, faults, move_files, newest_whole, wrong_sizes
+from mdpo.runs.checkpoints import PREFIX, SAVING, faults, move_files, newest_complete, wrong_sizes
 from mdpo.runs.copies import copied
 from mdpo.runs.saved_weights import check_saved, load_weights
 from mdpo.storage import MANIFEST, as_new_files
@@ -52,7 +52,7 @@ class ResumableTrainer(Trainer):
         if step and step != self._saved_step:
             self._save_checkpoint(self.model_wrapped, None, resumable=True)
         if step:
-            say(f"\npreempted at step {step}; {PREFIX}{step} is on the disk. The same command goes on from it.")
+            say(f"\npreempted at step {step}; {PREFIX}{step} is on the disk. The same command resumes from it.")
         raise Preempted(preemption.requested() or "the signal of another rank")
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -136,12 +136,13 @@ class ResumableTrainer(Trainer):
 
     def _checkpoint_to_resume(self, given) -> str | None:
         if given is True:
-            given, skipped = newest_whole(self.args.output_dir)
+            given, skipped = newest_complete(self.args.output_dir)
             if given is None:
-                raise UserError(f"{self.args.output_dir} holds no whole checkpoint. {' '.join(skipped)}")
+                message = f"{self.args.output_dir} has no complete checkpoint. {' '.join(skipped)}"
+                raise UserError(message, "resume_from_checkpoint")
         path = str(given) if given else None
         if path and Path(path, MANIFEST).exists() and (wrong := wrong_sizes(Path(path))):
-            raise UserError(f"{path} is not whole: {'; '.join(wrong)}.")
+            raise UserError(f"{path} is not complete: {'; '.join(wrong)}.", "resume_from_checkpoint")
         return path
 
     def _init_training_state(self, max_steps, *args, **kwargs):

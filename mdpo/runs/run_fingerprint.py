@@ -1,4 +1,4 @@
-"""What makes two starts the same run: compared before a checkpoint is gone on from."""
+"""What makes two starts the same run: compared before a checkpoint is resumed from."""
 
 import dataclasses
 import json
@@ -160,7 +160,7 @@ def _weights(name: str, revision: str | None, cache: Path) -> str:
 
 
 def pairs_digest(train: Dataset) -> str:
-    """Of tokenised pairs in their order: ids, masks and turn weights, of which a row's own digest is, and margins."""
+    """Of tokenized pairs in their order: ids, masks and turn weights, of which a row's own digest is, and margins."""
     found = xxhash.xxh3_128()
     for batch in train.select_columns(["digest", "margin"]).iter(batch_size=1000):
         found.update("".join(batch["digest"]).encode())

@@ -37,7 +37,8 @@ def check_saved(folder: str | Path, model) -> None:
         written = f"as {list(found[name])} in place of {list(expected[name])}" if name in found else "not at all"
         raise UserError(
             f"{folder}: {len(wrong)} of {len(expected)} weights were not written whole, such as {name} ({written}). "
-            "Under ZeRO-3 the accelerate file needs zero3_save_16bit_model: true."
+            "Under ZeRO-3 the accelerate file needs zero3_save_16bit_model: true.",
+            key="weights",
         )
 
 
@@ -77,7 +78,8 @@ def _refuse_lost(names: list[str], model) -> None:
     if names:
         raise UserError(
             f"{names[0]} and {len(names) - 1} more of the trained weights of {type(model).__name__} would be in no "
-            "file of a checkpoint. Leave them out of training."
+            "file of a checkpoint. Leave them out of training.",
+            key="weights",
         )
 
 
@@ -138,7 +140,8 @@ def load_saved(folder: str | Path, model) -> None:
         missing = [name for name, weight in state.items() if id(weight) not in loaded]
         missing = [name for name in missing if name not in (model._keys_to_ignore_on_save or ())]
         if wrong := [*missing, *(set(files) - done)]:
-            raise UserError(f"{folder} cannot be resumed from: {wrong[0]} is not in both the model and its files.")
+            reason = f"{wrong[0]} is not in both the model and its files."
+            raise UserError(f"{folder} cannot be resumed from: {reason}", "resume_from_checkpoint")
 
 
 def load_adapters(folder: str | Path, model) -> None:
@@ -157,7 +160,8 @@ def load_adapters(folder: str | Path, model) -> None:
                 own[key].copy_(saved[key])
             now = {key: weight.detach().cpu() for key, weight in _of_adapter(model, name).items()}
         if missing := [key for key in own if key not in saved]:
-            raise UserError(f"{place} lacks {len(missing)} of the adapter's weights, such as {missing[0]}.")
+            reason = f"{place} lacks {len(missing)} of the adapter's weights, such as {missing[0]}."
+            raise UserError(reason, "weights")
         _refuse_differences(place, saved, now)
 
 
@@ -171,7 +175,8 @@ def _refuse_differences(folder, saved: Tensors, now: Tensors) -> None:
     if wrong:
         raise UserError(
             f"{folder} cannot be resumed from: {wrong[0]} and {len(wrong) - 1} more are not in the model as they were "
-            "saved. Is it of this architecture and dtype, and is transformers of the version that has written it?"
+            "saved. Is it of this architecture and dtype, and is transformers of the version that has written it?",
+            key="resume_from_checkpoint",
         )
 
 

@@ -2,6 +2,7 @@
 
 import threading
 
+from mdpo.console import first_line
 from mdpo.errors import UserError
 from mdpo.ranks import agreed
 
@@ -79,4 +80,4 @@ def _cause(error: Exception) -> str:
         if not isinstance(cause, Exception):
             break
         inner = cause
-    return (getattr(inner, "strerror", None) or str(inner)).splitlines()[0][:160]
+    return (getattr(inner, "strerror", None) or first_line(inner))[:160]

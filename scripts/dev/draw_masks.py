@@ -10,18 +10,9 @@ from html import escape
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from mdpo.reporting.token_view import (
-    COLOURS,
-    CONTEXT,
-    END,
-    SHARED,
-    SIDES,
-    SUPERVISED,
-    VISIBLE,
-    token_kinds,
-    training_pairs,
-)
+from mdpo.reporting.token_view import COLORS, CONTEXT, END, SHARED, SUPERVISED, VISIBLE, token_kinds, training_pairs
 from mdpo.runs.entrypoint import run
+from mdpo.types import SIDES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/smollm2-135m/dpo/config_quickstart.yaml"
@@ -34,7 +25,7 @@ CHAR, BOX, ROW = 7.2, 18, 21  # a monospace character at 12 px, a token's box, a
 TOP = 164  # the first row of tokens
 INK, GREY, LINE = "#1f2328", "#57606a", "#d0d7de"
 LOOKS = {  # text, fill; tokens of the shared prefix have an outline besides
-    **{kind: colours[:2] for kind, colours in COLOURS.items()},
+    **{kind: colors[:2] for kind, colors in COLORS.items()},
     SHARED: (GREY, "#f6f8fa"),
     CONTEXT: (GREY, "#e4e8ec"),
 }
@@ -64,7 +55,7 @@ def draw(pair: dict) -> str:
     title = "What M-DPO trains on: only the tokens that the policy itself produced"
     shapes = [
         sans(PAD, 38, title, INK, size=19, weight=600),
-        sans(PAD, 61, "Two trajectories for one question, token by token. Only coloured tokens enter the loss;", GREY),
+        sans(PAD, 61, "Two trajectories for one question, token by token. Only colored tokens enter the loss;", GREY),
         sans(PAD, 78, "the user's text, the tool's output and the template's markers are only read.", GREY),
         *legend(PAD, 94),
     ]

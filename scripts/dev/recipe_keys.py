@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     wanted = filled(text)
     if wanted != text and "--check" in argv:
-        raise UserError(f"{PAGE.name} is stale; python -m scripts.dev.recipe_keys writes it.")
+        raise UserError(f"{PAGE.name} is stale; python -m scripts.dev.recipe_keys writes it.", PAGE.name)
     PAGE.write_text(wanted, encoding="utf-8")
     say(f"{PAGE.name}: {'unchanged' if wanted == text else 'written'}")
 
@@ -33,7 +33,8 @@ def filled(text: str) -> str:
     """The page with its tables made anew; one for each title of ours. Raises UserError where a table is missing."""
     ours = [title for title in key_groups() if "ours" in title]
     if [title for _, title, _ in TABLE.findall(text)] != ours:
-        raise UserError(f"{PAGE.name} needs a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {ours}.")
+        wanted = f"a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {ours}"
+        raise UserError(f"{PAGE.name} needs {wanted}.", PAGE.name)
     return TABLE.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
 
 

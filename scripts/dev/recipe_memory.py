@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{unknown[0]}: is not a family of recipes/ with a config.json; those are {', '.join(known)}.")
     stale = [family for family in families if not up_to_date(family, write="--check" not in argv)]
     if stale and "--check" in argv:
-        raise UserError(f"Tables of {', '.join(stale)} are stale; python -m scripts.dev.recipe_memory writes them.")
+        raise UserError(
+            f"Tables of {', '.join(stale)} are stale; python -m scripts.dev.recipe_memory writes them.", "README.md"
+        )
     say(f"{len(families)} families, {len(stale)} READMEs written")
 
 
@@ -32,7 +34,9 @@ def up_to_date(family: str, write: bool) -> bool:
     path = ROOT / "recipes" / family / "README.md"
     text = path.read_text(encoding="utf-8")
     if not TABLE.search(text):
-        raise UserError(f"{path}: has no table; put <!-- memory: RECIPE FILE --> and <!-- memory end --> into it.")
+        raise UserError(
+            f"{path}: has no table; put <!-- memory: RECIPE FILE --> and <!-- memory end --> into it.", path.name
+        )
     wanted = TABLE.sub(lambda m: f"{m[1]}{table(family, m[2], m[3])}\n\n{m[4]}", text)
     if write and wanted != text:
         path.write_text(wanted, encoding="utf-8")

@@ -191,7 +191,7 @@ def seen(folder: Path, pattern: str) -> list[Path]:
 
 
 def steps(out: Path) -> list[int]:
-    """Of the whole checkpoints, in order."""
+    """Of the complete checkpoints, in order."""
     return sorted(int(path.parent.name.split("-")[1]) for path in seen(out, "checkpoint-*/manifest.json"))
 
 

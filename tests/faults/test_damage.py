@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full and read-only disks, two runs in one folder, a run gone on with under another recipe."""
+"""Damaged checkpoints, full and read-only disks, two runs in one folder, a run resumed under another recipe."""
 
 import json
 import os
@@ -45,15 +45,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(forge, worksho
         damage(out / "checkpoint-40" / name)
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
         assert run.end() == 0, run.log[-3000:]
-        assert f"passed over {out}/checkpoint-40: {words}" in run.log
-        assert f"going on from {out}/checkpoint-39" in run.log
+        assert f"skipped {out}/checkpoint-40: {words}" in run.log
+        assert f"resuming from {out}/checkpoint-39" in run.log
         assert differing(out, undisturbed) == []
     cut(out / "checkpoint-39" / "model.safetensors")
     cut(out / "checkpoint-40" / "model.safetensors")
     before = sorted(out.rglob("*"))
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
     assert run.end() == 1
-    assert "holds checkpoints, but none to go on from" in run.log and "Traceback" not in run.log
+    assert "holds checkpoints, but none to resume from" in run.log and "Traceback" not in run.log
     assert [path for path in before if not path.exists()] == []
 
 
@@ -88,7 +88,7 @@ def test_a_disk_that_cannot_be_written(trouble, forge, workshop, undisturbed, sm
     subprocess.run(["mount", "-o", "remount,size=300m", small_disk], check=True)
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
     assert run.end() == 0, run.log[-3000:]
-    assert f"going on from {out}/checkpoint-{whole[-1]}" in run.log
+    assert f"resuming from {out}/checkpoint-{whole[-1]}" in run.log
     assert differing(out, undisturbed) == []
 
 
@@ -132,7 +132,7 @@ def test_a_run_at_its_last_step_makes_no_further_one(forge, workshop, tmp_path):
     (out / "model.safetensors").unlink()
     run = forge.run(workshop / "recipe.yaml", *flags)
     assert run.end() == 0, run.log[-3000:]
-    assert f"going on from {out}/checkpoint-7" in run.log and "over 0 steps" in run.log
+    assert f"resuming from {out}/checkpoint-7" in run.log and "over 0 steps" in run.log
     assert differing(out, tmp_path / "whole") == []
 
 

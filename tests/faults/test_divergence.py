@@ -1,4 +1,4 @@
-"""Steps that are not finite under real ZeRO, where accelerate makes backward and step in one call."""
+"""Non-finite steps under real ZeRO, where accelerate makes backward and step in one call."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_one_rank_at_fault_and_no_rank_makes_the_step(stage, precision, clip, ex
     assert (tmp_path / "found.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["moved"] == [True, True, False, True, False] and found["finite"]
-    assert "step 3: the loss of row pair-5 is not finite; it is not applied." in done.stdout
+    assert "step 3: the loss of row pair-5 is not finite; the step is skipped." in done.stdout
     said = "step {}: a gradient, though no loss, of the step with rows pair-{}, pair-{} is not finite"
     assert said.format(5, 8, 9) in done.stdout
     assert found["error"].startswith(said.format(6, 10, 11) + ", the 2. such step in a row (max_nonfinite_steps).")

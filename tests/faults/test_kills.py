@@ -43,7 +43,7 @@ def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_pat
             finished += 1
             continue
         kills += 1
-        resumes += "going on from" in run.log
+        resumes += "resuming from" in run.log
         lost += max(0, last_step(run) - max(steps(out), default=0))
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
     assert run.end() == 0, run.log[-3000:]
@@ -79,8 +79,8 @@ def test_killed_under_zero(stage, launched, workshop, tmp_path):
         (newest / "rng_state_1.pth").unlink()
     run = launched(config, *flags, f"--output_dir={out}")
     assert run.end() == 0, run.log[-3000:]
-    assert f"passed over {newest}: {'latest has' if stage == 2 else 'rng_state_1.pth is missing'}" in run.log
-    assert f"going on from {out}/checkpoint-" in run.log
+    assert f"skipped {newest}: {'latest has' if stage == 2 else 'rng_state_1.pth is missing'}" in run.log
+    assert f"resuming from {out}/checkpoint-" in run.log
     assert differing(out, whole, tolerance=1e-6) == []
 
 

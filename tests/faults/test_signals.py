@@ -32,7 +32,7 @@ def test_in_training(name, forge, workshop, undisturbed, tmp_path):
     assert f"preempted at step {step}" in run.log and (out / MARKER).read_text() == f"{name}\n"
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
     assert run.end() == 0, run.log[-3000:]
-    assert f"going on from {out}/checkpoint-{step}" in run.log
+    assert f"resuming from {out}/checkpoint-{step}" in run.log
     assert not (out / MARKER).exists()
     assert differing(out, undisturbed) == []
 
@@ -45,7 +45,7 @@ def test_in_every_phase(forge, workshop, undisturbed, tmp_path):
     wanted = tmp_path / "wanted"
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={wanted}", *flags)
     assert run.end() == 0, run.log[-3000:]
-    phases = ["going on from|global batch", "pairs ┃|training pairs", "8 ranks of", "held-out pairs: loss"]
+    phases = ["resuming from|global batch", "pairs ┃|training pairs", "8 ranks of", "held-out pairs: loss"]
     for phase in phases * 2:
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
         run.until(lambda phase=phase, run=run: any(words in run.log for words in phase.split("|")), phase)

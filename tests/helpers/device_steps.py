@@ -183,7 +183,7 @@ def test_a_question_that_waits_for_the_gpu_is_noticed(monkeypatch):
     fails_on(monkeypatch, "_per_sequence", wrong, error, "nonzero|bincount")
     wrong = lambda used, place, n: count(used, place, n) + torch.ones(2, n).to(place.device)  # noqa: E731
     fails_on(monkeypatch, "_per_sequence", wrong, BlockingCopy, "on its way")
-    fails_on(monkeypatch, "counted", lambda batch: bool((batch["score_weight"] != 0).all()), error, "dense")
+    fails_on(monkeypatch, "counted", lambda batch: bool((batch["turn_weight"] != 0).all()), error, "dense")
 
 
 def test_two_dtypes_are_noticed(monkeypatch):

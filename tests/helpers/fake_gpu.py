@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from mdpo.types import PairBatch
+
 NAME = "fakegpu"
 ONE_DTYPE = ("mm", "addmm", "bmm", "baddbmm", "index_add", "index_add_", "index_copy", "index_copy_", "scatter_add")
 ATTENTION = "scaled_dot_product"
@@ -87,10 +89,8 @@ class FakeGpu:
                     tensors[name] = tensor if tensor is None else made[id(tensor)]
         return model
 
-    def batch(self, batch: dict) -> dict:
+    def batch(self, batch: PairBatch) -> PairBatch:
         """A collator's batch as `Trainer._prepare_inputs` has it: tensors on the device."""
         fake = {name: self.mode.from_tensor(x) for name, x in batch.items() if isinstance(x, torch.Tensor)}
         with self.mode:
-            return {
-                name: fake[name].to(self.device, non_blocking=True) if name in fake else x for name, x in batch.items()
-            }
+            return batch | {name: x.to(self.device, non_blocking=True) for name, x in fake.items()}

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mdpo.forward.collators import score_list
 from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.types import PairBatch
 
 SPARE = int(sys.argv[1])  # bytes above what is mapped before the step
 
@@ -21,7 +21,8 @@ enable_scoring(model)
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + SPARE, resource.RLIM_INFINITY))
 ids = torch.randint(512, (4, 2048))
-batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **score_list(ids, torch.ones_like(ids))}
+ones = torch.ones_like(ids)
+batch = PairBatch(input_ids=ids, attention_mask=ones, completion_mask=ones).with_labels()
 try:
     score_tokens(model, batch).logps.sum().backward()
     print(json.dumps({"type": None}))

@@ -1,4 +1,4 @@
-"""run_dpo.py with small buckets, and notes of what ZeRO-2's optimiser really does: overlap_worker.py NOTES ARGUMENTS"""
+"""run_dpo.py with small buckets, and notes of what ZeRO-2's optimizer really does: overlap_worker.py NOTES ARGUMENTS"""
 
 import json
 import sys

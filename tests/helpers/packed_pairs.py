@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from mdpo.forward.collators import PackedCollator, PairCollator, n_pairs
+from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.forward.pair_logps import sum_by_pair
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
@@ -89,10 +89,9 @@ def batches(rows):
 def loss_and_gradients(model, batch, aux_loss=False):
     """DPO's loss of a batch against fixed reference values, its log-probs, and every gradient."""
     scores = score_tokens(model, batch, aux_loss=aux_loss)
-    n = n_pairs(batch)
-    policy = sum_by_pair(scores.logps, batch, n)
-    reference = sum_by_pair(scores.logps.detach() + torch.linspace(-0.1, 0.1, len(scores.logps)), batch, n)
-    loss = pair_losses(PairTerms(policy, reference, policy, LossSettings(loss_type=["sigmoid", "ipo"]))).mean()
+    policy = sum_by_pair(scores.logps, batch)
+    reference = sum_by_pair(scores.logps.detach() + torch.linspace(-0.1, 0.1, len(scores.logps)), batch)
+    loss = pair_losses(PairTerms.of(policy, reference, policy, LossSettings(loss_type=["sigmoid", "ipo"]))).mean()
     loss = loss + scores.aux_loss if aux_loss else loss
     model.zero_grad()
     loss.backward()

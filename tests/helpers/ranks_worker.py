@@ -18,6 +18,7 @@ import torch.distributed as dist
 import dpo_trainer
 import mdpo.data.prepare
 import mdpo.ranks as ranks
+import mdpo.reference.frozen
 import mdpo.runs.checkpoints
 import run_dpo
 from mdpo.errors import UserError
@@ -175,7 +176,7 @@ def collator():
 
 
 def reference():
-    score = dpo_trainer.score_reference
+    score = mdpo.reference.frozen.score_reference
 
     def nowhere(*args, **kwargs):
         now("reference")
@@ -183,7 +184,7 @@ def reference():
         found.logps.fill_(torch.nan)
         return found
 
-    dpo_trainer.score_reference = nowhere
+    mdpo.reference.frozen.score_reference = nowhere
 
 
 def tokenizing():

@@ -45,7 +45,7 @@ CONVERSATIONS = {
         user(f" {hostile(name, 'Two')} \n"),
         assistant(" No. \n"),
     ],
-    "tool text": lambda name: [  # a tool message with no call before it, as in maths with a Python tool
+    "tool text": lambda name: [  # a tool message with no call before it, as in math with a Python tool
         user("Compute it."),
         assistant("Let me run ```python\nprint(12)\n```"),
         tool(hostile(name, "Output"), "python"),

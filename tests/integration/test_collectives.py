@@ -99,7 +99,7 @@ def test_both_ranks_make_the_same_collectives(kind, workshop, extensions, tmp_pa
     found = Counter(name for name, _ in first["notes"])
     # 8 micro-batches of the first start and 4 of the second; at its end each start evaluates once more.
     assert found["begin step"] == 12 and found["begin saving"] == 3 and found["begin evaluation"] == 5
-    assert f"going on from {tmp_path}/out/checkpoint-2" in text
+    assert f"resuming from {tmp_path}/out/checkpoint-2" in text
     assert found["all_gather"] > 2 * 12 and found["all_gather_object"] > 0
     if kind != "ddp":
         assert found["all_reduce"] or found["reduce_scatter_tensor"] or found["reduce_scatter"]

@@ -49,7 +49,7 @@ def test_what_differs(folders):
     assert [(line.label, line.held_out, line.points[-1]) for line in drawn["Loss"]] == [
         ("a", False, (2, 0.6)), ("_", True, (2, 0.5)), ("b<i>", False, (2, 0.125)), ("_", True, (2, 0.25)),
     ]  # fmt: skip
-    assert len({line.colour for line in drawn["Loss"]}) == 2
+    assert len({line.color for line in drawn["Loss"]}) == 2
 
 
 def test_the_page_and_the_terminal(folders, tmp_path, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from errors import refused
 from peft import LoraConfig, get_peft_model
 from tiny import CHATML, agent_rows, tiny_llama, tiny_mixtral, tokenizer_for
 from trainers import explicit
@@ -11,7 +12,6 @@ from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
-from mdpo.errors import UserError
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 ROLES = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -35,7 +35,7 @@ def test_a_user_s_mistake_is_a_value_error(tmp_path):
 def test_trl_s_rule_asks_a_template_for_no_end_of_turn(tmp_path):
     """This one closes turns with a line break, which is no special token; masks of turns are not to be had from it."""
     tokenizer = tokenizer_for(ROLES, "byte")
-    with pytest.raises(UserError, match="none of it is a special token"):
+    with refused("chat_template", r"'\nuser: '"):
         trainer_of(DPOTrainer, tmp_path, tiny_llama(tokenizer), MDPOConfig, tokenizer)
     losses = []
     for cls in (trl.DPOTrainer, DPOTrainer):
@@ -72,5 +72,5 @@ def test_lora_on_experts_ends_with_trl_s_adapters(targets, wrapped, tmp_path):
 
 def test_experts_with_lora_dropout_are_refused_in_words(tmp_path):
     config = LoraConfig(r=2, lora_dropout=0.1, **EXPERTS)
-    with pytest.raises(UserError, match="PEFT cannot put this adapter on MixtralForCausalLM: .*lora_dropout"):
+    with refused("peft_config", "MixtralForCausalLM", "lora_dropout"):
         trainer_of(DPOTrainer, tmp_path, tiny_mixtral(TOKENIZER), peft_config=config)

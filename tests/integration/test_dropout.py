@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from errors import refused
 from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from torch import nn
 from transformers import BioGptConfig, BioGptForCausalLM, OPTConfig, OPTForCausalLM
 
-from mdpo.errors import UserError
 from mdpo.forward.dropout import configured, disable_dropout, refuse_noise, remember_cache
 from mdpo.forward.token_logps import enable_scoring
+from mdpo.types import PairBatch
 
 TOKENIZER = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(TOKENIZER)}
@@ -74,7 +75,7 @@ def test_a_saved_configuration_has_the_rates_that_it_came_with():
 
 
 def batch():
-    return {"input_ids": torch.arange(3, 90)[None].repeat(2, 1)}
+    return PairBatch(input_ids=torch.arange(3, 90)[None].repeat(2, 1))
 
 
 def test_what_is_random_without_a_rate_is_refused():
@@ -87,5 +88,5 @@ def test_what_is_random_without_a_rate_is_refused():
     assert torch.equal(torch.get_rng_state(), state)
     mlp, plain = model.model.layers[1].mlp, model.model.layers[1].mlp.forward
     mlp.forward = lambda x: plain(x) + (1e-3 * torch.rand(1) if mlp.training else 0.0)
-    with pytest.raises(UserError, match="LlamaForCausalLM draws at random in training mode"):
+    with refused("disable_dropout", "LlamaForCausalLM", "disable_dropout: false"):
         refuse_noise(model, Accelerator(cpu=True), batch())

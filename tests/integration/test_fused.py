@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from errors import refused
 from packed_pairs import AWKWARD, batches, loss_and_gradients, tiny
 from peft import LoraConfig, get_peft_model
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
@@ -16,7 +17,6 @@ import mdpo.forward.compiled_ops
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import check_options
-from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator
 from mdpo.forward.compiled_ops import VARIANTS, agrees, by_rows, compiled, fuse, is_gated, is_norm
 from mdpo.forward.token_logps import (
@@ -214,7 +214,10 @@ def everything_once(family):
     return type(model.model.norm)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma", "Gemma2", "Gemma3", "Qwen3"])
+COMPILED = ["Llama", "Gemma3", "Qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Gemma", "Gemma2"))]
+
+
+@pytest.mark.parametrize("family", COMPILED)
 def test_no_function_of_a_training_step_runs_uncompiled(family, any_width, fresh, capsys):
     """Qwen3's norms saw 13 kinds of input, 8 is torch's own limit; by rows they see 6."""
     norm = everything_once(family)
@@ -330,10 +333,10 @@ def test_non_reentrant_checkpointing_keeps_no_activation_of_a_gated_mlp(any_widt
 @pytest.mark.parametrize(
     ("options", "launched", "named"),
     [
-        ({"torch_compile": True}, "NO", "torch_compile: "),
-        ({"torch_compile_backend": "eager"}, "NO", "torch_compile: "),
-        ({"torch_compile_mode": "default"}, "NO", "torch_compile_mode: "),
-        ({}, "INDUCTOR", "dynamo_backend: inductor in the accelerate file"),
+        ({"torch_compile": True}, "NO", "torch_compile"),
+        ({"torch_compile_backend": "eager"}, "NO", "torch_compile"),
+        ({"torch_compile_mode": "default"}, "NO", "torch_compile_mode"),
+        ({}, "INDUCTOR", "dynamo_backend"),
         ({}, "NO", None),
     ],
 )
@@ -343,5 +346,5 @@ def test_a_model_compiled_as_a_whole_is_refused_by_name(config, options, launche
     if named is None:
         check_options(args)
         return
-    with pytest.raises(UserError, match=f"^{named}.*not supported"):
+    with refused(named, *(["inductor"] if launched == "INDUCTOR" else []), "not supported"):
         check_options(args)

@@ -13,7 +13,7 @@ import mdpo.forward.compiled_ops
 import mdpo.forward.packed_attention
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
-from mdpo.forward.collators import PackedCollator, on_device
+from mdpo.forward.collators import PackedCollator
 from mdpo.forward.compiled_ops import fuse
 from mdpo.forward.layout import Layout
 from mdpo.forward.lm_head import adds_in_float32, plus_product
@@ -58,7 +58,7 @@ def test_kernels_equal_attention_by_segment(window, softcap, size, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_and_padded_agree_in_bfloat16(family, capsys):
     model = tiny(family).to(GPU, torch.bfloat16)
-    packed, padded = (on_device(batch, GPU) for batch in batches(AWKWARD["seven"]))
+    packed, padded = (batch.to(GPU) for batch in batches(AWKWARD["seven"]))
     assert Layout(OnGpu, 0).fit(model, packed) is packed, capsys.readouterr().out
     found, wanted = (score_tokens(model, batch).logps for batch in (packed, padded))
     assert (found - wanted).norm() <= 5e-2 * wanted.norm()
@@ -70,7 +70,7 @@ def test_compiled_modules_agree(family, monkeypatch):
     plain, model = (tiny(family).to(GPU) for _ in range(2))
     assert fuse(model, GPU) == (True, None)
     enable_scoring(model, fused=True)
-    rows = on_device(PackedCollator()(AWKWARD["seven"]), GPU)
+    rows = PackedCollator()(AWKWARD["seven"]).to(GPU)
     (loss, _, found), (wanted_loss, _, wanted) = (score_and_gradients(m, rows) for m in (model, plain))
     assert (loss - wanted_loss).norm() <= 1e-4 * wanted_loss.norm()
     for name, gradient in wanted.items():
@@ -95,7 +95,7 @@ def test_float32_sums_of_half_precision_products(dtype):
 
 
 def test_nothing_learnt_is_ln_2_in_bfloat16(tmp_path):
-    """Reference and policy are one model: in the step, and computed ahead."""
+    """Reference and policy are one model: in the step, and precomputed."""
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     for ahead in (False, True):
         models = lambda: (tiny_llama(tokenizer, 0), tiny_llama(tokenizer, 0))  # noqa: E731
@@ -108,9 +108,9 @@ def test_nothing_learnt_is_ln_2_in_bfloat16(tmp_path):
 
 
 def test_scoring_does_not_wait_for_the_gpu():
-    """torch's own watch over synchronisation, without the head's backward, which asks once where gradients are 0."""
+    """torch's own watch over synchronization, without the head's backward, which asks once where gradients are 0."""
     model = tiny("Llama").to(GPU, torch.bfloat16)
-    batch = on_device(PackedCollator()(AWKWARD["seven"]), GPU)
+    batch = PackedCollator()(AWKWARD["seven"]).to(GPU)
     score_tokens(model, batch)  # kernels are probed
     torch.cuda.set_sync_debug_mode("error")
     try:

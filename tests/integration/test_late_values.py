@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from errors import refused
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import LlamaConfig
 from trl import ModelConfig
@@ -65,7 +66,7 @@ LATE = [
 
 @pytest.mark.parametrize(("values", "key"), LATE, ids=[str(values) for values, _ in LATE])
 def test_a_late_value_is_refused_by_its_key(values, key):
-    with pytest.raises(UserError, match=f"^{key}: ") as caught:
+    with refused(key, f"{key}: ") as caught:
         refuse_late_values(MDPOConfig(**BASE, **values), ModelConfig())
     assert "\n" not in str(caught.value)
 
@@ -111,7 +112,7 @@ def test_what_the_optimizer_does_not_read_is_said():
     ],
 )
 def test_values_of_the_model(values, key):
-    with pytest.raises(UserError, match=f"^{key}: "):
+    with refused(key, f"{key}: "):
         refuse_late_values(MDPOConfig(**BASE), ModelConfig(**values))
     refuse_late_values(MDPOConfig(**BASE), ModelConfig(attn_implementation="sdpa"))
 
@@ -181,7 +182,7 @@ def test_one_entry_means_that_module():
     """PEFT puts the adapter on both layers' q_proj; as trl.ModelConfig has it, a text, on none."""
     model = ModelConfig(use_peft=True, lora_target_modules=["q_proj"])
     assert model.lora_target_modules == "q_proj"
-    with pytest.raises(UserError, match="matches no whole path"):
+    with refused("lora_target_modules", "'q_proj'"):
         refuse_targets(bare_model(LLAMA), adapter_config(model))
     one_entry(model)
     bare = bare_model(LLAMA)
@@ -200,7 +201,7 @@ def test_the_model_without_weights_holds_none_and_moves_no_generator():
 @pytest.mark.parametrize("key", ["use_cach", "num_layer", "atn_implementation"])
 def test_model_init_kwargs_of_no_model(key):
     args = MDPOConfig(**BASE, model_init_kwargs={"use_cache": False, "dtype": "auto", "cache_dir": "x", key: 1})
-    with pytest.raises(UserError, match=f"^model_init_kwargs: '{key}' is no value of LlamaConfig"):
+    with refused("model_init_kwargs", f"'{key}'", "LlamaConfig"):
         refuse_unfit(args, None, LLAMA)
     known = {"revision": "main", "subfolder": "x", "quantization_config": None, "device_map": None,
              "low_cpu_mem_usage": True, "attn_implementation": "sdpa", "trust_remote_code": True, "token": "x",
@@ -210,7 +211,7 @@ def test_model_init_kwargs_of_no_model(key):
 
 def test_optimizers_of_some_modules():
     args = MDPOConfig(**BASE, optim="galore_adamw", optim_target_modules=["q_proj"])
-    with pytest.raises(UserError, match="^optim: .*galore_torch"):  # not installed
+    with refused("optim", "galore_torch"):  # not installed
         refuse_unfit(args, None, LLAMA)
 
 
@@ -219,7 +220,7 @@ def test_optimizers_of_some_modules():
 
 def test_a_batch_larger_than_the_set():
     args = MDPOConfig(**BASE, dataloader_drop_last=True, per_device_train_batch_size=16)
-    with pytest.raises(UserError, match="^dataloader_drop_last: 15 pairs are fewer than a batch of all processes"):
+    with refused("dataloader_drop_last", "15 pairs", "per_device_train_batch_size"):
         check_steps(args, 15)
     assert check_steps(args, 16) == []
     assert check_steps(MDPOConfig(**BASE, per_device_train_batch_size=16), 4) == []
@@ -248,9 +249,10 @@ RANGES = ["weight_decay: -1", "adam_beta1: 1.5", "adam_epsilon: -1", "neftune_no
 def test_what_a_dataclass_refuses_is_placed(tmp_path, line):
     path = tmp_path / "r.yaml"
     path.write_text(f"model_name_or_path: m\ndataset_mixer: {{a: 1.0}}\nbf16: false\nuse_cpu: true\n{line}\nseed: 3\n")
-    with pytest.raises(UserError) as caught:
+    key = line.partition(":")[0]
+    with refused(key, f"r.yaml:5: {key}: ") as caught:
         load_recipe([str(path)])
-    assert f"r.yaml:5: {line.partition(':')[0]}: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_edges_of_ranges():

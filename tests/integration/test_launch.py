@@ -7,6 +7,7 @@ others packed ones.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,7 +40,7 @@ def own_log_probs(folder, workshop):
     rows, _ = tokenize_dataset(rows, tokenizer, RenderSettings(300), "pairs")
     batch = PairCollator(tokenizer.pad_token_id)([rows[i] for i in range(16)])
     with torch.no_grad():
-        return sum_by_pair(score_tokens(model, batch).logps, batch, 16).chosen.mean().item()
+        return sum_by_pair(score_tokens(model, batch).logps, batch).chosen.mean().item()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -117,7 +118,7 @@ def test_precomputed_reference_under_zero(stage, workshop, extensions, one_proce
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
-    """The reference moves after every step, whole or partitioned; a run that goes on from a checkpoint has it back."""
+    """The reference moves after every step, whole or partitioned; a resumed run from a checkpoint has it back."""
     move = ["--sync_ref_model", "--ref_model_sync_steps=1", "--ref_model_mixup_alpha=0.3", "--save_strategy=steps"]
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     code, text = launch("cpu", workshop, extensions, one, *move, "--save_steps=2", "--per_device_train_batch_size=4")
@@ -178,7 +179,7 @@ def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, t
     compare(out, one_process, workshop)
     assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
     states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
-    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimiser
+    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimizer
     if ahead == "true":
         shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
         assert shards == {"0", "1"}
@@ -200,7 +201,7 @@ def test_a_slurm_job_is_preempted_and_goes_on(cluster, workshop, extensions, tmp
         code, output, calls = end(cluster, job, log)
         requeued = [call for call in calls if call.startswith("scontrol")]
         assert (code, requeued) == (int(not begun), [f"scontrol requeue {own['SLURM_JOB_ID']}"]), output[-4000:]
-    assert "going on from" in output
+    assert "resuming from" in output
     assert [log["step"] for log in losses(tmp_path / "my out")] == list(range(1, 41))
 
 
@@ -209,14 +210,15 @@ def test_offload_equals_one_process(workshop, extensions, one_process, tmp_path)
     flags, config = ["--per_device_train_batch_size=2"], on_two_cpus("zero3_offload_for_dpo", tmp_path)
     code, text = launch(config, workshop, extensions, tmp_path / "out", *flags)
     assert code == 0, text[-4000:]
-    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimiser states are offloaded
+    assert list(extensions.glob("**/cpu_adam*"))  # what DeepSpeed takes where optimizer states are offloaded
     compare(tmp_path / "out", one_process, workshop)
 
 
 @pytest.mark.slow
-def test_stale_build_lock_is_named_and_removed(workshop, tmp_path):
+def test_stale_build_lock_is_named_and_removed(workshop, extensions, tmp_path):
+    """Beside an operator that is built: the next start would wait for the lock all the same."""
+    shutil.copytree(extensions, tmp_path / "extensions")
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
     lock.touch()
     flags = ["--per_device_train_batch_size=2", "--max_steps=1"]
     code, text = launch("zero2_cpu", workshop, tmp_path / "extensions", tmp_path / "out", *flags)
@@ -236,7 +238,11 @@ def test_user_error_ends_a_launch_with_a_short_message(workshop, extensions, tmp
 
 def test_zero3_gathers_the_head_once_each_way_whatever_the_counts(extensions, tmp_path):
     """Rank 0 scores two chunks of tokens while rank 1 scores none: one gather per chunk would crash here."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
          str(ROOT / "tests/helpers/zero3_head_worker.py"), str(tmp_path / "found.json")],

@@ -32,7 +32,7 @@ def longest_pairs(n: int) -> Dataset:
 
 
 class SecondStep(TrainerCallback):
-    """Profiles the allocator from the begin of the second step to the optimiser's part of it."""
+    """Profiles the allocator from the begin of the second step to the optimizer's part of it."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:

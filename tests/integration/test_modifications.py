@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from errors import refused
 from tiny import agent_rows
 from trainers import close, loss_and_gradients, mdpo_trainer, rows_with_margins, trainer_of
 
 import mdpo.loss.functions as losses
 from dpo_trainer import DPOTrainer
 from mdpo.config.validation import TOWARDS_MARGIN
-from mdpo.errors import UserError
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
 from mdpo.types import PairLogps
 
@@ -27,7 +27,7 @@ def terms(w, l, margin=0.0, tokens=(1, 1), **settings) -> PairTerms:  # noqa: E7
     counts = [torch.tensor([n]) for n in tokens]
     zero = PairLogps(t(0.0), t(0.0), *counts)
     policy = PairLogps(t(w).requires_grad_(), t(l).requires_grad_(), *counts)
-    return PairTerms(policy, zero, policy, LossSettings(beta=1.0, **settings), margin=t(margin))
+    return PairTerms.of(policy, zero, policy, LossSettings(beta=1.0, **settings), margin=t(margin))
 
 
 def test_margin_by_hand():
@@ -165,23 +165,23 @@ def test_in_the_trainer(name, tmp_path, tokenizer):
 
 
 def test_length_penalty_in_the_trainer(tmp_path, tokenizer):
-    plain, penalised = (mdpo_trainer(tmp_path, tokenizer, beta=0.01, length_penalty=a) for a in (0.0, 0.05))
+    plain, penalized = (mdpo_trainer(tmp_path, tokenizer, beta=0.01, length_penalty=a) for a in (0.0, 0.05))
     batch = next(iter(plain.get_train_dataloader()))
     _, policy = plain.compute_loss(plain.model, batch, return_outputs=True)
     table = plain.tables.eval[-1] if plain.tables.eval else plain.tables.train[-1]
     lengths = (policy.chosen_tokens - policy.rejected_tokens).tolist()
     assert any(lengths)
     wanted = [-log_sigmoid(x + 0.05 * n) for x, n in zip((table[:, 2] - table[:, 3]).tolist(), lengths, strict=True)]
-    got = penalised.compute_loss(penalised.model, batch).item()
+    got = penalized.compute_loss(penalized.model, batch).item()
     assert got == pytest.approx(sum(wanted) / len(wanted), rel=1e-5)
 
 
 def test_missing_margin_is_an_error_that_names_the_row(tmp_path, tokenizer):
     rows = rows_with_margins(4)
     rows[2]["margin"] = None
-    with pytest.raises(UserError, match=r"margin_scale: 1 rows of train have no `margin`, the first one is row:3"):
+    with refused("margin_scale", "1 rows of train ", "`margin`", " row:3."):
         mdpo_trainer(tmp_path, tokenizer, rows, margin_scale=1.0)
-    with pytest.raises(UserError, match="4 rows of train"):
+    with refused("margin_scale", "4 rows of train ", " row:1."):
         mdpo_trainer(tmp_path, tokenizer, agent_rows(4), margin_scale=1.0)
     mdpo_trainer(tmp_path, tokenizer, rows)  # without the scale nobody looks at it
 
@@ -202,7 +202,7 @@ def weighted(rows, weights):
 def test_weights_of_one_change_nothing(tmp_path, tokenizer):
     plain, ones = (mdpo_trainer(tmp_path, tokenizer, rows) for rows in (agent_rows(4), weighted(agent_rows(4), (1, 1))))
     assert plain.train_dataset.to_list() == ones.train_dataset.to_list()
-    assert "score_weight" not in next(iter(ones.get_train_dataloader()))
+    assert "turn_weight" not in next(iter(ones.get_train_dataloader()))
 
 
 @pytest.mark.parametrize("options", [{}, {"nll_coefficient": 0.5}, {"loss_type": ["ipo", "sft"]}, {"ld_alpha": 0.3},
@@ -223,7 +223,7 @@ def test_weight_zero_is_a_mask(options, tmp_path, tokenizer):
 
     masked.train_dataset = masked.train_dataset.map(without_first_turn)
     batches = [next(iter(trainer.get_train_dataloader())) for trainer in (zero, masked)]
-    assert len(batches[0]["score_pair"]) == len(batches[1]["score_pair"])
+    assert len(batches[0]["pair"]) == len(batches[1]["pair"])
     (loss, gradients), (wanted, wanted_gradients) = (
         loss_and_gradients(trainer, batch) for trainer, batch in zip((zero, masked), batches, strict=True)
     )
@@ -291,7 +291,7 @@ def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):
     first = agent_rows(1)[0]
     prompt = [{"role": "assistant", "content": "Hello.", "weight": 0.5}, first["chosen"][0]]
     rows = [{"prompt": prompt, "chosen": first["chosen"][1:], "rejected": first["rejected"][1:]}] * 2
-    with pytest.raises(UserError, match="a weight in the prompt"):
+    with refused("dataset", "a weight in the prompt", "row:1"):
         mdpo_trainer(tmp_path, tokenizer, rows)
     rows[1] = {**rows[1], "prompt": [{**prompt[0], "weight": None}, prompt[1]]}
     assert len(mdpo_trainer(tmp_path, tokenizer, rows).train_dataset) == 1
@@ -300,10 +300,10 @@ def test_weights_in_the_prompt_drop_the_pair_by_name(tmp_path, tokenizer):
 def test_a_stream_without_margins_is_an_error(tmp_path, tokenizer):
     stream = Dataset.from_list(agent_rows(4)).to_iterable_dataset()
     trainer = mdpo_trainer(tmp_path, tokenizer, stream, margin_scale=1.0, max_steps=1)
-    with pytest.raises(UserError, match="no `margin`"):
+    with refused("margin_scale", "`margin`"):
         trainer.train()
 
 
 def test_weights_need_turn_masks(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="mask_user_turns: true"):
+    with refused("weight", "mask_user_turns: true"):
         trainer_of(DPOTrainer, weighted(agent_rows(4), (1, 0.5)), tmp_path, tokenizer)

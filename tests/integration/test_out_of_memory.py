@@ -1,4 +1,4 @@
-"""What a user reads when memory runs out: recognised from real errors, with changes that apply, in order of cost."""
+"""What a user reads when memory runs out: recognized from real errors, with changes that apply, in order of cost."""
 
 import json
 import os
@@ -10,18 +10,18 @@ import types
 import pytest
 import torch
 from datasets import Dataset
+from errors import refused
 from plans import SIZES, recipe_for
 from repository import ROOT
 from transformers import Qwen3Config
 
 from mdpo.config.recipe import load_recipe
-from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.memory.breakdown import GB, MemoryPlan
 from mdpo.memory.oom import (
     OFFLOAD,
     ZERO3,
-    Seen,
+    MemorySnapshot,
     describe_batch,
     explain,
     explained,
@@ -192,10 +192,10 @@ def test_max_length_is_the_planner_s():
 def test_report():
     batch = PackedCollator()(ROWS)
     recipe = load_recipe([str(RECIPE), "--per_device_train_batch_size=1"])
-    seen = Seen(79 * 10**9, 80 * 10**9, 79_500_000_000, "GPU")
+    seen = MemorySnapshot(79 * 10**9, 80 * 10**9, 79_500_000_000, "GPU")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore")
     lines = report(error, batch, recipe, EIGHT, seen, plan_of(100), ["x:1"], ["r.yaml"]).splitlines()
-    assert lines[0] == "Out of memory: CUDA out of memory. Tried to allocate 3.00 GiB."
+    assert lines[0] == "Out of memory: CUDA out of memory. Tried to allocate 3.00 GiB"
     assert lines[1] == "  seen: 79.00 GB in use, at most 79.50 GB before, of 80.00 GB (GPU)"
     assert lines[2].endswith("the longest pair has 31: x:1")
     assert lines[3] == "  planned for the longest pairs: 100.00 GB = activations 100.00"
@@ -211,9 +211,9 @@ def test_fragments(monkeypatch):
         assert not allocator_advice(60, 79, "max_split_size_mb:128,expandable_segments:True", monkeypatch, name)
     assert "PYTORCH_ALLOC_CONF" in allocator_advice(60, 79, "max_split_size_mb:128", monkeypatch)[0]
     assert not allocator_advice(76, 79, None, monkeypatch)  # 3 GB are below a twentieth
-    seen = Seen(60 * 10**9, 80 * 10**9, 61 * 10**9, "GPU", 79 * 10**9)
+    seen = MemorySnapshot(60 * 10**9, 80 * 10**9, 61 * 10**9, "GPU", 79 * 10**9)
     assert str(seen).endswith("of 80.00 GB (GPU); 79.00 GB reserved, of which 19.00 GB lie in fragments")
-    assert "reserved" not in str(Seen.now())
+    assert "reserved" not in str(MemorySnapshot.now())
 
 
 def allocator_advice(used, reserved, set_to, monkeypatch, name="PYTORCH_ALLOC_CONF") -> list[str]:
@@ -221,7 +221,7 @@ def allocator_advice(used, reserved, set_to, monkeypatch, name="PYTORCH_ALLOC_CO
         monkeypatch.delenv(known, raising=False)
     if set_to is not None:
         monkeypatch.setenv(name, set_to)
-    seen = Seen(int(used * GB), 80 * 10**9, int(used * GB), "GPU", int(reserved * GB))
+    seen = MemorySnapshot(int(used * GB), 80 * 10**9, int(used * GB), "GPU", int(reserved * GB))
     text = report(torch.OutOfMemoryError("CUDA out of memory."), None, load_recipe([str(RECIPE)]), EIGHT, seen)
     return [line for line in text.splitlines() if "expandable" in line]
 
@@ -230,24 +230,24 @@ def test_explain_plans_or_says_why_not(tmp_path):
     recipe = recipe_for(tmp_path, Qwen3Config(**{**SIZES, "num_hidden_layers": 1}), per_device_train_batch_size=2)
     text = explain(MemoryError(), None, recipe, Sharding(cpu=True), "cpu")
     assert text.startswith("Out of memory: MemoryError\n  seen: ")
-    assert "optimiser states" in text and "--per_device_train_batch_size=1" in text
+    assert "optimizer states" in text and "--per_device_train_batch_size=1" in text
     (tmp_path / "model/config.json").unlink()
     assert "not planned: " in explain(MemoryError(), None, recipe, Sharding(cpu=True), "cpu")
 
 
 def test_memory_of_this_process():
-    before = Seen.now()
+    before = MemorySnapshot.now()
     ballast = torch.zeros(50_000_000)
-    after = Seen.now()
+    after = MemorySnapshot.now()
     assert after.used - before.used > 0.9 * ballast.nbytes and after.peak >= after.used
     assert after.limit <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_limit_of_addresses_is_seen(monkeypatch):
     """Then mapped memory counts, not the resident part of it."""
-    resident = Seen.now()
+    resident = MemorySnapshot.now()
     monkeypatch.setattr(resource, "getrlimit", lambda what: (10**9, resource.RLIM_INFINITY))
-    mapped = Seen.now()
+    mapped = MemorySnapshot.now()
     assert mapped.limit == 10**9 and "ulimit -v" in mapped.where
     assert mapped.used > resident.used
 
@@ -266,7 +266,7 @@ def test_a_run_that_runs_out_ends_in_the_explanation(tmp_path):
         ),
     )
     recipe = recipe_for(tmp_path, Qwen3Config(**{**SIZES, "num_hidden_layers": 1}))
-    with pytest.raises(UserError, match=r"(?s)Out of memory: .*pairs\.jsonl:1.*What to try next"):
+    with refused("memory", "pairs.jsonl:1", "What to try next"):
         with explained(recipe, lambda: trainer, []):
             raise MemoryError
     with pytest.raises(ZeroDivisionError), explained(recipe, lambda: None, []):

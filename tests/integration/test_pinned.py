@@ -7,8 +7,8 @@ round otherwise, so 2e-5 is allowed. The last test shows that one percent of the
 
 import pytest
 from peft import LoraConfig
-from test_trl_parity import trainer_of
 from tiny import CHATML, agent_rows, tiny_mixtral, tokenizer_for
+from trainers import trainer_of
 from trl import DPOConfig
 
 from dpo_trainer import DPOTrainer
@@ -57,7 +57,7 @@ CASES = [(what, layout) for what, (_, layouts) in PINNED.items() for layout in l
 
 
 def losses(folder, config=MDPOConfig, peft_config=None, models=None, **options) -> list[float]:
-    """Of five steps of four pairs, from a policy that is not its reference. Twelve pairs: the last steps come by again."""
+    """Of five steps of four pairs, on twelve pairs, from a policy that is not its reference."""
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     if models is not None:
         options["models"] = lambda: (models(tokenizer, seed=0), models(tokenizer, seed=1))

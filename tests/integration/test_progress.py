@@ -112,6 +112,7 @@ def test_evaluations_in_a_file(monkeypatch):
     progress, out = line(False, monkeypatch)
     state = SimpleNamespace(is_world_process_zero=True, global_step=4, max_steps=20)
     metrics = {"eval_loss": 0.5, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 2.0, "eval_pairs": 64}
+    metrics |= {"eval_nll_loss": 0.3, "eval_aux_loss": 2.0, "eval_pairs/turn_1": 64}  # of the same dataset
     progress.on_evaluate(ARGS, state, None, metrics=metrics)
     named = {name.replace("eval_", "eval_math_"): value for name, value in metrics.items()}
     progress.on_evaluate(ARGS, state, None, metrics=named)

@@ -18,8 +18,13 @@ EXPECTED = {
     "train_short": (24, {2, 3}, {1, 2, 3}, {1, 2, 3}, 150),
     "train_long": (60, {2, 3, 4}, {1, 2, 3, 4}, {1, 2, 3, 4}, 450),
     "heldout": (16, {2}, {1, 2}, {1, 2}, 150),
+    "train_margin": (16, {2, 3}, {1, 2, 3}, {1, 2, 3}, 150),
+    "heldout_margin": (8, {2}, {1, 2}, {1, 2}, 150),
+    "train_weights": (16, {2, 3}, {1, 2, 3}, {1, 2}, 150),
 }
+FIELDS = {"train_margin": ["margin"], "heldout_margin": ["margin"]}  # beside those of every row
 ROWS = {name: [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()] for name in EXPECTED}
+ATTEMPTS = [json.loads(line) for line in (DATA / "trajectories.jsonl").read_text().splitlines()]
 SIDES = [(row, row[side]) for rows in ROWS.values() for row in rows for side in ("chosen", "rejected")]
 
 
@@ -41,29 +46,36 @@ def blocks(messages):
     return found
 
 
+def parting_message(row):
+    same = [a == b for a, b in zip(row["chosen"], row["rejected"], strict=False)]
+    return same.index(False)
+
+
 def parting_turn(row):
     """Number of the first assistant turn in which the sides differ."""
-    same = [a == b for a, b in zip(row["chosen"], row["rejected"], strict=False)]
-    return same.index(False) // 2 + 1
+    return parting_message(row) // 2 + 1
 
 
 def test_making_them_again_gives_the_same_bytes(tmp_path):
     subprocess.run(
         [sys.executable, ROOT / "recipes/smollm2-135m/data/make_pairs.py", tmp_path], check=True, capture_output=True
     )
-    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(EXPECTED)
-    for name in EXPECTED:
+    files = [*EXPECTED, "trajectories"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(files)
+    for name in files:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes(), name
 
 
 def test_form():
     for row, messages in SIDES:
-        assert sorted(row) == ["chosen", "id", "kind", "rejected"]
+        name = row["id"].rpartition("-")[0]
+        assert sorted(row) == sorted(["chosen", "id", "kind", "rejected", *FIELDS.get(name, [])])
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2), row["id"]
         assert row["chosen"][0] == row["rejected"][0], row["id"]
         assert "```" not in messages[-1]["content"] and boxed(messages) > 0, row["id"]
         for message in messages:
-            assert sorted(message) == ["content", "role"]
+            weighted = name == "train_weights" and message["role"] == "assistant"
+            assert sorted(message) == ["content", "role"] + ["weight"] * weighted
             assert message["content"].isascii() and not re.search(r"[ \t]\n|\s$", message["content"]), row["id"]
     for name, rows in ROWS.items():
         assert [row["id"] for row in rows] == [f"{name}-{index:03d}" for index in range(len(rows))]
@@ -105,13 +117,69 @@ def test_kinds_and_turns_are_all_there_and_as_the_readme_says(name):
     assert line in (DATA / "README.md").read_text(), line
 
 
+def test_margins_say_how_the_wrong_answer_came_about():
+    """1 where code with a slip was run, 2 where the number that is stated is not what any code had printed."""
+    rows = ROWS["train_margin"] + ROWS["heldout_margin"]
+    for row in rows:
+        printed = [output.strip() for _, output in blocks(row["rejected"])]
+        assert row["margin"] == (1.0 if str(boxed(row["rejected"])) in printed else 2.0), row["id"]
+    assert Counter(row["margin"] for row in rows) == {1.0: 48, 2.0: 48}
+
+
+def test_weights_say_where_the_sides_part():
+    """0 before, the same on both sides; 1 for the turn in which they part; a quarter for every turn behind it."""
+    seen = Counter()
+    for row in ROWS["train_weights"]:
+        at = parting_message(row)
+        for side in ("chosen", "rejected"):
+            weights = [message["weight"] for message in row[side][1::2]]
+            before, behind = at // 2, len(weights) - at // 2 - 1
+            assert weights == [0.0] * before + [1.0] + [0.25] * behind, row["id"]
+            seen.update(weights)
+    assert min(seen[weight] for weight in (0.0, 0.25, 1.0)) >= 32
+
+
+def test_trajectories_are_three_attempts_at_each_task():
+    """One is right; calls and results pair up by id, and the results are what the code prints."""
+    tasks = {}
+    for row in ATTEMPTS:
+        assert sorted(row) == ["messages", "reward", "task", "tools"]
+        tasks.setdefault(row["task"], []).append(row)
+    assert len(ATTEMPTS) == 48 and len(tasks) == 16
+    assert not {row["messages"][0]["content"] for row in ATTEMPTS} & {side[0]["content"] for _, side in SIDES}
+    for rows in tasks.values():
+        assert [row["reward"] for row in rows] == [1.0, 0.0, 0.0]
+        assert len({row["messages"][0]["content"] for row in rows}) == 1
+        right, *wrong = (boxed(row["messages"]) for row in rows)
+        assert right not in wrong
+    calls = [call for row in ATTEMPTS for call in called(row["messages"])]
+    assert len(calls) >= 48
+    for code, printed in random.Random(0).sample(calls, 12):
+        done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stdout.rstrip("\n")) == (0, printed), code
+
+
+def called(messages):
+    """[(code of a call, its result)] of a trajectory."""
+    found = []
+    for message, after in zip(messages, messages[1:], strict=False):
+        if call := message.get("tool_calls"):
+            assert message["role"] == "assistant" and message["content"] is None and len(call) == 1
+            assert (after["role"], after["tool_call_id"]) == ("tool", call[0]["id"])
+            found.append((json.loads(call[0]["function"]["arguments"])["code"], after["content"]))
+    return found
+
+
 def test_no_question_comes_twice_and_heldout_is_new():
     questions = {name: [question(row) for row in rows] for name, rows in ROWS.items()}
     everything = sum(questions.values(), [])
-    assert len(everything) == len(set(everything)) == 400
+    assert len(everything) == len(set(everything)) == 560
     # What is left of a question without numbers and names is its template.
     seen, new = {}, {}
-    for kept, names in ((seen, ("train_short", "train_long")), (new, ("heldout",))):
+    for kept, names in (
+        (seen, ("train_short", "train_long", "train_margin", "train_weights")),
+        (new, ("heldout", "heldout_margin")),
+    ):
         text = [asked for name in names for asked in questions[name]]
         kept["numbers"] = {number for asked in text for number in re.findall(r"\d+", asked)}
         kept["words"] = [re.findall(r"\b[a-z]{2,}\b", asked) for asked in text]

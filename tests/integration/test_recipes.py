@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from errors import refused
 from repository import ROOT
 from safetensors.torch import load_file
 from tiny import CHATML, agent_rows, tokenizer_for, trl_template
@@ -27,7 +28,6 @@ from mdpo.config.parsing import FIELDS
 from mdpo.config.recipe import load_recipe
 from mdpo.config.validation import check_options
 from mdpo.data.rows import row_to_pair
-from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.memory.sharding import Sharding
@@ -43,6 +43,7 @@ BILLIONS = {  # parameters as the models' authors give them
     "qwen3-8b": 8.19,
     "smollm2-135m": 0.1345,
 }
+LAPTOP = ("full", "lora", "quickstart", "rpo", "margin", "turn_weights")
 ITERATIONS = {f"config_iter{i}_{kind}_reference" for i in (2, 3) for kind in ("fixed", "moved")}
 BATCH = re.compile(r"# Global batch: (\d+) pairs? per device x (\d+) accumulation x (\d+) \w+ = (\d+) pairs a step\.")
 
@@ -80,7 +81,7 @@ def test_families_and_their_recipes():
         found.setdefault(path.parts[-3], set()).add(path.stem)
     three = {"config_full", "config_lora", "config_qlora"}
     expected = {family: three for family in BILLIONS} | {"gemma-7b-it": three | ITERATIONS}
-    assert found == expected | {"smollm2-135m": {"config_full", "config_lora", "config_quickstart"}}
+    assert found == expected | {"smollm2-135m": {f"config_{name}" for name in LAPTOP}}
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_idle_keys_are_found(gpu, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_it_loads_here_and_every_option_can_be_honoured(path):
+def test_it_loads_here_and_every_option_can_be_honored(path):
     recipe = load_recipe([str(path)])
     assert check_options(recipe.training, get_peft_config(recipe.model), recipe.values) == []
     assert all("bfloat16" in note or "flash" in note for note in recipe.notes)
@@ -217,6 +218,7 @@ TEMPLATES = {  # family: (template, kind of tokenizer, end of turn)
     "smollm2-135m": (CHATML, "byte", "<|im_end|>"),
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MARGIN = 1.5  # of every row; one recipe reads it
 FOUR_BIT = ("load_in_4bit", "use_bnb_nested_quant")  # bitsandbytes' kernels need a GPU
 
 
@@ -254,7 +256,7 @@ def twins(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in agent_rows(24)))
+    path.write_text("".join(json.dumps({**row, "margin": MARGIN}) + "\n" for row in agent_rows(24)))
     return path
 
 
@@ -301,14 +303,17 @@ def chosen_logp(folder: Path, row: dict) -> float:
 )
 def test_two_steps(path, twins, pairs, tmp_path):
     """As it is written, but for names and 4 bits. At the first step a reference that is the policy at the start gives
-    no margin and ln 2; one that is another model gives a margin."""
+    no margin and ln 2, or -log sigmoid(-m) towards a margin m, and with RPO its term; one that is another model gives a
+    margin."""
     recipe, (policy, reference) = load_recipe([str(path)]), twins(path.parts[-3])
     trainer = trained(path, policy, reference, pairs, tmp_path)
     logs = [line for line in trainer.state.log_history if "loss" in line]
     assert trainer.state.global_step == len(logs) == 2
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logs)
     other = recipe.training.ref_model_name_or_path is not None
-    assert (abs(logs[0]["loss"] - math.log(2)) > 0.01) is other
+    start = math.log1p(math.exp(recipe.training.margin_scale * MARGIN))
+    start += recipe.training.nll_coefficient * logs[0].get("nll_loss", 0.0)
+    assert (abs(logs[0]["loss"] - start) > 0.01) is other
     assert (abs(logs[0]["rewards/margins"]) > 0.01) is other
     ahead = "reference_chosen_logps" in trainer.train_dataset.column_names
     assert ahead is recipe.training.precompute_ref_log_probs
@@ -458,17 +463,17 @@ def test_a_stale_memory_table_is_named(tmp_path, monkeypatch):
     readme.parent.mkdir(parents=True)
     (readme.parent / "config.json").write_text("{}")
     readme.write_text("# One\n<!-- memory: a.yaml b.yaml -->\nold\n<!-- memory end -->\nafter\n")
-    with pytest.raises(UserError, match="one are stale"):
+    with refused("README.md", "of one "):
         memory.main(["--check"])
     assert "old" in readme.read_text()
     memory.main([])
     expected = "# One\n<!-- memory: a.yaml b.yaml -->\n| a.yaml b.yaml |\n\n<!-- memory end -->\nafter\n"
     assert readme.read_text() == expected
     memory.main(["--check"])
-    with pytest.raises(UserError, match="two: is not a family"):
+    with refused("two", "config.json"):
         memory.main(["two"])
     readme.write_text("# One\n")
-    with pytest.raises(UserError, match="has no table"):
+    with refused("README.md", readme, "<!-- memory: "):
         memory.main([])
 
 
@@ -526,16 +531,16 @@ def test_right_is_paired_with_wrong(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "flags", "says"),
+    ("rows", "flags", "key", "details"),
     [
-        ([conversation("a", 0, True)], [], "None of the 1 questions"),
-        ([{"key": "a"}], [], "jsonl:1: is no conversation.*messages"),
-        ([conversation("a", 0, True)], ["--pairs=0"], "--pairs: 0"),
-        ([conversation("a", 0, True)], ["--out=missing/pairs.jsonl"], "has no folder"),
-        ([conversation("a", 0, True)], ["--out=setup.cfg"], "is there already"),
+        ([conversation("a", 0, True)], [], "questions", ["1 questions"]),
+        ([{"key": "a"}], [], "conversation", ["conversations.jsonl:1: ", "messages"]),
+        ([conversation("a", 0, True)], ["--pairs=0"], "pairs", ["--pairs: 0 "]),
+        ([conversation("a", 0, True)], ["--out=missing/pairs.jsonl"], "out", ["missing/pairs.jsonl", "no folder"]),
+        ([conversation("a", 0, True)], ["--out=setup.cfg"], "out", ["setup.cfg", "there already"]),
     ],
 )
-def test_bad_conversations_are_named(tmp_path, monkeypatch, rows, flags, says):
+def test_bad_conversations_are_named(tmp_path, monkeypatch, rows, flags, key, details):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=says):
+    with refused(key, *details):
         paired(tmp_path, rows, *flags)

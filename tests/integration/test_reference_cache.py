@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, List, Value
+from errors import refused
 from packed_pairs import tiny
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import agent_rows, tiny_llama
 from trainers import own, trainer_of
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
-import dpo_trainer
+import mdpo.reference.frozen
 from dpo_trainer import DPOTrainer
 from mdpo.config.parsing import ROOT
 from mdpo.config.recipe import load_recipe
-from mdpo.errors import UserError
 from mdpo.reference import logp_cache as reference_cache
 from mdpo.reference import logp_columns as reference_columns
 from mdpo.reference.fingerprint import cached_length, named_digest, reference_identity, weights_digest
@@ -103,7 +103,7 @@ def test_shards_are_written_as_time_passes(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ keys and identities
 
 
-def tokenised(**changes):
+def tokenized(**changes):
     row = {"chosen_ids": [5, 6, 7], "chosen_mask": [0, 1, 1], "rejected_ids": [5, 8], "rejected_mask": [0, 1]}
     return Dataset.from_list([{**row, **changes}])
 
@@ -112,16 +112,16 @@ def test_keys_change_with_ids_masks_and_reference_alone():
     def row_keys(dataset, identity):
         return [key.tobytes() for key in reference_cache.row_keys(dataset, identity)]
 
-    [key] = row_keys(tokenised(), "a")
-    assert len(key) == 16 and row_keys(tokenised(), "a") == [key]
-    assert row_keys(tokenised(margin=2.0, chosen_weights=[1.0, 0.5, 1.0], key="x"), "a") == [key]
+    [key] = row_keys(tokenized(), "a")
+    assert len(key) == 16 and row_keys(tokenized(), "a") == [key]
+    assert row_keys(tokenized(margin=2.0, chosen_weights=[1.0, 0.5, 1.0], key="x"), "a") == [key]
     others = [
-        row_keys(tokenised(), "b"),
-        row_keys(tokenised(chosen_ids=[5, 6, 9]), "a"),
-        row_keys(tokenised(chosen_mask=[0, 0, 1]), "a"),
-        row_keys(tokenised(rejected_mask=[0, 0]), "a"),
+        row_keys(tokenized(), "b"),
+        row_keys(tokenized(chosen_ids=[5, 6, 9]), "a"),
+        row_keys(tokenized(chosen_mask=[0, 0, 1]), "a"),
+        row_keys(tokenized(rejected_mask=[0, 0]), "a"),
         row_keys(
-            tokenised(chosen_ids=[5, 6], chosen_mask=[0, 1], rejected_ids=[7, 5, 8], rejected_mask=[1, 0, 1]), "a"
+            tokenized(chosen_ids=[5, 6], chosen_mask=[0, 1], rejected_ids=[7, 5, 8], rejected_mask=[1, 0, 1]), "a"
         ),
     ]
     assert len({key, *(k for [k] in others)}) == 6
@@ -272,13 +272,13 @@ def folders(tmp_path, tokenizer):
 def scored(monkeypatch):
     """The pairs that references score, in batches, as the trainer asks for them."""
     batches = []
-    score = dpo_trainer.score_reference
+    score = mdpo.reference.frozen.score_reference
 
     def counted(reference, policy, accelerator, batch, *args):
         batches.append(len(batch["row"]))
         return score(reference, policy, accelerator, batch, *args)
 
-    monkeypatch.setattr(dpo_trainer, "score_reference", counted)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", counted)
     return batches
 
 
@@ -295,7 +295,7 @@ def test_a_second_run_scores_nothing_and_loads_no_reference(folders, tokenizer, 
     reference = {"ref_model_name_or_path": str(folders / "reference")}
     first = run(folders, tokenizer, **reference)
     assert sum(scored) == 8  # evaluated rows are the same ones
-    monkeypatch.setattr(dpo_trainer, "build_reference", None)  # would fail
+    monkeypatch.setattr(mdpo.reference.frozen, "build_reference", None)  # would fail
     shutil.move(folders / "policy", folders / "moved")
     shutil.copytree(folders / "moved", folders / "policy")
     capsys.readouterr()
@@ -313,7 +313,9 @@ def test_values_are_those_of_the_slow_twin(folders, tokenizer):
                    ref_model_name_or_path=str(folders / "reference"))  # fmt: skip
         batch = live.data_collator([live.train_dataset[i] for i in range(8)])
         wanted.append(
-            dpo_trainer.score_reference(live.ref_model, live.model, live.accelerator, batch, live.layout).logps
+            mdpo.reference.frozen.score_reference(
+                live.ref_model, live.model, live.accelerator, batch, live.layout
+            ).logps
         )
     trainer = run(folders, tokenizer, ref_model_name_or_path=str(folders / "reference"))
     got = torch.tensor([x for column in columns(trainer) for row in column for x in row])
@@ -350,18 +352,18 @@ def test_another_reference_costs_all_rows(folders, tokenizer, scored):
 
 def test_a_killed_pass_goes_on_where_its_last_shard_ends(folders, tokenizer, scored, monkeypatch):
     monkeypatch.setattr(reference_cache, "SHARD_S", -1.0)  # a shard for each pair
-    score = dpo_trainer.score_reference
+    score = mdpo.reference.frozen.score_reference
 
     def killed(*args):
         if sum(scored) == 5:
             raise KeyboardInterrupt
         return score(*args)
 
-    monkeypatch.setattr(dpo_trainer, "score_reference", killed)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", killed)
     options = {"precompute_ref_batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         run(folders, tokenizer, **options)
-    monkeypatch.setattr(dpo_trainer, "score_reference", score)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", score)
     shards = sorted((folders / "cache").glob("*/*.safetensors"))
     assert len(shards) == 5
     os.truncate(shards[0], 100)
@@ -377,14 +379,14 @@ def test_equal_rows_are_scored_once(folders, tokenizer, scored):
 
 def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):
     made = []
-    build = dpo_trainer.build_reference
+    build = mdpo.reference.frozen.build_reference
 
     def watched(*args):
         model = build(*args)
         made.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(dpo_trainer, "build_reference", watched)
+    monkeypatch.setattr(mdpo.reference.frozen, "build_reference", watched)
     trainer = run(folders, tokenizer, ref_model_name_or_path=str(folders / "reference"))
     gc.collect()
     assert len(made) == 1 and made[0]() is None  # once for both sets
@@ -404,7 +406,7 @@ def test_a_new_set_after_training_is_scored_by_the_reference_of_the_start(folder
     by_object = own(folders / "object", tokenizer, tiny_llama(tokenizer), precompute_ref_log_probs=True)
     by_object.train()
     by_object.model.config._name_or_path = ""
-    with pytest.raises(UserError, match="the reference for this new set is gone"):
+    with refused("precompute_ref_log_probs", "ref_model"):
         by_object.evaluate(Dataset.from_list([{**row} for row in new]).select(range(4)).map(
             lambda r: {"chosen": r["chosen"][:3] + [{"role": "assistant", "content": "Once more."}]}))  # fmt: skip
 
@@ -414,7 +416,7 @@ def test_log_probs_that_are_not_finite_are_an_error(folders, tokenizer):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(folders / "policy")
-    with pytest.raises(UserError, match="reference log-probs of train: not finite in row row:"):
+    with refused("reference log-probs", "of train: ", "row row:"):
         run(folders, tokenizer)
     assert not list((folders / "cache").glob("*/*.safetensors"))
 
@@ -445,13 +447,15 @@ def test_two_ranks_share_the_work_and_run_equally_often(tmp_path, monkeypatch):
     def collator(rows):
         n = len(rows)
         both = torch.arange(2 * n)
-        return {"score_pair": both % n, "score_side": both // n, "ids": torch.tensor([row["row"] for row in rows])}
+        number = torch.tensor([row["row"] for row in rows])
+        ids = torch.zeros(2 * n, 2, dtype=torch.long)
+        return {"input_ids": ids, "logp_position": 2 * both, "pair": both % n, "side": both // n, "row": number}
 
     for rank in (0, 1):
 
         def score(batch, rank=rank):
             calls[rank] += 1
-            return torch.cat([batch["ids"], batch["ids"] + 10]).float()
+            return torch.cat([batch.row, batch.row + 10]).float()
 
         monkeypatch.setattr(reference_cache, "_computed", lambda *args: kept.append(COMPUTED(*args)) or kept[-1])
         with pytest.raises(KeyError, match="2 pairs without" if rank == 0 else "3 pairs without"):
@@ -506,14 +510,14 @@ def test_recipes_compute_the_reference_ahead():
 
 def test_rows_beyond_the_original_length_are_scored_in_each_run_and_apart(folders, tokenizer, monkeypatch):
     limit, batches = 75, []
-    score = dpo_trainer.score_reference
+    score = mdpo.reference.frozen.score_reference
 
     def watched(reference, policy, accelerator, batch, *args):
         batches.append([prefix + max(chosen, rejected) for prefix, chosen, rejected in batch["segments"]])
         return score(reference, policy, accelerator, batch, *args)
 
-    monkeypatch.setattr(dpo_trainer, "score_reference", watched)
-    monkeypatch.setattr(dpo_trainer, "cached_length", lambda config: limit)
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", watched)
+    monkeypatch.setattr(mdpo.reference.frozen, "cached_length", lambda config: limit)
     run(folders, tokenizer)
     assert all(len({length > limit for length in batch}) == 1 for batch in batches)
     first = sorted(length for batch in batches for length in batch)

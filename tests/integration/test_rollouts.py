@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from errors import refused
 from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mdpo.errors import UserError
 from mdpo.loss.metrics import COLUMNS
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.rollouts.generate import Generator, refuse_hidden_tool_role
@@ -16,7 +16,7 @@ from mdpo.rollouts.loop import (
     OUTPUT_CHARACTERS,
     Question,
     Reply,
-    Rules,
+    RolloutConfig,
     Trajectory,
     code_of,
     output_block,
@@ -104,7 +104,7 @@ def expected(name: str, role: str) -> list[dict]:
 @pytest.mark.parametrize(("size", "role"), [(1, "user"), (4, "tool"), (100, "user")])
 def test_scripted_trajectories(size, role, sandbox):
     policy = Script({name: turns for name, (turns, *_) in SCRIPTED.items()})
-    rules = Rules(max_turns=4, batch_size=size, tool_role=role)
+    rules = RolloutConfig(max_turns=4, batch_size=size, tool_role=role)
     found = {t.key: t for t in roll_out([question(name) for name in SCRIPTED], policy, sandbox.run, rules)}
     assert set(found) == set(SCRIPTED) and max(policy.sizes) == min(size, len(SCRIPTED))
     for name, (turns, _, answer, correct, ended, code) in SCRIPTED.items():
@@ -119,14 +119,14 @@ def test_a_place_that_becomes_free_is_filled():
     policy = Script(turns)
     ran = []
     found = list(roll_out([question(k, "1") for k in turns], policy, lambda c: ran.append(c) or RunResult("", "ok", 0),
-                          Rules(batch_size=2)))  # fmt: skip
+                          RolloutConfig(batch_size=2)))  # fmt: skip
     assert policy.sizes == [2, 2, 2, 1] and ran == ["1\n"] * 3
     assert [t.key for t in found] == ["q0", "q1", "q2", "long"]
 
 
 def test_samples_have_a_number_each():
     found = list(roll_out([question("a"), question("b")], Script({"a": ["\\boxed{42}"], "b": ["?"]}), None,
-                          Rules(samples=3, batch_size=4)))  # fmt: skip
+                          RolloutConfig(samples=3, batch_size=4)))  # fmt: skip
     assert [(t.key, t.sample, t.correct) for t in found] == [
         ("a", 0, True), ("a", 1, True), ("a", 2, True), ("b", 0, False), ("b", 1, False), ("b", 2, False)
     ]  # fmt: skip
@@ -174,26 +174,26 @@ def test_questions(tmp_path):
 
 
 BAD_ROWS = {
-    "no answer": ({"question": "1?"}, "q.jsonl:2: needs `answer`"),
-    "both": ({"question": "1?", "prompt": "1?", "answer": 1}, "q.jsonl:2: needs `answer` and either"),
-    "empty answer": ({"question": "1?", "answer": " "}, "q.jsonl:2: an answer is empty"),
-    "null answer": ({"question": "1?", "answer": None}, "q.jsonl:2: an answer has to be a number or a text"),
-    "number": ({"question": 5, "answer": 1}, "q.jsonl:2: a prompt has to be a text"),
+    "no answer": ({"question": "1?"}, "question", "`answer`", "it has question."),
+    "both": ({"question": "1?", "prompt": "1?", "answer": 1}, "question", "it has question, prompt, answer."),
+    "empty answer": ({"question": "1?", "answer": " "}, "answer", "is empty"),
+    "null answer": ({"question": "1?", "answer": None}, "answer", "not None."),
+    "number": ({"question": 5, "answer": 1}, "prompt"),
     "ends with the assistant": ({"prompt": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}],
-                                 "answer": 1}, "q.jsonl:2: a prompt has to be a text"),
-    "role": ({"prompt": [{"role": "moon", "content": "1?"}], "answer": 1}, "q.jsonl:2: message 1: unknown role: moon"),
-    "key twice": ({"question": "1?", "answer": 1, "key": "a"}, "q.jsonl:2: the key 'a' comes twice"),
+                                 "answer": 1}, "prompt", "the assistant's"),
+    "role": ({"prompt": [{"role": "moon", "content": "1?"}], "answer": 1}, "unknown role", "message 1: ", ": moon"),
+    "key twice": ({"question": "1?", "answer": 1, "key": "a"}, "key", "'a' comes twice"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_bad_questions_are_named(name, tmp_path):
-    row, message = BAD_ROWS[name]
+    row, key, *details = BAD_ROWS[name]
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question": "1?", "answer": 1, "key": "a"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=message):
+    with refused(key, "q.jsonl:2: ", *details):
         read_questions(str(file))
-    with pytest.raises(UserError, match="there is no file"):
+    with refused("rollouts", "none.jsonl"):
         read_questions(str(tmp_path / "none.jsonl"))
 
 
@@ -265,7 +265,7 @@ def test_a_conversation_that_leaves_no_room_is_too_long(tiny):
     replies = generate([size[rest], over, CONVERSATIONS[0]])
     assert [r.ended == "too long" for r in replies] == [False, True, False]
     assert replies[2] == generate([CONVERSATIONS[0]])[0]
-    with pytest.raises(UserError, match="max_new_tokens: 512 leaves no room in a context of 512"):
+    with refused("max_new_tokens", "512 ", "context of 512 "):
         Generator(model, tokenizer, template, max_new_tokens=512)
 
 
@@ -285,7 +285,7 @@ def test_rollouts_of_a_random_model(tiny, sandbox, tmp_path):
     model, tokenizer, template = tiny
     generate = Generator(model, tokenizer, template, max_new_tokens=16)
     questions = [Question(str(i), c, "12") for i, c in enumerate(CONVERSATIONS)]
-    found = save_all(roll_out(questions, generate, sandbox.run, Rules(max_turns=2)), tmp_path / "t.jsonl", 4)
+    found = save_all(roll_out(questions, generate, sandbox.run, RolloutConfig(max_turns=2)), tmp_path / "t.jsonl", 4)
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [t.key for t in found] and len(rows) == 4
     alone = [reply.text for reply in generate(CONVERSATIONS)]
@@ -300,11 +300,11 @@ def test_tool_roles_that_a_template_does_not_show():
     for role in ("user", "tool"):
         refuse_hidden_tool_role(shows, role)
     hides = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
-    with pytest.raises(UserError, match="tool_role: the chat template leaves out messages of the role 'tool'"):
+    with refused("tool_role", "leaves out", "'tool'"):
         refuse_hidden_tool_role(ChatTemplate(tokenizer_for(hides, "byte", eos="<|im_end|>")), "tool")
     refusal = "{{ raise_exception('no tools') if m['role'] == 'tool' }}"
     raises = CHATML.replace("{{ '<|im_start|>' ", refusal + "{{ '<|im_start|>' ")
-    with pytest.raises(UserError, match="tool_role: tool: template refuses the conversation: no tools"):
+    with refused("tool_role", ": tool: ", ": no tools"):
         refuse_hidden_tool_role(ChatTemplate(tokenizer_for(raises, "byte", eos="<|im_end|>")), "tool")
 
 
@@ -319,7 +319,7 @@ def test_rollouts_of_the_quickstart_model(sandbox):
     questions = [Question(str(i), prompt, "291") for i, prompt in enumerate(prompts)]
     generate = Generator(model, tokenizer, ChatTemplate(tokenizer), max_new_tokens=20)
     four, one = (
-        {t.key: t for t in roll_out(questions, generate, sandbox.run, Rules(max_turns=2, batch_size=size))}
+        {t.key: t for t in roll_out(questions, generate, sandbox.run, RolloutConfig(max_turns=2, batch_size=size))}
         for size in (4, 1)
     )
     assert four == one and len(four) == 4

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from errors import refused
 from repository import ROOT
 
-from mdpo.errors import UserError
 from mdpo.rollouts import sandbox
 from mdpo.rollouts.sandbox import ENVIRONMENT, Limits, Sandbox
 
@@ -402,11 +402,11 @@ def test_where_namespaces_are_refused_nothing_is_run(monkeypatch):
     monkeypatch.setattr(
         sandbox.subprocess, "Popen", lambda *a, **k: popen(*a, preexec_fn=lambda: libc.prctl(drop, admin, 0, 0, 0), **k)
     )
-    with pytest.raises(UserError, match="sandbox cannot be built: unshare: Operation not permitted.*allow_unisolated"):
+    with refused("sandbox", "unshare: Operation not permitted", "allow_unisolated"):
         Sandbox()
     assert Sandbox(namespaces=False).run("print(1)").output == "1\n"
 
 
 def test_a_python_that_does_not_start_is_an_error():
-    with pytest.raises(UserError, match="sandbox's Python does not work: "):
+    with refused("sandbox", "Python"):
         Sandbox(Limits(memory_mb=1))

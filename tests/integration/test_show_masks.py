@@ -95,7 +95,7 @@ def pairs(printed):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """load_recipe may set the launcher's precision in the environment, and a test runner's colours are not ours."""
+    """load_recipe may set the launcher's precision in the environment, and a test runner's colors are not ours."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
@@ -201,9 +201,9 @@ def test_no_color_wins_over_a_terminal(pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
-def test_colours_stand_exactly_on_what_the_policy_wrote(pairs, name):
+def test_colors_stand_exactly_on_what_the_policy_wrote(pairs, name):
     text = show_masks.side_text(pairs[0], name, plain=False)
-    inks = {kind: show_masks.COLOURS[kind, name][0] for kind in (show_masks.SUPERVISED, show_masks.END)}
+    inks = {kind: show_masks.COLORS[kind, name][0] for kind in (show_masks.SUPERVISED, show_masks.END)}
     found = {kind: [text.plain[s.start : s.end] for s in text.spans if s.style.startswith(inks[kind])] for kind in inks}
     ours = [visible(segment).removesuffix("<|im_end|>") for segment, bit in HARD_SEGMENTS[name] if bit]
     assert "".join(found[show_masks.SUPERVISED]) == "".join(ours)

@@ -12,10 +12,9 @@ import subprocess
 import time
 
 import pytest
+from errors import refused
 from repository import ROOT
 from slurm_job import ODD, SCRIPT, TIMEOUT_S, end, real_launcher, start, until
-
-from mdpo.errors import UserError
 
 
 def leave_marker(cluster):
@@ -178,7 +177,7 @@ def test_output_dir_is_what_a_run_would_take(tmp_path, monkeypatch, capsys):
     output_dir([str(recipe)])
     assert capsys.readouterr().out.splitlines() == ["outputs/tiny/dpo/config_a", "my out", "from/the recipe"]
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(UserError, match="--bet.*beta"):
+    with refused("bet", "--bet ", "--beta?"):
         output_dir([str(recipe), "--bet=0.2"])
 
 

@@ -8,6 +8,7 @@ import time
 import types
 
 import pytest
+from errors import refused
 from peft import LoraConfig
 from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
@@ -225,13 +226,17 @@ def test_a_configuration_is_looked_for_where_the_model_is(tmp_path):
     def check(folder, **kwargs):
         model = types.SimpleNamespace(model_name_or_path=str(tmp_path / folder), model_revision=None)
         args = types.SimpleNamespace(
-            pad_token=None, trust_remote_code=False, router_aux_loss_coef=None, model_init_kwargs=kwargs
+            pad_token=None,
+            trust_remote_code=False,
+            router_aux_loss_coef=None,
+            model_init_kwargs=kwargs,
+            ref_model_name_or_path=None,
         )
         check_model(tokenizer, model, args)
 
     check("adapter")
     check("model", subfolder="right")
-    with pytest.raises(UserError, match="an embedding for 10"):
+    with refused("tokenizer", "embedding for 10."):
         check("model", subfolder="small")
-    with pytest.raises(UserError, match="model_name_or_path"):
+    with refused("model_name_or_path", tmp_path):
         check("model")

@@ -1,4 +1,4 @@
-"""scripts/dev/check_tools.sh, which `make` runs before it installs anything."""
+"""What is needed, and when: scripts/dev/check_tools.sh, which `make` runs before it installs anything; imports."""
 
 import os
 import subprocess
@@ -20,3 +20,11 @@ def test_python_is_3_11(version, code, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, "missing: Python 3.11, found" in done.stderr) == (code, bool(code)), done.stderr
     assert (f"found '{version or 'none'}'" in done.stderr) == bool(code)
+
+
+def test_errors_and_console_need_no_torch():
+    script = (
+        "import sys; from mdpo import errors, console, storage; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"

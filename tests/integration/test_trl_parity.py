@@ -268,7 +268,7 @@ def test_turn_masks_are_the_difference(tmp_path):
     for name, trainer in {"trl": trl_like, "masked": masked, "unmasked": unmasked}.items():
         batch = next(iter(trainer.get_train_dataloader()))
         losses[name], _ = loss_and_gradients(trainer, batch)
-        tokens[name] = len(batch["score_pair"])
+        tokens[name] = len(batch["pair"])
     assert losses["unmasked"] == losses["trl"]
     assert tokens["masked"] < tokens["trl"] == tokens["unmasked"]
     assert (losses["masked"] - losses["trl"]).abs() > 1e-3

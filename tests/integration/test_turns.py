@@ -9,8 +9,8 @@ from trl import DPOConfig
 from dpo_trainer import DPOTrainer
 from mdpo.forward.collators import PackedCollator, PairCollator, unpacked
 from mdpo.forward.pair_logps import sum_by_pair
-from mdpo.loss.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
-from mdpo.loss.turn_metrics import joined, turn_figures, turn_rewards
+from mdpo.loss.metrics import COLUMNS, deduplicate, mean_over_steps, summarize
+from mdpo.loss.turn_metrics import pad_and_cat, turn_figures, turn_rewards
 from mdpo.reporting.turn_tables import turn_tables
 
 # Chosen of pair 0 has turns of 2 and 1 tokens, its rejected side shares the first; pair 1 has three turns and one.
@@ -29,7 +29,7 @@ LAYOUTS = {"packed": PackedCollator(), "padded": PairCollator(0)}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_turns_of_tokens(layout):
     batch = LAYOUTS[layout](ROWS)
-    assert batch["score_turn"].tolist() == [0, 0, 1, 0, 1, 2, 0, 0, 1, 0]
+    assert batch["turn"].tolist() == [0, 0, 1, 0, 1, 2, 0, 0, 1, 0]
     assert batch["turn_tokens"].tolist() == [[2, 1, 0], [1, 1, 1], [2, 1, 0], [1, 0, 0]]
 
 
@@ -82,15 +82,15 @@ def test_turns_add_up_to_the_pair_exactly(weights):
     """With numbers that float32 holds exactly. Tokens counted to the next turn still add up, to other turns."""
     batch = LAYOUTS["packed"](ROWS)
     turns = turn_rewards(batch, RATIOS, 0 * RATIOS, 0.25, weights)
-    sums = sum_by_pair(RATIOS, batch, 2, weights)
+    sums = sum_by_pair(RATIOS, batch, weights)
     assert torch.equal(turns.view(2, -1, 4).sum(1)[:, :2], 0.25 * torch.stack([sums.chosen, sums.rejected], 1))
-    wrong = turn_rewards({**batch, "score_turn": (batch["score_turn"] + 1) % 3}, RATIOS, 0 * RATIOS, 0.25, weights)
+    wrong = turn_rewards(batch | {"turn": (batch["turn"] + 1) % 3}, RATIOS, 0 * RATIOS, 0.25, weights)
     assert torch.equal(wrong.view(2, -1, 4).sum(1), turns.view(2, -1, 4).sum(1)) and not torch.equal(wrong, turns)
 
 
 def test_unpacked_keeps_turns():
     packed = LAYOUTS["packed"](ROWS)
-    for name in ("score_turn", "turn_tokens"):
+    for name in ("turn", "turn_tokens"):
         assert torch.equal(unpacked(packed, 0)[name], LAYOUTS["padded"](ROWS)[name])
 
 
@@ -107,7 +107,7 @@ def test_ranks_with_other_numbers_of_turns_and_a_pair_twice():
     """Rank 1's last batch was filled up with pair 0, which counts once."""
     first = tables((0, 3, 1), (1, 0, 4), turns=[[3, 1, 5, 5], [0, 4, 5, 5]])
     second = tables((2, 2, 1), (0, 3, 1), turns=[[1, 1, 2, 2, 1, 0, 2, 2], [3, 1, 5, 5, 0, 0, 0, 0]])
-    figures = summarise(evaluated_once([first, second]))
+    figures = summarize(deduplicate([first, second]))
     assert figures["rewards/margins"] == pytest.approx((2 - 4 + 1) / 3)
     assert figures["margins/turn_1"] == pytest.approx((2 - 4 + 0) / 3) and figures["pairs/turn_1"] == 3
     assert figures["margins/turn_2"] == 1 and figures["pairs/turn_2"] == 1
@@ -116,7 +116,7 @@ def test_ranks_with_other_numbers_of_turns_and_a_pair_twice():
     steps = mean_over_steps([[first, second[:1]]])
     assert steps["margins/turn_1"] == pytest.approx((2 - 4 + 0) / 3)
     assert steps["rewards/margins"] == pytest.approx(((2 - 4) / 2 + 1) / 2)
-    assert joined([first, second]).shape == (4, len(COLUMNS) + 8)
+    assert pad_and_cat([first, second]).shape == (4, len(COLUMNS) + 8)
 
 
 @pytest.fixture(scope="module")

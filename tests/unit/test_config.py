@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from errors import refused
 from trl import DPOConfig, ModelConfig, get_peft_config
 
 from mdpo.config import precision as precision_module
@@ -16,7 +17,6 @@ from mdpo.config.precision import fit_to_machine, precision_note
 from mdpo.config.recipe import DEFAULT_RECIPE, load_recipe
 from mdpo.config.schema import DataArguments, MDPOConfig
 from mdpo.config.validation import check_options
-from mdpo.errors import UserError
 
 BASE = "model_name_or_path: some/model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\n"  # its next line is line 4
 
@@ -39,142 +39,142 @@ def load(tmp_path):
     return load_text
 
 
+# What is wrong, the key of its error, and what is named: the place, the value as it was written, what is wanted.
 BAD_YAML = [
     # misspelt and unknown keys
-    ("bta: 0.1", ["r.yaml:4: bta is not a key", "did you mean beta?"]),
-    ("bet: 0.1", ["r.yaml:4: bet is not a key", "did you mean beta?"]),
-    ("\n\nlearning-rate: 1", ["r.yaml:6:", "did you mean learning_rate?"]),
-    ("batch_size: 4", ["did you mean per_device_train_batch_size?"]),
-    ("qqqq: 1", ["qqqq is not a key", "--help"]),
-    ("'<<': {beta: 0.1}", ["<< is not a key"]),
+    ("bta: 0.1", "bta", "r.yaml:4: bta ", "beta?"),
+    ("bet: 0.1", "bet", "r.yaml:4: bet ", "beta?"),
+    ("\n\nlearning-rate: 1", "learning-rate", "r.yaml:6: ", "learning_rate?"),
+    ("batch_size: 4", "batch_size", "per_device_train_batch_size?"),
+    ("qqqq: 1", "qqqq", "--help"),
+    ("'<<': {beta: 0.1}", "<<", "r.yaml:4: << "),
     # types
-    ("beta: [1]", ["r.yaml:4: beta: [1] is not a number"]),
-    ("beta: true", ["beta: true is not a number"]),
-    ("beta: null", ["beta: null is not a number"]),
-    ("beta:", ["beta: null is not a number"]),
-    ("beta: '0.1'", ["beta: '0.1' is not a number"]),
-    ("max_length: 5.5", ["max_length: 5.5 is not a whole number"]),
-    ("max_length: true", ["max_length: true is not a whole number"]),
-    ("max_length: .inf", ["max_length: .inf is not a whole number"]),
-    ("learning_rate: fast", ["learning_rate: fast is not a number"]),
-    ("learning_rate: 4e-7x", ["learning_rate: 4e-7x is not a number"]),
-    ("max_steps: 1_000", ["max_steps: 1_000 is not a whole number"]),
-    ("mask_user_turns: 1", ["mask_user_turns: 1 is not true or false"]),
-    ("mask_user_turns: maybe", ["mask_user_turns: maybe is not true or false"]),
-    ("model_revision: null", ["model_revision: null is not text"]),
-    ("run_name: [a]", ["run_name: ['a'] is not text or null"]),
-    ("dataset_configs: [7]", ["dataset_configs: [7] is not a list (items: text) or null"]),
-    ("dataset_mixer: {b: much}", ["on line 2 and again on line 4"]),
-    ("eval_dataset_mixer: {b: much}", ["eval_dataset_mixer: {'b': 'much'} is not a mapping (text: a number)"]),
-    ("loss_weights: [a]", ["loss_weights: ['a'] is not a list (items: a number)"]),
-    ("chat_template_kwargs: [a]", ["chat_template_kwargs: ['a'] is not a mapping or null"]),
+    ("beta: [1]", "beta", "r.yaml:4: beta: [1] ", "a number"),
+    ("beta: true", "beta", "beta: true ", "a number"),
+    ("beta: null", "beta", "beta: null ", "a number"),
+    ("beta:", "beta", "beta: null ", "a number"),
+    ("beta: '0.1'", "beta", "beta: '0.1' ", "a number"),
+    ("max_length: 5.5", "max_length", "max_length: 5.5 ", "a whole number"),
+    ("max_length: true", "max_length", "max_length: true ", "a whole number"),
+    ("max_length: .inf", "max_length", "max_length: .inf ", "a whole number"),
+    ("learning_rate: fast", "learning_rate", "learning_rate: fast ", "a number"),
+    ("learning_rate: 4e-7x", "learning_rate", "learning_rate: 4e-7x ", "a number"),
+    ("max_steps: 1_000", "max_steps", "max_steps: 1_000 ", "a whole number"),
+    ("mask_user_turns: 1", "mask_user_turns", "mask_user_turns: 1 ", "true or false"),
+    ("mask_user_turns: maybe", "mask_user_turns", "mask_user_turns: maybe ", "true or false"),
+    ("model_revision: null", "model_revision", "model_revision: null ", "text"),
+    ("run_name: [a]", "run_name", "run_name: ['a'] ", "text or null"),
+    ("dataset_configs: [7]", "dataset_configs", "dataset_configs: [7] ", "a list (items: text) or null"),
+    ("dataset_mixer: {b: much}", "dataset_mixer", "line 2 ", "line 4."),
+    ("eval_dataset_mixer: {b: much}", "eval_dataset_mixer", "{'b': 'much'} ", "a mapping (text: a number)"),
+    ("loss_weights: [a]", "loss_weights", "loss_weights: ['a'] ", "a list (items: a number)"),
+    ("chat_template_kwargs: [a]", "chat_template_kwargs", "chat_template_kwargs: ['a'] ", "a mapping or null"),
     # choices
-    ("lr_scheduler_type: cosin", ["lr_scheduler_type: cosin is not one of linear, cosine", "Did you mean cosine?"]),
-    ("eval_strategy: off", ["eval_strategy: off is not one of no, steps, epoch"]),
-    ("eval_strategy: false", ["eval_strategy: false is not one of no, steps, epoch"]),
-    ("dtype: bf16", ["dtype: bf16 is not one of auto, bfloat16, float16, float32 or null"]),
-    ("truncation_mode: keep_end", ["truncation_mode: keep_end is not one of drop, keep_start"]),
-    ("optim: adamw", ["optim: adamw is not one of", "Did you mean adamw_torch?"]),
+    ("lr_scheduler_type: cosin", "lr_scheduler_type", "lr_scheduler_type: cosin ", "linear, cosine", "cosine?"),
+    ("eval_strategy: off", "eval_strategy", "eval_strategy: off ", "no, steps, epoch"),
+    ("eval_strategy: false", "eval_strategy", "eval_strategy: false ", "no, steps, epoch"),
+    ("dtype: bf16", "dtype", "dtype: bf16 ", "auto, bfloat16, float16, float32 or null"),
+    ("truncation_mode: keep_end", "truncation_mode", "truncation_mode: keep_end ", "drop, keep_start"),
+    ("optim: adamw", "optim", "optim: adamw ", "adamw_torch?"),
     # ranges
-    ("beta: 0", ["r.yaml:4: beta: 0 is out of range", "> 0"]),
-    ("beta: -0.1", ["beta: -0.1 is out of range"]),
-    ("beta: .nan", ["beta: nan is out of range"]),
-    ("learning_rate: -1e-6", ["r.yaml:4: learning_rate: -1e-06 is out of range", ">= 0"]),
-    ("nll_coefficient: -1", ["nll_coefficient: -1 is out of range"]),
-    ("max_length: 1", ["max_length: 1 is out of range", ">= 2, or null"]),
-    ("num_train_epochs: 0", ["num_train_epochs: 0 is out of range"]),
-    ("per_device_train_batch_size: 0", ["per_device_train_batch_size: 0 is out of range"]),
-    ("per_device_eval_batch_size: 0", ["per_device_eval_batch_size: 0 is out of range"]),
-    ("gradient_accumulation_steps: 0", ["gradient_accumulation_steps: 0 is out of range"]),
-    ("preprocessing_num_workers: 0", ["r.yaml:4: preprocessing_num_workers: 0 is out of range"]),
-    ("test_split_size: 0", ["test_split_size: 0 is out of range"]),
-    ("test_split_size: 1.0", ["test_split_size: 1.0 is out of range", "rows >= 1 or a share between 0 and 1"]),
-    ("test_split_size: -0.1", ["test_split_size: -0.1 is out of range"]),
-    ("max_training_samples: -1", ["max_training_samples: -1 is out of range", "leave it out"]),
-    ("max_eval_samples: 0", ["max_eval_samples: 0 is out of range"]),
-    ("eval_dataset_mixer: {b: 1.5}", ["eval_dataset_mixer: 1.5 for 'b' is out of range", "(0, 1]"]),
-    ("eval_dataset_mixer: {b: 0}", ["eval_dataset_mixer: 0 for 'b' is out of range"]),
-    ("eval_dataset_mixer: [b, b]", ["eval_dataset_mixer: 'b' is listed twice"]),
-    ("dataset_splits: [test]", ["r.yaml:4: dataset_splits: ['test'] has no name with 'train'"]),
-    ("dataset_configs: [x, y]", ["dataset_configs: 2 names for the 1 sets"]),
-    ("chat_template: '{{ messages }}'", ["chat_template: holds a template's text", ".jinja"]),
+    ("beta: 0", "beta", "r.yaml:4: beta: 0 is out of range", "> 0"),
+    ("beta: -0.1", "beta", "beta: -0.1 is out of range"),
+    ("beta: .nan", "beta", "beta: nan is out of range"),
+    ("learning_rate: -1e-6", "learning_rate", "r.yaml:4: learning_rate: -1e-06 is out of range", ">= 0"),
+    ("nll_coefficient: -1", "nll_coefficient", "-1 is out of range"),
+    ("max_length: 1", "max_length", "max_length: 1 is out of range", ">= 2, or null"),
+    ("num_train_epochs: 0", "num_train_epochs", "epochs: 0 is out of range"),
+    ("per_device_train_batch_size: 0", "per_device_train_batch_size", "size: 0 is out of range"),
+    ("per_device_eval_batch_size: 0", "per_device_eval_batch_size", "size: 0 is out of range"),
+    ("gradient_accumulation_steps: 0", "gradient_accumulation_steps", "steps: 0 is out of range"),
+    ("preprocessing_num_workers: 0", "preprocessing_num_workers", "r.yaml:4: ", "workers: 0 is out of range"),
+    ("test_split_size: 0", "test_split_size", "size: 0 is out of range"),
+    ("test_split_size: 1.0", "test_split_size", "size: 1.0 is out of range", "rows >= 1", "between 0 and 1"),
+    ("test_split_size: -0.1", "test_split_size", "size: -0.1 is out of range"),
+    ("max_training_samples: -1", "max_training_samples", "samples: -1 is out of range"),
+    ("max_eval_samples: 0", "max_eval_samples", "samples: 0 is out of range"),
+    ("eval_dataset_mixer: {b: 1.5}", "eval_dataset_mixer", "1.5 for 'b' ", "(0, 1]"),
+    ("eval_dataset_mixer: {b: 0}", "eval_dataset_mixer", "0 for 'b' ", "(0, 1]"),
+    ("eval_dataset_mixer: [b, b]", "eval_dataset_mixer", "'b' is listed twice"),
+    ("dataset_splits: [test]", "dataset_splits", "r.yaml:4: ", "['test']", "'train'"),
+    ("dataset_configs: [x, y]", "dataset_configs", "2 names", "1 sets"),
+    ("chat_template: '{{ messages }}'", "chat_template", ".jinja"),
     # combinations that transformers or TRL refuse
-    ("logging_steps: 0", ["requires non-zero --logging_steps", "r.yaml:4: logging_steps"]),
-    ("fp16: true\nbf16: true", ["At most one of fp16 and bf16", "r.yaml:4: fp16, ", "r.yaml:5: bf16"]),
-    ("loss_weights: [1, 2]", ["same length", "r.yaml:4: loss_weights"]),
-    ("load_in_4bit: true\nload_in_8bit: true", ["8 bit and 4 bit"]),
+    ("logging_steps: 0", "logging_steps", "r.yaml:4: logging_steps"),
+    ("fp16: true\nbf16: true", "fp16", "r.yaml:4: fp16, ", "r.yaml:5: bf16"),
+    ("loss_weights: [1, 2]", "loss_weights", "r.yaml:4: loss_weights"),
+    ("load_in_4bit: true\nload_in_8bit: true", "load_in_8bit", "4 bit"),
     # duplicates
-    ("beta: 0.1\nseed: 1\nbeta: 0.2", ["'beta' is on line 4 and again on line 6"]),
-    ("beta: 0.1\n'beta': 0.2", ["'beta' is on line 4 and again on line 5"]),
-    ("eval_dataset_mixer:\n  b: 1.0\n  b: 0.5", ["'b' is on line 5 and again on line 6"]),
-    ("chat_template_kwargs: {x: [{y: 1, y: 2}]}", ["'y' is on line 4 and again on line 4"]),
-    ("torch_dtype: float32\ndtype: float32", ["r.yaml:5: dtype is set twice", "r.yaml:4: torch_dtype"]),
+    ("beta: 0.1\nseed: 1\nbeta: 0.2", "beta", "line 4 ", "line 6."),
+    ("beta: 0.1\n'beta': 0.2", "beta", "line 4 ", "line 5."),
+    ("eval_dataset_mixer:\n  b: 1.0\n  b: 0.5", "b", "line 5 ", "line 6."),
+    ("chat_template_kwargs: {x: [{y: 1, y: 2}]}", "y", "line 4 ", "line 4."),
+    ("torch_dtype: float32\ndtype: float32", "dtype", "r.yaml:5: dtype ", "r.yaml:4: torch_dtype"),
     # syntax
-    ("beta: [1", ["r.yaml:", "is not valid YAML"]),
-    ("  beta: 1", ["r.yaml:4: is not valid YAML"]),
-    ("beta: 0.1\n---\nbeta: 0.2", ["r.yaml:5: is not valid YAML", "another document"]),
-    ("run_name: !!python/name:os.system x", ["r.yaml:4: is not valid YAML"]),
-    ("run_name: *nowhere", ["r.yaml:4: is not valid YAML", "undefined alias"]),
+    ("beta: [1", "recipe", "r.yaml:", "YAML"),
+    ("  beta: 1", "recipe", "r.yaml:4: ", "YAML"),
+    ("beta: 0.1\n---\nbeta: 0.2", "recipe", "r.yaml:5: ", "YAML", "another document"),
+    ("run_name: !!python/name:os.system x", "recipe", "r.yaml:4: ", "YAML"),
+    ("run_name: *nowhere", "recipe", "r.yaml:4: ", "YAML", "undefined alias"),
     # older keys
-    ("max_prompt_length: 512", ["r.yaml:4: max_prompt_length is gone", "set max_length"]),
-    ("warmup_ratio: 1", ["warmup_ratio: 1 cannot be turned into warmup_steps", "set warmup_steps"]),
-    ("warmup_ratio: true", ["warmup_ratio: True cannot be turned into warmup_steps"]),
-    ("use_flash_attention_2: sdpa", ["use_flash_attention_2: 'sdpa' cannot be turned into attn_implementation"]),
-    ("evaluation_strategy: step", ["r.yaml:4: evaluation_strategy: step is not one of", "Did you mean steps?"]),
-    ("train_dir: pairs.jsonl", ["train_dir is gone", "dataset_mixer"]),
+    ("max_prompt_length: 512", "max_prompt_length", "r.yaml:4: max_prompt_length ", "max_length"),
+    ("warmup_ratio: 1", "warmup_ratio", "warmup_ratio: 1 ", "set warmup_steps"),
+    ("warmup_ratio: true", "warmup_ratio", "warmup_ratio: True ", "warmup_steps"),
+    ("use_flash_attention_2: sdpa", "use_flash_attention_2", "'sdpa'", "attn_implementation"),
+    ("evaluation_strategy: step", "evaluation_strategy", "r.yaml:4: evaluation_strategy: step ", "steps?"),
+    ("train_dir: pairs.jsonl", "train_dir", "dataset_mixer"),
 ]
 
 
-@pytest.mark.parametrize(("lines", "fragments"), BAD_YAML, ids=[lines for lines, _ in BAD_YAML])
-def test_bad_yaml_is_named(load, lines, fragments):
-    with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize("case", BAD_YAML, ids=[lines for lines, *_ in BAD_YAML])
+def test_bad_yaml_is_named(load, case):
+    lines, key, *details = case
+    with refused(key, *details) as caught:
         load(lines)
-    for fragment in fragments:
-        assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 BAD_FLAGS = [
-    (["--bet=0.1"], "--bet is not a key; did you mean --beta?"),
-    (["--bet", "0.1"], "--bet is not a key; did you mean --beta?"),
-    (["--bet"], "--bet is not a key; did you mean --beta?"),
-    (["--learning-rate=1"], "did you mean --learning_rate?"),
-    (["--no_mask_user_turns"], "did you mean --mask_user_turns?"),
-    (["--beta"], "--beta: its value is missing; write --beta=VALUE."),
-    (["--beta", "--seed=1"], "--beta: its value is missing"),
-    (["--config"], "--config: its value is missing"),
-    (["--beta=fast"], "--beta: fast is not a number."),
-    (["--beta="], "--beta: null is not a number."),
-    (["--beta=-1"], "--beta: -1 is out of range"),
-    (["--max_length=5.5"], "--max_length: 5.5 is not a whole number or null."),
-    (["--mask_user_turns=2"], "--mask_user_turns: 2 is not true or false."),
-    (["--mask_user_turns", "2"], "'2' is not expected"),
-    (["--beta=0.1", "--beta=0.2"], "--beta is set twice"),
-    (["--beta=0.1", "--beta=0.1"], "--beta is set twice"),
-    (["--torch_dtype=float32", "--dtype=float32"], "--dtype is set twice, before by --torch_dtype"),
-    (["--dataset_mixer={a: 1.0, a: 0.5}"], "--dataset_mixer: key 'a' is on line 1"),
-    (["--dataset_mixer={a: 1.0"], "--dataset_mixer:1: is not valid YAML"),
-    (["--dataset_mixer={a:1.0}"], "--dataset_mixer: {'a:1.0': None} is not a mapping (text: a number)"),
-    (["--dataset_mixer={a: 2}"], "--dataset_mixer: 2 for 'a' is out of range"),
-    (["--dataset_mixer={}"], "dataset_mixer is missing"),
-    (["--model_name_or_path="], "model_name_or_path is missing"),
-    (["--lora_target_modules", "q_proj", "v_proj"], "'v_proj' is not expected"),
-    (["-b=1"], "'-b=1' is not expected"),
-    (["--"], "'--' is not expected"),
-    (["other.yaml"], "two recipes are given"),
-    (["--config=other.yaml"], "two recipes are given"),
-    (["--sanity_check", "other.yaml"], "two recipes are given"),
-    (["--resume_from_checkpoint", "other.yaml"], "two recipes are given"),
-    (["--max_prompt_length=512"], "--max_prompt_length is gone: only whole sequences"),
-    (["--len_penalty", "0.5"], "--len_penalty is gone"),
+    (["--bet=0.1"], "bet", "--bet ", "--beta?"),
+    (["--bet", "0.1"], "bet", "--bet ", "--beta?"),
+    (["--bet"], "bet", "--bet ", "--beta?"),
+    (["--learning-rate=1"], "learning-rate", "--learning_rate?"),
+    (["--no_mask_user_turns"], "no_mask_user_turns", "--mask_user_turns?"),
+    (["--beta"], "beta", "--beta=VALUE"),
+    (["--beta", "--seed=1"], "beta", "--beta=VALUE"),
+    (["--config"], "config", "--config=VALUE"),
+    (["--beta=fast"], "beta", "--beta: fast ", "a number."),
+    (["--beta="], "beta", "--beta: null ", "a number."),
+    (["--beta=-1"], "beta", "--beta: -1 is out of range"),
+    (["--max_length=5.5"], "max_length", "--max_length: 5.5 ", "a whole number or null."),
+    (["--mask_user_turns=2"], "mask_user_turns", "--mask_user_turns: 2 ", "true or false."),
+    (["--mask_user_turns", "2"], "argument", "'2' is not expected"),
+    (["--beta=0.1", "--beta=0.2"], "beta", "--beta is set twice"),
+    (["--beta=0.1", "--beta=0.1"], "beta", "--beta is set twice"),
+    (["--torch_dtype=float32", "--dtype=float32"], "dtype", "--dtype is set twice", "--torch_dtype"),
+    (["--dataset_mixer={a: 1.0, a: 0.5}"], "a", "--dataset_mixer: ", "line 1 "),
+    (["--dataset_mixer={a: 1.0"], "dataset_mixer", "--dataset_mixer:1: ", "YAML"),
+    (["--dataset_mixer={a:1.0}"], "dataset_mixer", "{'a:1.0': None}", "a mapping (text: a number)"),
+    (["--dataset_mixer={a: 2}"], "dataset_mixer", "--dataset_mixer: 2 for 'a' is out of range"),
+    (["--dataset_mixer={}"], "dataset_mixer", "is missing"),
+    (["--model_name_or_path="], "model_name_or_path", "is missing"),
+    (["--lora_target_modules", "q_proj", "v_proj"], "argument", "'v_proj' is not expected"),
+    (["-b=1"], "argument", "'-b=1' is not expected"),
+    (["--"], "argument", "'--' is not expected"),
+    (["other.yaml"], "recipe", "two", "other.yaml"),
+    (["--config=other.yaml"], "recipe", "two", "other.yaml"),
+    (["--sanity_check", "other.yaml"], "recipe", "two", "other.yaml"),
+    (["--resume_from_checkpoint", "other.yaml"], "recipe", "two", "other.yaml"),
+    (["--max_prompt_length=512"], "max_prompt_length", "is gone"),
+    (["--len_penalty", "0.5"], "len_penalty", "is gone"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "fragment"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
-def test_bad_command_line_is_named(load, flags, fragment):
-    with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize("case", BAD_FLAGS, ids=[" ".join(flags) for flags, *_ in BAD_FLAGS])
+def test_bad_command_line_is_named(load, case):
+    flags, key, *details = case
+    with refused(key, *details):
         load("", *flags)
-    assert fragment in str(caught.value)
 
 
 GOOD = [
@@ -279,24 +279,24 @@ def test_recipe_as_option(tmp_path):
 @pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_mixer"])
 def test_required_keys(load, missing):
     base = "".join(line for line in BASE.splitlines(keepends=True) if not line.startswith(missing))
-    with pytest.raises(UserError, match=f"{missing} is missing"):
+    with refused(missing, "is missing"):
         load(base=base)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "beta\n", "{}\n"])
 def test_not_a_mapping(load, text):
-    with pytest.raises(UserError, match="holds no `key: value` lines"):
+    with refused("recipe", "r.yaml", "`key: value`"):
         load(base=text)
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="No such file.*recipes/gemma-7b-it/dpo/config_full.yaml"):
+    with refused("recipe", "No such file", "recipes/gemma-7b-it/dpo/config_full.yaml"):
         load_recipe(["recipes/gemma-7b-it/dpo/config_ful.yaml"])
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(UserError, match="Is a directory"):
+    with refused("recipe", "folder.yaml", "Is a directory"):
         load_recipe([str(tmp_path / "folder.yaml")])
     (tmp_path / "latin.yaml").write_bytes(BASE.encode() + b"run_name: caf\xe9\n")
-    with pytest.raises(UserError, match=rf"not UTF-8 text \(byte {len(BASE) + 13}\)"):
+    with refused("recipe", "latin.yaml", "UTF-8", f"(byte {len(BASE) + 13})"):
         load_recipe([str(tmp_path / "latin.yaml")])
 
 
@@ -384,9 +384,8 @@ def test_advice_names_only_live_keys():
 
 @pytest.mark.parametrize("key", [key for key, retired in RETIRED_KEYS.items() if retired.to is None])
 def test_refused_keys(load, key):
-    with pytest.raises(UserError) as caught:
+    with refused(key, f"r.yaml:4: {key} ", RETIRED_KEYS[key].advice):
         load(f"{key}: 1")
-    assert str(caught.value).endswith(f"r.yaml:4: {key} is gone: {RETIRED_KEYS[key].advice}.")
 
 
 def test_mapped_keys_leave_one_note(load, monkeypatch):
@@ -609,10 +608,10 @@ def test_help_lists_every_key_once(capsys):
 def test_classes_check_themselves():
     """Also without a recipe, as in a script that builds them directly."""
     assert DataArguments(dataset_mixer=["a", "b"]).dataset_mixer == {"a": 1.0, "b": 1.0}
-    with pytest.raises(UserError, match="dataset_mixer: names no set"):
+    with refused("dataset_mixer", "no set"):
         DataArguments()
     for wrong in ({"beta": math.inf}, {"truncation_mode": "keep_end"}, {"max_length": 0}):
-        with pytest.raises(UserError, match=f"{next(iter(wrong))}: .* is out of range"):
+        with refused(next(iter(wrong)), "out of range"):
             MDPOConfig(output_dir="out", use_cpu=True, **wrong)
 
 

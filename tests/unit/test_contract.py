@@ -99,7 +99,7 @@ IN_SOURCE = {
     "_model_name_or_path": "transformers/integrations/ggml.py",
 }
 MODULES = {"torch._dynamo.exc", "torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch.utils._pytree"}
-OURS = {"_own_attention", "_head_settings"}  # put on models by this code: nothing of theirs may have such a name
+OURS = {"_scoring_head"}  # put on models by this code: nothing of theirs may have such a name
 
 
 def plain_signature(function) -> str:

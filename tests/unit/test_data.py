@@ -11,23 +11,24 @@ import zipfile
 
 import pytest
 from datasets import Dataset
+from errors import dropped, refused
 from odd_values import ODD
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.data import files as files_module
 from mdpo.data.files import ROW, whole_row, without_nulls
-from mdpo.data.messages import normalise_messages
+from mdpo.data.messages import normalize_messages
 from mdpo.data.rows import COLUMNS, row_to_pair
 from mdpo.data.sources import hold_out, load_sets, mix
 from mdpo.data.tokenize import PlainText, tokenize_dataset, tokenize_row
-from mdpo.errors import DropPair, UserError
+from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 U1, U2 = {"role": "user", "content": "Two?"}, {"role": "user", "content": "Three?"}
 A1, A2, A3 = ({"role": "assistant", "content": c} for c in ("2", "3", "4"))
-MISMATCH = "prompt mismatch: message {} of the sides differs; allow_different_prompts: true keeps both"
+DIFFERENT = "allow_different_prompts: true"
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 
 
@@ -84,21 +85,21 @@ def test_sharegpt():
      ("function", "tool"), ("developer", "developer"), ("tool", "tool")],
 )  # fmt: skip
 def test_other_names_of_roles(name, role):
-    assert normalise_messages([{"role": name, "content": "x"}]) == [{"role": role, "content": "x"}]
+    assert normalize_messages([{"role": name, "content": "x"}]) == [{"role": role, "content": "x"}]
 
 
 def test_tool_calls_of_other_formats():
     call = {"name": "f", "arguments": {"x": 1}}
     wanted = [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}]
-    assert normalise_messages([{"from": "function_call", "value": call}]) == wanted
-    assert normalise_messages([{"from": "function_call", "value": json.dumps(call)}]) == wanted
-    assert normalise_messages([{"from": "function_call", "value": json.dumps([call])}]) == wanted
+    assert normalize_messages([{"from": "function_call", "value": call}]) == wanted
+    assert normalize_messages([{"from": "function_call", "value": json.dumps(call)}]) == wanted
+    assert normalize_messages([{"from": "function_call", "value": json.dumps([call])}]) == wanted
     old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
-    assert normalise_messages([old]) == wanted
-    assert normalise_messages([{**old, "function_call": json.dumps(call)}]) == wanted
+    assert normalize_messages([old]) == wanted
+    assert normalize_messages([{**old, "function_call": json.dumps(call)}]) == wanted
     for other in ("parameters", "input", "args"):
         named = {"type": "function", "name": "f", other: {"x": 1}}
-        assert normalise_messages([{"role": "assistant", "tool_calls": [named]}]) == wanted
+        assert normalize_messages([{"role": "assistant", "tool_calls": [named]}]) == wanted
 
 
 def test_a_prompt_that_is_a_text_beside_messages():
@@ -128,78 +129,54 @@ def test_prompts_that_differ_are_kept_where_the_recipe_allows_it():
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("row", "key", "details"),
     [
-        (
-            {"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]},
-            "prompt mismatch: the text in prompt is not the first user message of the sides",
-        ),
-        ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "chosen, message 1: an empty assistant turn"),
-        ({"chosen": "text", "rejected": "  "}, "empty or missing content"),
-        ({"chosen": "text", "rejected": ""}, "not a pair: rejected is empty"),
-        ({"chosen": 1, "rejected": 2}, "not a pair: chosen is a number, not messages"),
-        ({"chosen": ["text"], "rejected": [A1]}, "chosen, message 1: a text in place of a message"),
-        (
-            {"chosen": [{"role": ["user"], "content": "x"}], "rejected": [A1]},
-            "chosen, message 1: unknown role: ['user']",
-        ),
-        (
-            {"chosen": [U1, {"role": "assistant", "content": 5}], "rejected": [U1, A1]},
-            "chosen, message 2: content is a number, not text",
-        ),
-        ({"chosen": [U1, A1], "rejected": [U1, A2], "tools": "{"}, "tools are not JSON"),
-        (
-            {"chosen": [U1, A1], "rejected": [U1, A2], "score_chosen": "8"},
-            "score_chosen is a text, not a finite number",
-        ),
-        (
-            {"chosen": [U1, {"from": "function_call", "value": "f(1)"}], "rejected": [U1, A2]},
-            "chosen, message 2: tool calls are not JSON",
-        ),
-        (
-            {"chosen": [U1, {"from": "function_call", "value": "3"}], "rejected": [U1, A2]},
-            "chosen, message 2: tool_calls is a number, not a list",
-        ),
-        ({"chosen": [U1, A1], "rejected": None}, "not a pair: rejected is null"),
-        ({"chosen": [U1, A1], "rejected": []}, "not a pair: rejected is empty"),
-        ({"chosen": [U1, A1], "rejected": "text"}, "not a pair: rejected is a text, not messages"),
-        ({"chosen": [U1, A1], "rejected": [U2, A2]}, MISMATCH.format(1)),
-        ({"chosen": [SYSTEM, U1, A1], "rejected": [SYSTEM, U1, U2, A2]}, MISMATCH.format(3)),
-        (
-            {"chosen": [{"role": "robot", "content": "x"}, A1], "rejected": [U1, A2]},
-            "chosen, message 1: unknown role: robot",
-        ),
-        (
-            {"chosen": [{"role": "user", "content": " "}, A1], "rejected": [U1, A2]},
-            "chosen, message 1: empty or missing content",
-        ),
-        ({"chosen": [U1, {"role": "assistant"}], "rejected": [U1, A2]}, "chosen, message 2: an empty assistant turn"),
-        ({"chosen": [U1], "rejected": [U1, A2]}, "last turn not from the assistant"),
-        ({"prompt": [U1, A1, U2], "chosen": [U1, A1, U2, U1], "rejected": [A2]}, "last turn not from the assistant"),
-        (
-            {"chosen": [{"role": "user", "content": [{"type": "image"}]}, A1], "rejected": [U1, A2]},
-            "chosen, message 1: content part {type: image}",
-        ),
-        (
-            {
-                "chosen": [U1, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-                "rejected": [U1, A2],
-            },
-            "chosen, message 2: tool call arguments are not JSON",
-        ),
+        ({"prompt": "Three?", "chosen": [U1, A1], "rejected": [U1, A2]}, "prompt mismatch", ["text in prompt"]),
+        ({"prompt": [U1], "chosen": " ", "rejected": "3"}, "an empty assistant turn", ["chosen, message 1: "]),
+        ({"chosen": "text", "rejected": "  "}, "empty or missing content", []),
+        ({"chosen": "text", "rejected": ""}, "not a pair", ["rejected is empty"]),
+        ({"chosen": 1, "rejected": 2}, "not a pair", ["chosen is a number"]),
+        ({"chosen": ["text"], "rejected": [A1]}, "a text in place of a message", ["chosen, message 1: "]),
+        ({"chosen": [{"role": ["user"], "content": "x"}], "rejected": [A1]},
+         "unknown role", ["chosen, message 1: ", ": ['user']"]),
+        ({"chosen": [U1, {"role": "assistant", "content": 5}], "rejected": [U1, A1]},
+         "content", ["chosen, message 2: ", "a number"]),
+        ({"chosen": [U1, A1], "rejected": [U1, A2], "tools": "{"}, "tools", ["JSON"]),
+        ({"chosen": [U1, A1], "rejected": [U1, A2], "score_chosen": "8"}, "score_chosen", ["a text"]),
+        ({"chosen": [U1, {"from": "function_call", "value": "f(1)"}], "rejected": [U1, A2]},
+         "tool calls", ["chosen, message 2: ", "JSON"]),
+        ({"chosen": [U1, {"from": "function_call", "value": "3"}], "rejected": [U1, A2]},
+         "tool_calls", ["chosen, message 2: ", "a number"]),
+        ({"chosen": [U1, A1], "rejected": None}, "not a pair", ["rejected is null"]),
+        ({"chosen": [U1, A1], "rejected": []}, "not a pair", ["rejected is empty"]),
+        ({"chosen": [U1, A1], "rejected": "text"}, "not a pair", ["rejected is a text"]),
+        ({"chosen": [U1, A1], "rejected": [U2, A2]}, "prompt mismatch", ["message 1 ", DIFFERENT]),
+        ({"chosen": [SYSTEM, U1, A1], "rejected": [SYSTEM, U1, U2, A2]}, "prompt mismatch", ["message 3 ", DIFFERENT]),
+        ({"chosen": [{"role": "robot", "content": "x"}, A1], "rejected": [U1, A2]},
+         "unknown role", ["chosen, message 1: ", ": robot"]),
+        ({"chosen": [{"role": "user", "content": " "}, A1], "rejected": [U1, A2]},
+         "empty or missing content", ["chosen, message 1: "]),
+        ({"chosen": [U1, {"role": "assistant"}], "rejected": [U1, A2]},
+         "an empty assistant turn", ["chosen, message 2: "]),
+        ({"chosen": [U1], "rejected": [U1, A2]}, "last turn not from the assistant", []),
+        ({"prompt": [U1, A1, U2], "chosen": [U1, A1, U2, U1], "rejected": [A2]},
+         "last turn not from the assistant", []),
+        ({"chosen": [{"role": "user", "content": [{"type": "image"}]}, A1], "rejected": [U1, A2]},
+         "content part", ["chosen, message 1: ", "{type: image}"]),
+        ({"chosen": [U1, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+          "rejected": [U1, A2]}, "tool call arguments", ["chosen, message 2: ", "JSON"]),
     ],
-)
-def test_drop_reasons(row, reason):
-    with pytest.raises(DropPair) as error:
+)  # fmt: skip
+def test_drop_reasons(row, key, details):
+    with dropped(key, *details):
         row_to_pair(row)
-    assert str(error.value) == reason
 
 
-def test_messages_are_normalised():
+def test_messages_are_normalized():
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None}
     call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     silent = {"role": "tool", "content": "", "tool_call_id": "1"}
-    assert normalise_messages([parts, call, silent]) == [
+    assert normalize_messages([parts, call, silent]) == [
         {"role": "user", "content": "ab"},
         {
             "role": "assistant",
@@ -220,7 +197,7 @@ def test_dropped_rows_are_counted_under_their_reason_and_key():
     assert counts.reasons == {"chosen equals rejected": ["a.jsonl:2"], "not a pair: rejected is empty": ["a.jsonl:3"]}
     assert counts.lines()[0] == "a.jsonl: 3 rows read, 1 kept, 2 dropped"
     assert "  dropped 1: not a pair: rejected is empty (a.jsonl:3)" in counts.lines()
-    with pytest.raises(UserError, match="no pair is left"):
+    with refused("dataset", "(a.jsonl:2)", "(a.jsonl:3)"):
         tokenize_dataset(Dataset.from_list(rows[1:]), tokenizer_for(CHATML), RenderSettings(None), "a.jsonl")
 
 
@@ -276,9 +253,9 @@ def test_several_files_by_a_pattern(files):
         *(f"test.jsonl:{n}" for n in (1, 2, 3)),
         *(f"train.jsonl:{n}" for n in range(1, 8)),
     ]
-    with pytest.raises(UserError, match="none matches"):
+    with refused("dataset files", "*.nothing"):
         load_sets({str(files / "*.nothing"): 1.0}, ["train"])
-    with pytest.raises(UserError, match="several kinds"):
+    with refused("dataset files", "pairs.json", "parquet", "json"):
         load_sets({str(files / "pairs.[jp]*[nt]"): 1.0}, ["train"])
 
 
@@ -330,7 +307,7 @@ def test_an_archive_of_several_files_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as packed:
         packed.writestr("a.jsonl", "{}")
         packed.writestr("b.jsonl", "{}")
-    with pytest.raises(UserError, match="holds 2 files, not one"):
+    with refused("dataset file", "a.jsonl.zip", "2 files"):
         load_sets({str(tmp_path / "a.jsonl.zip"): 1.0}, ["train"])
 
 
@@ -343,7 +320,7 @@ def test_brackets_in_the_name_of_a_file_that_is_there(tmp_path):
 
 def test_rows_with_images_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b", "images": ["x.png"]}) + "\n")
-    with pytest.raises(UserError, match="its rows have images"):
+    with refused("dataset", "a.jsonl", "images", "trl.DPOTrainer"):
         load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
 
 
@@ -356,9 +333,9 @@ def test_a_prompt_that_sides_repeat_is_written_once():
     assert pair(prompt=prompt, chosen=[*spaced, A1], rejected=[*prompt, A2]) == wanted
     assert pair(prompt=prompt, chosen=[SYSTEM, {**U1, "id": 1}, A1], rejected=[A2]) == wanted
     for side in ([U1, A1], [SYSTEM, U1, A1]):
-        with pytest.raises(DropPair, match="prompt mismatch"):
+        with dropped("prompt mismatch"):
             pair(prompt=[*prompt, A3, U2], chosen=side, rejected=[A2])
-    with pytest.raises(DropPair, match="prompt mismatch"):
+    with dropped("prompt mismatch"):
         pair(prompt=prompt, chosen=[U1, A1], rejected=[A2])
 
 
@@ -366,9 +343,9 @@ def test_a_prompt_of_one_message_and_prompts_that_are_none():
     assert pair(prompt=U1, chosen=[A1], rejected=[A2]) == ([U1, A1], [U1, A2], 1)
     assert pair(conversations={"from": "human", "value": "Two?"}, chosen="2", rejected="3") == ([U1, A1], [U1, A2], 1)
     assert pair(prompt=[], conversations=[U1], chosen=[A1], rejected=[A2]) == ([U1, A1], [U1, A2], 1)
-    with pytest.raises(DropPair, match="which differ"):
+    with dropped("both prompt and conversations"):
         pair(prompt=[U1], conversations=[U2], chosen=[A1], rejected=[A2])
-    with pytest.raises(DropPair, match="neither text nor messages"):
+    with dropped("prompt"):
         pair(prompt=42, chosen=[A1], rejected=[A2])
 
 
@@ -441,23 +418,23 @@ def test_a_changed_file_is_read_anew(tmp_path):
     [
         ("gone.jsonl", None, "does not exist"),
         ("empty.jsonl", "", "is empty"),
-        ("broken.jsonl", '{"chosen": 1}\n{"chosen": \n', "line 2 cannot be read"),
-        ("latin.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"chosen": "\xe9"}\n', "line 2 cannot be read"),
+        ("broken.jsonl", '{"chosen": 1}\n{"chosen": \n', ": line 2 "),
+        ("latin.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"chosen": "\xe9"}\n', ": line 2 "),
         ("columns.jsonl", '{"chosen": "a", "good": "b"}\n', "no column rejected"),
         ("rows.jsonl.zst", "hello", "pip install zstandard"),
-        ("rows.txt", "hello", "unknown ending '.txt'"),
+        ("rows.txt", "hello", "'.txt'"),
         ("broken.json", '[{"chosen": 1},\n{]', "line 2 column 2"),
-        ("numbers.json", "[1, 2]", "entry 1 is not a JSON object"),
-        ("nothing.json", "[]", "no rows in it"),
+        ("numbers.json", "[1, 2]", "entry 1 "),
+        ("nothing.json", "[]", "no rows"),
         ("two.json", '{"train": [], "test": []}', "2 arrays (train, test)"),
-        ("number.json", "5", "holds int, no rows"),
-        ("deep.jsonl", '{"a": ' + "[" * 100_000 + "\n", "line 1 cannot be read"),
-        ("digits.jsonl", '{"a": ' + "1" * 5000 + "}\n", "line 1 cannot be read"),
-        ("cut.arrow", b"ARROW1\0\0" + b"x" * 50, "dataset file"),
-        ("cut.parquet", b"PAR1" + b"x" * 50, "dataset file"),
+        ("number.json", "5", "holds int"),
+        ("deep.jsonl", '{"a": ' + "[" * 100_000 + "\n", ": line 1 "),
+        ("digits.jsonl", '{"a": ' + "1" * 5000 + "}\n", ": line 1 "),
+        ("cut.arrow", b"ARROW1\0\0" + b"x" * 50, "Arrow"),
+        ("cut.parquet", b"PAR1" + b"x" * 50, "Parquet"),
         ("bad.jsonl.zip", "hello", "cannot be read"),
-        ("blank.jsonl", "\n\n", "no rows in it"),
-        ("list.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("blank.jsonl", "\n\n", "no rows"),
+        ("list.jsonl", "[1]\n", ": line 1 "),
         ("cut.jsonl.gz", gzip.compress(b"x" * 100, mtime=0)[:-12], "cannot be read"),
         ("not.jsonl.gz", "hello", "cannot be read"),
     ],
@@ -465,29 +442,28 @@ def test_a_changed_file_is_read_anew(tmp_path):
 def test_unreadable_files_are_named_with_their_line(name, text, message, tmp_path):
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError) as error:
+    with refused("dataset" if name == "columns.jsonl" else "dataset file", name, message):
         load_sets({str(tmp_path / name): 1.0}, ["train"])
-    assert message in str(error.value) and name in str(error.value)
 
 
-def tokenised(n, prompts):
+def tokenized(n, prompts):
     return Dataset.from_dict({"id": list(range(n)), "prompt_key": [f"p{i % prompts}" for i in range(n)]})
 
 
 def test_hold_out_takes_whole_prompts_and_is_seeded():
-    rows = tokenised(20, prompts=5)  # four rows a prompt
+    rows = tokenized(20, prompts=5)  # four rows a prompt
     train, held_out = hold_out(rows, 6, seed=1)
     assert len(held_out) == 8 and len(train) == 12  # two prompts are needed for six rows
     assert not set(train["prompt_key"]) & set(held_out["prompt_key"])
     assert hold_out(rows, 6, seed=1)[1]["id"] == held_out["id"]
     assert any(hold_out(rows, 6, seed=s)[1]["id"] != held_out["id"] for s in range(2, 6))
     assert len(hold_out(rows, 0.2, seed=1)[1]) == 4
-    with pytest.raises(UserError, match="leaves no row"):
+    with refused("test_split_size", "20 "):
         hold_out(rows, 20, seed=1)
 
 
 def test_mix_shuffles_by_seed_and_limits():
-    parts = [tokenised(6, 6), tokenised(4, 4)]
+    parts = [tokenized(6, 6), tokenized(4, 4)]
     assert sorted(mix(parts, 0)["id"]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
     assert mix(parts, 0)["id"] == mix(parts, 0)["id"] != mix(parts, 1)["id"]
     assert len(mix(parts, 0, limit=3)) == 3

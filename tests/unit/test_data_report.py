@@ -7,13 +7,13 @@ import check_data
 import numpy as np
 import pytest
 from datasets import Dataset
+from errors import refused
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.config.recipe import load_recipe
 from mdpo.data.prepare import prepare_pairs, without_repeated
 from mdpo.data.report import DataReport, describe
 from mdpo.data.tokenize import DropCounts
-from mdpo.errors import UserError
 from mdpo.masking.tokenizer import load_tokenizer
 from mdpo.runs.entrypoint import run
 
@@ -203,7 +203,7 @@ def test_one_broken_set_of_a_mix_is_noticed(recipe):
     write("a.jsonl", agent_rows(40))
     write("b.jsonl", [GOOD, *(row for row, _ in BAD[:3])])
     _, _, report = prepared(recipe("--dataset_mixer=[a.jsonl, b.jsonl]", "--max_length=500"))
-    with pytest.raises(UserError, match="max_bad_fraction: 3 of 4 rows"):
+    with refused("max_bad_fraction", "3 of 4 rows", "b.jsonl"):
         report.refuse_bad_rows("drop", 0.2)
 
 

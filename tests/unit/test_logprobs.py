@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from errors import refused
 from peft import LoraConfig, get_peft_model
 from tiny import CHATML, tiny_llama, tokenizer_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mdpo.forward.token_logps
-from mdpo.errors import UserError
 from mdpo.forward.collators import PairCollator
 from mdpo.forward.lm_head import adds_in_float32
 from mdpo.forward.pair_logps import sum_by_pair, verbosity_weights
 from mdpo.forward.token_logps import ChunkedLogProbs, HeadTransform, enable_scoring, full_log_probs, score_tokens
+from mdpo.types import PairBatch
 
 TRANSFORMS = {"plain": HeadTransform(), "scaled": HeadTransform(scale=0.25), "capped": HeadTransform(2.0, softcap=5.0)}
 
@@ -130,36 +131,36 @@ def test_head_transform_of_configs(fields, scale, softcap):
     assert (transform.scale, transform.softcap) == (scale, softcap)
 
 
-def tokenised(*pairs):
+def tokenized(*pairs):
     names = ("chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask")
     return [dict(zip(names, pair, strict=True), row=i) for i, pair in enumerate(pairs)]
 
 
 def test_collator_by_hand():
-    batch = PairCollator(pad_token_id=0)(tokenised(([7, 8, 9], [0, 0, 1], [7, 8], [0, 1])))
+    batch = PairCollator(pad_token_id=0)(tokenized(([7, 8, 9], [0, 0, 1], [7, 8], [0, 1])))
     assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 8, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1], [0, 1, 0]]
-    assert batch["score_index"].tolist() == [1, 3]
-    assert batch["score_target"].tolist() == [9, 8]
-    assert batch["score_pair"].tolist() == [0, 0]
-    assert batch["score_side"].tolist() == [0, 1]
+    assert batch["logp_position"].tolist() == [1, 3]
+    assert batch["label"].tolist() == [9, 8]
+    assert batch["pair"].tolist() == [0, 0]
+    assert batch["side"].tolist() == [0, 1]
 
 
 def test_collator_with_holes_two_pairs_and_multiple_of():
-    rows = tokenised(([1, 2, 3, 4], [0, 1, 0, 1], [1, 5], [0, 1]), ([6, 7], [0, 1], [6, 8, 9], [0, 0, 1]))
+    rows = tokenized(([1, 2, 3, 4], [0, 1, 0, 1], [1, 5], [0, 1]), ([6, 7], [0, 1], [6, 8, 9], [0, 0, 1]))
     batch = PairCollator(pad_token_id=0, pad_to_multiple_of=8)(rows)
     assert batch["input_ids"].shape == (4, 8)
     # Rows: chosen 0, chosen 1, rejected 0, rejected 1; index = row · 8 + column of the predecessor.
-    assert batch["score_index"].tolist() == [0, 2, 8, 16, 25]
-    assert batch["score_target"].tolist() == [2, 4, 7, 5, 9]
-    assert batch["score_pair"].tolist() == [0, 0, 1, 0, 1]
-    assert batch["score_side"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["logp_position"].tolist() == [0, 2, 8, 16, 25]
+    assert batch["label"].tolist() == [2, 4, 7, 5, 9]
+    assert batch["pair"].tolist() == [0, 0, 1, 0, 1]
+    assert batch["side"].tolist() == [0, 0, 0, 1, 1]
 
 
 def test_sums_by_pair_by_hand():
-    batch = {"score_pair": torch.tensor([0, 0, 1, 0]), "score_side": torch.tensor([0, 0, 0, 1])}
-    sums = sum_by_pair(torch.tensor([-1.0, -2.0, -4.0, -8.0]), batch, n_pairs=2)
+    batch = PairBatch(input_ids=torch.zeros(4, 9), pair=torch.tensor([0, 0, 1, 0]), side=torch.tensor([0, 0, 0, 1]))
+    sums = sum_by_pair(torch.tensor([-1.0, -2.0, -4.0, -8.0]), batch)
     assert sums.chosen.tolist() == [-3.0, -4.0]
     assert sums.rejected.tolist() == [-8.0, 0.0]
     assert sums.chosen_tokens.tolist() == [2, 1]
@@ -170,7 +171,7 @@ def test_sums_by_pair_by_hand():
 def test_scores_equal_the_models_own_logits_in_values_and_gradients(tied):
     tokenizer = tokenizer_for(CHATML)
     model = tiny_llama(tokenizer, tie_word_embeddings=tied)
-    rows = tokenised(([1, 20, 30, 40, 50], [0, 1, 0, 1, 1], [1, 20, 31], [0, 1, 1]), ([1, 9], [0, 1], [1, 8], [0, 1]))
+    rows = tokenized(([1, 20, 30, 40, 50], [0, 1, 0, 1, 1], [1, 20, 31], [0, 1, 1]), ([1, 9], [0, 1], [1, 8], [0, 1]))
     batch = PairCollator(tokenizer.pad_token_id)(rows)
     ids, mask = batch["input_ids"], batch["completion_mask"]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
@@ -184,7 +185,7 @@ def test_scores_equal_the_models_own_logits_in_values_and_gradients(tied):
     for g, w in zip(got, wanted, strict=True):
         assert (g - w).norm() <= 1e-5 * w.norm()
     assert list(model.state_dict()) == names
-    plain = model(input_ids=ids).logits  # without score_index it is the model that it was
+    plain = model(input_ids=ids).logits  # without logp_position it is the model that it was
     assert plain.shape == (*ids.shape, model.config.vocab_size)
     assert model.generate(input_ids=ids[:1], max_new_tokens=2, do_sample=False).shape[1] <= ids.shape[1] + 2
 
@@ -196,32 +197,33 @@ def test_head_is_called_once_whatever_the_count():
     calls = []
     model.lm_head.register_forward_hook(lambda *a: calls.append(1))
     for mask in ([0, 1, 1, 1], [0, 0, 0, 0]):
-        batch = PairCollator(0)(tokenised(([1, 2, 3, 4], mask, [1, 2, 3, 4], mask)))
+        batch = PairCollator(0)(tokenized(([1, 2, 3, 4], mask, [1, 2, 3, 4], mask)))
         score_tokens(model, batch).logps.sum().backward()
     assert len(calls) == 2
 
 
 def test_adapter_on_the_head_is_refused_before_training():
     model = get_peft_model(tiny_llama(tokenizer_for(CHATML)), LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(UserError, match="lm_head"):
+    with refused("lora_target_modules", "lm_head"):
         enable_scoring(model.get_base_model())
 
 
 def test_turn_weights_and_verbosity_weights_by_hand():
     """Chosen has 4 supervised tokens, of which one has weight 0; rejected has 2: the shorter side counts 2."""
-    batch = {
-        "score_pair": torch.tensor([0, 0, 0, 0, 0, 0]),
-        "score_side": torch.tensor([0, 0, 0, 0, 1, 1]),
-        "score_weight": torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 2.0]),
-    }
+    batch = PairBatch(
+        input_ids=torch.zeros(2, 9),
+        pair=torch.tensor([0, 0, 0, 0, 0, 0]),
+        side=torch.tensor([0, 0, 0, 0, 1, 1]),
+        turn_weight=torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 2.0]),
+    )
     logps = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0])
-    sums = sum_by_pair(logps, batch, n_pairs=1)
+    sums = sum_by_pair(logps, batch)
     assert (sums.chosen.item(), sums.rejected.item()) == (-1 - 2 - 8, -16 - 64)
     assert (sums.chosen_tokens.item(), sums.rejected_tokens.item()) == (3, 2)
     # Positions among tokens that count: 1, -, 2, 3 and 1, 2. The third of the chosen side is beyond the shorter one.
-    weights = verbosity_weights(batch, 1, alpha=0.25)
+    weights = verbosity_weights(batch, alpha=0.25)
     assert weights[[0, 2, 3, 4, 5]].tolist() == [1.0, 1.0, 0.25, 1.0, 1.0]
-    assert sum_by_pair(logps, batch, 1, weights).chosen.item() == -1 - 2 - 2
+    assert sum_by_pair(logps, batch, weights).chosen.item() == -1 - 2 - 2
 
 
 # -------------------------------------------------------------------------- what only a GPU has, with stand-ins for it

@@ -7,7 +7,7 @@ import torch
 
 import mdpo.loss.functions as losses
 from mdpo.loss.functions import log_ratio, nll_loss, sigmoid_loss
-from mdpo.loss.metrics import COLUMNS, evaluated_once, mean_over_steps, summarise
+from mdpo.loss.metrics import COLUMNS, deduplicate, mean_over_steps, summarize
 
 
 def t(*values):
@@ -88,7 +88,7 @@ def table(**columns):
 
 
 def test_metrics_are_weighted_by_pairs_and_by_tokens():
-    metrics = summarise(
+    metrics = summarize(
         table(
             chosen_reward=[1.0, -1.0, 2.0],
             rejected_reward=[0.0, 0.0, 2.0],  # won, lost, drawn: a draw is no win
@@ -107,11 +107,11 @@ def test_metrics_are_weighted_by_pairs_and_by_tokens():
 def test_each_pair_is_evaluated_once():
     # Two ranks; rank 1's last batch was filled up with pair 0 again.
     ranks = [table(row=[0, 2], loss=[1.0, 3.0]), table(row=[1, 0], loss=[2.0, 1.0])]
-    once = evaluated_once(ranks)
+    once = deduplicate(ranks)
     assert once[:, 0].tolist() == [0, 2, 1]
     assert once[:, 1].mean().item() == pytest.approx(2.0)  # counted twice it would be 1.75
     unknown = table(row=[-1, -1], loss=[1.0, 2.0])
-    assert len(evaluated_once([unknown])) == 2
+    assert len(deduplicate([unknown])) == 2
 
 
 def test_training_metrics_average_steps_of_all_ranks():

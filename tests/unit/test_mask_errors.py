@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import errors
 import pytest
 from conversations import assistant, pair_of, text_turns, tool
 from datasets import Dataset
@@ -12,7 +13,7 @@ from tiny import CHATML, tokenizer_for
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from mdpo.data.rows import row_to_pair
-from mdpo.errors import DropPair, UserError
+from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.masking.spans import STRADDLE, span_mask, tokenize
@@ -229,28 +230,30 @@ def test_the_completion_rule_supervises_tool_output_and_ours_does_not():
 def test_a_tokenizer_without_a_chat_template():
     tokenizer = copy.deepcopy(LETTERS.tokenizer)
     tokenizer.chat_template = None
-    assert "has no chat template" in refused(UserError, ChatTemplate, tokenizer)
+    with errors.refused("chat_template", ".jinja"):
+        ChatTemplate(tokenizer)
 
 
 def test_an_end_of_turn_that_is_no_special_token():
     template = CHATML.replace("<|im_start|>", "### ").replace("<|im_end|>", " END")
-    assert "none of it is a special token" in refused(UserError, ChatTemplate, tokenizer_for(template))
+    with errors.refused("chat_template", r" END\n"):
+        ChatTemplate(tokenizer_for(template))
     # With special headers the next header is all that could close a turn, as in GLM-4; nothing closes the last one.
     template = ChatTemplate(tokenizer_for(CHATML.replace("<|im_end|>", " END")))
-    reason = refused(DropPair, tokenize_pair, pair_of(rounds("a?", "b")), template, RenderSettings(None))
-    assert reason == "end-of-turn missing: nothing closes message 2"
+    with errors.dropped("end-of-turn missing", "message 2"):
+        tokenize_pair(pair_of(rounds("a?", "b")), template, RenderSettings(None))
 
 
 def test_a_tokenizer_that_cannot_report_positions():
     slow = SimpleNamespace(is_fast=False, name_or_path="slow")
-    assert "not a fast one" in refused(UserError, tokenize, "text", slow)
+    with errors.refused("tokenizer", "SimpleNamespace"):
+        tokenize("text", slow)
 
 
 def test_a_template_that_rewrites_content_beyond_recognition():
     template = ChatTemplate(tokenizer_for(CHATML.replace("m['content']", "m['content'] | replace('a', 'b')")))
-    reason = refused(DropPair, tokenize_pair, pair_of(rounds("ab", "cd")), template, RenderSettings(None))
-    # not one sentinel came through as it was
-    assert reason == "template leaves out content: the user text (message 1); another chat_template may write it"
+    with errors.dropped("template leaves out content", "the user text (message 1)"):  # no sentinel came through
+        tokenize_pair(pair_of(rounds("ab", "cd")), template, RenderSettings(None))
 
 
 def test_the_walk_over_the_tokens_is_itself_right():

@@ -48,7 +48,7 @@ from tiny import CHATML, TRL_TEMPLATES, tokenizer_for, trl_template
 from tokenizers import processors
 from transformers import tokenization_utils_base
 
-from mdpo.data.messages import normalise_messages
+from mdpo.data.messages import normalize_messages
 from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import special_tokens_in_context, tokenize_pair
@@ -111,7 +111,7 @@ def test_arguments_as_json_strings_give_the_same_tokens(name):
     messages = one_call(WEATHER)
     strings = with_json_arguments(messages)
     assert strings[1]["tool_calls"][0]["function"]["arguments"].startswith('{"city": "Paris"')
-    parsed = normalise_messages(strings)
+    parsed = normalize_messages(strings)
     assert parsed[1]["tool_calls"] == messages[1]["tool_calls"]
     if name not in NO_TOOLS:
         template = chat_template(name)

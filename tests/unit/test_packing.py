@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 import transformers
+from errors import refused
 from packed_pairs import AWKWARD, EXPERTS, FAMILIES, SIZES, WINDOW, Alone, batches, loss_and_gradients, pair, tiny
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CHATML, tokenizer_for
@@ -14,8 +15,7 @@ from varlen_stand_ins import flash_stand_in, torch_stand_in
 import mdpo.forward.packed_attention
 import mdpo.forward.token_logps
 import mdpo.forward.varlen
-from mdpo.errors import UserError
-from mdpo.forward.collators import PackedCollator, PairCollator, first_pairs, n_pairs, n_tokens, unpacked
+from mdpo.forward.collators import PackedCollator, PairCollator, first_pairs, unpacked
 from mdpo.forward.layout import Layout, disagreement, packing_refused
 from mdpo.forward.packed_attention import NAME, Segments
 from mdpo.forward.pair_logps import sum_by_pair
@@ -54,13 +54,13 @@ def test_packed_row_by_hand():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
     assert batch["segments"] == [[2, 2, 1]]
-    assert batch["score_index"].tolist() == [0, 1, 2, 1]
-    assert batch["score_target"].tolist() == [6, 7, 8, 9]
-    assert batch["score_source"].tolist() == [0, 1, 2, 0, 3]
-    assert batch["score_pair"].tolist() == [0] * 5
-    assert batch["score_side"].tolist() == [0, 0, 0, 1, 1]
-    assert batch["score_column"].tolist() == [0, 1, 2, 0, 1]
-    assert (n_pairs(batch), n_tokens(batch), batch["row"].tolist()) == (1, 7, [3])
+    assert batch["logp_position"].tolist() == [0, 1, 2, 1]
+    assert batch["label"].tolist() == [6, 7, 8, 9]
+    assert batch["unique_index"].tolist() == [0, 1, 2, 0, 3]
+    assert batch["pair"].tolist() == [0] * 5
+    assert batch["side"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["side_position"].tolist() == [0, 1, 2, 0, 1]
+    assert (batch.n_pairs, batch.n_tokens, batch["row"].tolist()) == (1, 7, [3])
 
 
 def test_two_pairs_by_hand():
@@ -72,10 +72,10 @@ def test_two_pairs_by_hand():
     assert batch["position_ids"].tolist() == [[0, 1, 1, 0, 1, 0, 1, 2]]
     assert batch["segments"] == [[1, 1, 1], [0, 2, 3]]
     # chosen 0: 6 from place 0; chosen 1: 2 from place 3; rejected 0: 7 from place 0 again; rejected 1: 2 from place 6
-    assert batch["score_index"].tolist() == [0, 3, 0, 6]
-    assert batch["score_target"].tolist() == [6, 2, 7, 2]
-    assert batch["score_source"].tolist() == [0, 1, 2, 3]
-    assert batch["score_pair"].tolist() == [0, 1, 0, 1]
+    assert batch["logp_position"].tolist() == [0, 3, 0, 6]
+    assert batch["label"].tolist() == [6, 2, 7, 2]
+    assert batch["unique_index"].tolist() == [0, 1, 2, 3]
+    assert batch["pair"].tolist() == [0, 1, 0, 1]
     segments = Segments(batch["segments"])
     assert segments.sizes == [2, 1, 2, 3] and segments.key_sizes == [2, 2, 2, 3]
     assert segments.key_index == [0, 1, 0, 2, 3, 4, 5, 6, 7]
@@ -96,7 +96,7 @@ def test_unpacked_is_the_padded_layout(name):
     assert set(back) == set(padded) - {"completion_mask"}
     for key, value in back.items():
         assert torch.equal(value, padded[key]) if isinstance(value, torch.Tensor) else value == padded[key], key
-    assert n_tokens(packed) == n_tokens(padded) == int(padded["attention_mask"].sum()) == sum(padded["lengths"])
+    assert packed.n_tokens == padded.n_tokens == int(padded["attention_mask"].sum()) == sum(padded["lengths"])
     assert packed["input_ids"].size(1) == sum(map(sum, packed["segments"]))
 
 
@@ -115,7 +115,7 @@ def test_weights_references_and_margins_reach_both_layouts():
         for side in ("chosen", "rejected"):
             row[f"reference_{side}_logps"] = [-float(t) for t in range(sum(row[f"{side}_mask"]))]
     packed, padded = batches(rows)
-    for key in ("score_weight", "score_reference", "score_pair", "score_side", "margin", "row"):
+    for key in ("turn_weight", "reference_logp", "pair", "side", "margin", "row"):
         assert torch.equal(packed[key], padded[key]), key
 
 
@@ -144,9 +144,9 @@ def test_shared_tokens_cost_the_head_a_backward_only_where_the_loss_has_one(coef
     )
     batch = PackedCollator()([pair(9, 7, 5)])
     scores = score_tokens(tiny("Llama"), batch)
-    policy = sum_by_pair(scores.logps, batch, 1)
-    reference = sum_by_pair(scores.logps.detach() * 1.1, batch, 1)
-    loss = pair_losses(PairTerms(policy, reference, policy, LossSettings())) - coefficient * policy.chosen
+    policy = sum_by_pair(scores.logps, batch)
+    reference = sum_by_pair(scores.logps.detach() * 1.1, batch)
+    loss = pair_losses(PairTerms.of(policy, reference, policy, LossSettings())) - coefficient * policy.chosen
     loss.sum().backward()
     assert sum(rows) == 4 + 3 + shared_rows
 
@@ -177,7 +177,7 @@ def test_auxiliary_loss_counts_shared_tokens_for_both_sides(family):
     model = tiny(family, output_router_logits=True)
     compare(model, AWKWARD["seven"], aux_loss=True)
     packed, padded = batches(AWKWARD["seven"])
-    wrong = {**packed, "segments": packed["segments"]}
+    wrong = packed.copy()
     wanted = score_tokens(model, padded, aux_loss=True).aux_loss
     counts = Segments.counts
     try:
@@ -218,14 +218,14 @@ def test_without_segment_boundaries_log_probs_differ(monkeypatch):
 def test_with_positions_continued_log_probs_differ():
     rows = AWKWARD["seven"]
     batch = PackedCollator()(rows)
-    differs(tiny("Llama"), {**batch, "position_ids": torch.arange(batch["input_ids"].size(1))[None]}, rows)
+    differs(tiny("Llama"), batch | {"position_ids": torch.arange(batch["input_ids"].size(1))[None]}, rows)
 
 
 def test_with_a_boundary_moved_log_probs_differ():
     rows = AWKWARD["one"]
     batch = PackedCollator()(rows)
     assert batch["segments"] == [[9, 7, 5]]
-    wrong = score_tokens(tiny("Llama"), {**batch, "segments": [[9, 8, 4]]}).logps
+    wrong = score_tokens(tiny("Llama"), batch | {"segments": [[9, 8, 4]]}).logps
     assert disagreement(wrong, score_tokens(tiny("Llama"), PairCollator(0)(rows)).logps, torch.float32)
 
 
@@ -275,7 +275,7 @@ def test_self_check_falls_back_on_an_unknown_attention_keyword(capsys):
     fitted = Layout(Alone, 0).fit(model, batch)
     assert fitted["input_ids"].shape == PairCollator(0)(rows)["input_ids"].shape
     assert capsys.readouterr().out == "shared_prefix: off for GptOssForCausalLM: its attention takes s_aux.\n"
-    with pytest.raises(UserError, match="s_aux. Set shared_prefix: false"):
+    with refused("shared_prefix", "GptOssAttention", "s_aux", "shared_prefix: false"):
         score_tokens(model, batch)
     assert torch.isfinite(score_tokens(model, fitted).logps).all()
 
@@ -283,7 +283,7 @@ def test_self_check_falls_back_on_an_unknown_attention_keyword(capsys):
 def test_self_check_falls_back_where_log_probs_differ(capsys, monkeypatch):
     monkeypatch.setattr(Segments, "mask", lambda self, q, k, window, like: like.new_zeros(q, k))  # not causal
     fitted = Layout(Alone, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
-    assert "segments" not in fitted
+    assert not fitted.is_packed
     assert "shared_prefix: off for LlamaForCausalLM: its packed attention differs by" in capsys.readouterr().out
 
 
@@ -298,7 +298,7 @@ def test_self_check_falls_back_where_only_the_mask_knows_a_window(capsys, monkey
         return attend(types.SimpleNamespace(config=model.config, training=False), *args, **kwargs)
 
     monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, NAME, without_window)
-    assert "segments" not in Layout(Alone, 0).fit(model, batch)
+    assert not Layout(Alone, 0).fit(model, batch).is_packed
     assert "its attention takes a window that only its mask has" in capsys.readouterr().out
 
 
@@ -313,7 +313,7 @@ def test_a_head_that_does_more_to_its_logits_is_an_error(collator):
     torch.manual_seed(0)
     model = Halved(tiny("Llama").config).eval()
     enable_scoring(model)
-    with pytest.raises(UserError, match="Halved are not those of its own logits"):
+    with refused("LM head", "Halved"):
         Layout(Alone, 0).fit(model, collator(AWKWARD["seven"]))
 
 
@@ -347,9 +347,9 @@ def test_one_rank_that_disagrees_decides_for_all(capsys):
         reduce = staticmethod(lambda value, how: value + next(Two.elsewhere))
 
     fitted = Layout(Two, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
-    assert "segments" not in fitted
+    assert not fitted.is_packed
     Two.elsewhere = iter([1])
-    with pytest.raises(UserError, match="seen on another rank"):
+    with refused("LM head", "another rank"):
         Layout(Two, 0).fit(tiny("Llama"), PackedCollator()(AWKWARD["seven"]))
     assert "shared_prefix: off for LlamaForCausalLM: another rank found a difference." in capsys.readouterr().out
 

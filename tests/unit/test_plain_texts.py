@@ -3,16 +3,16 @@
 import copy
 import json
 
+import errors
 import pytest
 from datasets import Dataset
-from mask_checks import LETTERS, ones, refused
+from mask_checks import LETTERS, ones
 from tiny import CHATML, tokenizer_for
 from tokenizers import processors
 
 from mdpo.data.counts import DropCounts
 from mdpo.data.rows import row_to_pair
 from mdpo.data.tokenize import tokenize_dataset, tokenize_row, tokenize_stream
-from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.masking.plain_texts import GUESSED, PLAIN, ROLES, PlainText, has_role_marks
@@ -81,7 +81,8 @@ def test_without_an_end_token():
     tokenizer = copy.deepcopy(LETTERS.tokenizer)
     tokenizer.eos_token = None
     row = {"prompt": "a ", "chosen": "b", "rejected": "c"}
-    assert "end-of-sequence" in refused(UserError, tokenized, row, PlainText(tokenizer))
+    with errors.refused("tokenizer", "end-of-sequence"):
+        tokenized(row, PlainText(tokenizer))
 
 
 # ---- marks of roles
@@ -175,5 +176,6 @@ def test_messages_as_text_need_a_template():
     ask = {"role": "user", "content": "a?"}
     sides = {name: json.dumps([ask, {"role": "assistant", "content": name}]) for name in ("chosen", "rejected")}
     rows = [Dataset.from_list([{**row, "key": "a:1"}]) for row in (sides, ROW)]
-    assert "has no chat template" in refused(UserError, tokenize_dataset, rows[0], tokenizer, OURS, "a")
+    with errors.refused("chat_template", ".jinja"):
+        tokenize_dataset(rows[0], tokenizer, OURS, "a")
     assert tokenize_dataset(rows[1], tokenizer, OURS, "a")[1].kept == 1

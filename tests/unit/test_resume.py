@@ -7,12 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+from errors import refused
 
 from mdpo.data.sampler import LongestFirst, longest_first
-from mdpo.errors import UserError
 from mdpo.runs import checkpoints
 from mdpo.runs import run_fingerprint as run_identity
-from mdpo.runs.checkpoints import SAVING, faults, newest_whole, publish, remove_older, sealed
+from mdpo.runs.checkpoints import SAVING, commit, faults, newest_complete, remove_older, sealed
 from mdpo.runs.run_fingerprint import differences
 from mdpo.storage import MANIFEST
 
@@ -24,7 +24,7 @@ def saved(folder, step, resumable=True, **files):
     for name, text in {"model.safetensors": "weights", "optimizer.pt": "states", **files}.items():
         (staged / name).write_text(text)
     names = checkpoints.files_of(staged)
-    publish(staged, final, {"step": step, "resumable": resumable, "run": {}, "files": sealed(staged, names)})
+    commit(staged, final, {"step": step, "resumable": resumable, "run": {}, "files": sealed(staged, names)})
     return final
 
 
@@ -42,19 +42,19 @@ def test_a_published_checkpoint_is_whole_and_every_damage_has_its_name(tmp_path)
         assert len(faults(folder)) == 1 and MANIFEST in faults(folder)[0]
 
 
-def test_the_newest_whole_one_by_number_and_what_was_passed_over(tmp_path):
+def test_the_newest_complete_one_by_number_and_what_was_skipped(tmp_path):
     for step in (9, 10, 100):
         saved(tmp_path, step)
     saved(tmp_path, 200, resumable=False)
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-100" / "optimizer.pt").write_text("")
-    found, lines = newest_whole(tmp_path)
+    found, lines = newest_complete(tmp_path)
     assert found == tmp_path / "checkpoint-10"
     assert lines == [
         f"{tmp_path}/checkpoint-200: save_only_model left the optimizer's state out.",
         f"{tmp_path}/checkpoint-100: optimizer.pt has 0 bytes of 6.",
     ]
-    assert newest_whole(tmp_path / "nothing") == (None, [])
+    assert newest_complete(tmp_path / "nothing") == (None, [])
 
 
 @pytest.mark.parametrize(("module", "name"), [(os, "rename"), (os, "fsync"), (shutil, "rmtree"), (json, "dump")])
@@ -173,5 +173,5 @@ def test_options_that_would_break_the_guarantees_are_refused(tmp_path):
 
     for key in ("save_on_each_node", "ignore_data_skip", "enable_jit_checkpoint", "auto_find_batch_size"):
         args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{key: True})
-        with pytest.raises(UserError, match=f"{key}: is not supported"):
+        with refused(key, "not supported"):
             check_options(args)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from errors import refused
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, tiny_llama, tiny_mixtral, tokenizer_for
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdpo.errors import UserError
 from mdpo.runs.saved_weights import check_saved, expected_shapes, load_adapters, load_saved
 
 TOKENIZER = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
@@ -67,15 +67,15 @@ EXPERT = "model__layers__1__block_sparse_moe__experts__3__w2__weight"
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(None, "not at all"), (lambda x: x[:0], r"as \[0, 64\]"), (lambda x: x[:7].clone(), r"as \[7, 64\] in place of")],
+    [(None, "(not at all)"), (lambda x: x[:0], "[0, 64]"), (lambda x: x[:7].clone(), "[7, 64]")],
 )
 def test_one_expert_that_is_missing_empty_or_cut_is_named(change, words, tmp_path):
     model = tiny_mixtral(TOKENIZER)
     model.save_pretrained(tmp_path)
     edit(tmp_path / FILE, **{EXPERT: change})
-    with pytest.raises(UserError, match=f"1 of .*not written whole, such as .*experts.3.w2.weight .*{words}"):
+    with refused("weights", tmp_path, "1 of 41 weights", "experts.3.w2.weight ", words, "zero3_save_16bit_model: true"):
         check_saved(tmp_path, model)
-    with pytest.raises(UserError, match="cannot be resumed from"):
+    with refused("resume_from_checkpoint", tmp_path):
         load_saved(tmp_path, model)
 
 
@@ -101,7 +101,7 @@ def test_what_would_load_differently_is_refused(model, changes, tmp_path):
     model = model(TOKENIZER)
     model.save_pretrained(tmp_path)
     edit(tmp_path / FILE, **changes)
-    with pytest.raises(UserError, match="cannot be resumed from"):
+    with refused("resume_from_checkpoint", tmp_path, next(iter(changes)).replace("__", ".")):
         load_saved(tmp_path, model)
 
 
@@ -134,10 +134,10 @@ def test_an_adapter_is_complete_and_comes_back_bit_by_bit(name, tmp_path):
     assert trained and all(torch.equal(p, model.get_parameter(n)) for n, p in trained.items())
     first = next(iter(expected_shapes(model)))
     edit(tmp_path / ADAPTER, **{first.replace(".", "__"): lambda x: x[:1].clone()})
-    with pytest.raises(UserError, match="not written whole"):
+    with refused("weights", tmp_path, "1 of ", first):
         check_saved(tmp_path, model)
     edit(tmp_path / ADAPTER, **{first.replace(".", "__"): None})
-    with pytest.raises(UserError, match="lacks 1 of the adapter"):
+    with refused("weights", tmp_path, "lacks 1 ", first):
         load_adapters(tmp_path, other)
 
 
@@ -167,5 +167,5 @@ def test_prompt_tuning_and_a_second_adapter_come_back_too(tmp_path):
 def test_a_trained_weight_that_no_adapter_file_has_is_refused():
     model = get_peft_model(tiny_llama(TOKENIZER), LoraConfig(r=2, target_modules=["q_proj"]))
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.raises(UserError, match=r"model.norm.weight and 0 more .* would be in no file"):
+    with refused("weights", "model.norm.weight and 0 more"):
         expected_shapes(model)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from errors import refused
 from packed_pairs import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
 from peft import LoraConfig, get_peft_model
 
@@ -14,7 +15,6 @@ import mdpo.forward.layout_check
 import mdpo.forward.packed_attention
 import mdpo.forward.varlen
 from mdpo.config.parsing import ROOT
-from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.forward.layout import Layout, head_disagreement
 from mdpo.forward.layout_check import misplaced, plain_attention, shifted
@@ -26,7 +26,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def kept(model, batch) -> bool:
-    return "segments" in Layout(Alone, 0).fit(model, batch)
+    return Layout(Alone, 0).fit(model, batch).is_packed
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -48,7 +48,7 @@ def test_under_autocast_and_adapters_too(implementation, peft):
     enable_scoring(model)
     if peft:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
-    assert "segments" in Layout(Autocast, 0).fit(model, PackedCollator()(ROWS))
+    assert Layout(Autocast, 0).fit(model, PackedCollator()(ROWS)).is_packed
 
 
 @pytest.mark.slow
@@ -98,13 +98,13 @@ def test_a_boundary_that_attention_has_moved_by_a_token(monkeypatch, capsys):
 def test_a_boundary_that_the_batch_has_moved_by_a_token(dtype, capsys):
     batch = PackedCollator()([pair(60, 140, 150)])
     refused_by(
-        tiny("Llama").to(dtype), {**batch, "segments": [[60, 141, 149]]}, "positions are not those of its sides", capsys
+        tiny("Llama").to(dtype), batch | {"segments": [[60, 141, 149]]}, "positions are not those of its sides", capsys
     )
 
 
 def test_positions_that_are_continued(capsys):
     batch = PackedCollator()(ROWS)
-    wrong = {**batch, "position_ids": torch.arange(batch["input_ids"].size(1))[None]}
+    wrong = batch | {"position_ids": torch.arange(batch["input_ids"].size(1))[None]}
     assert misplaced(wrong) and not misplaced(batch)
     refused_by(tiny("Llama").bfloat16(), wrong, "positions are not those of its sides", capsys)
 
@@ -154,11 +154,11 @@ def test_attention_that_takes_no_keywords_is_one_line(capsys):
     """Nemotron's layers hand none on to attention."""
     model, batch = tiny("Nemotron", **NEMOTRON), PackedCollator()(ROWS)
     fitted = Layout(Alone, 0).fit(model, batch)
-    assert "segments" not in fitted
+    assert not fitted.is_packed
     line = "shared_prefix: off for NemotronForCausalLM: its layers hand no keywords on to attention.\n"
     assert capsys.readouterr().out == line
     assert torch.isfinite(score_tokens(model, fitted).logps).all()
-    with pytest.raises(UserError, match="no keywords on to attention. Set shared_prefix: false"):
+    with refused("shared_prefix", "NemotronAttention", "no keywords", "shared_prefix: false"):
         score_tokens(model, batch)
 
 
@@ -186,7 +186,7 @@ def test_every_rank_makes_the_same_calls_whatever_it_finds():
     """A rank whose batch is wrong calls the model as often as one whose batch is right."""
     counts = []
     right = PackedCollator()(ROWS)
-    for batch in (right, {**right, "position_ids": right["position_ids"] + 1}):
+    for batch in (right, right | {"position_ids": right["position_ids"] + 1}):
         model, calls = tiny("Llama"), []
         model.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         kept(model, batch)
@@ -253,10 +253,10 @@ def test_the_heads_limit_is_what_rounding_its_logits_explains(dtype):
     logits, target = 100 + 5 * torch.randn(64, 500, generator=generator), torch.arange(64)
     ours = logits.log_softmax(-1)[target, target]
     assert head_disagreement(ours, logits.to(dtype).float(), target, dtype) is None
-    centred = logits - 100
-    ours = centred.log_softmax(-1)[target, target]
-    assert head_disagreement(ours, centred / 2, target, dtype)
-    assert (head_disagreement(ours, centred * 1.01, target, dtype) is None) == (dtype == torch.bfloat16)
+    centered = logits - 100
+    ours = centered.log_softmax(-1)[target, target]
+    assert head_disagreement(ours, centered / 2, target, dtype)
+    assert (head_disagreement(ours, centered * 1.01, target, dtype) is None) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -269,7 +269,7 @@ def test_a_head_that_does_more_is_an_error_in_half_precision_too(dtype):
 
     model = Halved(tiny("Llama").config).eval().to(dtype)
     enable_scoring(model)
-    with pytest.raises(UserError, match="Halved are not those of its own logits"):
+    with refused("LM head", "Halved"):
         kept(model, PackedCollator()(ROWS))
 
 

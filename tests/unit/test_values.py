@@ -4,10 +4,10 @@ import os
 
 import pytest
 import yaml
+from errors import refused
 
 from mdpo.config.recipe import load_recipe
 from mdpo.config.yaml_nodes import Loader, prepare
-from mdpo.errors import UserError
 
 BASE = "model_name_or_path: some/model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"
 
@@ -21,12 +21,6 @@ def load(tmp_path, monkeypatch):
         return load_recipe([str(tmp_path / "r.yaml"), *flags])
 
     return load_text
-
-
-def refused(load, lines, *flags, base: str = BASE) -> str:
-    with pytest.raises(UserError) as caught:
-        load(lines, *flags, base=base)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------- merge keys
@@ -51,17 +45,17 @@ def test_merge_keys_are_those_of_yaml_1_1(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "key", "details"),
     [
-        ("a: &a {<<: *a, x: 1}", "<< on line 1 names the mapping that it stands in"),
-        ("a: 1\nb: {<<: 3}", "<< on line 2 takes a mapping"),
-        ("a: &a {x: 1}\nb: {<<: [*a, 2]}", "<< on line 2 takes a mapping"),
-        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "key '<<' is on line 2 and again on line 2"),
-        ("a: &a {x: 1, x: 2}\nb: {<<: *a}", "key 'x' is on line 1 and again on line 1"),
+        ("a: &a {<<: *a, x: 1}", "<<", ["line 1 ", "stands in"]),
+        ("a: 1\nb: {<<: 3}", "<<", ["line 2 ", "*ANCHOR"]),
+        ("a: &a {x: 1}\nb: {<<: [*a, 2]}", "<<", ["line 2 ", "*ANCHOR"]),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "<<", ["line 2 ", "again on line 2."]),
+        ("a: &a {x: 1, x: 2}\nb: {<<: *a}", "x", ["line 1 ", "again on line 1."]),
     ],
 )
-def test_merge_keys_stay_strict(text, says):
-    with pytest.raises(UserError, match=says.replace("<", ".").replace("'", ".")):
+def test_merge_keys_stay_strict(text, key, details):
+    with refused(key, "r.yaml: ", *details):
         prepare(Loader(text).get_single_node(), "r.yaml")
 
 
@@ -70,8 +64,10 @@ def test_merge_keys_in_a_recipe(load):
     assert load(lines).data.chat_template_kwargs == {"use_cache": False, "x": 1}
     assert load("<<: {beta: 0.3, seed: 5}\nseed: 6").values["beta"] == 0.3
     assert load("<<: {beta: 0.3, seed: 5}\nseed: 6").values["seed"] == 6
-    assert "r.yaml:6: bta is not a key" in refused(load, "<<: {bta: 0.3}")
-    assert "r.yaml:7: beta: fast is not a number" in refused(load, "<<:\n  beta: fast")
+    with refused("bta", "r.yaml:6: bta "):
+        load("<<: {bta: 0.3}")
+    with refused("beta", "r.yaml:7: beta: fast ", "a number"):
+        load("<<:\n  beta: fast")
     flag = "--chat_template_kwargs={a: &a {x: 1}, b: {<<: *a, y: 2}}"
     assert load("", flag).data.chat_template_kwargs["b"] == {"x": 1, "y": 2}
     quoted = load("chat_template_kwargs: {'<<': 1}\nrun_name: <<")
@@ -95,13 +91,16 @@ def test_variables_and_home_in_every_path(load, monkeypatch, key, part):
     for text, wanted in (("~/m/x", "/home/me/m/x"), ("${STORE}/x", "/store/x"), ("$STORE/x$5", "/store/x$5")):
         recipe = load(f"{key}: {text}", base=base)
         assert getattr(getattr(recipe, part), key) == recipe.values[key] == wanted
-    said = refused(load, f"{key}: ${{STOR_}}/x", base=base)
-    assert f": {key}: the variable STOR_ is not set" in said and "r.yaml:" in said
-    assert "no shell reads this" in refused(load, f"{key}: $(pwd)/x", base=base)
-    assert "no shell reads this" in refused(load, f"{key}: ${{STORE:-/tmp}}/x", base=base)
-    monkeypatch.setenv("STORE", "")
-    assert "the variable STORE is empty" in refused(load, f"{key}: $STORE/x", base=base)
-    assert "is no home folder" in refused(load, f"{key}: ~nobody-of-this-name/x", base=base)
+    monkeypatch.setenv("EMPTY", "")
+    for text, *details in (
+        ("${STOR_}/x", "r.yaml:", "variable STOR_ is not set"),
+        ("$(pwd)/x", "$(pwd)/x", "$NAME and ${NAME}"),
+        ("${STORE:-/tmp}/x", "${STORE:-/tmp}/x", "$NAME and ${NAME}"),
+        ("$EMPTY/x", "variable EMPTY is empty"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name ", "home folder"),
+    ):
+        with refused(key, *details):
+            load(f"{key}: {text}", base=base)
 
 
 def test_variables_in_the_names_of_sets(load, monkeypatch):
@@ -110,8 +109,10 @@ def test_variables_in_the_names_of_sets(load, monkeypatch):
     recipe = load("eval_dataset_mixer: ['${STORE}/b.jsonl', ~/c.jsonl]", base=base)
     assert recipe.data.dataset_mixer == {"/store/a.jsonl": 0.5, "org/set": 1.0}
     assert list(recipe.data.eval_dataset_mixer) == ["/store/b.jsonl", os.path.expanduser("~/c.jsonl")]
-    assert "names a set twice" in refused(load, "eval_dataset_mixer: {$STORE/b: 1.0, '${STORE}/b': 1.0}")
-    assert "the variable NOT_SET_HERE is not set" in refused(load, "eval_dataset_mixer: {$NOT_SET_HERE/b: 1.0}")
+    with refused("eval_dataset_mixer", "twice"):
+        load("eval_dataset_mixer: {$STORE/b: 1.0, '${STORE}/b': 1.0}")
+    with refused("eval_dataset_mixer", "variable NOT_SET_HERE is not set"):
+        load("eval_dataset_mixer: {$NOT_SET_HERE/b: 1.0}")
 
 
 def test_a_folder_of_that_name_and_names_in_braces(load, monkeypatch, tmp_path):
@@ -121,8 +122,8 @@ def test_a_folder_of_that_name_and_names_in_braces(load, monkeypatch, tmp_path):
     recipe = load("run_name: run-${JOB} costs $JOB\nmodel_init_kwargs: {cache_dir: $JOB/x, other: $JOB}")
     assert recipe.values["run_name"] == "run-17 costs $JOB"
     assert recipe.values["model_init_kwargs"] == {"cache_dir": "17/x", "other": "$JOB"}
-    said = refused(load, "", "--hub_token=${NO_TOKEN}")
-    assert said == "--hub_token: the variable NO_TOKEN is not set; export it, or write its value here."
+    with refused("hub_token", "--hub_token: ", "variable NO_TOKEN is not set"):
+        load("", "--hub_token=${NO_TOKEN}")
 
 
 # ---------------------------------------------------------------- null in other languages
@@ -139,31 +140,32 @@ def test_null_is_understood_where_it_is_meant(load, key, text):
 def test_null_on_the_command_line_and_where_it_is_none(load):
     assert load("", "--hub_model_id", "None").training.hub_model_id is None
     assert load("", "--hub_model_id=null").notes == []
-    assert "model_revision: 'None' is a text here; leave the key out for its default, which is main" in refused(
-        load, "model_revision: None"
-    )
-    assert "model_name_or_path is missing" in refused(load, "", "--model_name_or_path=None")
+    with refused("model_revision", "'None' is a text", "main"):
+        load("model_revision: None")
+    with refused("model_name_or_path", "missing"):
+        load("", "--model_name_or_path=None")
     assert load("eval_strategy: no\nlog_level: info\ndebug: ''").training.eval_strategy == "no"
     for text in ("none", "None", "null", "[none]", "~"):
         assert load(f"report_to: {text}").training.report_to == []
 
 
 @pytest.mark.parametrize(
-    ("lines", "says"),
+    ("lines", "details"),
     [
-        ("model_init_kwargs: {revision: None}", "r.yaml:6: model_init_kwargs.revision: None is a text here"),
-        ("model_init_kwargs: {revision: 'null'}", "model_init_kwargs.revision: null is a text here"),
-        ("chat_template_kwargs: {a: {b: [None]}}", "chat_template_kwargs.a.b: None is a text here; write null"),
-        ("chat_template_kwargs:\n  enable_thinking: no", "chat_template_kwargs.enable_thinking: no is a text here"),
-        ("gradient_checkpointing_kwargs: {use_reentrant: Off}", "use_reentrant: Off is a text here; write false"),
-        ("lora_modules_to_save: [lm_head, None]", "lora_modules_to_save: None is a text here"),
-        ("ref_model_name_or_path: false", "ref_model_name_or_path: false is no name; write null"),
-        ("hub_model_id: no", "hub_model_id: no is no name; write null to leave it out, or quote it as 'no'"),
-        ("chat_template: True", "chat_template: True is no name"),
+        ("model_init_kwargs: {revision: None}", ["r.yaml:6: model_init_kwargs.revision: None is a text"]),
+        ("model_init_kwargs: {revision: 'null'}", ["model_init_kwargs.revision: null is a text"]),
+        ("chat_template_kwargs: {a: {b: [None]}}", ["chat_template_kwargs.a.b: None is a text", "write null"]),
+        ("chat_template_kwargs:\n  enable_thinking: no", ["chat_template_kwargs.enable_thinking: no is a text"]),
+        ("gradient_checkpointing_kwargs: {use_reentrant: Off}", ["use_reentrant: Off is a text", "write false"]),
+        ("lora_modules_to_save: [lm_head, None]", ["lora_modules_to_save: None is a text"]),
+        ("ref_model_name_or_path: false", [": false is no name", "write null"]),
+        ("hub_model_id: no", [": no is no name", "write null", "'no'"]),
+        ("chat_template: True", [": True is no name"]),
     ],
-)  # fmt: skip
-def test_words_that_are_no_values(load, lines, says):
-    assert says in refused(load, lines)
+)
+def test_words_that_are_no_values(load, lines, details):
+    with refused(lines.partition(":")[0], *details):
+        load(lines)
 
 
 def test_words_that_are_meant(load):

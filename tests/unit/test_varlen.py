@@ -36,7 +36,7 @@ def installed(folder, monkeypatch, code: str, version: str) -> None:
     importlib.invalidate_caches()
 
 
-WORKS = "from test_packing import flash_stand_in as flash_attn_varlen_func"
+WORKS = "from varlen_stand_ins import flash_stand_in as flash_attn_varlen_func"
 
 
 def test_none_is_installed(capsys):
@@ -81,7 +81,7 @@ def test_torchs_own_is_tried_too(monkeypatch, capsys):
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", broken)
     assert kernels(DEVICE) == {}
-    line = "attention: torch's varlen attention is not used: FlashAttention only supports Ampere GPUs or newer.. "
+    line = "attention: torch's varlen attention is not used: FlashAttention only supports Ampere GPUs or newer. "
     assert capsys.readouterr().out == line + "Attention by segment is.\n"
 
 

@@ -1,4 +1,4 @@
-"""Write the multi-turn maths-with-Python pairs of recipes/smollm2-135m.
+"""Write the multi-turn math-with-Python pairs of recipes/smollm2-135m.
 
     python recipes/smollm2-135m/data/make_pairs.py [FOLDER]
 

@@ -9,12 +9,12 @@ import torch
 import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from errors import refused
 from plans import BF16, CONFIGS, LORA, TINY, recipe_for
 from repository import ROOT
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig
 
-from mdpo.errors import UserError
-from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMISER, STEP
+from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMIZER, STEP
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
 
@@ -45,7 +45,7 @@ def weights_of(config) -> tuple[int, int]:
 
 
 def states(parts) -> float:
-    return sum(parts.get(name, 0) for name in ("weights", "gradients", "optimiser states"))
+    return sum(parts.get(name, 0) for name in ("weights", "gradients", "optimizer states"))
 
 
 P, LARGEST = weights_of(WIDE)
@@ -57,7 +57,7 @@ def test_zero2_states(tmp_path, n):
     16-bit copy of the gradients before the float32 one, 20 P/N at that moment, and 14 P/N during backward."""
     plan = planned(tmp_path, Sharding(2, n, precision="bf16"), gradient_accumulation_steps=1)
     _, theirs = estimate_zero2_model_states_mem_needs(P, n, 1, cpu_offload=False)
-    assert states(plan.phases[OPTIMISER]) - theirs == pytest.approx(2 * P / n, abs=10)
+    assert states(plan.phases[OPTIMIZER]) - theirs == pytest.approx(2 * P / n, abs=10)
     assert states(plan.phases[STEP]) == pytest.approx(2 * P + 14 * P / n, abs=10)
     assert plan.phases[STEP]["communication"] == 2 * 3 * BUCKET  # two buckets, and the flat copy that is sent
     alone = planned(tmp_path, Sharding(2, n, precision="bf16", overlap=False), gradient_accumulation_steps=1)
@@ -93,13 +93,13 @@ def test_zero2_offload(tmp_path):
 @pytest.mark.parametrize("n", [2, 8])
 def test_zero3_states(tmp_path, n):
     """DeepSpeed says 18 P/N + 4 bytes for each weight of the largest layer. Its code holds 2 + 2 + 12 in backward, and
-    2 + 4 more for gradients of up to 1e9 weights at the optimiser's step. Whole layers stay until 1e9 weights are
+    2 + 4 more for gradients of up to 1e9 weights at the optimizer's step. Whole layers stay until 1e9 weights are
     there, so that 4 bytes a weight of one layer are too few."""
     plan = planned(tmp_path, Sharding(3, n, precision="bf16"), gradient_accumulation_steps=1)
     _, theirs, largest = estimate_zero3_model_states_mem_needs(P, LARGEST, n, 1, False, False)
     assert states(plan.phases[STEP]) == pytest.approx(16 * P / n, abs=10)
-    assert states(plan.phases[OPTIMISER]) == pytest.approx(16 * P / n + 6 * LIVE / n, abs=10)
-    assert states(plan.phases[STEP]) < theirs - largest < states(plan.phases[OPTIMISER])
+    assert states(plan.phases[OPTIMIZER]) == pytest.approx(16 * P / n + 6 * LIVE / n, abs=10)
+    assert states(plan.phases[STEP]) < theirs - largest < states(plan.phases[OPTIMIZER])
     assert plan.phases[STEP]["gathered weights"] == 2 * (LIVE + LARGEST) > largest
 
 
@@ -122,10 +122,10 @@ def test_without_deepspeed(tmp_path):
     the gradients."""
     small = TINY
     p, _ = weights_of(small)
-    mixed = planned(tmp_path, Sharding(), small, dtype="float32").phases[OPTIMISER]
-    assert (mixed["weights"], mixed["optimiser states"], mixed["gradients"]) == (4 * p, 8 * p, 4 * p)
-    two = planned(tmp_path, Sharding(0, 2), small, dtype="float32").phases[OPTIMISER]
-    assert (two["weights"], two["optimiser states"], two["communication"]) == (4 * p, 8 * p, 4 * p)
+    mixed = planned(tmp_path, Sharding(), small, dtype="float32").phases[OPTIMIZER]
+    assert (mixed["weights"], mixed["optimizer states"], mixed["gradients"]) == (4 * p, 8 * p, 4 * p)
+    two = planned(tmp_path, Sharding(0, 2), small, dtype="float32").phases[OPTIMIZER]
+    assert (two["weights"], two["optimizer states"], two["communication"]) == (4 * p, 8 * p, 4 * p)
 
 
 @pytest.mark.parametrize("keys", [{}, {"dtype": "float16", "bf16": False, "fp16": True}], ids=["bfloat16", "float16"])
@@ -134,7 +134,7 @@ def test_half_precision_without_a_master_copy_is_refused(tmp_path, keys):
     too."""
     dtype = keys.get("dtype", "bfloat16")
     for sharding in (Sharding(), Sharding(0, 2)):
-        with pytest.raises(UserError, match=f"dtype: [0-9,]+ weights .* in {dtype} without a float32 master copy"):
+        with refused("dtype", f" in {dtype} ", "float32", "bf16: true"):
             planned(tmp_path, sharding, TINY, **keys)
     assert planned(tmp_path, Sharding(), TINY, **keys, **LORA).total > 0
     assert planned(tmp_path, Sharding(2, 1, precision="bf16"), TINY, **keys).total > 0
@@ -193,26 +193,26 @@ def test_the_longest_max_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "key", "detail"),
     [
-        ({"optim": "adafactor"}, "optim: adafactor"),
-        ({"max_length": None}, "max_length: null"),
-        ({"load_in_8bit": True}, "load_in_8bit"),
-        ({"load_in_4bit": True}, "use_peft"),
-        ({"model_name_or_path": "models/not-there"}, "models/not-there"),
-        ({"torch_compile": True}, "torch_compile"),
+        ({"optim": "adafactor"}, "optim", "optim: adafactor"),
+        ({"max_length": None}, "max_length", "max_length: null"),
+        ({"load_in_8bit": True}, "load_in_8bit", "load_in_4bit"),
+        ({"load_in_4bit": True}, "load_in_4bit", "use_peft: true"),
+        ({"model_name_or_path": "models/not-there"}, "model_name_or_path", "models/not-there"),
+        ({"torch_compile": True}, "deepspeed", "torch_compile"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_planned_is_named(tmp_path, keys, says):
-    with pytest.raises(UserError, match=says):
+def test_what_cannot_be_planned_is_named(tmp_path, keys, key, detail):
+    with refused(key, detail):
         planned(tmp_path, Sharding(), TINY, **keys)
 
 
 def test_an_adapter_folder_is_named(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(UserError, match="adapter"):
+    with refused("model_name_or_path", tmp_path / "model", "adapter"):
         planned(tmp_path, Sharding(), TINY)
 
 
@@ -235,7 +235,7 @@ def test_a_model_that_takes_no_packed_rows(tmp_path):
     )
     given, off = (planned(tmp_path, ENGINE, config, shared_prefix=on) for on in (True, False))
     assert given.parts == off.parts
-    with pytest.raises(UserError, match="mamba cannot be planned"):
+    with refused("model_type", "mamba"):
         planned(tmp_path, ENGINE, MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2))
 
 
@@ -252,26 +252,26 @@ def test_every_accelerate_file_of_this_repository_is_read():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "key", "detail"),
     [
-        ({"deepspeed_config": {"zero_stage": 1}}, "ZeRO-1"),
-        ({"deepspeed_config": {"zero_stage": 3, "offload_param_device": "nvme"}}, "nvme"),
-        ({"deepspeed_config": {"zero_stage": 2, "offload_param_device": "cpu"}}, "ZeRO-3 only"),
-        ({"deepspeed_config": {"zero_stage": 3, "deepspeed_config_file": "x.json"}}, "deepspeed_config_file"),
-        ({"distributed_type": "FSDP"}, "FSDP"),
-        ({"distributed_type": "NO", "num_processes": 2}, "one process"),
-        ({"num_processes": 8, "num_machines": 3}, "3 machines"),
+        ({"deepspeed_config": {"zero_stage": 1}}, "zero_stage", "ZeRO-1"),
+        ({"deepspeed_config": {"zero_stage": 3, "offload_param_device": "nvme"}}, "offload_param_device", "nvme"),
+        ({"deepspeed_config": {"zero_stage": 2, "offload_param_device": "cpu"}}, "offload_param_device", "ZeRO-3 only"),
+        ({"deepspeed_config": {"zero_stage": 3, "deepspeed_config_file": "x"}}, "deepspeed_config_file", "accelerate"),
+        ({"distributed_type": "FSDP"}, "distributed_type", "FSDP"),
+        ({"distributed_type": "NO", "num_processes": 2}, "distributed_type", "one process, not 2"),
+        ({"num_processes": 8, "num_machines": 3}, "num_machines", "3 machines"),
     ],
 )
-def test_accelerate_files_that_cannot_be_planned(tmp_path, changes, says):
+def test_accelerate_files_that_cannot_be_planned(tmp_path, changes, key, detail):
     path = tmp_path / "accelerate.yaml"
     path.write_text(yaml.safe_dump({"distributed_type": "DEEPSPEED", "num_processes": 8, **changes}))
-    with pytest.raises(UserError, match=says):
+    with refused(key, path, detail):
         Sharding.read(path)
 
 
 def test_a_recipe_in_place_of_an_accelerate_file():
-    with pytest.raises(UserError, match="not an accelerate file"):
+    with refused("num_processes", "config_full.yaml"):
         Sharding.read(ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml")
 
 

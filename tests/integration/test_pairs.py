@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from errors import refused
 from tiny import CHATML, tokenizer_for
 
 from mdpo.config.recipe import load_recipe
 from mdpo.data.prepare import prepare_pairs
 from mdpo.data.tokenize import rank_imbalance
-from mdpo.errors import UserError
 from mdpo.masking.tokenizer import load_tokenizer
 
 BASE = "model_name_or_path: model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"
@@ -161,7 +161,7 @@ def test_seed_decides_the_order_and_what_is_held_out(prepare):
 def test_a_share_is_not_rounded_down_by_float_error_and_never_empty(prepare):
     pairs(100).to_json("hundred.jsonl")
     assert len(prepare("--dataset_mixer={hundred.jsonl: 0.29}")[0]) == 29
-    with pytest.raises(UserError, match="0.1 of its 8 rows is no row"):
+    with refused("dataset", "'a.jsonl'", "0.1 of its 8 rows"):
         prepare("--dataset_mixer={a.jsonl: 0.1}")
 
 
@@ -172,7 +172,7 @@ def test_every_split_of_an_evaluation_set_is_taken(prepare):
 
 
 def test_a_configuration_for_what_has_none_is_refused(prepare):
-    with pytest.raises(UserError, match='dataset_configs: a.jsonl has no configurations; give "" for it'):
+    with refused("dataset_configs", "a.jsonl", '""'):
         prepare("--dataset_configs=[small]")
     assert len(prepare("--dataset_configs=['']")[0]) == 8
 
