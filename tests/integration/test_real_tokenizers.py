@@ -7,6 +7,7 @@ packages is installed or imported. Where the index cannot be reached every test 
 
 import ast
 import base64
+import copy
 import json
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def tokenizer_of(name: str, files: Path):
 
 @cache
 def template_of(tokenizer: str, name: str, files: Path) -> ChatTemplate:
-    made = tokenizer_of(tokenizer, files)
+    made = copy.deepcopy(tokenizer_of(tokenizer, files))
     made.chat_template = (WITH_BOS if tokenizer.startswith("mistral") else "") + trl_template(name)
     made.name_or_path = tokenizer
     return ChatTemplate(made)
@@ -225,8 +226,8 @@ def test_tool_output_is_context(tokenizer, name, files):
     assert said.count("get_time") == 1 and said.count("Take a hat.") == 1
 
 
-@pytest.mark.parametrize(("tokenizer", "name"), [("qwen2.5", "qwen2_5"), ("qwen3.6", "qwen3_6")])
-def test_a_merge_over_a_turns_edge_is_undone(tokenizer, name, files):
+@pytest.mark.parametrize("tokenizer", ["qwen2.5", "qwen3.6"])
+def test_a_merge_over_a_turns_edge_is_undone(tokenizer, files):
     """`assistant\\n` and an answer that begins with a line break: published vocabularies have a token of both."""
     template = template_of(tokenizer, "qwen2_5", files)
     pair = pair_of([user("One?"), assistant("\n\nYes.")])
