@@ -24,7 +24,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached sets are made anew.
-VERSION = 9
+VERSION = 10
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in SIDES},
