@@ -108,8 +108,8 @@ def blocks(process: int, number: int) -> bool:
 
 SCRIPT = """
 import sys, time
-from mdpo.preemption import defer_signals, requested
-from mdpo.startup import run
+from mdpo.runs.preemption import defer_signals, requested
+from mdpo.runs.entrypoint import run
 
 def main(argv):
     with defer_signals():

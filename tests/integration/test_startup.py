@@ -165,7 +165,7 @@ def test_a_run_in_one_process_and_a_used_folder(recipe, capsys, tmp_path):
 
 GLOO_RUN = """
 import atexit, os, sys, torch, torch.distributed as dist
-from mdpo.startup import run
+from mdpo.runs.entrypoint import run
 
 def main(argv):
     global kept
