@@ -31,9 +31,9 @@ def adapter_config(model: Any) -> PeftConfig | None:
 def one_entry(model: Any) -> None:
     """trl.ModelConfig makes a text of a list of one entry, and PEFT a pattern of a text, which has to match a module's
     whole path. A module's name goes back into a list, where PEFT takes it as the end of a path."""
-    found = model.lora_target_modules
-    if isinstance(found, str) and found != ALL_LINEAR and MODULE_NAME.fullmatch(found):
-        model.lora_target_modules = [found]
+    target = model.lora_target_modules
+    if isinstance(target, str) and target != ALL_LINEAR and MODULE_NAME.fullmatch(target):
+        model.lora_target_modules = [target]
 
 
 def bare_model(config: Any) -> torch.nn.Module | None:
@@ -106,7 +106,7 @@ def _at_fault(message: str, peft_config: PeftConfig | None) -> str:
         "dora": "use_dora",
         "task type": "lora_task_type",
     }
-    found = [key for word, key in words.items() if word in message.lower()]
-    if found:
-        return found[0]
+    keys = [key for word, key in words.items() if word in message.lower()]
+    if keys:
+        return keys[0]
     return "lora_target_parameters" if getattr(peft_config, "target_parameters", None) else "lora_target_modules"

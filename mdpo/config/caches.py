@@ -27,15 +27,15 @@ def default_folder() -> Path:
 def refuse_unwritable(args=None) -> None:
     """Raises UserError, on all ranks, for the first folder that this rank or another cannot write to. `args`: of a run
     that is to be trained; None asks for what reading data needs alone. All ranks call it together."""
-    found = [line for line in gathered(next(_troubles(args), None)) if line]
-    if found:
-        raise UserError(found[0])
+    lines = [line for line in gathered(next(_troubles(args), None)) if line]
+    if lines:
+        raise UserError(lines[0])
 
 
 def _troubles(args) -> Iterator[str]:
-    for folder, key, holds in _folders(args):
+    for folder, key, contents in _folders(args):
         if why := unwritable(folder):
-            yield f"{key}: {folder}, which holds {holds}, cannot be written to: {why}. Set {key} to one that can."
+            yield f"{key}: {folder}, which holds {contents}, cannot be written to: {why}. Set {key} to one that can."
 
 
 def _folders(args) -> Iterator[tuple[Path, str, str]]:

@@ -108,10 +108,10 @@ def refuse_other_runs(args: DPOConfig, recipe: dict) -> None:
     if recipe.get("do_train") is False:
         raise UserError("do_train: false, but run_dpo.py trains. scripts/evaluate.py only evaluates; or leave it out.")
     splits = recipe.get("dataset_splits", ["train", "test"])
-    there = [key for key in EVALUATION[1:] if recipe.get(key)]
-    there += ["dataset_splits"] if any("train" not in split for split in splits) else []
-    if recipe.get("do_eval") is False and (there or args.eval_strategy != "no"):
-        what = f"{there[0] if there else 'eval_strategy'} asks for an evaluation"
-        raise UserError(f"do_eval: false, but {what}. Set dataset_splits: [train] and no other held-out pairs.")
-    if recipe.get("do_eval") and not there:
+    asking = [key for key in EVALUATION[1:] if recipe.get(key)]
+    asking += ["dataset_splits"] if any("train" not in split for split in splits) else []
+    if recipe.get("do_eval") is False and (asking or args.eval_strategy != "no"):
+        cause = f"{asking[0] if asking else 'eval_strategy'} asks for an evaluation"
+        raise UserError(f"do_eval: false, but {cause}. Set dataset_splits: [train] and no other held-out pairs.")
+    if recipe.get("do_eval") and not asking:
         raise UserError(f"do_eval: there is nothing to evaluate on; set one of {', '.join(EVALUATION)}.")

@@ -187,14 +187,14 @@ def _parameter() -> torch.nn.Parameter:
 
 def _unread(args: Any) -> Iterator[str]:
     """A line for each option of optimizers that this one does not look at."""
-    made = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
     for key in READ_BY_SOME:
         default = type(args).__dataclass_fields__[key].default
         if getattr(args, key) == default:
             continue
         other = copy(args)
         setattr(other, key, default)
-        if Trainer.get_optimizer_cls_and_kwargs(other) == made:
+        if Trainer.get_optimizer_cls_and_kwargs(other) == optimizer:
             yield f"{key}: has no effect with optim: {args.optim.value}."
 
 

@@ -53,13 +53,13 @@ def device_line(args) -> str:
 
 def _torch_says(driver: str | None) -> str:
     built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-    said = ""
+    reason = ""
     if torch.version.cuda:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            said = f" ({first_line(error)})"
-    return f"torch {torch.__version__} {built}, NVIDIA driver: {driver or 'none found'}{said}."
+            reason = f" ({first_line(error)})"
+    return f"torch {torch.__version__} {built}, NVIDIA driver: {driver or 'none found'}{reason}."
 
 
 def nvidia_driver() -> str | None:
@@ -94,14 +94,14 @@ def _launch() -> tuple[str | None, dict, list[str]]:
         own = words[: next((i for i, word in enumerate(words) if Path(word).name == SCRIPT), len(words))]
         if not any("accelerate" in word or word == "launch" for word in own):
             continue
-        given = next((_value(own, i) for i, word in enumerate(own) if word.startswith("--config_file")), None)
-        path = Path(folder, given or default_config_file)
+        config_file = next((_value(own, i) for i, word in enumerate(own) if word.startswith("--config_file")), None)
+        path = Path(folder, config_file or default_config_file)
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             settings = None
-        found = given or (str(path) if settings else None)
-        return found, settings if isinstance(settings, dict) else {}, own
+        file = config_file or (str(path) if settings else None)
+        return file, settings if isinstance(settings, dict) else {}, own
     return None, {}, []
 
 

@@ -47,44 +47,44 @@ def refuse_adapter(name: str, key: str = "model", revision: str | None = None, s
     adapter. `key` is what the user wrote it in."""
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
-        found = find_adapter_config_file(name, revision=revision, subfolder=subfolder)
+        adapter_file = find_adapter_config_file(name, revision=revision, subfolder=subfolder)
     except (OSError, ValueError) as error:  # no name that the hub could have
         raise UserError(f"{key}: {name!r} cannot be loaded: {first_line(error)}") from error
-    if found is None:
+    if adapter_file is None:
         return
     try:
-        settings = dict(json.loads(Path(found).read_text(encoding="utf-8")))
+        settings = dict(json.loads(Path(adapter_file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{key}: {found} cannot be read: {error}") from error
+        raise UserError(f"{key}: {adapter_file} cannot be read: {error}") from error
     kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings.get("peft_type"))
-    what = f"{key}: {name} is an adapter ({settings.get('peft_type')}), not a model"
+    message = f"{key}: {name} is an adapter ({settings.get('peft_type')}), not a model"
     if kind is not None and issubclass(kind, PromptLearningConfig):
-        raise UserError(f"{what}, and cannot be merged into one. Name the model that it was trained on.")
-    folder = Path(found).parent if Path(name).is_dir() else None
+        raise UserError(f"{message}, and cannot be merged into one. Name the model that it was trained on.")
+    folder = Path(adapter_file).parent if Path(name).is_dir() else None
     if folder and _weights(folder):
         raise UserError(
             f"{key}: {name} holds both a model and an adapter (adapter_config.json), and the adapter would be put on "
             "top of the model. Give each a folder of its own, and name the model's."
         )
-    raise UserError(f"{what}. {_merging(name, folder, settings, key)}")
+    raise UserError(f"{message}. {_merging(name, folder, settings, key)}")
 
 
 def _merging(name: str, folder: Path | None, settings: dict[str, Any], key: str) -> str:
     """How a model is made of an adapter, in commands; `folder` is None for one on the hub."""
-    given = str(folder) if folder else name.split("/")[-1]
-    command = ["python", "scripts/merge_adapter.py", given, f"{given.rstrip('/')}-merged"]
-    base, beside = settings.get("base_model_name_or_path"), ""
+    local = str(folder) if folder else name.split("/")[-1]
+    command = ["python", "scripts/merge_adapter.py", local, f"{local.rstrip('/')}-merged"]
+    base, hint = settings.get("base_model_name_or_path"), ""
     base = base if isinstance(base, str) else None
     if _gone(base):
         command.append("--base=BASE_MODEL")
-        beside = f"\nIts base, {base}, is not there:" if base else "\nIt names no base:"
-        beside += " put the folder or hub name of the model that it was trained on in place of BASE_MODEL."
+        hint = f"\nIts base, {base}, is not there:" if base else "\nIt names no base:"
+        hint += " put the folder or hub name of the model that it was trained on in place of BASE_MODEL."
     elif Path(base, ADAPTER).is_file():
-        beside = f"\nIts base, {base}, is an adapter too: merge that one first."
-    download = "" if folder else f"    hf download {shlex.quote(name)} --local-dir {shlex.quote(given)}\n"
+        hint = f"\nIts base, {base}, is an adapter too: merge that one first."
+    download = "" if folder else f"    hf download {shlex.quote(name)} --local-dir {shlex.quote(local)}\n"
     return (
         "Merge it into its base first; policy and reference then both begin from what it has learned:\n"
-        f"{download}    {shlex.join(command)}\nand set {key}: {command[3]}{beside}"
+        f"{download}    {shlex.join(command)}\nand set {key}: {command[3]}{hint}"
     )
 
 
@@ -100,16 +100,16 @@ def refuse_without_weights(name: str, key: str, subfolder: str = "") -> None:
     folder = Path(name, subfolder).expanduser()
     if not folder.is_dir() or _weights(folder):
         return
-    inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if any(path.startswith("adapter_model") for path in inside):
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if any(path.startswith("adapter_model") for path in names):
         raise UserError(f"{key}: {folder} holds an adapter's weights, but no adapter_config.json. Copy that too.")
     parts = sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))  # checkpoint-12 behind checkpoint-7
-    better = [f"{path.name} in it does hold some" for path in parts if path.is_dir() and _weights(path)]
-    better = better or [f"{path.name} in it is an adapter" for path in parts if (path / ADAPTER).is_file()]
-    shown = ", ".join(inside[:SHOWN]) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
+    hints = [f"{path.name} in it does hold some" for path in parts if path.is_dir() and _weights(path)]
+    hints = hints or [f"{path.name} in it is an adapter" for path in parts if (path / ADAPTER).is_file()]
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     raise UserError(
         f"{key}: {folder} holds no weights (model.safetensors); what is there: {shown or 'nothing'}."
-        + (f" {better[-1]}." if better else "")
+        + (f" {hints[-1]}." if hints else "")
     )
 
 
@@ -120,12 +120,12 @@ def _weights(folder: Path) -> bool:
 
 def refuse_objects(model, ref_model) -> None:
     """Models that a caller has made: raises UserError for one whose calls or layers are not its class's own."""
-    for role, given in (("model", model), ("ref_model", ref_model)):
-        if hasattr(given, "_orig_mod") or getattr(given, "_compiled_call_impl", None) is not None:
+    for role, candidate in (("model", model), ("ref_model", ref_model)):
+        if hasattr(candidate, "_orig_mod") or getattr(candidate, "_compiled_call_impl", None) is not None:
             raise UserError(
                 f"{role}: is compiled (torch.compile). Give the model itself; fused_ops compiles parts of it."
             )
-        if getattr(given, "_hf_peft_config_loaded", False) and not isinstance(given, PeftModel):
+        if getattr(candidate, "_hf_peft_config_loaded", False) and not isinstance(candidate, PeftModel):
             raise UserError(
                 f"{role}: transformers has put an adapter into it, which cannot be switched off as PEFT's can. Give "
                 "PeftModel.from_pretrained(base, adapter, is_trainable=True), or a model that it is merged into."

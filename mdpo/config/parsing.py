@@ -83,12 +83,12 @@ def _near_recipes(path: Path) -> str:
 
 def read_flags(argv: list[str]) -> tuple[Path | None, list[Setting]]:
     """(recipe or None, settings) of a command line. A bare --debug is the entrypoint's own switch and skipped here."""
-    recipes, settings, rest = [], [], [token for token in argv if token != "--debug"]
-    while rest:
-        token = rest.pop(0)
+    recipes, settings, tokens = [], [], [token for token in argv if token != "--debug"]
+    while tokens:
+        token = tokens.pop(0)
         key, equals, text = token.removeprefix("--").partition("=")
         if token.startswith("--") and key:
-            text = text if equals else _take_value(key, rest)
+            text = text if equals else _take_value(key, tokens)
             if key == "config":
                 recipes.append(text)
             else:
@@ -105,18 +105,20 @@ def read_flags(argv: list[str]) -> tuple[Path | None, list[Setting]]:
     return (Path(recipes[0]) if recipes else None), settings
 
 
-def _take_value(key: str, rest: list[str]) -> str:
+def _take_value(key: str, tokens: list[str]) -> str:
     """The value of `--key`, popped from `rest`; "true" for a lone boolean flag. Raises UserError."""
     options = members(HINTS[key]) if key in HINTS else (bool, str) if key in RETIRED_KEYS else (str,)
-    follows = bool(rest) and not rest[0].startswith("--")
+    follows = bool(tokens) and not tokens[0].startswith("--")
     if bool in options:  # so that `--sanity_check recipe.yaml` leaves the recipe alone
-        follows = follows and (rest[0].lower() in WORDS or str in options and not rest[0].endswith((".yaml", ".yml")))
-        return rest.pop(0) if follows else "true"
+        follows = follows and (
+            tokens[0].lower() in WORDS or str in options and not tokens[0].endswith((".yaml", ".yml"))
+        )
+        return tokens.pop(0) if follows else "true"
     if not follows and key != "config" and key not in FIELDS:
         raise UserError(_unknown(key, f"--{key}"), key)
     if not follows:
         raise UserError(f"--{key}: its value is missing; write --{key}=VALUE.")
-    return rest.pop(0)
+    return tokens.pop(0)
 
 
 def flag(key: str, text: str) -> Setting:
@@ -174,11 +176,11 @@ def _unknown(key: str, origin: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant: one that begins with `name`, is alike, or contains it."""
-    starts, holds = (
+    starts, containing = (
         ([], []) if len(name) < 3 else ([k for k in known if k.startswith(name)], [k for k in known if name in k])
     )
     alike = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return next(iter(starts + alike + holds + difflib.get_close_matches(name, known, n=1)), None)
+    return next(iter(starts + alike + containing + difflib.get_close_matches(name, known, n=1)), None)
 
 
 def members(hint: Any) -> tuple:

@@ -115,23 +115,23 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             at = origins.get("deepspeed", "deepspeed")
             raise UserError(f"{at}: {values.get('deepspeed')} is no JSON in UTF-8 ({error}).") from error
         except (ValueError, TypeError, OSError, ImportError, AttributeError, KeyError, RuntimeError) as error:
-            message, given = (
+            message, part_values = (
                 " ".join(str(error).strip().split("\n\n")[0].split()),
                 {k: values[k] for k in values if k in names},
             )
-            if not isinstance(error, UserError) and not set(re.findall(r"\w+", message)) & set(given):
-                message = f"{_culprit(part, given)}{message}"
+            if not isinstance(error, UserError) and not set(re.findall(r"\w+", message)) & set(part_values):
+                message = f"{_culprit(part, part_values)}{message}"
             raise _placed(message, origins, error.key if isinstance(error, UserError) else None) from error
     one_entry(parts["model"])
     return parts
 
 
-def _culprit(part: type, given: dict[str, Any]) -> str:
+def _culprit(part: type, part_values: dict[str, Any]) -> str:
     """`KEY: ` of the first key without which the dataclass takes the others; the last set is looked at first."""
-    for key in reversed(given):
+    for key in reversed(part_values):
         with suppress(Exception), warnings.catch_warnings():  # another key's refusal, in whatever form
             warnings.simplefilter("ignore")
-            part(**copy.deepcopy({k: v for k, v in given.items() if k != key}))
+            part(**copy.deepcopy({k: v for k, v in part_values.items() if k != key}))
             return f"{key}: "
     return ""
 

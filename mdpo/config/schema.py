@@ -79,7 +79,7 @@ class DataArguments:
             {
                 "max_training_samples": (at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
                 "max_eval_samples": (at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
-                "on_bad_rows": (lambda what: what in ("drop", "error"), "drop or error"),
+                "on_bad_rows": (lambda choice: choice in ("drop", "error"), "drop or error"),
                 "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
                 "test_split_size": (
                     lambda size: size >= 1 if isinstance(size, int) else 0 < size < 1,
@@ -89,18 +89,18 @@ class DataArguments:
         )
 
 
-def _as_mixer(key: str, sets: dict[str, float] | list[str] | None) -> dict[str, float] | None:
+def _as_mixer(key: str, mixer: dict[str, float] | list[str] | None) -> dict[str, float] | None:
     """{name: share of rows} as floats in (0, 1]; a list of names means 1.0 each. Raises UserError."""
-    if sets is None:
+    if mixer is None:
         return None
-    if isinstance(sets, list):
-        if repeated := sorted({name for name in sets if sets.count(name) > 1}):
+    if isinstance(mixer, list):
+        if repeated := sorted({name for name in mixer if mixer.count(name) > 1}):
             raise UserError(f"{key}: {repeated[0]!r} is listed twice; list each set once.")
-        sets = dict.fromkeys(sets, 1.0)
-    for name, share in sets.items():
+        mixer = dict.fromkeys(mixer, 1.0)
+    for name, share in mixer.items():
         if not 0 < share <= 1:
             raise UserError(f"{key}: {share!r} for {name!r} is out of range; give the share of its rows, in (0, 1].")
-    return {name: float(share) for name, share in sets.items()}
+    return {name: float(share) for name, share in mixer.items()}
 
 
 # Our keys where a plain trl.DPOConfig is given.
@@ -226,7 +226,7 @@ class MDPOConfig(DPOConfig):
                 **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda beta: 0 <= beta < 1, "a number in [0, 1)")),
                 **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (not_negative, "a number > 0")),
                 "include_num_input_tokens_seen": (
-                    lambda what: what in (True, False, "all", "non_padding", "no"),
+                    lambda value: value in (True, False, "all", "non_padding", "no"),
                     "all, non_padding or no",
                 ),
                 "discopop_tau": (positive, "a number > 0"),

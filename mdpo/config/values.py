@@ -87,6 +87,6 @@ def _of_path(text: str, origin: str) -> str:
 def _variable(match: re.Match, origin: str) -> str:
     name = next(filter(None, match.groups()))
     if not os.environ.get(name):
-        what = "is empty" if name in os.environ else "is not set"
-        raise UserError(f"{origin}: the variable {name} {what}; export it, or write its value here.")
+        problem = "is empty" if name in os.environ else "is not set"
+        raise UserError(f"{origin}: the variable {name} {problem}; export it, or write its value here.")
     return os.environ[name]

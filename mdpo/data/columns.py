@@ -45,9 +45,9 @@ def role_of(message: Any) -> str | None:
 def structured(value: Any) -> Any:
     """A text that holds messages, or an object of them, as JSON: parsed. Anything else as it is."""
     value = conversation(value)
-    found = unfolded(value) if isinstance(value, str) else None
-    if isinstance(found, dict) and any(isinstance(found.get(name), list) for name in HOLDS):
-        return found
+    data = unfolded(value) if isinstance(value, str) else None
+    if isinstance(data, dict) and any(isinstance(data.get(name), list) for name in HOLDS):
+        return data
     return value
 
 

@@ -121,10 +121,10 @@ def tool_output(value: Any) -> str:
     if isinstance(value, dict) and _kind(value) in TEXTS and isinstance(value.get("text"), str):
         value = [value]
     if isinstance(value, list) and value and all(isinstance(p, dict) and _kind(p) in KNOWN for p in value):
-        found = list(pieces(value))
-        if other := next((p for p, (kind, _) in zip(value, found, strict=False) if kind != "text"), None):
+        output = list(pieces(value))
+        if other := next((p for p, (kind, _) in zip(value, output, strict=False) if kind != "text"), None):
             raise DropPair(f"content part {_name(other)} in a tool's output")
-        return "".join(text for _, text in found)
+        return "".join(text for _, text in output)
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, *NOT_JSON):
@@ -145,9 +145,9 @@ def parts_as_text(content: str) -> list[dict[str, Any]] | None:
     begins so and is not JSON: cut, or written by Python's repr."""
     if not content.startswith(("[", '"[')) or "type" not in content[:200]:
         return None
-    found = unfolded(content)
-    begins = BEGINS.match(content) if found is None else None
+    parts = unfolded(content)
+    begins = BEGINS.match(content) if parts is None else None
     if begins and begins[1] in KNOWN:
         raise DropPair("content begins as content parts in JSON and is not JSON", "content")
-    listed = isinstance(found, list) and found and all(isinstance(p, dict) and _kind(p) in KNOWN for p in found)
-    return found if listed else None
+    listed = isinstance(parts, list) and parts and all(isinstance(p, dict) and _kind(p) in KNOWN for p in parts)
+    return parts if listed else None

@@ -54,8 +54,8 @@ class DropCounts:
         lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.dropped} dropped"]
         by_rows = sorted(self.reasons.items(), key=lambda item: -len(item[1]))
         lines += [f"  dropped {len(keys)}: {reason} {_some(keys)}" for reason, keys in by_rows[:MOST_REASONS]]
-        if rest := by_rows[MOST_REASONS:]:
-            lines.append(f"  dropped {sum(len(keys) for _, keys in rest)}: {len(rest)} further reasons")
+        if others := by_rows[MOST_REASONS:]:
+            lines.append(f"  dropped {sum(len(keys) for _, keys in others)}: {len(others)} further reasons")
         lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
         if self.unread:
             lines.append("  message fields not used: " + ", ".join(f"{k} ({n} rows)" for k, n in self.unread.items()))

@@ -45,15 +45,15 @@ def read_files(paths: list[str]) -> tuple[Dataset, list[str]]:
         return _read_json(paths)
     if len(set(kinds.values())) > 1:
         raise UserError(f"dataset files {paths[0]}, …: they are of several kinds: {', '.join(set(kinds.values()))}.")
-    sets = []
+    parts = []
     for path, kind in kinds.items():
         try:
-            sets.append(number_rows(load_dataset(kind, data_files=path, split="train"), path))
+            parts.append(number_rows(load_dataset(kind, data_files=path, split="train"), path))
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UserError(f"dataset file {path}: {first_line(error)}") from error
-    rows = concatenate_datasets(sets)
+    rows = concatenate_datasets(parts)
     return rows, rows.column_names
 
 
@@ -68,21 +68,21 @@ def _refuse_unreadable(path: str, kind: str | None) -> None:
         raise UserError(f"dataset file {path}: `pip install zstandard` to read it, or decompress it.")
     if ending == ".zip":
         try:
-            inside = [name for name in ZipFile(path).namelist() if not name.endswith("/")]
+            names = [name for name in ZipFile(path).namelist() if not name.endswith("/")]
         except DAMAGED as error:
             raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
-        if len(inside) != 1:
-            raise UserError(f"dataset file {path}: holds {len(inside)} files, not one. Unpack it and name the folder.")
+        if len(names) != 1:
+            raise UserError(f"dataset file {path}: holds {len(names)} files, not one. Unpack it and name the folder.")
 
 
 def whole_row(row: dict[str, Any], index: int = 0) -> dict[str, Any]:
     """A row of any set as it was written, with its `key`. Arrow's structs give each message the keys of all, null where
     it has none of its own: nulls are taken out there."""
     if ROW in row:
-        found = {**json.loads(row[ROW]), "key": row["key"]}
+        whole = {**json.loads(row[ROW]), "key": row["key"]}
     else:
-        found = {name: without_nulls(value) for name, value in row.items()}
-    return {**found, "key": str(found.get("key") or f"row:{index + 1}")}
+        whole = {name: without_nulls(value) for name, value in row.items()}
+    return {**whole, "key": str(whole.get("key") or f"row:{index + 1}")}
 
 
 def without_nulls(value: Any) -> Any:
@@ -112,8 +112,8 @@ def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
     """The columns of a JSON file, which is read to its end for them once, so that every mistake has its line before
     anything is written; kept beside `datasets`' own cache, for other ranks and later starts."""
     name = xxhash.xxh3_64_hexdigest(json.dumps([str(Path(path).resolve()), *stamp]).encode())
-    kept = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-columns", f"{name}.json")
-    if (known := read_cache(kept)) is not None:
+    cached = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-columns", f"{name}.json")
+    if (known := read_cache(cached)) is not None:
         return known
     columns: dict[str, None] = {}
     rows = 0
@@ -122,7 +122,7 @@ def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
         rows += 1
     if not rows:
         raise UserError(f"dataset file {path}: no rows in it.")
-    write_cache(kept, list(columns))
+    write_cache(cached, list(columns))
     return list(columns)
 
 
@@ -160,22 +160,22 @@ def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
 def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
     """Of a .json file: an array of rows, an object that holds one such array, or JSON Lines after all."""
     try:
-        found = json.loads(raw.decode("utf-8-sig"))
+        document = json.loads(raw.decode("utf-8-sig"))
     except NOT_JSON as error:
         if getattr(error, "msg", "") != "Extra data":
             raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
         yield from _lines(path, raw.splitlines())
         return
-    if isinstance(found, dict) and "chosen" not in found:
-        arrays = {name: value for name, value in found.items() if isinstance(value, list)}
+    if isinstance(document, dict) and "chosen" not in document:
+        arrays = {name: value for name, value in document.items() if isinstance(value, list)}
         if len(arrays) != 1:
             raise UserError(
                 f"dataset file {path}: an object with {len(arrays)} arrays ({', '.join(arrays)}), not one of rows."
             )
-        [found] = arrays.values()
-    if not isinstance(found, dict | list):
-        raise UserError(f"dataset file {path}: holds {type(found).__name__}, no rows.")
-    for place, row in enumerate([found] if isinstance(found, dict) else found, start=1):
+        [document] = arrays.values()
+    if not isinstance(document, dict | list):
+        raise UserError(f"dataset file {path}: holds {type(document).__name__}, no rows.")
+    for place, row in enumerate([document] if isinstance(document, dict) else document, start=1):
         if not isinstance(row, dict):
             raise UserError(f"dataset file {path}: entry {place} is not a JSON object.")
         yield place, row

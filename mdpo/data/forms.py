@@ -44,10 +44,10 @@ def as_preference(row: Row, mask_turns: bool = True) -> Row:
     if read.get("prompt"):
         return {**out, "conversations": None, "used": used}
     sides = (out["chosen"], out["rejected"])
-    found, columns = _prompt(row, sides, form is TRL, mask_turns)
-    if found is None:
-        found = _without_question(row, sides, used | columns, mask_turns)
-    return {**out, **found, "used": used | columns}
+    prompt_row, columns = _prompt(row, sides, form is TRL, mask_turns)
+    if prompt_row is None:
+        prompt_row = _without_question(row, sides, used | columns, mask_turns)
+    return {**out, **prompt_row, "used": used | columns}
 
 
 def _sides(read: Row) -> Row:
@@ -60,12 +60,12 @@ def _sides(read: Row) -> Row:
 
 def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
     """`system` under either name, and the tools of an `input` object."""
-    given = [row[name] for name in systems if _says(row.get(name))]
-    if len(given) > 1 and given[0] != given[1]:
+    texts = [row[name] for name in systems if _says(row.get(name))]
+    if len(texts) > 1 and texts[0] != texts[1]:
         raise DropPair("both system and system_prompt, which differ")
     inside = row["input"].get("tools") if isinstance(row.get("input"), dict) else None
     _refuse_other_tools(out.get("tools"), inside, "input")
-    return {"system": given[0] if given else None, "tools": out.get("tools") or inside}
+    return {"system": texts[0] if texts else None, "tools": out.get("tools") or inside}
 
 
 def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:
@@ -75,17 +75,17 @@ def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:
 
 def _prompt(row: Row, sides: tuple, of_trl: bool, mask_turns: bool) -> tuple[Row | None, set[str]]:
     """As Found; None where nobody asks anything."""
-    given = next((row[name] for name in ("prompt", "conversations") if _says(row.get(name))), None)
+    prompt = next((row[name] for name in ("prompt", "conversations") if _says(row.get(name))), None)
     texts = all(isinstance(side, str) for side in sides)
     if any(map(_opens_with_user, sides)):
-        return _with_history(row, [], sides) if mask_turns and given is None else ({}, set())
-    if of_trl and given is not None:
+        return _with_history(row, [], sides) if mask_turns and prompt is None else ({}, set())
+    if of_trl and prompt is not None:
         if not mask_turns:
             return {}, set()
-        if not isinstance(given, str):
-            return _with_history(row, messages_in(given), sides)
+        if not isinstance(prompt, str):
+            return _with_history(row, messages_in(prompt), sides)
         if texts and not {*SYSTEMS, "history"} & set(row):
-            _refuse_contradiction(row, given, sides[0])
+            _refuse_contradiction(row, prompt, sides[0])
             return {}, set()
     base, columns = question(row, sides[0])
     if not base or _ask_themselves(sides, base):
@@ -138,8 +138,8 @@ def _refuse_contradiction(row: Row, prompt: str, answer: str) -> None:
     """Plain texts beside a conversation of other words in `messages`, `trajectory` or `context`."""
     for name in ("messages", "trajectory", "context"):
         turns = [m for m in messages_in(row.get(name)) if role_of(m) != "system"]
-        said = [text_in(m.get("content", m.get("value"))).strip() for m in turns]
-        if turns and said not in ([prompt.strip()], [prompt.strip(), answer.strip()]):
+        texts = [text_in(m.get("content", m.get("value"))).strip() for m in turns]
+        if turns and texts not in ([prompt.strip()], [prompt.strip(), answer.strip()]):
             raise DropPair(f"both prompt and {name}, which differ: keep one")
 
 
@@ -163,7 +163,7 @@ def _ask_themselves(sides: tuple, base: list[Message]) -> bool:
     if not asked or not all(isinstance(side, list) for side in sides):
         return False
     both = [[m for m in normalize_messages(side) if m["role"] == "user"] for side in sides]
-    return all(said and same_message(said[0], asked[0]) for said in both)
+    return all(turns and same_message(turns[0], asked[0]) for turns in both)
 
 
 def refuse_no_pairs(columns: Iterable[str], name: str) -> None:
@@ -178,15 +178,15 @@ def look(rows: Iterable[Row], name: str, mask_turns: bool = True) -> tuple[set[s
     where in most of them the question may be in a column that nothing reads."""
     used, talks, unread, seen, formed = set(COLUMNS), False, [], 0, False
     for seen, row in enumerate(rows, 1):
-        found, formed = row, formed or sides_form(row) is not None
+        preference, formed = row, formed or sides_form(row) is not None
         try:
-            found = as_preference(row, mask_turns)
-            used |= found["used"]
+            preference = as_preference(row, mask_turns)
+            used |= preference["used"]
         except Unread as reason:
             unread.append(str(reason))
         except DropPair:
             pass
-        talks |= any(isinstance(found.get(name), list | dict) for name in COLUMNS[:5])
+        talks |= any(isinstance(preference.get(name), list | dict) for name in COLUMNS[:5])
         if seen == LOOKED_AT:
             break
     if seen and not formed:

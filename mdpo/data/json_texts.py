@@ -29,7 +29,7 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def parsed(value: Any, what: str) -> Any:
+def parsed(value: Any, name: str) -> Any:
     """A text as JSON, also where it was encoded several times; anything else as it is. Raises DropPair."""
     for _ in range(DEPTH):
         if not isinstance(value, str):
@@ -37,8 +37,8 @@ def parsed(value: Any, what: str) -> Any:
         try:
             value = json.loads(value or "null")
         except NOT_JSON as e:
-            raise DropPair(f"{what} are not JSON") from e
-    raise DropPair(f"{what} are JSON inside JSON, more than {DEPTH} times")
+            raise DropPair(f"{name} are not JSON") from e
+    raise DropPair(f"{name} are JSON inside JSON, more than {DEPTH} times")
 
 
 def unfolded(text: str) -> Any:
@@ -59,5 +59,5 @@ def begun(text: str) -> tuple[str, str]:
     """Of a text that is no JSON: (the first role in it, in lower case, the quotation mark) where it begins as a list of
     messages or one message would; two empty texts where it does not."""
     begins = BEGINS.match(text)
-    found = begins and KEY.search(text[:10_000])
-    return (found[1].lower(), "'" if "'" in begins[0] else '"') if found else ("", "")
+    role = begins and KEY.search(text[:10_000])
+    return (role[1].lower(), "'" if "'" in begins[0] else '"') if role else ("", "")

@@ -45,31 +45,31 @@ class Named:
 
 def named(message: Any) -> Named:
     """Raises DropPair for what is no message, or has a role that nobody knows."""
-    rest = _unwrapped(message)
-    kind = rest.get("type")
-    if kind in ITEMS and ("role" not in rest or "content" not in rest):
-        return _item(rest, kind)
-    key = next((k for k in SPEAKERS if k in rest), None)
+    fields = _unwrapped(message)
+    kind = fields.get("type")
+    if kind in ITEMS and ("role" not in fields or "content" not in fields):
+        return _item(fields, kind)
+    key = next((k for k in SPEAKERS if k in fields), None)
     if key is None and isinstance(kind, str) and kind.lower() in ALIASES:
         key = "type"
-    given = rest.pop(key) if key else None
+    given = fields.pop(key) if key else None
     role = ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
         raise DropPair(_unknown(given, kind, message))
-    if str(rest.get("type")).lower() in ("message", "chat", *ALIASES):
-        typed = rest.pop("type")
-        rest = {k: v for k, v in rest.items() if typed != "message" or k not in BOOKKEEPING}
-    source = next((k for k in CONTENTS if k in rest), None)
-    found = Named(role, rest.pop(source) if source else "", rest=rest, missing=source is None)
-    found.calls = _calls(rest)
-    if isinstance(rest.get("refusal"), str) and not found.content:
-        found.content = rest.pop("refusal")
+    if str(fields.get("type")).lower() in ("message", "chat", *ALIASES):
+        typed = fields.pop("type")
+        fields = {k: v for k, v in fields.items() if typed != "message" or k not in BOOKKEEPING}
+    source = next((k for k in CONTENTS if k in fields), None)
+    translated = Named(role, fields.pop(source) if source else "", rest=fields, missing=source is None)
+    translated.calls = _calls(fields)
+    if isinstance(fields.get("refusal"), str) and not translated.content:
+        translated.content = fields.pop("refusal")
     if role == CALL:
-        found.role, found.item, found.content, given = "assistant", CALL, "", found.content
-        if found.calls is not None:
+        translated.role, translated.item, translated.content, given = "assistant", CALL, "", translated.content
+        if translated.calls is not None:
             raise DropPair("both tool_calls and function_call")
-        found.calls = given
-    return found
+        translated.calls = given
+    return translated
 
 
 def _unwrapped(message: Any) -> dict[str, Any]:
@@ -84,21 +84,21 @@ def _unwrapped(message: Any) -> dict[str, Any]:
     return {k: v for k, v in message.items() if v is not None}
 
 
-def _calls(rest: dict[str, Any]) -> Any:
+def _calls(fields: dict[str, Any]) -> Any:
     """The tool calls of a message: OpenAI's, its earlier `function_call`, or LangChain's copy of either."""
-    also = rest.get("additional_kwargs")
-    if isinstance(also, dict) and not any(rest.get(k) for k in CALLS):
-        rest.update({k: also[k] for k in CALLS if also.get(k)})
-    calls, call = rest.pop("tool_calls", None), rest.pop("function_call", None)
+    additional = fields.get("additional_kwargs")
+    if isinstance(additional, dict) and not any(fields.get(k) for k in CALLS):
+        fields.update({k: additional[k] for k in CALLS if additional.get(k)})
+    calls, call = fields.pop("tool_calls", None), fields.pop("function_call", None)
     if calls and call is not None:
         raise DropPair("both tool_calls and function_call")
     return calls if call is None else call
 
 
-def _item(rest: dict[str, Any], kind: str) -> Named:
+def _item(fields: dict[str, Any], kind: str) -> Named:
     """An item of OpenAI's Responses that has no role."""
-    call_id = rest.get("call_id") or rest.get("id")
-    others = {k: v for k, v in rest.items() if k not in (*BOOKKEEPING, "role")}
+    call_id = fields.get("call_id") or fields.get("id")
+    others = {k: v for k, v in fields.items() if k not in (*BOOKKEEPING, "role")}
     if kind == CALL:
         call = {"id": call_id, "type": "function", "name": others.pop("name", None)}
         return Named("assistant", calls=[{**call, "arguments": others.pop("arguments", None)}], rest=others, item=CALL)
@@ -109,9 +109,9 @@ def _item(rest: dict[str, Any], kind: str) -> Named:
     return Named("tool", others.pop("output", ""), rest={**others, **({"tool_call_id": call_id} if call_id else {})})
 
 
-def _unknown(given: Any, kind: Any, message: dict[str, Any]) -> str:
-    if given is not None:
-        return f"unknown role: {str(given)[:40]}"
+def _unknown(speaker: Any, kind: Any, message: dict[str, Any]) -> str:
+    if speaker is not None:
+        return f"unknown role: {str(speaker)[:40]}"
     if isinstance(kind, str):
         return f"unknown role: None (an item {{type: {kind[:40]}}})"
     return f"unknown role: None (message has keys: {', '.join(sorted(map(str, message)))[:80]})"
@@ -128,10 +128,10 @@ def _tells(value: Any) -> bool:
     if not isinstance(value, dict) or not (SPOKEN & set(value) or str(value.get("type")).lower() in PEOPLE):
         return False
     try:
-        found = named(value)
+        message = named(value)
     except DropPair:
         return False
-    return not found.missing or bool(found.calls or found.item)
+    return not message.missing or bool(message.calls or message.item)
 
 
 def role_of(message: Any) -> str | None:
@@ -157,7 +157,7 @@ def conversation(value: Any) -> Any:
     return found if are_messages(found) else value
 
 
-def refuse_broken(value: Any, what: str) -> None:
+def refuse_broken(value: Any, column: str) -> None:
     """Raises DropPair for a text that begins as messages do, with a known role, and is not JSON: cut, or written by
     Python's repr. An answer that is cut JSON of another kind, or code, is a text like any other."""
     role, mark = (
@@ -166,5 +166,5 @@ def refuse_broken(value: Any, what: str) -> None:
     if role not in ALIASES or unfolded(value) is not None:
         return
     if mark == "'":
-        raise DropPair(f"{what} is messages as Python writes them, not JSON: write it with json.dumps")
-    raise DropPair(f"{what} begins as messages in JSON and is not JSON")
+        raise DropPair(f"{column} is messages as Python writes them, not JSON: write it with json.dumps")
+    raise DropPair(f"{column} begins as messages in JSON and is not JSON")

@@ -74,8 +74,10 @@ def read_messages(messages: list[Message], where: str = "") -> Conversation:
 
 def same_message(a: Message, b: Message) -> bool:
     """Whether two normalized messages say the same, white space around it, ids of calls and other fields aside."""
-    (said, calls), (also, others) = ((m["content"].strip(), m.get("tool_calls", ())) for m in (a, b))
-    return (a["role"], said) == (b["role"], also) and [c["function"] for c in calls] == [c["function"] for c in others]
+    (text, calls), (other_text, other_calls) = ((m["content"].strip(), m.get("tool_calls", ())) for m in (a, b))
+    return (a["role"], text) == (b["role"], other_text) and [c["function"] for c in calls] == [
+        c["function"] for c in other_calls
+    ]
 
 
 def _place(where: str, number: int) -> str:
@@ -105,77 +107,79 @@ def _empty(message: Message) -> str:
         return ""
     if role != "assistant":
         return "" if content.strip() else "empty or missing content"
-    thought, _, said = content.rpartition("</think>")
-    if said.strip():
+    thought, _, answer = content.rpartition("</think>")
+    if answer.strip():
         return ""
-    alone = thought.replace("<think>", "").strip() or any(message.get(name) for name in THOUGHTS)
-    return "an assistant turn of thoughts alone" if alone else "an empty assistant turn"
+    thoughts_alone = thought.replace("<think>", "").strip() or any(message.get(name) for name in THOUGHTS)
+    return "an assistant turn of thoughts alone" if thoughts_alone else "an empty assistant turn"
 
 
 def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
     """The messages that an entry stands for."""
-    found = named(message)
-    weight = turn_weight(found.rest, found.role, out.unread)
-    for name, value in found.rest.items():
-        nothing = value is False or value in ("", [], {})
-        if not nothing and name not in READ and (name, found.role) != ("name", "tool"):
+    entry = named(message)
+    weight = turn_weight(entry.rest, entry.role, out.unread)
+    for name, value in entry.rest.items():
+        empty = value is False or value in ("", [], {})
+        if not empty and name not in READ and (name, entry.role) != ("name", "tool"):
             out.unread[name] = None
-    if isinstance(found.content, str) and found.role != "tool":
-        if listed := parts_as_text(found.content):
-            found.content = listed
+    if isinstance(entry.content, str) and entry.role != "tool":
+        if listed := parts_as_text(entry.content):
+            entry.content = listed
             out.remarks[JSON_PARTS] = None
-    if found.role == "tool" and are_results(found.content):
-        found.role = "user"  # Anthropic's blocks, in the message of their own that other formats have
-    if found.role == "tool":
-        if found.missing and set(found.rest) - {"name", "id", "tool_call_id"}:
-            raise DropPair(f"empty or missing content (message has keys: {', '.join(sorted(found.rest))[:80]})")
-        read = [{"content": tool_output(found.content)}]
-    elif found.role == "assistant":
-        read = [_assistant(found, out)]
+    if entry.role == "tool" and are_results(entry.content):
+        entry.role = "user"  # Anthropic's blocks, in the message of their own that other formats have
+    if entry.role == "tool":
+        if entry.missing and set(entry.rest) - {"name", "id", "tool_call_id"}:
+            raise DropPair(f"empty or missing content (message has keys: {', '.join(sorted(entry.rest))[:80]})")
+        read = [{"content": tool_output(entry.content)}]
+    elif entry.role == "assistant":
+        read = [_assistant(entry, out)]
     else:
-        read = _others(found, out)
-    turns = [fields if "role" in fields else {"role": found.role, **found.rest, **fields} for fields in read]
+        read = _others(entry, out)
+    turns = [fields if "role" in fields else {"role": entry.role, **entry.rest, **fields} for fields in read]
     if not all(is_text(turn["content"]) for turn in turns):
         raise DropPair("content is not text")
-    return [_Turn(turn, number, weight, found.item) for turn in turns]
+    return [_Turn(turn, number, weight, entry.item) for turn in turns]
 
 
-def _assistant(found: Named, out: Conversation) -> dict[str, Any]:
+def _assistant(entry: Named, out: Conversation) -> dict[str, Any]:
     """An answer's fields. Templates write thoughts, then the text, then calls: pieces in another order would be
     trained on in an order in which nobody sampled them."""
     order = {"thought": 0, "text": 1, "call": 2}
-    said: dict[str, list] = {kind: [] for kind in order}
+    by_kind: dict[str, list] = {kind: [] for kind in order}
     last = "thought"
-    for kind, value in _known(pieces(found.content), out):
+    for kind, value in _known(pieces(entry.content), out):
         if kind not in order:
             raise DropPair("a tool's output in an assistant message")
         if order[kind] < order[last] and value:
             raise DropPair(f"a {kind} behind a {last}, which chat templates write the other way round")
         last = kind if value else last
-        said[kind].append(value)
-    fields: dict[str, Any] = {"content": "".join(said["text"])}
-    if thoughts := "\n".join(filter(None, said["thought"])):
-        if found.rest.get("reasoning_content", thoughts) != thoughts:
+        by_kind[kind].append(value)
+    fields: dict[str, Any] = {"content": "".join(by_kind["text"])}
+    if thoughts := "\n".join(filter(None, by_kind["thought"])):
+        if entry.rest.get("reasoning_content", thoughts) != thoughts:
             raise DropPair("both reasoning_content and thoughts in the content")
         fields["reasoning_content"] = thoughts
         out.unread["reasoning_content"] = None
-    calls, others = (read_calls(of) if of else [] for of in (found.calls, said["call"]))
-    if calls and others and [c["function"] for c in calls] != [c["function"] for c in others]:  # LangChain has both
+    calls, content_calls = (read_calls(raw) if raw else [] for raw in (entry.calls, by_kind["call"]))
+    if (
+        calls and content_calls and [c["function"] for c in calls] != [c["function"] for c in content_calls]
+    ):  # LangChain has both
         raise DropPair("both tool_calls and calls in the content, which differ")
-    fields |= {"tool_calls": calls or others} if calls or others else {}
+    fields |= {"tool_calls": calls or content_calls} if calls or content_calls else {}
     return fields
 
 
-def _others(found: Named, out: Conversation) -> list[dict[str, Any]]:
+def _others(entry: Named, out: Conversation) -> list[dict[str, Any]]:
     """The fields of a user's or system's message, and of the tool outputs that stand in it (Anthropic, Gemini)."""
     read: list[dict[str, Any]] = []
-    if found.calls:
-        raise DropPair(f"tool calls in a {found.role} message")
-    for kind, value in _known(pieces(found.content), out):
-        if kind == "output" and found.role == "user":
+    if entry.calls:
+        raise DropPair(f"tool calls in a {entry.role} message")
+    for kind, value in _known(pieces(entry.content), out):
+        if kind == "output" and entry.role == "user":
             read.append({"role": "tool", **{k: v for k, v in value.items() if v is not None}})
         elif kind != "text":
-            raise DropPair(f"a {kind} in a {found.role} message")
+            raise DropPair(f"a {kind} in a {entry.role} message")
         elif read and "role" not in read[-1]:
             read[-1]["content"] += value
         else:
@@ -185,10 +189,10 @@ def _others(found: Named, out: Conversation) -> list[dict[str, Any]]:
     return [f for f in read if not outputs or "role" in f or f["content"].strip()] or [{"content": ""}]
 
 
-def _known(found, out: Conversation) -> list[Piece]:
+def _known(content, out: Conversation) -> list[Piece]:
     """Pieces without those that no template shows, which are named."""
     known = []
-    for kind, value in found:
+    for kind, value in content:
         if kind == "lost":
             out.unread[value] = None
         else:

@@ -80,12 +80,12 @@ def refuse_long_rows(rows, name: str, limit: int | None, args) -> None:
         return
     multiple = args.pad_to_multiple_of or 1
     most = limit // multiple * multiple  # with padding a row may only be so long
-    what = (
+    advice = (
         f"the model has {limit} positions and no more. Set max_length: {most} or less, which drops and counts others."
     )
     if not isinstance(rows, Dataset):
         if args.max_length is None or args.max_length > most:
-            raise UserError(f"max_length: {args.max_length} for the stream {name}, but {what}")
+            raise UserError(f"max_length: {args.max_length} for the stream {name}, but {advice}")
         return
     longest = side_lengths(rows).max(1, initial=0)
     if over := int((longest > most).sum()):
@@ -93,7 +93,7 @@ def refuse_long_rows(rows, name: str, limit: int | None, args) -> None:
         key = rows[row]["key"] if "key" in rows.column_names else f"number {row}"
         raise UserError(
             f"max_length: {over} of {len(rows)} pairs of {name} have a side of more than {most} tokens, the longest "
-            f"one, {longest[row]} in {key}; {what}"
+            f"one, {longest[row]} in {key}; {advice}"
         )
 
 

@@ -124,7 +124,7 @@ def checked_precision(recipe, config) -> Precision:
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    found = Precision.of(args, dtype, recipe.model.use_peft)
-    if why := without_master(args, found.trained):
+    precision = Precision.of(args, dtype, recipe.model.use_peft)
+    if why := without_master(args, precision.trained):
         raise UserError(why)
-    return found
+    return precision

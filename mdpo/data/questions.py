@@ -19,9 +19,13 @@ def messages_in(value: Any) -> list[Message]:
 
 def rounds_in(value: Any) -> list[Message]:
     """Pairs of [question, answer], as LLaMA-Factory and ms-swift write a history."""
-    found = isinstance(value, list) and all(isinstance(r, list | tuple) and len(r) == 2 for r in value)
+    are_rounds = isinstance(value, list) and all(isinstance(r, list | tuple) and len(r) == 2 for r in value)
     roles = ("user", "assistant")
-    return [{"role": r, "content": t} for turn in value for r, t in zip(roles, turn, strict=True) if t] if found else []
+    return (
+        [{"role": r, "content": t} for turn in value for r, t in zip(roles, turn, strict=True) if t]
+        if are_rounds
+        else []
+    )
 
 
 def text_in(value: Any) -> str:
@@ -54,13 +58,13 @@ def history(row: Row) -> list[Message]:
 def prompt_turns(row: Row) -> list[Message]:
     """Messages, or a text that HelpSteer2's marks part into turns: <extra_id_1>, the role, a line break. Raises
     DropPair."""
-    if found := messages_in(row.get("prompt")):
-        return found
+    if messages := messages_in(row.get("prompt")):
+        return messages
     first, *others = text_in(row.get("prompt")).split("<extra_id_1>")
-    said = [("User", "", first), *(turn.partition("\n") for turn in others)]
-    if any(role not in ("User", "Assistant") for role, _, _ in said):
+    parts = [("User", "", first), *(turn.partition("\n") for turn in others)]
+    if any(role not in ("User", "Assistant") for role, _, _ in parts):
         raise DropPair("<extra_id_1> in prompt without User or Assistant behind it")
-    return [{"role": role.lower(), "content": text.strip("\n")} for role, _, text in said] if others else []
+    return [{"role": role.lower(), "content": text.strip("\n")} for role, _, text in parts] if others else []
 
 
 # In order: those that hold turns, then those that hold the user's next words. A user turn of the first kind that the
@@ -115,12 +119,12 @@ def question(row: Row, answer: Any = None) -> tuple[list[Message], set[str]]:
 
 def _one_list(row: Row, answer: Any) -> tuple[list[Message], str]:
     """The messages of the columns of LISTS but history, which all say the same, and one of their names."""
-    found: dict[str, list[Message]] = {}
+    by_column: dict[str, list[Message]] = {}
     for form in LISTS[:-1]:
         if messages := form.read(row):
-            found[form.columns[0]] = _without_answer(messages, answer)
+            by_column[form.columns[0]] = _without_answer(messages, answer)
     base, name = [], ""
-    for other, messages in found.items():
+    for other, messages in by_column.items():
         if base and not (len(base) == len(messages) and begins(base, messages)):
             raise DropPair(f"both {name} and {other}, which differ: keep one, or write `prompt`")
         base, name = base or messages, name or other
@@ -129,30 +133,30 @@ def _one_list(row: Row, answer: Any) -> tuple[list[Message], str]:
 
 def _without_answer(messages: list[Message], answer: Any) -> list[Message]:
     """A conversation that ends with the chosen answer, as SFT data has it, up to there."""
-    given = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    given = normalize_messages(given if isinstance(given, list) else [given])
-    start, end = messages[: -len(given)], normalize_messages(messages)[-len(given) :]
-    if start and len(end) == len(given) and role_of(end[0]) == "assistant" and all(map(same_message, end, given)):
+    answers = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    answers = normalize_messages(answers if isinstance(answers, list) else [answers])
+    start, end = messages[: -len(answers)], normalize_messages(messages)[-len(answers) :]
+    if start and len(end) == len(answers) and role_of(end[0]) == "assistant" and all(map(same_message, end, answers)):
         return start
     return messages
 
 
 def _one_text(row: Row) -> tuple[Message | None, set[str]]:
-    found: dict[str, Message] = {}
+    by_column: dict[str, Message] = {}
     prompt = [form for form in TEXTS if form.columns == ("prompt",) and form.read(row)]  # the name that is meant for it
     for form in prompt or TEXTS:
-        if form.columns[0] == "input" and "instruction" in found:
+        if form.columns[0] == "input" and "instruction" in by_column:
             continue
         for message in form.read(row)[-1:]:
-            found[form.columns[0]] = message
-    if found and not prompt and text_in(row.get("context")):
-        both = f"both {' and '.join(found)} and context"
+            by_column[form.columns[0]] = message
+    if by_column and not prompt and text_in(row.get("context")):
+        both = f"both {' and '.join(by_column)} and context"
         raise DropPair(f"{both} hold text: write both into `prompt`", both)
-    said = {m["content"].strip() for m in found.values()}
-    if len(said) > 1:
-        raise DropPair(f"both {' and '.join(found)}, which differ: keep one, or write `prompt`")
-    columns = {column for form in TEXTS if form.columns[0] in found for column in (*form.columns, *form.also)}
-    return next(iter(found.values()), None), columns & set(row)
+    texts = {m["content"].strip() for m in by_column.values()}
+    if len(texts) > 1:
+        raise DropPair(f"both {' and '.join(by_column)}, which differ: keep one, or write `prompt`")
+    columns = {column for form in TEXTS if form.columns[0] in by_column for column in (*form.columns, *form.also)}
+    return next(iter(by_column.values()), None), columns & set(row)
 
 
 def begins(messages: list[Message], start: list[Message]) -> bool:

@@ -42,15 +42,15 @@ class DataReport:
         return {int(self.max_length * x): int((longest > int(self.max_length * x)).sum()) for x in LENGTHS}
 
     def warnings(self) -> list[str]:
-        found = list(self.notes)
+        lines = list(self.notes)
         accuracy = self.training.get("longer_wins")
         if accuracy is not None and not SUSPICIOUS[0] <= accuracy <= SUSPICIOUS[1]:
             which = "longer" if accuracy > 0.5 else "shorter"
-            found.append(
+            lines.append(
                 f"the side that the policy wrote more on wins in {accuracy:.0%} of the pairs: preferring the {which} "
                 "side is a shortcut. Balance lengths, or use a length-normalized loss or length_penalty."
             )
-        return found
+        return lines
 
     def refuse_bad_rows(self, on_bad_rows: str, max_bad_fraction: float) -> None:
         """Raises UserError where a set lost more rows than the recipe allows."""
@@ -88,9 +88,9 @@ class DataReport:
                 console.print("\n".join(lines), soft_wrap=True, markup=False)
         for columns, names in _by_value(self.unused).items():
             console.print(f"columns not used: {columns} (of {names})", soft_wrap=True, markup=False)
-        for name, found in (("training", self.training), ("held-out", self.held_out)):
-            if found:
-                console.print(_lengths_table(name, found))
+        for name, description in (("training", self.training), ("held-out", self.held_out)):
+            if description:
+                console.print(_lengths_table(name, description))
         if self.training:
             console.print(_sentences(self.training, self.costs()), soft_wrap=True)
         for line in self.warnings():
@@ -99,11 +99,12 @@ class DataReport:
 
 def _by_value(unused: dict[str, list[str]]) -> dict[str, str]:
     """columns -> the sets that have them."""
-    found: dict[str, list[str]] = {}
+    by_columns: dict[str, list[str]] = {}
     for name, columns in unused.items():
-        found.setdefault(", ".join(columns), []).append(name)
+        by_columns.setdefault(", ".join(columns), []).append(name)
     return {
-        columns: "all sets" if len(names) == len(unused) > 1 else ", ".join(names) for columns, names in found.items()
+        columns: "all sets" if len(names) == len(unused) > 1 else ", ".join(names)
+        for columns, names in by_columns.items()
     }
 
 
@@ -119,23 +120,25 @@ def _rows_table(counts: dict[str, DropCounts]) -> Table:
     return table
 
 
-def _lengths_table(name: str, found: dict[str, Any]) -> Table:
-    table = Table(title=f"{found['pairs']:,} {name} pairs")
+def _lengths_table(name: str, description: dict[str, Any]) -> Table:
+    table = Table(title=f"{description['pairs']:,} {name} pairs")
     table.add_column("a side")
     for side in SIDES:
-        for what in ("mean", "p50", "p95", "max"):
-            table.add_column(f"{side}\n{what}" if what == "mean" else f"\n{what}", justify="right")
+        for statistic in ("mean", "p50", "p95", "max"):
+            table.add_column(f"{side}\n{statistic}" if statistic == "mean" else f"\n{statistic}", justify="right")
     for quantity in QUANTITIES:
-        cells = [found[quantity][side][what] for side in SIDES for what in ("mean", "p50", "p95", "max")]
+        cells = [
+            description[quantity][side][statistic] for side in SIDES for statistic in ("mean", "p50", "p95", "max")
+        ]
         table.add_row(quantity, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
     return table
 
 
-def _sentences(found: dict[str, Any], costs: dict[int, int]) -> str:
+def _sentences(description: dict[str, Any], costs: dict[int, int]) -> str:
     lines = [
-        f"{found['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is the "
-        f"longer one in {found['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
-        f"{found['longer_wins']:.0%} (ties one half)"
+        f"{description['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is the "
+        f"longer one in {description['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
+        f"{description['longer_wins']:.0%} (ties one half)"
     ]
     if costs:
         lines.append(
@@ -148,24 +151,27 @@ def describe(rows: Dataset) -> dict[str, Any]:
     """Of a tokenized set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
     the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
     `longer_wins`, the accuracy of preferring the longer side, ties counting one half."""
-    found = {what: np.zeros((len(rows), 2), np.int64) for what in ("turns", "tokens", "supervised")}
+    quantities = {quantity: np.zeros((len(rows), 2), np.int64) for quantity in ("turns", "tokens", "supervised")}
     begin = 0
     columns = [f"{side}_mask" for side in SIDES]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for i, name in enumerate(columns):
             turns, tokens, supervised = _runs(table.column(name).combine_chunks())
-            for what, values in (("turns", turns), ("tokens", tokens), ("supervised", supervised)):
-                found[what][begin : begin + len(values), i] = values
+            for quantity, values in (("turns", turns), ("tokens", tokens), ("supervised", supervised)):
+                quantities[quantity][begin : begin + len(values), i] = values
         begin += len(table)
     shared = np.asarray(rows["shared_len"], np.int64)
-    found |= {"context": found["tokens"] - found["supervised"], "shared": np.stack([shared, shared], 1)}
-    by = found["supervised"][:, 0] - found["supervised"][:, 1]
+    quantities |= {"context": quantities["tokens"] - quantities["supervised"], "shared": np.stack([shared, shared], 1)}
+    difference = quantities["supervised"][:, 0] - quantities["supervised"][:, 1]
     return {
         "pairs": len(rows),
-        **{what: {side: _summary(found[what][:, i]) for i, side in enumerate(SIDES)} for what in QUANTITIES},
-        "share_supervised": float(found["supervised"].sum() / found["tokens"].sum()),
-        "longer_is_chosen": float((by > 0).mean()),
-        "longer_wins": float((by > 0).mean() + (by == 0).mean() / 2),
+        **{
+            quantity: {side: _summary(quantities[quantity][:, i]) for i, side in enumerate(SIDES)}
+            for quantity in QUANTITIES
+        },
+        "share_supervised": float(quantities["supervised"].sum() / quantities["tokens"].sum()),
+        "longer_is_chosen": float((difference > 0).mean()),
+        "longer_wins": float((difference > 0).mean() + (difference == 0).mean() / 2),
     }
 
 

@@ -37,19 +37,19 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
     `mask_turns` False it is TRL's: the turns (or characters) that both sides begin with. With `mask_turns`, messages
     behind the last answer are left out.
     """
-    given, row = row, as_preference(row, mask_turns)
-    for name in (name for name in given if name in row["used"]):
-        refuse_broken(given[name], name)
+    original, row = row, as_preference(row, mask_turns)
+    for name in (name for name in original if name in row["used"]):
+        refuse_broken(original[name], name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
         if not side:
             raise DropPair(f"not a pair: {name} is {'empty' if side in ('', [], {}) else kind_of(side)}")
-    if any(isinstance(given.get(name), str) and isinstance(row[name], list) for name in ("chosen", "rejected")):
+    if any(isinstance(original.get(name), str) and isinstance(row[name], list) for name in ("chosen", "rejected")):
         row["remarks"].append(FROM_JSON)
     if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
         return _strings(row, prompt, sides)
     extra = {**_for_template(row), "margin": _margin(row)}
-    both, weights, n, told = _conversations(prompt, sides, mask_turns, different_prompts)
+    both, weights, n, notes = _conversations(prompt, sides, mask_turns, different_prompts)
     if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
         raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
                         "mask_user_turns: true.", "weight")  # fmt: skip
@@ -62,8 +62,8 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
         weights = [[1.0, *side] if side else [] for side in weights]
     if not n:  # without turn masks: what both sides begin with
         raise DropPair("the prompt is empty: the sides begin with no message in common")
-    remarks = row["remarks"] + list(told.remarks)
-    return Pair(*both, n, weights=tuple(weights), remarks=remarks, unread=list(told.unread), **extra)
+    remarks = row["remarks"] + list(notes.remarks)
+    return Pair(*both, n, weights=tuple(weights), remarks=remarks, unread=list(notes.unread), **extra)
 
 
 def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: bool):
@@ -76,8 +76,8 @@ def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: boo
     asked, remarks = read_messages(prompt or [], "prompt"), []
     if asked.messages or (prompt is not None and not mask_turns):
         prompt, n = asked.messages, len(asked.messages)
-        found = [_behind(prompt, *side, once=mask_turns) for side in zip(both, weights, strict=True)]
-        both, weights = [side for side, _ in found], [w for _, w in found]
+        conversations = [_behind(prompt, *side, once=mask_turns) for side in zip(both, weights, strict=True)]
+        both, weights = [side for side, _ in conversations], [w for _, w in conversations]
         remarks += [NO_USER] if not any(m["role"] == "user" for m in both[0]) else []
     elif mask_turns:
         both, n, remarks = _shared_context(both, different_prompts)
@@ -86,14 +86,14 @@ def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: boo
     if mask_turns:
         ends = [_last_answer(side, n) + 1 for side in both]
         remarks += [TRAILING] if any(end < len(side) for end, side in zip(ends, both, strict=True)) else []
-        both, weights = ([of[:end] for of, end in zip(each, ends, strict=True)] for each in (both, weights))
+        both, weights = ([side[:end] for side, end in zip(each, ends, strict=True)] for each in (both, weights))
     if any(w not in (0, 1) for side in (*weights, asked.weights) for w in side[:n]):
         raise DropPair("a weight in the prompt, which is not supervised")
-    told = Conversation(remarks=dict.fromkeys(remarks))
+    notes = Conversation(remarks=dict.fromkeys(remarks))
     for part in (asked, *read):
-        told.unread |= part.unread
-        told.remarks |= part.remarks
-    return both, weights, n, told
+        notes.unread |= part.unread
+        notes.remarks |= part.remarks
+    return both, weights, n, notes
 
 
 def _shared_context(both: Sides, different: bool) -> tuple[Sides, int, list[str]]:
@@ -130,10 +130,10 @@ def _last_answer(side: list[Message], n: int) -> int:
 
 
 def _prompt(row: dict[str, Any]) -> str | list[Message] | None:
-    given = [row[name] for name in ("prompt", "conversations") if row.get(name) not in (None, [], {})]
-    if len(given) > 1 and not _same(*given):
+    prompts = [row[name] for name in ("prompt", "conversations") if row.get(name) not in (None, [], {})]
+    if len(prompts) > 1 and not _same(*prompts):
         raise DropPair("both prompt and conversations, which differ")
-    prompt = given[0] if given else row.get("prompt")
+    prompt = prompts[0] if prompts else row.get("prompt")
     if prompt is not None and not isinstance(prompt, str | list | dict):
         raise DropPair("prompt is neither text nor messages")
     return ([prompt] if prompt else None) if isinstance(prompt, dict) else prompt
@@ -207,11 +207,11 @@ def _question(prompt: str, sides: list[list[Message]]) -> list[Message] | None:
 
 def _margin(row: dict[str, Any]) -> float | None:
     """`margin`, else by how much the chosen side's score is higher, where both have one."""
-    given = [row.get(name) for name in ("margin", "score_chosen", "score_rejected")]
-    for name, value in zip(("margin", "score_chosen", "score_rejected"), given, strict=True):
+    values = [row.get(name) for name in ("margin", "score_chosen", "score_rejected")]
+    for name, value in zip(("margin", "score_chosen", "score_rejected"), values, strict=True):
         if value is not None and not _finite(value):
             raise DropPair(f"{name} is {kind_of(value)}, not a finite number")
-    margin, better, worse = given
+    margin, better, worse = values
     if margin is None and better is not None and worse is not None:
         margin = float(better) - float(worse)
         if not math.isfinite(margin):

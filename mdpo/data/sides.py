@@ -45,38 +45,38 @@ def one_of_two(name: str, first: Any) -> Callable[[Row], float]:
 
 def winner(row: Row) -> float:
     """Arena's column: model_a, model_b, or a tie of some kind."""
-    said = str(row["winner"]).lower()
-    if said.startswith(("tie", "both")):
+    verdict = str(row["winner"]).lower()
+    if verdict.startswith(("tie", "both")):
         return 0.0
-    if said not in ("model_a", "model_b"):
-        raise DropPair(f"winner is neither model_a nor model_b nor a tie: {said[:40]}")
-    return -1.0 if said == "model_a" else 1.0
+    if verdict not in ("model_a", "model_b"):
+        raise DropPair(f"winner is neither model_a nor model_b nor a tie: {verdict[:40]}")
+    return -1.0 if verdict == "model_a" else 1.0
 
 
 def _arena_texts(row: Row) -> Row:
     """LMSYS' rows: prompt, response_a and response_b are JSON lists of texts, a turn each."""
     verdict = lambda row: number(row, "winner_model_b") - number(row, "winner_model_a")  # noqa: E731
-    found = judged("response_a", "response_b", verdict)(row)
+    pair = judged("response_a", "response_b", verdict)(row)
     asked = _texts(row.get("prompt"))
-    both = {side: _texts(found[side]) for side in ("chosen", "rejected")}
+    both = {side: _texts(pair[side]) for side in ("chosen", "rejected")}
     if asked is None or None in both.values():
-        return found
+        return pair
     if any(len(answers) != len(asked) for answers in both.values()):
         raise DropPair("prompt and responses have different numbers of turns")
     roles = ("user", "assistant")
     return {
-        side: [{"role": r, "content": t} for turn in zip(asked, said, strict=True) for r, t in zip(roles, turn)]  # noqa: B905
-        for side, said in both.items()
+        side: [{"role": r, "content": t} for turn in zip(asked, answers, strict=True) for r, t in zip(roles, turn)]  # noqa: B905
+        for side, answers in both.items()
     } | {"prompt": None}
 
 
 def _texts(value: Any) -> list[str] | None:
     """A JSON list of texts, as LMSYS writes one; None for anything else."""
     try:
-        found = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+        texts = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) and found and all(isinstance(t, str | None) for t in found) else None
+    return texts if isinstance(texts, list) and texts and all(isinstance(t, str | None) for t in texts) else None
 
 
 def after_last_user(row: Row) -> Row:
@@ -95,13 +95,13 @@ def after_last_user(row: Row) -> Row:
 
 def completions(row: Row) -> Row:
     """The best against the worst of `completions`: by rank (NeMo-RL, 0 is best) or by score (UltraFeedback)."""
-    given = row["completions"]
-    if not isinstance(given, list) or not all(isinstance(c, dict) for c in given):
+    candidates = row["completions"]
+    if not isinstance(candidates, list) or not all(isinstance(c, dict) for c in candidates):
         raise DropPair("completions is not a list of objects")
-    if given and all("rank" in c for c in given):
-        return {k: v for k, v in extremes([(-number(c, "rank"), c.get("completion")) for c in given]).items()
+    if candidates and all("rank" in c for c in candidates):
+        return {k: v for k, v in extremes([(-number(c, "rank"), c.get("completion")) for c in candidates]).items()
                 if k != "margin"}  # fmt: skip
-    return extremes([(_score(c), c.get("response", c.get("completion"))) for c in given])
+    return extremes([(_score(c), c.get("response", c.get("completion"))) for c in candidates])
 
 
 def _score(completion: Row) -> float:

@@ -43,29 +43,29 @@ def load_sets(
     where it stands: FILE:LINE for JSON, else the part's name and the row's number, from 1. Raises UserError."""
     parts = []
     for i, (name, fraction) in enumerate(mixer.items()):
-        found = _load(name, splits, configs[i] if configs else None)
-        if not found:
+        loaded = _load(name, splits, configs[i] if configs else None)
+        if not loaded:
             raise UserError(f"dataset {name!r} has none of the splits {splits}. Set dataset_splits in the recipe.")
-        for split, (rows, columns) in found.items():
+        for split, (rows, columns) in loaded.items():
             if len(rows) == 0:
                 raise UserError(f"dataset {name!r}, split {split!r}: no rows in it.")
             columns = [column for column in columns if column != "key"]
             refuse_no_pairs(columns, name if split == "train" else f"{name}, split {split}")
             if splits is None or "train" in split:
-                kept = int(fraction * len(rows) + 1e-9)  # 0.29 of 100 is 28.999999999999996
-                if not kept:
+                count = int(fraction * len(rows) + 1e-9)  # 0.29 of 100 is 28.999999999999996
+                if not count:
                     raise UserError(f"dataset {name!r}: a share of {fraction} of its {len(rows)} rows is no row.")
-                rows = rows.select(range(kept))
+                rows = rows.select(range(count))
             if {"image", "images"} & set(columns):
                 raise UserError(
                     f"dataset {name!r}: its rows have images, and this trainer takes text. Use trl.DPOTrainer for them."
                 )
-            parts.append(DatasetSplit(_part_name(name, split, found), split, rows, columns))
+            parts.append(DatasetSplit(_part_name(name, split, loaded), split, rows, columns))
     return parts
 
 
-def _part_name(name: str, split: str, found) -> str:
-    return name if len(found) == 1 else f"{name}[{split}]"
+def _part_name(name: str, split: str, splits) -> str:
+    return name if len(splits) == 1 else f"{name}[{split}]"
 
 
 def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, tuple[Dataset, list[str]]]:
@@ -106,12 +106,12 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
 def _load_folder(path: Path, name: str, splits: list[str] | None, config: str | None):
     """A folder of files, whose splits `datasets` tells from their names or from the folder's README.md."""
     builder = load_dataset_builder(str(path), config)
-    found = {}
+    loaded = {}
     for split, files in (builder.config.data_files or {}).items():
         if splits is None or str(split) in splits:
-            inside = [Path(name, Path(file).relative_to(path.resolve())) for file in files]
-            found[str(split)] = read_files([str(file.expanduser()) for file in inside])
-    return found
+            paths = [Path(name, Path(file).relative_to(path.resolve())) for file in files]
+            loaded[str(split)] = read_files([str(file.expanduser()) for file in paths])
+    return loaded
 
 
 def mix(parts: list[Dataset], seed: int, limit: int | None = None) -> Dataset:

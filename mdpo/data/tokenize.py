@@ -74,7 +74,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
             "remarks": list(dict.fromkeys([*pair.remarks, *tokenized["remarks"]])),
             "margin": pair.margin,
             "prompt_key": _digest(_question_of(pair)),
-            "digest": _digest([tokenized[f"{side}_{what}"] for side in SIDES for what in ("ids", "mask", "weights")]),
+            "digest": _digest([tokenized[f"{side}_{part}"] for side in SIDES for part in ("ids", "mask", "weights")]),
             "special_in_context": special_tokens_in_context(pair, template),
         }
     except DropPair as e:
@@ -111,7 +111,7 @@ def tokenize_dataset(
     template = _template_for(tokenizer, settings, rows, name)
     specials = tokenizer.special_tokens_map  # templates write them
     identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)
-    done = rows.map(
+    tokenized = rows.map(
         tokenize_row,
         with_indices=True,
         fn_kwargs={"template": template, "settings": settings},
@@ -122,12 +122,12 @@ def tokenize_dataset(
         desc=f"Tokenizing {name}",
     )
     counts = DropCounts(name)
-    light = done.select_columns([*COUNTED, "longest"])
+    light = tokenized.select_columns([*COUNTED, "longest"])
     for batch in light.iter(batch_size=10_000):
         for values in zip(*batch.values(), strict=True):
             counts.add(dict(zip(batch, values, strict=True)))
-    counts.longest = np.asarray(done["longest"], np.int64)
-    kept = done.select([i for i, reason in enumerate(done["drop_reason"]) if not reason])
+    counts.longest = np.asarray(tokenized["longest"], np.int64)
+    kept = tokenized.select([i for i, reason in enumerate(tokenized["drop_reason"]) if not reason])
     if not counts.kept:
         raise UserError("no pair is left.\n" + "\n".join(counts.lines()), "dataset")
     return kept.remove_columns(NOT_TRAINED_ON), counts

@@ -22,10 +22,10 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
         calls = [calls]
     if not isinstance(calls, list):
         raise DropPair(f"tool_calls is {kind_of(calls)}, not a list")
-    found = [_read_call(call) for call in calls]
-    if not is_text(json.dumps(found, ensure_ascii=False, default=str)):
+    normalized = [_read_call(call) for call in calls]
+    if not is_text(json.dumps(normalized, ensure_ascii=False, default=str)):
         raise DropPair("tool calls are not text")
-    return found
+    return normalized
 
 
 def _read_call(call: Any) -> dict[str, Any]:
@@ -37,21 +37,21 @@ def _read_call(call: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         kind = call.get("type") if isinstance(call, dict) else None
         raise DropPair("tool call without a name" + (f" {{type: {kind}}}" if kind in ("custom", "mcp") else ""))
-    given = [name for name in ARGUMENTS if function.get(name) is not None]
+    names = [name for name in ARGUMENTS if function.get(name) is not None]
     others = {k for k, v in function.items() if v is not None} - {"name", "id", "type", "index", "function"}
-    if len(given) > 1 or (not given and others):
+    if len(names) > 1 or (not names and others):
         raise DropPair(f"tool call whose arguments cannot be told: {', '.join(sorted(map(str, others)))[:60]}")
-    arguments = _arguments(function[given[0]]) if given else {}
+    arguments = _arguments(function[names[0]]) if names else {}
     own = {"id": call["id"]} if call.get("id") is not None else {}
     return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _arguments(value: Any) -> dict[str, Any]:
     """By name: templates that write each argument refuse a list or a bare value, others would write what no call is."""
-    found = parsed(value, "tool call arguments")
-    if found and not isinstance(found, dict):
-        raise DropPair(f"tool call arguments are {kind_of(found)}, not an object")
-    return found or {}
+    arguments = parsed(value, "tool call arguments")
+    if arguments and not isinstance(arguments, dict):
+        raise DropPair(f"tool call arguments are {kind_of(arguments)}, not an object")
+    return arguments or {}
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
@@ -61,14 +61,14 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         tools = [tools]
     if tools and not isinstance(tools, list):
         raise DropPair("tools is not a list of objects")
-    found: list[dict[str, Any]] = []
+    normalized: list[dict[str, Any]] = []
     for tool in tools or []:
         tool = parsed(tool, "tools")
         if not isinstance(tool, dict):
             raise DropPair("tools is not a list of objects")
         inside = next((tool[k] for k in ("functionDeclarations", "function_declarations") if k in tool), [tool])
-        found += [_tool(t) for t in inside] if isinstance(inside, list) else [tool]
-    return found or None
+        normalized += [_tool(t) for t in inside] if isinstance(inside, list) else [tool]
+    return normalized or None
 
 
 def _tool(tool: Any) -> dict[str, Any]:
@@ -89,18 +89,18 @@ def _tool(tool: Any) -> dict[str, Any]:
 def _described(function: dict[str, Any]) -> dict[str, Any]:
     """A function with its parameters under that name, as an object."""
     schema = next((k for k in ("input_schema", "inputSchema") if k in function and "parameters" not in function), None)
-    found = {"parameters" if k == schema else k: v for k, v in function.items()}
-    if isinstance(found.get("parameters"), str):
-        found["parameters"] = parsed(found["parameters"], "tools")
-    return found
+    described = {"parameters" if k == schema else k: v for k, v in function.items()}
+    if isinstance(described.get("parameters"), str):
+        described["parameters"] = parsed(described["parameters"], "tools")
+    return described
 
 
 def linked(messages: list[Message], strict: bool = False) -> list[Message]:
     """The messages with an id for each call that has none, and for each tool message that names none that of its call,
     in order. With `strict` ids that are not nine letters or digits are replaced as well, in both places alike.
     The same messages always get the same ids, none of them twice."""
-    given = {str(c["id"]) for m in messages for c in m.get("tool_calls") or () if c.get("id")}
-    new = (word for n in range(1, 100_000) if (word := f"call{n:05d}") not in given)
+    ids = {str(c["id"]) for m in messages for c in m.get("tool_calls") or () if c.get("id")}
+    new = (word for n in range(1, 100_000) if (word := f"call{n:05d}") not in ids)
     renamed: dict[str, str] = {}
     out, waiting = [], []
     for message in messages:

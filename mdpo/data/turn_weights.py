@@ -17,14 +17,14 @@ def turn_weight(fields: dict[str, Any], role: str, unread: dict[str, None]) -> f
         raise DropPair(f"a message's weight is {json.dumps(weight, default=str)[:20]}, not a number >= 0")
     if weight is not None and role != "assistant":
         raise DropPair("a weight on a message that is not the assistant's")
-    said = {name: _truth(name, fields.pop(name)) for name in LOSS if name in fields}
+    switches = {name: _truth(name, fields.pop(name)) for name in LOSS if name in fields}
     if role != "assistant":
-        unread |= {f"{name} of {role} messages": None for name, value in said.items() if value}
+        unread |= {f"{name} of {role} messages": None for name, value in switches.items() if value}
         return None
-    given = {**({"weight": float(weight)} if weight is not None else {}), **said}
-    if len({value > 0 for value in given.values()}) > 1 or len(set(said.values())) > 1:
-        raise DropPair(f"{' and '.join(given)} of one message contradict each other")
-    return next(iter(given.values()), None)
+    weights = {**({"weight": float(weight)} if weight is not None else {}), **switches}
+    if len({value > 0 for value in weights.values()}) > 1 or len(set(switches.values())) > 1:
+        raise DropPair(f"{' and '.join(weights)} of one message contradict each other")
+    return next(iter(weights.values()), None)
 
 
 def _truth(name: str, value: Any) -> float:

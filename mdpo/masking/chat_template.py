@@ -193,16 +193,16 @@ class ChatTemplate:
         """
         last = marks.end_of(i)
         tail = marks.text[last : marks.next_message(i, last)]
-        found = [(tail.find(s), s) for s in self.stops if s in tail]
-        if not found and (specials := list(self.special.finditer(tail))):
+        closers = [(tail.find(s), s) for s in self.stops if s in tail]
+        if not closers and (specials := list(self.special.finditer(tail))):
             alone = Marks(self.render(marked[: i + 1], tools, **kwargs), marker)
             n = common_prefix([m.group() for m in specials], self.find_special(alone.text[alone.end_of(i) :]))
             closer = specials[max(n - 1, 0)]
-            found = [(closer.start(), closer.group())]
-        if not found:
+            closers = [(closer.start(), closer.group())]
+        if not closers:
             closing = tail.rstrip() if i == len(marked) - 1 and marked[i].get("tool_calls") else ""
             return marks.unmarked(last + len(closing)), ""
-        position, stop = min(found)
+        position, stop = min(closers)
         return marks.unmarked(last + position + len(stop)), stop
 
     def _needs_text_parts(self) -> bool:

@@ -76,13 +76,13 @@ def fix_day(recipe, tokenizer, checkpoint: str | Path | None = None) -> list[str
     kwargs = recipe.data.chat_template_kwargs or {}
     if not asks(tokenizer) or NAME in kwargs:
         return []
-    kept = agreed(lambda: day_of(checkpoint)) if checkpoint else None
-    day = kept or agreed(today)
+    first_day = agreed(lambda: day_of(checkpoint)) if checkpoint else None
+    day = first_day or agreed(today)
     recipe.data.chat_template_kwargs = recipe.values["chat_template_kwargs"] = {**kwargs, NAME: day}
     if not writes_day(tokenizer, kwargs):
         return []
     line = f"chat template: it writes the day into conversations, {day}, "
-    if kept:
+    if first_day:
         return [f"{line}the day of the first start, which {checkpoint} keeps."]
     line += f"today ({checkpoint} keeps none)" if checkpoint else "today; a resumed run keeps that of its start"
     return [f"{line}. The same tokens on any day: chat_template_kwargs: {{{_fixing(tokenizer, day)}}}."]

@@ -20,15 +20,15 @@ FIELDS = (
 
 def left_out(messages: list[Message], n_prompt: int, marks: Marks) -> list[str]:
     """Remarks on assistant messages. User, tool and system text that is left out drops the pair elsewhere."""
-    found = []
+    remarks = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if i < n_prompt and any(marks.start(s) is None or marks.end(s) is None for s in marks.of(i)):
-            found.append(EARLIER_TURN)
+            remarks.append(EARLIER_TURN)
         if (thoughts := _thoughts(message)) and not _written(thoughts, i, marks):
-            found.append(THOUGHTS if i >= n_prompt else EARLIER_THOUGHTS)
-    return found
+            remarks.append(THOUGHTS if i >= n_prompt else EARLIER_THOUGHTS)
+    return remarks
 
 
 def lacks_tools(tools: list[dict[str, Any]], messages: list[Message], marks: Marks) -> bool:

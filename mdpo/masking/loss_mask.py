@@ -104,8 +104,8 @@ def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings):
         reason = DropPair("over-long")  # before its turns are located: long conversations are the most work
         reason.longest = longest
         raise reason
-    given = zip(both, pair.weights, texts, encoded, strict=True)
-    sides, remarks = zip(*(_turn_side(*side, pair, template) for side in given), strict=True)
+    rendered = zip(both, pair.weights, texts, encoded, strict=True)
+    sides, remarks = zip(*(_turn_side(*side, pair, template) for side in rendered), strict=True)
     return list(sides), [remark for of_side in remarks for remark in of_side]
 
 
@@ -167,8 +167,8 @@ def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
         raise DropPair("last turn lost" if too_long else "no assistant turn")
     if settings.mask_turns and sides[0][:2] == sides[1][:2]:
         raise DropPair("equal after truncation" if too_long else "chosen equals rejected")
-    said = [[t for t, m in zip(ids, mask, strict=True) if m] for ids, mask, _ in sides]
-    if settings.mask_turns and said[0] == said[1]:
+    supervised_ids = [[t for t, m in zip(ids, mask, strict=True) if m] for ids, mask, _ in sides]
+    if settings.mask_turns and supervised_ids[0] == supervised_ids[1]:
         raise DropPair("diverges only in user or tool text")
     return sides
 

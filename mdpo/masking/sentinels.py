@@ -121,9 +121,9 @@ class Marks:
     def ranges(self, messages: list[int]) -> list[tuple[int, int]]:
         """Unmarked characters [start, end) of the content of these messages. DropPair where some was left out."""
         slots = [s for i in messages for s in self.of(i)]
-        found = [(s, self.start(s), self.end(s)) for s in slots]
+        edges = [(s, self.start(s), self.end(s)) for s in slots]
         ranges = []
-        for s, start, end in found:
+        for s, start, end in edges:
             if start is None or end is None:
                 raise self.missing(s)
             ranges.append((self.unmarked(start), self.unmarked(end)))
@@ -136,8 +136,8 @@ class Marks:
 
     def contents(self) -> list[tuple[int, int, int]]:
         """(start, end, message) of each piece of content that the template wrote, in unmarked characters."""
-        found = [(self.start(s), self.end(s), slot.owner) for s, slot in enumerate(self.slots)]
-        return [(self.unmarked(a), self.unmarked(b), i) for a, b, i in found if a is not None and b is not None]
+        edges = [(self.start(s), self.end(s), slot.owner) for s, slot in enumerate(self.slots)]
+        return [(self.unmarked(a), self.unmarked(b), i) for a, b, i in edges if a is not None and b is not None]
 
     def opening(self, i: int) -> int | None:
         """Where message `i` begins to show its content."""
@@ -145,11 +145,11 @@ class Marks:
 
     def end_of(self, i: int) -> int:
         """Behind the last piece of message `i`; DropPair where the template left one out."""
-        found = [(s, self.end(s)) for s in self.of(i)]
-        if not found:
+        edges = [(s, self.end(s)) for s in self.of(i)]
+        if not edges:
             raise DropPair(f"a turn without words ({numbered(i)})")
         last = 0
-        for s, end in found:
+        for s, end in edges:
             if end is None:
                 raise self.missing(s)
             last = max(last, end)

@@ -68,7 +68,7 @@ def _without_space(part: Any) -> Any:
     }
     switch = switches.get(part["type"], {})
     nested = {
-        name: [kept for p in part[name] if (kept := _without_space(p))]
+        name: [inner for p in part[name] if (inner := _without_space(p))]
         for name in ("normalizers", "pretokenizers")
         if name in part
     }
@@ -123,13 +123,13 @@ def _cut(text: str, edge: int, ids: list[int], ranges: list[Range], tokenizer) -
     first = next((t for t in range(across, -1, -1) if 0 <= own(t) < edge), 0)
     last = next((t for t in range(across + 1, len(ids)) if own(t) >= edge), len(ids))
     begin, end = ranges[first][0] if first else 0, ranges[last][0] if last < len(ids) else len(text)
-    made: list[tuple[int, Range]] = []
+    retokenized: list[tuple[int, Range]] = []
     for start, stop in ((begin, edge), (edge, end)):
         piece, places = tokenize(text[start:stop], tokenizer, goes_on=start == edge)
         if not _same(text[start:stop], piece, tokenizer):
             raise DropPair(STRADDLE)
-        made += zip(piece, ((a + start, b + start) for a, b in places), strict=True)
-    ids[first:last], ranges[first:last] = [i for i, _ in made], [place for _, place in made]
+        retokenized += zip(piece, ((a + start, b + start) for a, b in places), strict=True)
+    ids[first:last], ranges[first:last] = [i for i, _ in retokenized], [place for _, place in retokenized]
     return True
 
 

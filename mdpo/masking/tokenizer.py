@@ -39,13 +39,13 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """AutoTokenizer's, which has to report where tokens stand in their text. mistral-common's own class, which
     AutoTokenizer prefers where that package is installed, does not, and has no chat template: the model's
     tokenizer.json is taken, as without that package. Raises UserError, and what transformers raises."""
-    wanted = (
+    advice = (
         "Set tokenizer_name_or_path to a folder or hub name that has the same tokenizer as a tokenizer.json (for "
         "Mistral's models the one in transformers' format)."
     )
-    here = {path.name for path in Path(name).glob("t*")}
-    if "tekken.json" in here and not {"tokenizer.json", "tokenizer.model"} & here:
-        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {wanted}", "tokenizer")
+    files = {path.name for path in Path(name).glob("t*")}
+    if "tekken.json" in files and not {"tokenizer.json", "tokenizer.model"} & files:
+        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {advice}", "tokenizer")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
     if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
@@ -53,7 +53,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
-            f"stand in their text. {wanted}"
+            f"stand in their text. {advice}"
         )
     return tokenizer
 
@@ -61,8 +61,8 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 def read_template(path: Path) -> str:
     """A chat template's text, a byte order mark left out. Raises UserError."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"chat_template: {path} {what}. Give the path of a .jinja file.")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"chat_template: {path} {problem}. Give the path of a .jinja file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,14 +100,14 @@ def check_model(tokenizer, model, args):
     refuse_small_vocabulary(tokenizer, config)
     if reference := args.ref_model_name_or_path:
         try:
-            of_reference = AutoConfig.from_pretrained(
+            reference_config = AutoConfig.from_pretrained(
                 reference, trust_remote_code=args.trust_remote_code, subfolder=place["subfolder"]
             )
         except (OSError, ValueError, ImportError) as e:
             raise UserError(
                 f"ref_model_name_or_path: {reference!r} cannot be loaded: {first_line(e, innermost=False)}"
             ) from e
-        refuse_small_vocabulary(tokenizer, of_reference, "ref_model_name_or_path: ")
+        refuse_small_vocabulary(tokenizer, reference_config, "ref_model_name_or_path: ")
     refuse_router_loss(args.router_aux_loss_coef, config.get_text_config())
     return config
 
