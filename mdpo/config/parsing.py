@@ -106,7 +106,7 @@ def read_flags(argv: list[str]) -> tuple[Path | None, list[Setting]]:
 
 
 def _take_value(key: str, tokens: list[str]) -> str:
-    """The value of `--key`, popped from `rest`; "true" for a lone boolean flag. Raises UserError."""
+    """The value of `--key`, popped from `tokens`; "true" for a lone boolean flag. Raises UserError."""
     options = members(HINTS[key]) if key in HINTS else (bool, str) if key in RETIRED_KEYS else (str,)
     follows = bool(tokens) and not tokens[0].startswith("--")
     if bool in options:  # so that `--sanity_check recipe.yaml` leaves the recipe alone

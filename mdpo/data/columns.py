@@ -1,4 +1,4 @@
-"""What stands in one column of a row: messages, objects of them, numbers; and `Form`, a documented way to write it."""
+"""What one column of a row contains: messages, objects of them, numbers; and `Form`, a documented way to write it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def role_of(message: Any) -> str | None:
 
 
 def structured(value: Any) -> Any:
-    """A text that holds messages, or an object of them, as JSON: parsed. Anything else as it is."""
+    """A text that contains messages, or an object of them, as JSON: parsed. Anything else as it is."""
     value = conversation(value)
     data = unfolded(value) if isinstance(value, str) else None
     if isinstance(data, dict) and any(isinstance(data.get(name), list) for name in HOLDS):
@@ -52,7 +52,7 @@ def structured(value: Any) -> Any:
 
 
 def unwrapped(side: Any) -> tuple[Any, list[Message] | None]:
-    """(what stands in an object with `messages` or `conversations`, its tools); any other side as it is."""
+    """(what is in an object with `messages` or `conversations`, its tools); any other side as it is."""
     if isinstance(side, dict) and not {"role", "from"} & set(side):
         for name in HOLDS:
             if isinstance(side.get(name), list):

@@ -9,7 +9,7 @@ from typing import Any
 from mdpo.data.json_texts import NOT_JSON, kind_of, unfolded
 from mdpo.errors import DropPair
 
-# The fields that may hold what a part of a type says.
+# The fields that may contain the text of a part, by its type.
 TEXTS = {**dict.fromkeys(("text", "input_text", "output_text"), ("text", "value", "content")), "refusal": ("refusal",)}
 THOUGHTS = {"thinking": ("thinking", "text"), "reasoning": ("reasoning", "text"), "reasoning_text": ("text",),
             "summary_text": ("text",)}  # fmt: skip
@@ -25,7 +25,7 @@ Piece = tuple[str, Any]  # "text" or "thought" with a text, "call" with a call, 
 
 
 def pieces(content: Any) -> Iterator[Piece]:
-    """The pieces of a message's content, in order. Raises DropPair for what is none."""
+    """The pieces of a message's content, in order. Raises DropPair for anything else."""
     if isinstance(content, dict) and isinstance(content.get("parts"), list):
         content = content["parts"]
     elif isinstance(content, dict) and {"type", "text"} & set(content):
@@ -51,9 +51,9 @@ def _pieces_of(part: Any) -> Iterator[Piece]:
     elif not isinstance(kind, str):
         raise DropPair(f"content part {_name(part)}")
     elif kind in TEXTS:
-        yield "text", _said(part, TEXTS[kind])
+        yield "text", _text_of(part, TEXTS[kind])
     elif kind in THOUGHTS:
-        yield "thought", _said(part, THOUGHTS[kind])
+        yield "thought", _text_of(part, THOUGHTS[kind])
     elif kind == "tool_use":
         yield "call", {"id": part.get("id"), "type": "function", "name": part.get("name"), "input": part.get("input")}
     elif kind == "tool_result":
@@ -65,7 +65,7 @@ def _pieces_of(part: Any) -> Iterator[Piece]:
 
 
 def _untyped(part: dict[str, Any]) -> Iterator[Piece]:
-    """Gemini's parts and Bedrock's say by their only key what they are."""
+    """Gemini's and Bedrock's parts, whose only key tells what they are."""
     part = {k: v for k, v in part.items() if v is not None}
     call = next((part[k] for k in ("functionCall", "function_call", "toolUse") if k in part), None)
     result = next((part[k] for k in part if k in RESULTS), None)
@@ -93,14 +93,14 @@ def _result(part: dict[str, Any], call_id: Any, content: Any) -> Iterator[Piece]
         yield "lost", "is_error"
 
 
-def _said(part: dict[str, Any], fields: tuple[str, ...]) -> str:
+def _text_of(part: dict[str, Any], fields: tuple[str, ...]) -> str:
     """The text of a part; OpenAI's Assistants put it into an object, Mistral's thoughts into parts of their own."""
     for field in fields:
         value = part.get(field)
         if isinstance(value, dict) and isinstance(value.get("value"), str):
             value = value["value"]
         if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-            value = "".join(_said(p, TEXTS["text"]) for p in value)
+            value = "".join(_text_of(p, TEXTS["text"]) for p in value)
         if isinstance(value, str):
             return value
     raise DropPair(f"content part {_name(part)} without {fields[0]}")
@@ -113,7 +113,7 @@ def _name(part: dict[str, Any]) -> str:
 
 
 def tool_output(value: Any) -> str:
-    """What a tool gave as text: objects, numbers and lists that are no content parts as JSON. Raises DropPair."""
+    """A tool's output as text: objects, numbers and lists that are no content parts as JSON. Raises DropPair."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -141,8 +141,8 @@ def are_results(content: Any) -> bool:
 
 
 def parts_as_text(content: str) -> list[dict[str, Any]] | None:
-    """The content parts that a text holds as JSON, None where it is a text of another kind. DropPair for one that
-    begins so and is not JSON: cut, or written by Python's repr."""
+    """The content parts that a text contains as JSON, None where it is a text of another kind. DropPair for one that
+    begins so and is not JSON: cut off, or written by Python's repr."""
     if not content.startswith(("[", '"[')) or "type" not in content[:200]:
         return None
     parts = unfolded(content)

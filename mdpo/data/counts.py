@@ -1,4 +1,4 @@
-"""What became of the rows of a set, counted while they are tokenized: for the terminal and for reports."""
+"""Row accounting of a dataset while it is tokenized, for the terminal and for reports."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on t
 
 @dataclass
 class DropCounts:
-    """What became of the rows of one set: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to
-    the keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `longest`
-    holds the tokens of the longer side of every row that came to have any."""
+    """Row accounting of one dataset: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to the
+    keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `longest` are
+    the tokens of the longer side of every row that was tokenized."""
 
     name: str
     read: int = 0
     kept: int = 0
-    streamed: bool = False  # counted while the set is read, an epoch after the other
+    streamed: bool = False  # counted while the dataset is read, one epoch after another
     reasons: dict[str, list[str]] = field(default_factory=dict)
     kept_with: dict[str, list[str]] = field(default_factory=dict)
     unread: Counter = field(default_factory=Counter)
@@ -39,18 +39,20 @@ class DropCounts:
             self.kept_with.setdefault(remark, []).append(row["key"])
 
     def drop(self, keys: list[str], reason: str) -> None:
-        """Kept rows that are dropped after all."""
+        """Drops rows that were counted as kept."""
         self.kept -= len(keys)
         self.reasons.setdefault(reason, []).extend(keys)
         gone = set(keys)
-        self.kept_with = {name: [k for k in of if k not in gone] for name, of in self.kept_with.items()}
+        self.kept_with = {
+            remark: [key for key in remarked if key not in gone] for remark, remarked in self.kept_with.items()
+        }
 
     @property
     def dropped(self) -> int:
         return self.read - self.kept
 
     def lines(self) -> list[str]:
-        """For the terminal: a line for the set, and one for each reason and remark with its first keys."""
+        """For the terminal: a line for the dataset, and one for each reason and remark with its first keys."""
         lines = [f"{self.name}: {self.read} rows read, {self.kept} kept, {self.dropped} dropped"]
         by_rows = sorted(self.reasons.items(), key=lambda item: -len(item[1]))
         lines += [f"  dropped {len(keys)}: {reason} {_some(keys)}" for reason, keys in by_rows[:MOST_REASONS]]
@@ -65,7 +67,8 @@ class DropCounts:
         """For reports, the first keys only."""
         both = {"dropped": self.reasons, "kept_with": self.kept_with}
         out = {
-            what: {name: {"rows": len(k), "first": k[:FIRST_KEYS]} for name, k in d.items()} for what, d in both.items()
+            kind: {name: {"rows": len(keys), "first": keys[:FIRST_KEYS]} for name, keys in keys_by_name.items()}
+            for kind, keys_by_name in both.items()
         }
         return {"read": self.read, "kept": self.kept, **out, "message_fields_not_used": dict(self.unread)}
 

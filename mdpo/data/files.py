@@ -1,5 +1,5 @@
-"""Local files of rows → sets. JSON is kept as it stands: keys and types may differ from row to row, and none is filled
-up, as a table of columns would do with the arguments of tool calls."""
+"""Local files of rows → datasets. JSON is kept as written: keys and types may differ from row to row, and none is
+filled in, as a table of columns would do with the arguments of tool calls."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ KINDS = {".jsonl": "json lines", ".ndjson": "json lines", ".json": "json", ".par
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 DAMAGED = (OSError, EOFError, LZMAError, BadZipFile, zlib.error, RuntimeError)  # the last one: an encrypted archive
 NOT_JSON = (ValueError, RecursionError)  # wrong encodings too, numbers of thousands of digits, nesting beyond reason
-ROW = "row as JSON"  # the column of a set from JSON files, beside `key`
+ROW = "row as JSON"  # the column of a dataset from JSON files, beside `key`
 
 
 def kind_of(path: Path) -> str | None:
@@ -76,8 +76,8 @@ def _refuse_unreadable(path: str, kind: str | None) -> None:
 
 
 def whole_row(row: dict[str, Any], index: int = 0) -> dict[str, Any]:
-    """A row of any set as it was written, with its `key`. Arrow's structs give each message the keys of all, null where
-    it has none of its own: nulls are taken out there."""
+    """A row of any dataset as it was written, with its `key`. Arrow's structs give each message the keys of all, null
+    where it has none of its own: nulls are taken out there."""
     if ROW in row:
         whole = {**json.loads(row[ROW]), "key": row["key"]}
     else:
@@ -110,7 +110,7 @@ def _read_json(paths: list[str]) -> tuple[Dataset, list[str]]:
 
 def _known_columns(path: str, stamp: tuple[int, int]) -> list[str]:
     """The columns of a JSON file, which is read to its end for them once, so that every mistake has its line before
-    anything is written; kept beside `datasets`' own cache, for other ranks and later starts."""
+    anything is written; cached beside `datasets`' own cache, for other ranks and later starts."""
     name = xxhash.xxh3_64_hexdigest(json.dumps([str(Path(path).resolve()), *stamp]).encode())
     cached = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-columns", f"{name}.json")
     if (known := read_cache(cached)) is not None:
@@ -158,7 +158,7 @@ def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
 
 
 def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
-    """Of a .json file: an array of rows, an object that holds one such array, or JSON Lines after all."""
+    """Of a .json file: an array of rows, an object that contains one such array, or JSON Lines after all."""
     try:
         document = json.loads(raw.decode("utf-8-sig"))
     except NOT_JSON as error:

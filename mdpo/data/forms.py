@@ -1,4 +1,4 @@
-"""Rows in the forms that are documented in public → rows with `prompt`, `chosen` and `rejected`. docs/rows.md is this
+"""Rows in publicly documented forms → rows with `prompt`, `chosen` and `rejected`. docs/rows.md is this
 table in words; tests/unit/test_forms.py compares the two."""
 
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ FORMS = (*SIDE_FORMS, *QUESTIONS)
 COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
            "score_chosen", "score_rejected", "key")  # fmt: skip
 SYSTEMS = ("system", "system_prompt")
-LOOKED_AT = 100  # rows of a set that tell its form
-Found = tuple[Row, set[str]]  # what becomes of `prompt`, and the columns that it comes from
+LOOKED_AT = 100  # rows of a dataset that tell its form
+PromptRow = tuple[Row, set[str]]  # what becomes of `prompt`, and the columns that it comes from
 
 
 def as_preference(row: Row, mask_turns: bool = True) -> Row:
@@ -26,7 +26,7 @@ def as_preference(row: Row, mask_turns: bool = True) -> Row:
 
     Where a prompt is given, or a side begins with a user turn, the row means what it means in TRL; else the question
     is looked for in the columns of `mdpo.data.questions`. With `mask_turns`, a row that contradicts itself, or that
-    nobody asks anything in, is dropped. Raises DropPair.
+    contains no question, is dropped. Raises DropPair.
     """
     row = {name: structured(value) for name, value in row.items()}
     form = sides_form(row)
@@ -74,7 +74,7 @@ def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:
 
 
 def _prompt(row: Row, sides: tuple, of_trl: bool, mask_turns: bool) -> tuple[Row | None, set[str]]:
-    """As Found; None where nobody asks anything."""
+    """As PromptRow; None where there is no question."""
     prompt = next((row[name] for name in ("prompt", "conversations") if _says(row.get(name))), None)
     texts = all(isinstance(side, str) for side in sides)
     if any(map(_opens_with_user, sides)):
@@ -100,7 +100,7 @@ def _says(value: Any) -> bool:
 
 
 def _refuse_unclear(base: list[Message], columns: set[str], sides: tuple) -> None:
-    """Question columns beside sides that are no answers to what they ask. Raises DropPair."""
+    """Refuses question columns beside sides that do not answer them. Raises DropPair."""
     names, last = ", ".join(sorted(columns)), base[-1]
     if not columns:
         return
@@ -118,8 +118,8 @@ def _refuse_unclear(base: list[Message], columns: set[str], sides: tuple) -> Non
         raise DropPair(reason, "plain texts")
 
 
-def _with_history(row: Row, base: list[Message], sides: tuple) -> Found:
-    """Turns in `history`, or in `context`, before a prompt or before sides that are whole from their user turn on."""
+def _with_history(row: Row, base: list[Message], sides: tuple) -> PromptRow:
+    """Turns in `history` or `context` before a prompt, or before sides that are complete from their user turn on."""
     name = "history" if history(row) else "context"
     before = history(row) or messages_in(row.get("context"))
     start = base or (sides[0] if isinstance(sides[0], list) else [])
@@ -135,7 +135,7 @@ def _answer(messages: list[Message]) -> int:
 
 
 def _refuse_contradiction(row: Row, prompt: str, answer: str) -> None:
-    """Plain texts beside a conversation of other words in `messages`, `trajectory` or `context`."""
+    """Refuses plain texts beside a conversation with other words in `messages`, `trajectory` or `context`."""
     for name in ("messages", "trajectory", "context"):
         turns = [m for m in messages_in(row.get(name)) if role_of(m) != "system"]
         texts = [text_in(m.get("content", m.get("value"))).strip() for m in turns]
@@ -144,7 +144,8 @@ def _refuse_contradiction(row: Row, prompt: str, answer: str) -> None:
 
 
 def _without_question(row: Row, sides: tuple, used: set[str], mask_turns: bool) -> Row:
-    """No column asks: as TRL takes such rows, counted where `mask_turns` is off, else dropped where nobody asks."""
+    """Where no column contains a question: as TRL takes such rows, counted where `mask_turns` is off, else dropped
+    where the sides contain none either."""
     why = no_question(row, sides, used)
     if why is not None and mask_turns:
         raise why
@@ -158,7 +159,7 @@ def _opens_with_user(side: Any) -> bool:
 
 
 def _ask_themselves(sides: tuple, base: list[Message]) -> bool:
-    """Whether conversations that open with the assistant's greeting hold the question that stands beside them."""
+    """Whether conversations that open with the assistant's greeting contain the question that is beside them."""
     asked = [m for m in normalize_messages(base) if m["role"] == "user"]
     if not asked or not all(isinstance(side, list) for side in sides):
         return False
@@ -167,14 +168,14 @@ def _ask_themselves(sides: tuple, base: list[Message]) -> bool:
 
 
 def refuse_no_pairs(columns: Iterable[str], name: str) -> None:
-    """Raises UserError where the columns of a set are those of no form."""
+    """Raises UserError where the columns of a dataset are those of no form."""
     columns = [column for column in columns if column != "key"]
     if sides_form(columns) is None:
         raise UserError(f"dataset {name}: {no_pairs(columns, name)}")
 
 
 def look(rows: Iterable[Row], name: str, mask_turns: bool = True) -> tuple[set[str], bool]:
-    """Of the first rows of a set: (the columns that are read, whether any row is a conversation). Raises UserError
+    """Of the first rows of a dataset: (the columns that are read, whether any row is a conversation). Raises UserError
     where in most of them the question may be in a column that nothing reads."""
     used, talks, unread, seen, formed = set(COLUMNS), False, [], 0, False
     for seen, row in enumerate(rows, 1):

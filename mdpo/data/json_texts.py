@@ -1,4 +1,4 @@
-"""JSON that came as text, in rows whose tables could not hold it otherwise."""
+"""JSON that came as text, in rows whose tables could not represent it otherwise."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from typing import Any
 
 from mdpo.errors import DropPair
 
-DEPTH = 5  # how often one JSON text may stand in another
+DEPTH = 5  # how often one JSON text may be nested in another
 NOT_JSON = (ValueError, RecursionError)  # no JSON, too deep, or a number of thousands of digits
 KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number",
          type(None): "null"}  # fmt: skip
@@ -17,7 +17,7 @@ BEGINS = re.compile(
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for a reason that must not hold the value itself."""
+    """What a value is, for a reason that must not contain the value itself."""
     return KINDS.get(type(value), type(value).__name__)
 
 
@@ -42,7 +42,7 @@ def parsed(value: Any, name: str) -> Any:
 
 
 def unfolded(text: str) -> Any:
-    """What a text holds that is a JSON list or object, encoded once or several times; None where it holds neither."""
+    """The JSON list or object in a text, encoded once or several times; None where it contains neither."""
     value: Any = text
     for _ in range(DEPTH):
         value = value.removeprefix("\ufeff") if isinstance(value, str) else value

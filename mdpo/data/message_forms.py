@@ -1,4 +1,4 @@
-"""What other formats call a message's role, content and tool calls → today's names. Nothing here reads content."""
+"""A message's role, content and tool calls by the names of other formats → today's names. Content is not read here."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +44,7 @@ class Named:
 
 
 def named(message: Any) -> Named:
-    """Raises DropPair for what is no message, or has a role that nobody knows."""
+    """Raises DropPair for anything that is not a message, or has an unknown role."""
     fields = _unwrapped(message)
     kind = fields.get("type")
     if kind in ITEMS and ("role" not in fields or "content" not in fields):
@@ -52,10 +52,10 @@ def named(message: Any) -> Named:
     key = next((k for k in SPEAKERS if k in fields), None)
     if key is None and isinstance(kind, str) and kind.lower() in ALIASES:
         key = "type"
-    given = fields.pop(key) if key else None
-    role = ALIASES.get(given.strip().lower()) if isinstance(given, str) else None
+    speaker = fields.pop(key) if key else None
+    role = ALIASES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise DropPair(_unknown(given, kind, message))
+        raise DropPair(_unknown(speaker, kind, message))
     if str(fields.get("type")).lower() in ("message", "chat", *ALIASES):
         typed = fields.pop("type")
         fields = {k: v for k, v in fields.items() if typed != "message" or k not in BOOKKEEPING}
@@ -65,10 +65,10 @@ def named(message: Any) -> Named:
     if isinstance(fields.get("refusal"), str) and not translated.content:
         translated.content = fields.pop("refusal")
     if role == CALL:
-        translated.role, translated.item, translated.content, given = "assistant", CALL, "", translated.content
+        translated.role, translated.item, translated.content, call = "assistant", CALL, "", translated.content
         if translated.calls is not None:
             raise DropPair("both tool_calls and function_call")
-        translated.calls = given
+        translated.calls = call
     return translated
 
 
@@ -103,9 +103,9 @@ def _item(fields: dict[str, Any], kind: str) -> Named:
         call = {"id": call_id, "type": "function", "name": others.pop("name", None)}
         return Named("assistant", calls=[{**call, "arguments": others.pop("arguments", None)}], rest=others, item=CALL)
     if kind == REASONING:
-        said, short = others.pop("content", None), others.pop("summary", None)
-        others |= {"summary": short} if said and short else {}
-        return Named("assistant", said or short or [], rest=others, item=REASONING)
+        content, summary = others.pop("content", None), others.pop("summary", None)
+        others |= {"summary": summary} if content and summary else {}
+        return Named("assistant", content or summary or [], rest=others, item=REASONING)
     return Named("tool", others.pop("output", ""), rest={**others, **({"tool_call_id": call_id} if call_id else {})})
 
 
@@ -118,9 +118,9 @@ def _unknown(speaker: Any, kind: Any, message: dict[str, Any]) -> str:
 
 
 def are_messages(values: Any) -> bool:
-    """Whether a list holds messages, rather than data that have a `role` or a `type` for reasons of their own:
-    [{"role": "cook"}], [{"type": "function", …}]. One with a known role and a content tells; the others of its list
-    are then read, or refused by name."""
+    """Whether a list contains messages, rather than data that have a `role` or a `type` of another meaning:
+    [{"role": "cook"}], [{"type": "function", …}]. One entry with a known role and a content decides; the others of its
+    list are then read, or refused by name."""
     return isinstance(values, list) and any(map(_tells, values))
 
 
@@ -135,7 +135,7 @@ def _tells(value: Any) -> bool:
 
 
 def role_of(message: Any) -> str | None:
-    """The role of what any format calls a message, one of ROLES; None for all else."""
+    """The role of a message of any format, one of ROLES; None for anything else."""
     try:
         return named(message).role
     except DropPair:
@@ -143,23 +143,23 @@ def role_of(message: Any) -> str | None:
 
 
 def conversation(value: Any) -> Any:
-    """A text that holds messages as JSON (a list, one message, or an object with nothing but such a list; encoded once
-    or several times) as that list, and so a list of JSON texts of one message each; anything else as it is, so that an
-    answer in JSON stays a text."""
+    """A text that contains messages as JSON (a list, one message, or an object with nothing but such a list; encoded
+    once or several times) as that list, and so a list of JSON texts of one message each; anything else as it is, so
+    that an answer in JSON stays a text."""
     if isinstance(value, list) and value and all(isinstance(m, str) and m.lstrip().startswith("{") for m in value):
-        found = [unfolded(text) for text in value]
-        return found if are_messages(found) else value
-    found = unfolded(value) if isinstance(value, str) else None
-    if isinstance(found, dict):
-        found = next((found[k] for k in LISTS if set(found) == {k}), [found])  # beside other keys, these count too
-    if isinstance(found, list) and all(isinstance(m, str) for m in found):  # a list of texts that are JSON
-        found = [unfolded(text) for text in found]
-    return found if are_messages(found) else value
+        messages = [unfolded(text) for text in value]
+        return messages if are_messages(messages) else value
+    data = unfolded(value) if isinstance(value, str) else None
+    if isinstance(data, dict):
+        data = next((data[k] for k in LISTS if set(data) == {k}), [data])  # beside other keys, these count too
+    if isinstance(data, list) and all(isinstance(m, str) for m in data):  # a list of texts that are JSON
+        data = [unfolded(text) for text in data]
+    return data if are_messages(data) else value
 
 
 def refuse_broken(value: Any, column: str) -> None:
-    """Raises DropPair for a text that begins as messages do, with a known role, and is not JSON: cut, or written by
-    Python's repr. An answer that is cut JSON of another kind, or code, is a text like any other."""
+    """Raises DropPair for a text that begins as messages do, with a known role, and is not JSON: cut off, or written
+    by Python's repr. An answer that is cut-off JSON of another kind, or code, is a text like any other."""
     role, mark = (
         begun(value) if isinstance(value, str) and value[:100].lstrip().startswith(("[", "{", '"')) else ("", "")
     )

@@ -1,4 +1,4 @@
-"""Messages of other formats → messages as chat templates want them. Whatever cannot be one drops its pair by name."""
+"""Messages of other formats → messages as chat templates expect them. What cannot become one drops its pair."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,8 @@ JSON_PARTS = "content parts that were JSON texts"
 
 @dataclass
 class Conversation:
-    """Messages as templates want them. `weights` holds a number for each, and nothing where all are 1; `unread` names
-    fields that no template needs to know, in the order in which they came; `remarks` as `Pair.remarks`."""
+    """Messages as templates expect them. `weights` has a number for each, or is empty where all are 1; `unread` names
+    fields that no template needs, in order of appearance; `remarks` as `Pair.remarks`."""
 
     messages: list[Message] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Conversation:
 
 @dataclass
 class _Turn:
-    """A message that is being read: its place in the row, its weight where it has one, which item of a turn it is."""
+    """A message being read: its number in the row, its weight where it has one, which item of a turn it is."""
 
     message: Message
     number: int
@@ -44,13 +44,13 @@ class _Turn:
 
 
 def normalize_messages(messages: list[Message], where: str = "") -> list[Message]:
-    """Messages as templates want them: string content, tool-call arguments as objects, no null fields.
+    """Messages as templates expect them: string content, tool-call arguments as objects, no null fields.
     Raises DropPair with the message's number, from 1, in `where` (a column)."""
     return read_messages(messages, where).messages
 
 
 def read_messages(messages: list[Message], where: str = "") -> Conversation:
-    """As `normalize_messages`, with weights and what is worth a line. One entry may become several messages (tool
+    """As `normalize_messages`, with weights and remarks. One entry may become several messages (tool
     outputs and a text in one), several may become one (the items of one answer). Raises DropPair."""
     out, turns = Conversation(), []
     for number, message in enumerate(messages, 1):
@@ -73,11 +73,10 @@ def read_messages(messages: list[Message], where: str = "") -> Conversation:
 
 
 def same_message(a: Message, b: Message) -> bool:
-    """Whether two normalized messages say the same, white space around it, ids of calls and other fields aside."""
+    """Whether two normalized messages say the same, apart from white space around it, ids of calls and other fields."""
     (text, calls), (other_text, other_calls) = ((m["content"].strip(), m.get("tool_calls", ())) for m in (a, b))
-    return (a["role"], text) == (b["role"], other_text) and [c["function"] for c in calls] == [
-        c["function"] for c in other_calls
-    ]
+    same_words = (a["role"], text) == (b["role"], other_text)
+    return same_words and [c["function"] for c in calls] == [c["function"] for c in other_calls]
 
 
 def _place(where: str, number: int) -> str:
@@ -101,7 +100,7 @@ def _is_plain(message: Any) -> bool:
 
 
 def _empty(message: Message) -> str:
-    """Why a message says nothing, "" where it does. A tool may print nothing, a call needs no text."""
+    """Why a message is empty, "" where it is not. A tool may print nothing, a call needs no text."""
     content, role = message["content"], message["role"]
     if role == "tool" or message.get("tool_calls"):
         return ""
@@ -115,7 +114,7 @@ def _empty(message: Message) -> str:
 
 
 def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
-    """The messages that an entry stands for."""
+    """The messages of one entry."""
     entry = named(message)
     weight = turn_weight(entry.rest, entry.role, out.unread)
     for name, value in entry.rest.items():
@@ -144,7 +143,7 @@ def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
 
 def _assistant(entry: Named, out: Conversation) -> dict[str, Any]:
     """An answer's fields. Templates write thoughts, then the text, then calls: pieces in another order would be
-    trained on in an order in which nobody sampled them."""
+    trained on in an order in which they were not sampled."""
     order = {"thought": 0, "text": 1, "call": 2}
     by_kind: dict[str, list] = {kind: [] for kind in order}
     last = "thought"
@@ -162,16 +161,15 @@ def _assistant(entry: Named, out: Conversation) -> dict[str, Any]:
         fields["reasoning_content"] = thoughts
         out.unread["reasoning_content"] = None
     calls, content_calls = (read_calls(raw) if raw else [] for raw in (entry.calls, by_kind["call"]))
-    if (
-        calls and content_calls and [c["function"] for c in calls] != [c["function"] for c in content_calls]
-    ):  # LangChain has both
+    # LangChain has both.
+    if calls and content_calls and [c["function"] for c in calls] != [c["function"] for c in content_calls]:
         raise DropPair("both tool_calls and calls in the content, which differ")
     fields |= {"tool_calls": calls or content_calls} if calls or content_calls else {}
     return fields
 
 
 def _others(entry: Named, out: Conversation) -> list[dict[str, Any]]:
-    """The fields of a user's or system's message, and of the tool outputs that stand in it (Anthropic, Gemini)."""
+    """The fields of a user's or system message, and of the tool outputs in it (Anthropic, Gemini)."""
     read: list[dict[str, Any]] = []
     if entry.calls:
         raise DropPair(f"tool calls in a {entry.role} message")
@@ -190,7 +188,7 @@ def _others(entry: Named, out: Conversation) -> list[dict[str, Any]]:
 
 
 def _known(content, out: Conversation) -> list[Piece]:
-    """Pieces without those that no template shows, which are named."""
+    """The pieces that a template can show; the others are named in `unread`."""
     known = []
     for kind, value in content:
         if kind == "lost":
@@ -201,8 +199,8 @@ def _known(content, out: Conversation) -> list[Piece]:
 
 
 def _joined(turns: list[_Turn], turn: _Turn) -> bool:
-    """Whether a turn was put into the one before: a call behind an answer, anything of an answer behind its thoughts,
-    as items of one answer."""
+    """Whether a turn was merged into the one before: a call behind an answer, anything of an answer behind its
+    thoughts, as items of one answer."""
     before = turns[-1] if turns else None
     if not before or before.message["role"] != "assistant" or turn.message["role"] != "assistant":
         return False

@@ -1,4 +1,4 @@
-"""How many positions a model can tell apart. Rotary ones go on for ever; learned and tabulated ones end, in an
+"""How many positions a model can tell apart. Rotary ones have no limit; learned and tabulated ones end, in an
 IndexError on a CPU and, on a GPU, in an assertion that names nothing."""
 
 import copy
@@ -40,7 +40,7 @@ def positions_of(config, trust_remote_code: bool = False) -> int | None:
 
 def learned_positions(model) -> int | None:
     """The most tokens that a row of a causal model may have, those of prompt-learning PEFT not counted; None where
-    nothing ends."""
+    there is no limit."""
     adapters = getattr(model, "peft_config", {}).values()
     own = max((adapter.num_virtual_tokens for adapter in adapters if adapter.is_prompt_learning), default=0)
     limit = _of_base(base_model(model))
@@ -74,8 +74,8 @@ def _before(table: nn.Embedding) -> int:
 
 
 def refuse_long_rows(rows, name: str, limit: int | None, args) -> None:
-    """Raises UserError where a set of tokenized pairs has, or a stream may have, sides beyond a model's `limit`, with
-    what `args.pad_to_multiple_of` adds to them."""
+    """Raises UserError where a dataset of tokenized pairs has, or a stream may have, sides beyond a model's `limit`,
+    with what `args.pad_to_multiple_of` adds to them."""
     if limit is None:
         return
     multiple = args.pad_to_multiple_of or 1

@@ -20,13 +20,13 @@ from mdpo.masking.dates import fix_day
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.ranks import first_of_node
 
-SANITY_PAIRS = {"train": 32, "eval": 8}  # of each set, with sanity_check
+SANITY_PAIRS = {"train": 32, "eval": 8}  # of each dataset, with sanity_check
 
 
 def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset, Dataset | None, DataReport]:
-    """(training pairs, held-out pairs or None, what became of all rows), tokenized once by the main process, which
-    shows the report, and writes it into `folder` where one is given. Whether too many rows are bad is for the caller
-    to ask the report. Raises UserError."""
+    """(training pairs, held-out pairs or None, the row accounting), tokenized once by the main process, which shows
+    the report, and writes it into `folder` where one is given. The caller has to ask the report whether too many rows
+    are bad. Raises UserError."""
     args, data = recipe.training, recipe.data
     report = DataReport({}, args.max_length)
     say(*fix_day(recipe, tokenizer))
@@ -39,7 +39,7 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
             evals += load_sets(data.eval_dataset_mixer, splits=None)
         evals = _tokenized(evals, "eval", recipe, tokenizer, report)
     if not train:
-        raise UserError(f"dataset_splits: no set has a split to train on among {data.dataset_splits}.")
+        raise UserError(f"dataset_splits: no dataset has a split to train on among {data.dataset_splits}.")
     train, held_out = mix(train, args.seed), mix(evals, args.seed) if evals else None
     if data.test_split_size:
         if held_out is not None:
@@ -95,7 +95,7 @@ def _tell(report: DataReport, train: Dataset, held_out: Dataset | None, folder: 
     if held_out is not None:
         report.held_out = describe(held_out)
         if both := set(train["prompt_key"]) & set(held_out["prompt_key"]):
-            report.notes.append(f"{len(both)} prompts stand both in the training and in the held-out pairs.")
+            report.notes.append(f"{len(both)} prompts are both in the training and in the held-out pairs.")
     report.show()
     if folder:
         report.write(folder)

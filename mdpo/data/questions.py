@@ -1,4 +1,4 @@
-"""Where the question of a pair stands in a row, beside sides that are answers alone: documented columns, a table."""
+"""The columns that contain the question of a pair whose sides are answers alone: documented ones, as a table."""
 
 from typing import Any
 
@@ -19,12 +19,10 @@ def messages_in(value: Any) -> list[Message]:
 
 def rounds_in(value: Any) -> list[Message]:
     """Pairs of [question, answer], as LLaMA-Factory and ms-swift write a history."""
-    are_rounds = isinstance(value, list) and all(isinstance(r, list | tuple) and len(r) == 2 for r in value)
+    rounds = isinstance(value, list) and all(isinstance(r, list | tuple) and len(r) == 2 for r in value)
     roles = ("user", "assistant")
     return (
-        [{"role": r, "content": t} for turn in value for r, t in zip(roles, turn, strict=True) if t]
-        if are_rounds
-        else []
+        [{"role": r, "content": t} for turn in value for r, t in zip(roles, turn, strict=True) if t] if rounds else []
     )
 
 
@@ -56,7 +54,7 @@ def history(row: Row) -> list[Message]:
 
 
 def prompt_turns(row: Row) -> list[Message]:
-    """Messages, or a text that HelpSteer2's marks part into turns: <extra_id_1>, the role, a line break. Raises
+    """Messages, or a text that HelpSteer2's marks split into turns: <extra_id_1>, the role, a line break. Raises
     DropPair."""
     if messages := messages_in(row.get("prompt")):
         return messages
@@ -67,8 +65,8 @@ def prompt_turns(row: Row) -> list[Message]:
     return [{"role": role.lower(), "content": text.strip("\n")} for role, _, text in parts] if others else []
 
 
-# In order: those that hold turns, then those that hold the user's next words. A user turn of the first kind that the
-# second repeats is written once.
+# In order: those that contain turns, then those that contain the user's next words. A user turn of the first kind
+# that the second repeats is written once.
 LISTS = (
     Form(("prompt",), "TRL; HelpSteer2 (`<extra_id_1>` parts a text into turns)", "messages, or one", prompt_turns),
     Form(("conversations",), "ShareGPT, LLaMA-Factory", "the prompt's messages", turns("conversations")),

@@ -1,4 +1,4 @@
-"""What a run trains on, before it does: rows read and dropped, lengths, what is supervised, and what looks wrong. For
+"""What a run is going to train on: rows read and dropped, lengths, what is supervised, and what looks wrong. For
 the terminal and as data_report.json."""
 
 import json
@@ -17,22 +17,22 @@ from mdpo.errors import UserError
 from mdpo.types import SIDES, turn_begins
 
 DATA_REPORT = "data_report.json"
-SUSPICIOUS = (0.3, 0.7)  # accuracy of "the longer side wins": outside of it length alone may be what is learnt
+SUSPICIOUS = (0.3, 0.7)  # accuracy of "the longer side wins": outside of it length alone may be what is learned
 LENGTHS = (0.5, 1, 2)  # of max_length, at which lost rows are counted
 QUANTITIES = ("turns", "tokens", "supervised", "context", "shared")
 
 
 @dataclass
 class DataReport:
-    """`counts` says what became of each set's rows, `training` and `held_out` describe the pairs that are left of all
-    sets together, as `describe` does."""
+    """`counts` is the row accounting of each dataset, `training` and `held_out` describe the pairs that are left of all
+    datasets together, as `describe` does."""
 
     counts: dict[str, DropCounts]
     max_length: int | None
     training: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    unused: dict[str, list[str]] = field(default_factory=dict)  # columns that nothing reads, of each set
+    unused: dict[str, list[str]] = field(default_factory=dict)  # columns that nothing reads, of each dataset
 
     def costs(self) -> dict[int, int]:
         """max_length at several sizes -> rows whose longer side is over it, dropped ones included."""
@@ -53,7 +53,7 @@ class DataReport:
         return lines
 
     def refuse_bad_rows(self, on_bad_rows: str, max_bad_fraction: float) -> None:
-        """Raises UserError where a set lost more rows than the recipe allows."""
+        """Raises UserError where a dataset lost more rows than the recipe allows."""
         for c in (c for c in self.counts.values() if c.dropped):
             reasons = "\n".join(c.lines())
             if on_bad_rows == "error":
@@ -61,7 +61,7 @@ class DataReport:
             if c.dropped > max_bad_fraction * c.read:
                 raise UserError(
                     f"max_bad_fraction: {c.dropped} of {c.read} rows are dropped ({c.dropped / c.read:.0%}), more than "
-                    f"{max_bad_fraction:.0%}.\n{reasons}\nMend the data, or raise max_bad_fraction in the recipe."
+                    f"{max_bad_fraction:.0%}.\n{reasons}\nFix the data, or raise max_bad_fraction in the recipe."
                 )
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class DataReport:
                 console.print("\n".join(lines), soft_wrap=True, markup=False)
         for columns, names in _by_value(self.unused).items():
             console.print(f"columns not used: {columns} (of {names})", soft_wrap=True, markup=False)
-        for name, description in (("training", self.training), ("held-out", self.held_out)):
-            if description:
-                console.print(_lengths_table(name, description))
+        for name, summary in (("training", self.training), ("held-out", self.held_out)):
+            if summary:
+                console.print(_lengths_table(name, summary))
         if self.training:
             console.print(_sentences(self.training, self.costs()), soft_wrap=True)
         for line in self.warnings():
@@ -98,12 +98,12 @@ class DataReport:
 
 
 def _by_value(unused: dict[str, list[str]]) -> dict[str, str]:
-    """columns -> the sets that have them."""
+    """columns -> the datasets that have them."""
     by_columns: dict[str, list[str]] = {}
     for name, columns in unused.items():
         by_columns.setdefault(", ".join(columns), []).append(name)
     return {
-        columns: "all sets" if len(names) == len(unused) > 1 else ", ".join(names)
+        columns: "all datasets" if len(names) == len(unused) > 1 else ", ".join(names)
         for columns, names in by_columns.items()
     }
 
@@ -120,25 +120,23 @@ def _rows_table(counts: dict[str, DropCounts]) -> Table:
     return table
 
 
-def _lengths_table(name: str, description: dict[str, Any]) -> Table:
-    table = Table(title=f"{description['pairs']:,} {name} pairs")
+def _lengths_table(name: str, summary: dict[str, Any]) -> Table:
+    table = Table(title=f"{summary['pairs']:,} {name} pairs")
     table.add_column("a side")
     for side in SIDES:
-        for statistic in ("mean", "p50", "p95", "max"):
-            table.add_column(f"{side}\n{statistic}" if statistic == "mean" else f"\n{statistic}", justify="right")
+        for stat in ("mean", "p50", "p95", "max"):
+            table.add_column(f"{side}\n{stat}" if stat == "mean" else f"\n{stat}", justify="right")
     for quantity in QUANTITIES:
-        cells = [
-            description[quantity][side][statistic] for side in SIDES for statistic in ("mean", "p50", "p95", "max")
-        ]
+        cells = [summary[quantity][side][stat] for side in SIDES for stat in ("mean", "p50", "p95", "max")]
         table.add_row(quantity, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
     return table
 
 
-def _sentences(description: dict[str, Any], costs: dict[int, int]) -> str:
+def _sentences(summary: dict[str, Any], costs: dict[int, int]) -> str:
     lines = [
-        f"{description['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is the "
-        f"longer one in {description['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
-        f"{description['longer_wins']:.0%} (ties one half)"
+        f"{summary['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is "
+        f"the longer one in {summary['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
+        f"{summary['longer_wins']:.0%} (ties one half)"
     ]
     if costs:
         lines.append(
@@ -148,28 +146,25 @@ def _sentences(description: dict[str, Any], costs: dict[int, int]) -> str:
 
 
 def describe(rows: Dataset) -> dict[str, Any]:
-    """Of a tokenized set: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and tokens);
-    the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
+    """Of a tokenized dataset: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and
+    tokens); the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
     `longer_wins`, the accuracy of preferring the longer side, ties counting one half."""
-    quantities = {quantity: np.zeros((len(rows), 2), np.int64) for quantity in ("turns", "tokens", "supervised")}
+    arrays = {quantity: np.zeros((len(rows), 2), np.int64) for quantity in ("turns", "tokens", "supervised")}
     begin = 0
     columns = [f"{side}_mask" for side in SIDES]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for i, name in enumerate(columns):
             turns, tokens, supervised = _runs(table.column(name).combine_chunks())
             for quantity, values in (("turns", turns), ("tokens", tokens), ("supervised", supervised)):
-                quantities[quantity][begin : begin + len(values), i] = values
+                arrays[quantity][begin : begin + len(values), i] = values
         begin += len(table)
     shared = np.asarray(rows["shared_len"], np.int64)
-    quantities |= {"context": quantities["tokens"] - quantities["supervised"], "shared": np.stack([shared, shared], 1)}
-    difference = quantities["supervised"][:, 0] - quantities["supervised"][:, 1]
+    arrays |= {"context": arrays["tokens"] - arrays["supervised"], "shared": np.stack([shared, shared], 1)}
+    difference = arrays["supervised"][:, 0] - arrays["supervised"][:, 1]
     return {
         "pairs": len(rows),
-        **{
-            quantity: {side: _summary(quantities[quantity][:, i]) for i, side in enumerate(SIDES)}
-            for quantity in QUANTITIES
-        },
-        "share_supervised": float(quantities["supervised"].sum() / quantities["tokens"].sum()),
+        **{name: {side: _summary(arrays[name][:, i]) for i, side in enumerate(SIDES)} for name in QUANTITIES},
+        "share_supervised": float(arrays["supervised"].sum() / arrays["tokens"].sum()),
         "longer_is_chosen": float((difference > 0).mean()),
         "longer_wins": float((difference > 0).mean() + (difference == 0).mean() / 2),
     }

@@ -67,7 +67,7 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
 
 
 def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: bool):
-    """(both sides as whole conversations, their weights, messages of context, what is worth a line)."""
+    """(both sides as whole conversations, their weights, messages of context, remarks and unread fields)."""
     sides = [_as_messages(*side, isinstance(prompt, list)) for side in zip(("chosen", "rejected"), sides, strict=True)]
     read = [read_messages(side, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
     both, weights = [side.messages for side in read], [side.weights for side in read]
@@ -97,7 +97,7 @@ def _conversations(prompt, sides: list, mask_turns: bool, different_prompts: boo
 
 
 def _shared_context(both: Sides, different: bool) -> tuple[Sides, int, list[str]]:
-    """(both sides, messages of context, remarks) where no prompt is given: what stands before the first answer has to
+    """(both sides, messages of context, remarks) where no prompt is given: what is before the first answer has to
     say the same on both sides, and chosen's words are used for both. Raises DropPair."""
     firsts = [first_answer(side) for side in both]
     n, starts = min(firsts), [side[:first] for side, first in zip(both, firsts, strict=True)]
@@ -154,7 +154,7 @@ def _for_template(row: dict[str, Any]) -> dict[str, Any]:
 
 def _behind(prompt: list[Message], side: list[Message], weights: list[float], once: bool):
     """(whole conversation, its weights): the prompt and the side, which with `once` may begin with the prompt itself.
-    Raises DropPair where it begins with the prompt's question and goes on otherwise."""
+    Raises DropPair where it begins with the prompt's question and continues otherwise."""
     n = len(prompt)
     if once and len(side) >= n and all(map(same_message, side, prompt)):
         return prompt + side[n:], weights
@@ -183,7 +183,7 @@ def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
 
 
 def _as_messages(name: str, side: Any, after_prompt: bool) -> list[Message]:
-    """A side as a list: one message stands for itself, a text after a prompt of messages for the answer."""
+    """A side as a list: one message alone, or a text behind a prompt of messages, which is the answer."""
     if isinstance(side, str) and after_prompt:
         return [{"role": "assistant", "content": side}]
     if isinstance(side, dict):
@@ -194,7 +194,7 @@ def _as_messages(name: str, side: Any, after_prompt: bool) -> list[Message]:
 
 
 def _question(prompt: str, sides: list[list[Message]]) -> list[Message] | None:
-    """What a prompt that is a text stands for, beside conversations: None where it is their first user message (as in
+    """What a prompt that is a text means, beside conversations: None where it is their first user message (as in
     UltraFeedback), that message where they begin with the assistant."""
     both = [[m for m in side if m["role"] != "system"] for side in sides]
     asked = [next((m["content"].strip() for m in side if m["role"] == "user"), None) for side in both]
@@ -231,7 +231,7 @@ def _common_start(a, b) -> int:
 
 
 def refuse_missing_margins(args: MDPOConfig, rows, name: str) -> None:
-    """Raises UserError where `margin_scale` is set and a row of the tokenized set has no margin."""
+    """Raises UserError where `margin_scale` is set and a row of the tokenized dataset has no margin."""
     if args.margin_scale and any(missing := [margin is None for margin in rows["margin"]]):
         first = rows["key"][missing.index(True)]
         raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")

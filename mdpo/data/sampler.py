@@ -1,4 +1,4 @@
-"""The order of training pairs: shuffled anew each epoch, the longest ones first of all."""
+"""The order of training pairs: shuffled again each epoch, the longest ones first of all."""
 
 import numpy as np
 from datasets import Dataset

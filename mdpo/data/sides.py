@@ -1,4 +1,4 @@
-"""Where the two sides of a pair stand in a row: the forms that are documented in public, a table."""
+"""The columns that contain the two sides of a pair: publicly documented forms, as a table."""
 
 import json
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def _texts(value: Any) -> list[str] | None:
 
 
 def after_last_user(row: Row) -> Row:
-    """ms-swift: `messages` ends with the chosen answer; the rejected one stands alone, or is a whole conversation."""
+    """ms-swift: `messages` ends with the chosen answer; the rejected one is alone, or is a whole conversation."""
     name = "rejected_messages" if row.get("rejected_messages") else "rejected_response"
     messages, rejected = row["messages"], row.get(name)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):

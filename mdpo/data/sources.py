@@ -1,4 +1,4 @@
-"""The sets that a recipe names → rows: loaded, mixed, held out."""
+"""The datasets that a recipe names → rows: loaded, mixed, held out."""
 
 import glob
 from collections import Counter
@@ -24,7 +24,7 @@ from mdpo.errors import UserError
 
 @dataclass
 class DatasetSplit:
-    """One split of one set: the set as the recipe names it, with [split] behind it where it has several."""
+    """One split of one dataset: the dataset as the recipe names it, with [split] behind it where it has several."""
 
     name: str
     split: str
@@ -35,12 +35,12 @@ class DatasetSplit:
 def load_sets(
     mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None
 ) -> list[DatasetSplit]:
-    """Every set in the mix: the first `fraction` of the rows of splits to train on, and all rows of the others. With
-    `splits` None all splits are taken, and the fraction is of each.
+    """Every dataset in the mix: the first `fraction` of the rows of splits to train on, and all rows of the others.
+    With `splits` None all splits are taken, and the fraction is of each.
 
-    A set is a local file (JSON Lines, JSON, compressed or not, Parquet, Arrow), several by a pattern with *, a folder
-    of them, a saved `datasets` folder, or a hub name. What has no splits is "train". Each row gets a `key` that says
-    where it stands: FILE:LINE for JSON, else the part's name and the row's number, from 1. Raises UserError."""
+    A dataset is a local file (JSON Lines, JSON, compressed or not, Parquet, Arrow), several by a pattern with *, a
+    folder of them, a saved `datasets` folder, or a hub name. What has no splits is "train". Each row gets a `key` that
+    says where it is: FILE:LINE for JSON, else the part's name and the row's number, from 1. Raises UserError."""
     parts = []
     for i, (name, fraction) in enumerate(mixer.items()):
         loaded = _load(name, splits, configs[i] if configs else None)
@@ -76,7 +76,7 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
     if config and (path.is_file() or saved or pattern):
         raise UserError(f'dataset_configs: {name} has no configurations; give "" for it.')
     if pattern:
-        files = sorted(found for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
         if not files:
             raise UserError(f"dataset files {name}: none matches (looked in {Path.cwd()}).")
         return {"train": read_files(files)}
@@ -87,11 +87,11 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
     try:
         if path.is_dir() and not saved:
             return _load_folder(path, name, splits, config)
-        if saved and not isinstance(found := load_from_disk(str(path)), DatasetDict):
-            return {"train": (number_rows(found, name), found.column_names)}
-        there = list(found) if saved else get_dataset_split_names(name, config)
-        wanted = [split for split in there if splits is None or split in splits]
-        found = {split: found[split] if saved else load_dataset(name, config, split=split) for split in wanted}
+        if saved and not isinstance(loaded := load_from_disk(str(path)), DatasetDict):
+            return {"train": (number_rows(loaded, name), loaded.column_names)}
+        available = list(loaded) if saved else get_dataset_split_names(name, config)
+        wanted = [split for split in available if splits is None or split in splits]
+        loaded = {split: loaded[split] if saved else load_dataset(name, config, split=split) for split in wanted}
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, DatasetsError) as e:
@@ -99,7 +99,7 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
             f"dataset {name!r} cannot be loaded: {first_line(e)}. Where the hub cannot be reached, put the data into a "
             "local file and name that file in dataset_mixer."
         ) from e
-    numbered = {split: number_rows(rows, _part_name(name, split, found)) for split, rows in found.items()}
+    numbered = {split: number_rows(rows, _part_name(name, split, loaded)) for split, rows in loaded.items()}
     return {split: (rows, rows.column_names) for split, rows in numbered.items()}
 
 
@@ -115,13 +115,13 @@ def _load_folder(path: Path, name: str, splits: list[str] | None, config: str | 
 
 
 def mix(parts: list[Dataset], seed: int, limit: int | None = None) -> Dataset:
-    """All parts in one set, shuffled by `seed`, at most `limit` rows of it."""
+    """All parts in one dataset, shuffled by `seed`, at most `limit` rows of it."""
     rows = concatenate_datasets(parts).shuffle(seed=seed)
     return rows.select(range(min(limit, len(rows)))) if limit else rows
 
 
 def hold_out(rows: Dataset, size: int | float, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): whole prompts are held out, so that no prompt stands on both sides, until at least `size`
+    """(train, held out): whole prompts are held out, so that no prompt is on both sides, until at least `size`
     rows (a share of the rows, where `size` is below 1) are. Raises UserError where nothing would be left to train on.
     """
     wanted = size if size >= 1 else max(1, round(size * len(rows)))

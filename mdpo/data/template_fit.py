@@ -45,7 +45,7 @@ def _texts(sides: Sides, pair: Pair, template) -> list[str] | None:
 
 
 def _shows(name: str, pair: Pair, template) -> bool:
-    """Whether the template writes another text without a field. A tool's own name is none of its: its call has it."""
+    """Whether the template writes another text without a field. A tool message's `name` stays: its call has it too."""
     sides = (pair.chosen, pair.rejected)
 
     def without(message):

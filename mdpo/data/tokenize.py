@@ -1,4 +1,4 @@
-"""A set of rows → a set of tokenized pairs, every dropped row counted under its reason."""
+"""A dataset of rows → a dataset of tokenized pairs, every dropped row counted under its reason."""
 
 import json
 from dataclasses import astuple, replace
@@ -23,7 +23,7 @@ from mdpo.masking.plain_texts import PlainText
 from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
-# Raised by one when ids or masks of the same row change, so that cached sets are made anew.
+# Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
 VERSION = 10
 FEATURES = Features(
     {
@@ -50,7 +50,7 @@ NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread"]
 
 
 def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
-    """Plain strings do with a tokenizer whose chat template is missing or of no use."""
+    """For plain strings a tokenizer will do whose chat template is missing or unusable."""
     _, conversations = look(map(whole_row, rows), name, settings.mask_turns)
     try:
         return ChatTemplate(tokenizer, settings.template_kwargs, locates=settings.mask_turns)
@@ -87,7 +87,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
 
 
 def _question_of(pair) -> Any:
-    """What stands before the first answer: rows with the same one are held out together."""
+    """What is before the first answer: rows with the same one are held out together."""
     if isinstance(pair.chosen, str):
         start = pair.chosen[: pair.n_prompt]
         # Without a prompt the common start may run into the answers: it is cut where a line begins.

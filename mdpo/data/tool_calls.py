@@ -10,7 +10,7 @@ from mdpo.types import Message
 
 # OpenAI's name, Llama 3's, Anthropic's, LangChain's.
 ARGUMENTS = ("arguments", "parameters", "input", "args")
-ID = re.compile(r"[a-zA-Z0-9]{9}")  # what Mistral's templates ask for, and every other accepts
+ID = re.compile(r"[a-zA-Z0-9]{9}")  # what Mistral's templates require, and all others accept
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def _read_call(call: Any) -> dict[str, Any]:
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    """By name: templates that write each argument refuse a list or a bare value, others would write what no call is."""
+    """By name: templates that write each argument refuse a list or a bare value, others would write an invalid call."""
     arguments = parsed(value, "tool call arguments")
     if arguments and not isinstance(arguments, dict):
         raise DropPair(f"tool call arguments are {kind_of(arguments)}, not an object")

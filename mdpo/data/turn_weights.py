@@ -10,8 +10,8 @@ LOSS = ("loss", "train", "training", "trainable")  # ms-swift and AgentInstruct,
 
 
 def turn_weight(fields: dict[str, Any], role: str, unread: dict[str, None]) -> float | None:
-    """What multiplies the log-ratios of a message: `weight`, or 0 where the message says not to learn it; None where it
-    says nothing. Takes those fields out; names in `unread` what is asked for and not done. Raises DropPair."""
+    """The factor of a message's log-ratios: `weight`, or 0 where the message says not to learn it; None where it says
+    nothing. Takes those fields out; names in `unread` what is asked for and has no effect. Raises DropPair."""
     weight = fields.pop("weight", None)
     if weight is not None and not (_finite(weight) and weight >= 0):
         raise DropPair(f"a message's weight is {json.dumps(weight, default=str)[:20]}, not a number >= 0")

@@ -1,4 +1,4 @@
-"""Rows that are no pairs, and columns that may hold the question and that nothing reads: what is said about them."""
+"""Messages about rows that are no pairs, and about columns that may contain the question and that nothing reads."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ from mdpo.data.messages import normalize_messages
 from mdpo.errors import DropPair
 
 NO_QUESTION = "no user turn and no prompt"
-# Columns about a row; of a text in any other one it cannot be known that it is not the question.
+# Columns about a row; a text in any other one may be the question.
 ABOUT = re.compile(
     r"(?i)(^|_)(key|id|ids|uuid|idx|index|hash|md5|sha|source|sources|origin|dataset|split|subset|config|model|models|"
     r"policy|generator|category|categories|type|kind|domain|topic|tag|tags|label|labels|lang|language|license|date|"
@@ -39,7 +39,7 @@ def words_in(text: str) -> int:
 
 
 def holds_text(value: Any) -> bool:
-    """Whether a value holds a text of WORDS words or more, at any depth, or messages."""
+    """Whether a value contains a text of WORDS words or more, at any depth, or messages."""
     if isinstance(value, str):
         return words_in(value) >= WORDS
     if isinstance(value, dict):
@@ -48,14 +48,14 @@ def holds_text(value: Any) -> bool:
 
 
 def unread_text(row: Row, used: set[str]) -> str | None:
-    """The first column outside `used` that may hold the question; those whose names say so come first."""
+    """The first column outside `used` that may contain the question; those whose names say so come first."""
     others = [n for n, value in row.items() if n not in used and value and not _about(n, value)]
     named = [n for n in others if ASKS.search(n) and not isinstance(row[n], int | float)]
     return next(iter(named + [n for n in others if holds_text(row[n])]), None)
 
 
 def _about(name: str, value: Any) -> bool:
-    """Whether a column is about its row, by its name, and holds no whole sentence."""
+    """Whether a column is about its row, by its name, and contains no whole sentence."""
     if not ABOUT.search(name) or TEXT.search(name):
         return False
     return not (isinstance(value, str) and holds_text(value) and SENTENCE.search(value))
@@ -88,7 +88,7 @@ GROUPS = """    import collections, json
     groups = collections.defaultdict(lambda: ([], []))
     for row in map(json.loads, open({file!r}, encoding="utf-8")):
         good = {good}
-        groups[json.dumps(row[{task!r}])][not good].append(row[{what!r}])
+        groups[json.dumps(row[{task!r}])][not good].append(row[{column!r}])
     with open("pairs.jsonl", "w", encoding="utf-8") as out:
         for task, (right, wrong) in groups.items():
             for chosen, rejected in zip(right, wrong):
@@ -111,17 +111,17 @@ TASKS = ("task_id", "instance_id", "problem_id", "question_id", "prompt_id", "ta
 
 
 def no_pairs(columns: list[str], name: str) -> str:
-    """What is said of a set that is in no form: its columns, and the few lines that make pairs of it."""
+    """The message about a dataset in no known form: its columns, and the few lines that make pairs of it."""
     missing = [c for c in ("chosen", "rejected") if c not in columns]
     has = f"It has: {', '.join(columns)}."
     if {"completion", "label"} <= set(columns):
         text = GROUPS.format(file=name, good="row['label']", task=guess(("prompt", *ASKED), columns, "PROMPT"),
-                             what="completion", pair=AFTER_PROMPT)  # fmt: skip
+                             column="completion", pair=AFTER_PROMPT)  # fmt: skip
         return f"single answers with a label (KTO's form) are no pairs. {has}\n{_of_one('answers', 'prompt')}\n{text}"
-    score, what = guess(SCORES, columns, ""), guess(TRAJECTORIES, columns, "")
-    if len(missing) == 2 and score and what:
+    score, column = guess(SCORES, columns, ""), guess(TRAJECTORIES, columns, "")
+    if len(missing) == 2 and score and column:
         good = f"row[{score!r}] not in (0, False, None, 'failure', 'fail')"
-        text = GROUPS.format(file=name, good=good, task=guess(TASKS, columns, "TASK"), what=what, pair=WHOLE)
+        text = GROUPS.format(file=name, good=good, task=guess(TASKS, columns, "TASK"), column=column, pair=WHOLE)
         return f"trajectories with a verdict are no pairs. {has}\n{_of_one('trajectories', 'task')}\n{text}"
     parts = {"question": guess(ASKED, columns, "QUESTION"), "chosen": guess(BETTER, columns, "BETTER"),
              "rejected": guess(WORSE, columns, "WORSE")}  # fmt: skip
@@ -132,8 +132,8 @@ def no_pairs(columns: list[str], name: str) -> str:
     )
 
 
-def _of_one(what: str, by: str) -> str:
-    return f"Pair good with bad {what} of one {by}, and name the new file in dataset_mixer:"
+def _of_one(rows: str, group: str) -> str:
+    return f"Pair good with bad {rows} of one {group}, and name the new file in dataset_mixer:"
 
 
 def guess(names: tuple[str, ...], columns: list[str], otherwise: str) -> str:
