@@ -1,4 +1,4 @@
-"""LoRA's targets against the modules of the model, which is built without weights, before they are loaded."""
+"""LoRA's targets are checked against the modules of the model, built without weights, before these are loaded."""
 
 import inspect
 import re
@@ -37,8 +37,8 @@ def one_entry(model: Any) -> None:
 
 
 def bare_model(config: Any) -> torch.nn.Module | None:
-    """The model of a configuration with weights that hold no data; None where transformers itself has no such class,
-    or cannot make it so."""
+    """The model of a configuration with weights that have no data; None where transformers itself has no such class,
+    or cannot build it so."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     config = deepcopy(config)

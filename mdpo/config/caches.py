@@ -1,4 +1,4 @@
-"""Folders outside output_dir that a run writes to: whether it can, by the name of what a user sets to move each."""
+"""Whether a run can write to its folders outside output_dir, each named by what a user sets to move it."""
 
 import errno
 import os
@@ -20,13 +20,13 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def default_folder() -> Path:
-    """Where reference log-probs are kept unless a recipe says otherwise: beside the models that they come from."""
+    """Where reference log-probs are cached unless a recipe says otherwise: beside the models that they come from."""
     return Path(constants.HF_HOME, "mdpo-reference")
 
 
 def refuse_unwritable(args=None) -> None:
-    """Raises UserError, on all ranks, for the first folder that this rank or another cannot write to. `args`: of a run
-    that is to be trained; None asks for what reading data needs alone. All ranks call it together."""
+    """Raises UserError, on all ranks, for the first folder that this rank or another cannot write to. `args`: of a
+    training run; with None only what reading data needs is checked. All ranks call it together."""
     lines = [line for line in gathered(next(_troubles(args), None)) if line]
     if lines:
         raise UserError(lines[0])
@@ -39,7 +39,7 @@ def _troubles(args) -> Iterator[str]:
 
 
 def _folders(args) -> Iterator[tuple[Path, str, str]]:
-    """(folder, what moves it, what it holds) of all that are needed."""
+    """(folder, what moves it, its contents) of all that are needed."""
     yield Path(datasets.config.HF_DATASETS_CACHE), DATA, "tokenized rows"
     if args is None:
         return
@@ -67,7 +67,7 @@ def _extensions() -> Path:
 
 @contextmanager
 def keeping_rows():
-    """Turns the disk's trouble with `datasets`' own files within it into a UserError."""
+    """Turns an error of the disk with `datasets`' own files into a UserError."""
     try:
         yield
     except OSError as error:
@@ -81,7 +81,7 @@ def keeping_rows():
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, which is made where it is not there; None where it can be."""
+    """Why nothing can be written into a folder, which is created where it is missing; None where it can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

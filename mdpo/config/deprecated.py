@@ -1,4 +1,4 @@
-"""Keys of older recipes, alignment-handbook's and the first M-DPO scripts': today's name, or what to do instead."""
+"""Retired keys of older recipes, of alignment-handbook and of the first M-DPO scripts: today's name, or advice."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ _REFUSED = {
         "max_target_length",
         "max_seq_length",
     ),
-    "name the training sets in dataset_mixer, as {NAME_OR_PATH: 1.0}": (
+    "name the training datasets in dataset_mixer, as {NAME_OR_PATH: 1.0}": (
         "dataset_name",
         "dataset_mixture",
         "train_dir",
     ),
-    "name the held-out set in eval_dataset_mixer, as {NAME_OR_PATH: 1.0}": ("eval_dir",),
+    "name the held-out dataset in eval_dataset_mixer, as {NAME_OR_PATH: 1.0}": ("eval_dir",),
     "use dataset_configs": ("dataset_config",),
     "use dataset_splits, as [train, test]": (
         "dataset_train_split",
@@ -80,7 +80,7 @@ _REFUSED = {
     ),
     (
         "rows of a stream can be neither counted, reported nor scored before training; "
-        "sets are read from disk as they are needed, so they may be larger than memory"
+        "datasets are read from disk as they are needed, so they may be larger than memory"
     ): (
         "dataset_streaming",
         "streaming",

@@ -1,4 +1,4 @@
-"""What becomes of each option of a recipe: one table of all of them, and a line for those that change nothing.
+"""What each option of a recipe does: one table of all of them, and a line for those that change nothing.
 
 An option works (`WORKS` of mdpo.config.option_readers names the file that reads it), is refused where it is set
 (`REFUSED`, and `INSTEAD` of mdpo.config.validation), is named by a line where it is set (`NAMED`), or asks for what
@@ -20,12 +20,12 @@ QUIET = {
     "do_eval": "run_dpo.py evaluates where there are pairs for it; a value that says something else is refused",
     "local_rank": "older launchers pass it; ranks come from the environment",
 }
-# Set to anything but the default, these say that something else would happen than does.
+# Set to anything but the default, these ask for something else than what happens.
 REFUSED = {
     "label_smoothing_factor": "is of Trainer's own loss; use label_smoothing, with loss_type robust or exo_pair",
     "do_predict": "nothing here predicts; scripts/evaluate.py measures a model",
     "liger_kernel_config": "there is no use_liger_kernel here; the LM head already runs in chunks",
-    "eval_use_gather_object": "figures are gathered as numbers",
+    "eval_use_gather_object": "metrics are gathered as numbers",
 }
 # Refused by checks of their own, in mdpo/config/validation.py and mdpo/config/parallelism.py.
 REFUSED_ELSEWHERE = {"fsdp", "fsdp_config", "parallelism_config"}
@@ -55,7 +55,7 @@ def without_effect(args: DPOConfig) -> Iterator[str]:
 
 
 def _conditions(args: DPOConfig) -> dict[str, tuple[bool, str]]:
-    """Option -> (whether what it needs is there, how it is not)."""
+    """Option -> (whether what it needs is there, the words for where it is not)."""
     evaluated, saved, logged = args.eval_strategy.value, args.save_strategy.value, args.logging_strategy.value
     saving = saved != "no", "with save_strategy: no"
     pushed = args.push_to_hub, "without push_to_hub: true"
@@ -94,7 +94,7 @@ def is_set(args: Any, key: str) -> bool:
 
 
 def contradicted(args: DPOConfig) -> Iterator[str]:
-    """A sentence for each option that says something else than what happens."""
+    """A sentence for each option that asks for something else than what happens."""
     for key, why in REFUSED.items():
         if is_set(args, key):
             yield f"{key}: has no effect: {why}."

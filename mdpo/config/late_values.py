@@ -1,5 +1,5 @@
 """Values of a recipe that transformers, torch and accelerate refuse only when they use them, tried before anything is
-loaded, on parts that weigh nothing. Each is a UserError that begins with its key."""
+loaded, on parts without weights. Each is a UserError that begins with its key."""
 
 import inspect
 import re
@@ -32,7 +32,7 @@ READ_BY_SOME = ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def refuse_late_values(args: Any, model: Any) -> list[str]:
-    """What needs no model; `args` is MDPOConfig, `model` trl.ModelConfig. Returns lines to print. Raises UserError."""
+    """Checks without a model; `args` is MDPOConfig, `model` trl.ModelConfig. Returns lines to print. Raises UserError."""
     _refuse_trackers(args.report_to or [])
     _refuse_login(args)
     _refuse_best_model(args)
@@ -45,7 +45,7 @@ def refuse_late_values(args: Any, model: Any) -> list[str]:
 
 
 def metric_names(args: Any) -> set[str]:
-    """What an evaluation yields, without `eval_` and without figures by turn, whose number depends on the data."""
+    """What an evaluation yields, without `eval_` and without metrics by turn, whose number depends on the data."""
     names = set(averages(torch.zeros(1, len(COLUMNS), dtype=torch.float64)))
     names -= set() if args.nll_coefficient else {"nll_loss"}
     return names | OF_TRAINER
@@ -81,7 +81,7 @@ def _refuse_trackers(names: list[str]) -> None:
 
 
 def _refuse_login(args: Any) -> None:
-    """push_to_hub without a login would end after the data, or after training."""
+    """push_to_hub without a login would fail after the data, or after training."""
     if not args.push_to_hub or not is_main_process():
         return
     from huggingface_hub import constants, get_token, whoami
@@ -149,7 +149,7 @@ def _refuse_model_values(model: Any) -> None:
 
 def refuse_unfit(args: Any, peft_config: Any, config: Any) -> None:
     """Raises UserError where LoRA's targets, or those of the optimizer, are no part of the model of `config`, or
-    model_init_kwargs are not for it. None for `config`: unknown, nothing is looked at."""
+    model_init_kwargs are not for it. With `config` None (unknown) nothing is checked."""
     if config is not None:
         refuse_unknown_kwargs(args.model_init_kwargs or {}, config)
     model = bare_model(config) if config is not None and (peft_config or args.optim_target_modules) else None
@@ -227,7 +227,7 @@ def _named(key: str, where: str = "") -> Iterator[None]:
 
 
 def check_steps(args: Any, pairs: int) -> list[str]:
-    """Of a training set of `pairs`: raises UserError where dataloader_drop_last leaves no step, and returns a line
+    """For a training dataset of `pairs`: raises UserError where dataloader_drop_last leaves no step, and returns a line
     where warm-up outlasts training."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and pairs < batch:

@@ -15,12 +15,12 @@ from mdpo.console import first_line
 from mdpo.errors import UserError
 
 CPU_FLAGS = {"--cpu", "--use_cpu"}
-SCRIPT = "run_dpo.py"  # what stands behind it is ours, not the launcher's
+SCRIPT = "run_dpo.py"  # what comes behind it is ours, not the launcher's
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def refuse_unusable_gpus(use_cpu: bool) -> list[str]:
-    """Raises UserError where a run that is meant for GPUs would train on the CPU without a word: where it is started by
+    """Raises UserError where a run that is meant for GPUs would silently train on the CPU: where it is started by
     DeepSpeed or in several processes, while torch can use no GPU. One process beside an NVIDIA driver gets a line.
     `use_cpu` is the recipe's; the accelerate file, the launcher's flags and CUDA_VISIBLE_DEVICES='' ask for the CPU
     too."""
@@ -73,14 +73,14 @@ def nvidia_driver() -> str | None:
 
 def launch_request() -> tuple[str | None, bool]:
     """(the accelerate file of the launcher that this process descends from, None without one; whether that file or the
-    launcher's flags ask for the CPU). Under DeepSpeed the launcher hands `use_cpu` to nobody, so it is looked up."""
+    launcher's flags ask for the CPU). Under DeepSpeed the launcher does not pass `use_cpu` on, so it is looked up."""
     path, settings, flags = _launch()
     return path, bool(CPU_FLAGS & set(flags)) or bool(settings.get("use_cpu"))
 
 
 def refuse_parallel_launch() -> None:
     """Raises UserError where the accelerate file splits sequences or single weights among processes: for a plain launch
-    on CPUs the launcher hands that to nobody, and every process would train on its own."""
+    on CPUs the launcher does not pass that on, and every process would train on its own."""
     path, settings, _ = _launch()
     sizes = settings.get("parallelism_config") or {}
     for name, size in sizes.items() if isinstance(sizes, dict) else ():
@@ -89,7 +89,7 @@ def refuse_parallel_launch() -> None:
 
 
 def _launch() -> tuple[str | None, dict, list[str]]:
-    """(the accelerate file, what it says, the launcher's own words) of the launcher above this process."""
+    """(the accelerate file, its settings, the launcher's own words) of the launcher above this process."""
     for words, folder in _ancestors():
         own = words[: next((i for i, word in enumerate(words) if Path(word).name == SCRIPT), len(words))]
         if not any("accelerate" in word or word == "launch" for word in own):

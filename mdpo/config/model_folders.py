@@ -1,7 +1,7 @@
 """Whether what a recipe names as a model is one: an adapter's folder or hub name, or a folder without weights, is not.
 
 transformers loads an adapter as its base with the adapter's layers put in. Where PEFT puts a new adapter on that, the
-first one is no longer heard: policy and reference begin as the bare base.
+first one has no effect: policy and reference begin as the bare base.
 """
 
 import json
@@ -22,7 +22,7 @@ SHOWN = 5  # names of files in a message
 
 
 def refuse_unloadable(model, args) -> None:
-    """What a recipe names as policy and reference, looked at before anything is loaded. `model` is trl.ModelConfig,
+    """Checks what a recipe names as policy and reference before anything is loaded. `model` is trl.ModelConfig,
     `args` the training arguments. Raises UserError."""
     kwargs = args.model_init_kwargs or {}
     names = {"model_name_or_path": (model.model_name_or_path, model.model_revision)}
@@ -35,8 +35,8 @@ def refuse_unloadable(model, args) -> None:
 
 
 def refuse_no_model(key: str, name: str, revision: str | None = None, subfolder: str = "") -> None:
-    """Raises UserError where `name`, a folder or a name on the hub, is no model as far as can be told. `key` is what
-    the user wrote it in."""
+    """Raises UserError where `name`, a folder or a name on the hub, is no model as far as can be told. `key` is where
+    the user wrote it."""
     refuse_missing_folder(key, name)
     refuse_adapter(name, key, revision, subfolder)
     refuse_without_weights(name, key, subfolder)
@@ -44,7 +44,7 @@ def refuse_no_model(key: str, name: str, revision: str | None = None, subfolder:
 
 def refuse_adapter(name: str, key: str = "model", revision: str | None = None, subfolder: str = "") -> None:
     """Raises UserError, with the command that makes a model of it, where `name`, a folder or a name on the hub, is an
-    adapter. `key` is what the user wrote it in."""
+    adapter. `key` is where the user wrote it."""
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         adapter_file = find_adapter_config_file(name, revision=revision, subfolder=subfolder)
@@ -70,7 +70,7 @@ def refuse_adapter(name: str, key: str = "model", revision: str | None = None, s
 
 
 def _merging(name: str, folder: Path | None, settings: dict[str, Any], key: str) -> str:
-    """How a model is made of an adapter, in commands; `folder` is None for one on the hub."""
+    """The commands that make a model of an adapter; `folder` is None for one on the hub."""
     local = str(folder) if folder else name.split("/")[-1]
     command = ["python", "scripts/merge_adapter.py", local, f"{local.rstrip('/')}-merged"]
     base, hint = settings.get("base_model_name_or_path"), ""
@@ -89,14 +89,14 @@ def _merging(name: str, folder: Path | None, settings: dict[str, Any], key: str)
 
 
 def _gone(base: str | None) -> bool:
-    """Whether an adapter's base is nowhere, as far as can be told without the hub."""
+    """Whether an adapter's base is missing, as far as can be told without the hub."""
     if not base:
         return True
     return not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1)
 
 
 def refuse_without_weights(name: str, key: str, subfolder: str = "") -> None:
-    """Raises UserError for a local folder in which there are no weights to load."""
+    """Raises UserError for a local folder without weights to load."""
     folder = Path(name, subfolder).expanduser()
     if not folder.is_dir() or _weights(folder):
         return
@@ -114,7 +114,7 @@ def refuse_without_weights(name: str, key: str, subfolder: str = "") -> None:
 
 
 def _weights(folder: Path) -> bool:
-    """Whether a model's weights lie in the folder, an adapter's aside."""
+    """Whether a model's weights, other than an adapter's, are in the folder."""
     return any(not path.name.startswith("adapter_") for pattern in WEIGHTS for path in folder.glob(pattern))
 
 

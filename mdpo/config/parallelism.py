@@ -1,4 +1,4 @@
-"""Ways of splitting one model or one sequence among devices, none of which this trainer knows, refused by name."""
+"""Ways of splitting one model or one sequence among devices, none of them supported: refused by name."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""From the text of a recipe or a command line to settings under today's keys, strictly: nothing is guessed or ignored.
+"""The text of a recipe or a command line → settings under today's keys, strictly: nothing is guessed or ignored.
 
 YAML is read by the rules of YAML 1.2: 4e-7 is a number; yes, no, on and off are text.
 Every error is a UserError that begins with the place: `recipe.yaml:12: beta` or `--beta`.
@@ -135,7 +135,7 @@ def flag(key: str, text: str) -> Setting:
 
 
 def todays_keys(settings: Iterable[Setting], notes: list[str]) -> dict[str, Setting]:
-    """Settings by today's key; what became of older keys is appended to `notes`. Raises UserError for unknown ones."""
+    """Settings by today's key; notes on older keys are appended to `notes`. Raises UserError for unknown ones."""
     result: dict[str, Setting] = {}
     for setting in settings:
         today = setting if setting.key in FIELDS else _modernize(setting, notes)

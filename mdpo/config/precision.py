@@ -1,4 +1,4 @@
-"""What a recipe's precision comes to on this machine."""
+"""The dtypes that a recipe's precision means on this machine."""
 
 import os
 from dataclasses import dataclass
@@ -107,8 +107,8 @@ def engine_dtype(args) -> torch.dtype | None:
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    """What DeepSpeed's engine does to a policy: every floating weight in `dtype`, buffers (RoPE's frequencies) as they
-    are. None changes nothing."""
+    """Casts as DeepSpeed's engine casts a policy: every floating weight to `dtype`, buffers (RoPE's frequencies) stay as
+    they are. None changes nothing."""
     for weight in model.parameters() if dtype is not None else ():
         if weight.is_floating_point() and weight.dtype != dtype and not hasattr(weight, "ds_id"):
             weight.data = weight.data.to(dtype)
@@ -116,7 +116,7 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 
 def without_master(args, dtype: torch.dtype, count: str = "the") -> str | None:
     """Why weights of `dtype` must not be trained under `args`, with advice; None where they may. A weight of 8 bits
-    precision takes steps of 1/256 of itself and no smaller ones: those of DPO's learning rates round to none."""
+    precision takes steps of 1/256 of itself and no smaller ones: those of DPO's learning rates round to zero."""
     if dtype not in HALF or (args.deepspeed_plugin is not None and _keeps_master(args)):
         return None
     return (
@@ -134,14 +134,14 @@ def _keeps_master(args) -> bool:
 
 
 def in_float32(model: torch.nn.Module) -> None:
-    """What is trained of a PEFT model whose base is in half precision: PEFT leaves `modules_to_save` as they are."""
+    """Casts the trained weights of a PEFT model whose base is in half precision: PEFT leaves `modules_to_save` alone."""
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype in HALF:
             weight.data = weight.data.float()
 
 
 def refuse_two_precisions(recipe: dict[str, Any], args) -> None:
-    """Raises UserError where recipe and accelerate file name two precisions, one of which would win without a word, and
+    """Raises UserError where recipe and accelerate file name two precisions, one of which would win silently, and
     where DeepSpeed is to compute in float32 with half-precision weights. `recipe` holds the keys that were set."""
     launched, dtype = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower(), recipe.get("dtype")
     off = recipe.get(launched) is False

@@ -1,4 +1,4 @@
-"""Values that no run could use, refused by the name of their key."""
+"""Values out of range, refused by the name of their key."""
 
 import math
 from collections.abc import Callable

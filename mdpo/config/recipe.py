@@ -1,11 +1,11 @@
-"""From a recipe and a command line to the dataclasses of a run.
+"""A recipe and a command line → the dataclasses of a run.
 
     recipe = load_recipe(sys.argv[1:])  # [RECIPE.yaml] [--config RECIPE.yaml] [--key=value | --key value | --flag] ...
     recipe.model, recipe.data, recipe.training  # trl.ModelConfig, DataArguments, MDPOConfig
     recipe.notes  # lines to print once: older key names, fall-backs, derived values
     recipe.write(path)
 
-Every mistake in a recipe ends as a UserError that names the place, the value and what is wanted.
+Every mistake in a recipe is a UserError that names the place, the value and what is wanted.
 """
 
 import copy
@@ -87,7 +87,7 @@ def load_recipe(argv: list[str]) -> Recipe:
     values = {key: expanded(key, value, origins[key]) for key, value in values.items()}
     for key in ("model_name_or_path", "dataset_mixer"):
         if not values.get(key):
-            raise UserError(f"{path}: {key} is missing; a recipe has to name its model and its training sets.", key)
+            raise UserError(f"{path}: {key} is missing; a recipe has to name its model and its training datasets.", key)
     if not values.get("output_dir"):
         values["output_dir"] = _default_output_dir(path)
         notes.append(f"output_dir is not set; writing to {values['output_dir']}.")

@@ -60,20 +60,20 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        """Turn lists of sets into shares of 1.0. Raises UserError for values that no run could use."""
+        """Turn lists of datasets into shares of 1.0. Raises UserError for values that no run could use."""
         for key in ("dataset_mixer", "eval_dataset_mixer"):
             setattr(self, key, _as_mixer(key, getattr(self, key)))
         if not self.dataset_mixer:
-            raise UserError("dataset_mixer: names no set; give at least one, as {NAME_OR_PATH: 1.0}.")
+            raise UserError("dataset_mixer: names no dataset; give at least one, as {NAME_OR_PATH: 1.0}.")
         if not any("train" in split for split in self.dataset_splits):
             raise UserError(f"dataset_splits: {self.dataset_splits!r} has no name with 'train' in it; add one.")
         if self.dataset_configs is not None and len(self.dataset_configs) != len(self.dataset_mixer):
             raise UserError(
-                f"dataset_configs: {len(self.dataset_configs)} names for the {len(self.dataset_mixer)} sets of "
-                "dataset_mixer; give one for each, in the same order."
+                f"dataset_configs: {len(self.dataset_configs)} names for the {len(self.dataset_mixer)} datasets "
+                "of dataset_mixer; give one for each, in the same order."
             )
         if self.chat_template and any(mark in self.chat_template for mark in ("{%", "{{", "\n")):
-            raise UserError("chat_template: holds a template's text; save it as a .jinja file and give that path.")
+            raise UserError("chat_template: contains a template's text; save it as a .jinja file and give that path.")
         check_ranges(
             self,
             {
@@ -95,7 +95,7 @@ def _as_mixer(key: str, mixer: dict[str, float] | list[str] | None) -> dict[str,
         return None
     if isinstance(mixer, list):
         if repeated := sorted({name for name in mixer if mixer.count(name) > 1}):
-            raise UserError(f"{key}: {repeated[0]!r} is listed twice; list each set once.")
+            raise UserError(f"{key}: {repeated[0]!r} is listed twice; list each dataset once.")
         mixer = dict.fromkeys(mixer, 1.0)
     for name, share in mixer.items():
         if not 0 < share <= 1:

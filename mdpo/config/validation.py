@@ -1,4 +1,4 @@
-"""Options of the trainer that contradict each other or would do nothing, said before anything is loaded."""
+"""Options of the trainer that contradict each other or have no effect, refused before anything is loaded."""
 
 import os
 
@@ -17,7 +17,7 @@ from mdpo.loss.registry import LOSSES, OF_TRL
 # Losses of the difference of rewards: another f-divergence's normalizer cancels in them alone.
 OF_DIFFERENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 TOWARDS_MARGIN = {"kl", "rev_kl", "tv", "hellinger"}
-# Options that only some losses look at.
+# Options that only some losses read.
 ONLY_WITH = {
     "label_smoothing": {"robust", "exo_pair", "aot", "aot_unpaired"},
     "discopop_tau": {"discopop"},
@@ -25,7 +25,7 @@ ONLY_WITH = {
     "length_penalty": {"sigmoid"},
     "ld_alpha": set(LOSSES) - {"sft", "raft"},
 }
-# Keys of trl.ModelConfig that nothing looks at without another one.
+# Keys of trl.ModelConfig that nothing reads without another one.
 ONLY_BESIDE = {
     "use_peft": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
                  "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
@@ -101,8 +101,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
 
 
 def _refuse_scattered_weights(engine: dict) -> None:
-    """Under ZeRO-3 weights are written by the first rank, if DeepSpeed is told to gather them. Without it the first
-    checkpoint would be the end of the run."""
+    """Under ZeRO-3 weights are written by the first rank, if DeepSpeed is told to gather them. Without it the run
+    would fail at its first checkpoint."""
     if not engine.get("zero_optimization", {}).get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
             "zero3_save_16bit_model: true is needed in the accelerate file under ZeRO-3, in a deepspeed_config_file "

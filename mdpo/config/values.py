@@ -1,4 +1,4 @@
-"""What a recipe's texts mean beside what they say: null written as in Python, variables and ~ in paths."""
+"""The meaning of texts in a recipe: null written as in Python, variables and ~ in paths."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ OF_A_SHELL = re.compile(r"\$[({]|`")
 
 
 def meant(setting: Setting, hint: Any, notes: list[str]) -> Setting:
-    """The setting with null where a word for it stands in other languages, which `notes` are told. `hint` is the type
+    """The setting with null for the words that mean it elsewhere, with a line in `notes`. `hint` is the type
     of its key. Raises UserError where text is wanted and such a word, or one for true or false, is no text."""
     text, kinds = setting.text, members(hint)
     if setting.key == "parallelism_config" and setting.value is not None:
@@ -52,7 +52,7 @@ def meant(setting: Setting, hint: Any, notes: list[str]) -> Setting:
 
 
 def expanded(key: str, value: Any, origin: str) -> Any:
-    """The value with ~ and variables of the environment put in where it is, or holds, a path; in names only those in
+    """The value with ~ and variables of the environment put in where it is, or contains, a path; in names only those in
     braces. Raises UserError that names a variable without a value."""
     if key in INNER_PATHS and isinstance(value, dict):
         paths = INNER_PATHS[key]
@@ -68,7 +68,7 @@ def expanded(key: str, value: Any, origin: str) -> Any:
     if isinstance(value, dict) and key.endswith("mixer"):
         names = {name: _of_path(name, origin) for name in value}
         if len(set(names.values())) < len(names):
-            raise UserError(f"{origin}: names a set twice, in two ways of writing its path; list each set once.")
+            raise UserError(f"{origin}: names a dataset twice, with its path written in two ways; list each once.")
         return {names[name]: share for name, share in value.items()}
     return value
 

@@ -94,7 +94,7 @@ def _sources(key: yaml.Node, value: yaml.Node, origin: str, done: dict[int, bool
     if not all(isinstance(source, yaml.MappingNode) for source in sources):
         raise UserError(f"{place} takes a mapping, or a list of them; write <<: *ANCHOR of a mapping.", "<<")
     if not all(done[id(source)] for source in sources):
-        raise UserError(f"{place} names the mapping that it stands in.", "<<")
+        raise UserError(f"{place} names the mapping that it is in.", "<<")
     return sources
 
 

@@ -1,8 +1,8 @@
-"""Where each assistant turn stands in the text that a model's own chat template writes.
+"""Where each assistant turn is in the text that a model's own chat template writes.
 
 No template is parsed and no token id is searched for. The template renders the conversation three ways: as it is;
 with a unique sentinel before and after every message's content; and, for each assistant turn, the messages before it
-with the generation prompt. All positions come from the sentinels, so content can hold anything, role headers and
+with the generation prompt. All positions come from the sentinels, so content can contain anything, role headers and
 end-of-turn markers included, without moving a boundary.
 """
 
@@ -48,7 +48,7 @@ class Rendered:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with what has to be known once: content form, argument form, end-of-turn tokens."""
+    """A tokenizer's chat template and what is found out about it once: content form, header, end-of-turn tokens."""
 
     def __init__(self, tokenizer, kwargs: dict[str, Any] | None = None, locates: bool = True):
         """Without `locates` only `render` is used, as for TRL's rule, and nothing is asked of an assistant turn's end.
@@ -70,7 +70,7 @@ class ChatTemplate:
         self.special = any_of([*(t.content for t in added if t.special), *own])
 
     def find_special(self, text: str) -> list[str]:
-        """The special tokens, and the template's own ones, that stand in a text as text."""
+        """The special tokens, and the template's own ones, that are in a text as text."""
         return self.special.findall(text)
 
     def render(self, messages: list[Message], tools=None, generation: bool = False, **kwargs) -> str:
@@ -131,9 +131,9 @@ class ChatTemplate:
     ) -> int:
         """Where the policy begins to sample message `i`: after the generation prompt for the messages before it.
 
-        Example (Qwen3, last turn): the text goes on with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
-        generation prompt is `<|im_start|>assistant\\n`, or with enable_thinking=False all that stands before `Hi`;
-        the longest one that fits counts. In earlier turns the block is missing: then only the header is compared.
+        Example (Qwen3, last turn): the text continues with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
+        generation prompt is `<|im_start|>assistant\\n`, or with enable_thinking=False everything before `Hi`;
+        the longest one that fits counts. In earlier turns the think block is missing: then only the header is compared.
         """
         anchor, opening = marks.unmarked(marks.end_before(i)), marks.opening(i)
         tail = marks.plain[anchor:]
@@ -143,7 +143,7 @@ class ChatTemplate:
         fitting = [p for p in (base, *others, THINK_OPENER.sub("", base)) if tail.startswith(p)]
         if fitting:
             n = len(max(fitting, key=len))
-        else:  # another kind of opener that history leaves out: then the content has to follow at once
+        else:  # another think prefix that history leaves out: then the content has to follow at once
             ahead = 0 if opening is None else marks.unmarked(opening) - anchor
             n = min(common_prefix(tail, base), ahead)
             if (header := self._behind_header(tail[:ahead], base)) and tail[n:ahead].strip():
@@ -157,7 +157,7 @@ class ChatTemplate:
         headed = self.header in tail[:n]  # not so after tool output, where there is no generation prompt
         if not own and not headed and tail.startswith(self.header, n):
             n += len(self.header)
-        if (marked[i].get("content") or "").lstrip().startswith("<think>"):  # then a block is the policy's own words
+        if (marked[i].get("content") or "").lstrip().startswith("<think>"):  # then a think block is the policy's own
             return anchor + n
         block = EMPTY_THINK.match(tail, n)
         if block is None and THINK_OPENER.search(tail[:n]):
@@ -172,7 +172,7 @@ class ChatTemplate:
         return begin + len(self.header) if begin >= 0 and "".join(before[0]) == "".join(before[1]) else 0
 
     def _generation_prompts(self, marker, before, i, tools, kwargs) -> list[str]:
-        """What the template writes behind the messages `before` for the policy to go on from: as the recipe asks for
+        """What the template writes behind the messages `before` for the policy to continue: as the recipe asks for
         it, and where the template knows the switch, with thinking off and on."""
         ways = [{}, {"enable_thinking": False}, {"enable_thinking": True}]
         if "enable_thinking" not in str(self.tokenizer.chat_template):
@@ -185,7 +185,7 @@ class ChatTemplate:
         self, marks: Marks, marker: SentinelInserter, marked: list[Message], i: int, tools, kwargs
     ) -> tuple[int, str]:
         """Where message `i` ends: behind the first end-of-turn token after its last content. Between that content and
-        the next message's content stands nothing but the template's own text.
+        the next message's content is only the template's own text.
 
         Turns that none of the usual tokens closes (`<|eom_id|>`, `<|call|>` after tool calls) end with the last special
         token that the template writes whether or not a message follows, or else with the first one. A last turn may

@@ -1,8 +1,8 @@
 """The day that a chat template writes into conversations (Llama 3, Mistral, gpt-oss ask for it with `strftime_now`):
-one for a whole run. Else the rows of a resumed run tomorrow would have other tokens than today.
+one for a whole run. Otherwise a run resumed tomorrow would have other tokens than today.
 
-The day stands as {"strftime_now": "2026-11-28"} among the template's variables: in a recipe's `chat_template_kwargs`
-where it is to be fixed, put there at a run's first start where it is not, and so in every checkpoint's manifest and in
+The day is {"strftime_now": "2026-11-28"} among the template's variables: in a recipe's `chat_template_kwargs` where it
+is fixed by the user, put there at a run's first start where it is not, and so in every checkpoint's manifest and in
 recipe_resolved.yaml. Variables of the template's own (`date_string`) win over it, as the template wants it.
 """
 
@@ -30,7 +30,7 @@ def today() -> str:
 
 
 class Clock:
-    """Stands in for `datetime`, of which transformers asks `now()`: always midnight of one day."""
+    """Replaces `datetime`, of which transformers asks `now()`: always midnight of one day."""
 
     def __init__(self, day: str):
         """Raises UserError for what is no date."""
@@ -44,8 +44,8 @@ class Clock:
 
 
 def rendered_on_day(tokenizer, messages, **kwargs) -> str:
-    """apply_chat_template's text, in which `strftime_now` tells the day that stands among the variables. Raises
-    UserError for what is no date, and whatever the template raises."""
+    """apply_chat_template's text, in which `strftime_now` tells the day that is among the variables. Raises
+    UserError for what is no date, and lets what the template raises pass."""
     day, before = kwargs.pop(NAME, None), chat_template_utils.datetime
     # A template is not given functions as variables: they come to it as text.
     clock = before if day is None else Clock(str(day))

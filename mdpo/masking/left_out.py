@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation that is kept all the same: named, so that it can be counted."""
+"""What a chat template leaves out of conversations that are kept all the same: remarks, so that it is counted."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def _thoughts(message: Message) -> list[str]:
 
 
 def _written(thoughts: list[str], i: int, marks: Marks) -> bool:
-    """Whether the thoughts stand between what is before message `i` and its own content, white space aside."""
+    """Whether the thoughts are between what is before message `i` and its own content, white space aside."""
     opening = marks.opening(i)
     before = "".join(marks.text[marks.end_before(i) : opening].split())
     return all(thought in before for thought in thoughts)

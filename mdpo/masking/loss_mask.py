@@ -82,7 +82,7 @@ def _without_unlearned(side: Side) -> Side:
 
 
 def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
-    """How many special tokens stand as text inside user, tool and system messages of the chosen side. They become
+    """How many special tokens are written as text inside user, tool and system messages of the chosen side. They become
     real tokens, as at inference; they never move a boundary. Counted so that the report can say so."""
     if isinstance(pair.chosen, str):
         return 0

@@ -1,4 +1,4 @@
-"""Plain texts → token ids and masks: no chat template writes them, and no turn of theirs is known."""
+"""Plain texts → token ids and masks: no chat template writes them, and their turns are unknown."""
 
 import re
 from typing import cast
@@ -10,7 +10,7 @@ from mdpo.types import Pair, common_prefix
 PLAIN = "plain texts: no chat template or turn masks, all behind the prompt or the common start is supervised"
 GUESSED = "plain texts without a prompt: words that both answers begin with are not supervised"
 ROLES = "role marks in plain texts: write them as messages, or set mask_user_turns: false"
-# What public sets and templates write where a role begins: chat tokens of any family, brackets, headings, names.
+# What public datasets and templates write where a role begins: chat tokens of any family, brackets, headings, names.
 ASKS, ANSWERS = "(?:human|user|prompter)", "(?:assistant|chatbot|chatgpt|bot|gpt|ai|model)"
 ROLE = rf"(?:{ASKS}|{ANSWERS}|system|developer|tool|observation)"
 ROLE_MARKS = re.compile(
@@ -26,7 +26,7 @@ NAMES = [  # lines of both: one alone may be a key in a file
 
 
 class PlainText:
-    """Stands in for ChatTemplate where rows are plain strings, which no template renders."""
+    """Takes the place of ChatTemplate where rows are plain strings, which no template renders."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.stops = tokenizer, {tokenizer.eos_token} - {None}
@@ -42,7 +42,7 @@ def plain_sides(pair: Pair, template, ours: bool) -> tuple[list[tuple], list[str
     """Both sides, (ids, mask, weights) each, and remarks. Supervised is what comes after the common token prefix of
     the prompt and both sides; each text ends with EOS: TRL 1.16's rule. With `ours` (mask_user_turns) a text that ends
     with EOS or the template's end-of-turn token, be there white space behind it, ends with that token, as the policy
-    samples nothing further. Raises UserError."""
+    samples nothing after it. Raises UserError."""
     tokenizer = template.tokenizer
     eos = tokenizer.eos_token
     if not eos:
@@ -77,7 +77,7 @@ def _closed(text: str, stops: set[str], encode, tokenizer) -> list[int]:
 
 def has_role_marks(text: str, template) -> bool:
     """Whether a text has marks of a role in it: a special token of the tokenizer's that neither begins nor ends it, or
-    words that stand for one in public sets."""
+    words that mean one in public datasets."""
     inside = text.strip()
     for stop in template.stops:
         inside = inside.removesuffix(stop)

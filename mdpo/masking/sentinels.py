@@ -31,7 +31,7 @@ class ContentSpan:
 
 @dataclass
 class SentinelInserter:
-    """Puts sentinels into messages. With `inside`, those of user and tool messages stand a little inside the content:
+    """Puts sentinels into messages. With `inside`, those of user and tool messages are put a little inside the content:
     Qwen3, for one, looks whether a user message begins with <tool_response>."""
 
     nonce: str
@@ -45,8 +45,8 @@ class SentinelInserter:
         own, calls = role == "assistant", message.get("tool_calls")
         thought, tag, visible = (message.get("content") or "").rpartition("</think>" if own else "\0")
         if visible.strip() or (role in ("user", "tool") and marked.get("content") is not None):
-            what = "the text beside a tool call" if own and calls else f"the {role} text"
-            marked["content"] = thought + tag + self.text(visible, i, self.inside and not own, what)
+            reason_name = "the text beside a tool call" if own and calls else f"the {role} text"
+            marked["content"] = thought + tag + self.text(visible, i, self.inside and not own, reason_name)
         if calls:
             marked["tool_calls"] = [self.call(call, i) for call in calls]
         return marked
@@ -76,12 +76,12 @@ class SentinelInserter:
 
 
 def fresh_nonces(text: str) -> Iterator[str]:
-    """Words that do not stand in the text."""
+    """Words that are not in the text."""
     return (word for k in itertools.count() if (word := f"Qz{k}x") not in text)
 
 
 class Marks:
-    """Where sentinels stand in a marked text. A template may repeat a tool's name later on: first places count."""
+    """Where sentinels are in a marked text. A template may repeat a tool's name later on: first places count."""
 
     def __init__(self, text: str, marker: SentinelInserter):
         self.text, self.slots = text, marker.slots
@@ -140,7 +140,7 @@ class Marks:
         return [(self.unmarked(a), self.unmarked(b), i) for a, b, i in edges if a is not None and b is not None]
 
     def opening(self, i: int) -> int | None:
-        """Where message `i` begins to show its content."""
+        """Where the content of message `i` begins."""
         return min((p for s in self.of(i) if (p := self.start(s)) is not None), default=None)
 
     def end_of(self, i: int) -> int:

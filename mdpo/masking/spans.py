@@ -20,13 +20,13 @@ def refuse_slow(tokenizer) -> None:
 
 
 def tokenize(text: str, tokenizer, goes_on: bool = False) -> tuple[list[int], list[Range]]:
-    """Ids of a rendered text and the characters [start, end) behind each token. With `goes_on` the text goes on from
-    tokens that stand before it: no space is put before its first word.
+    """Ids of a rendered text and the characters [start, end) behind each token. With `goes_on` the text continues
+    tokens before it: no space is put before its first word.
 
     Tokens tile the text: characters between two reported ranges belong to the later token.
     """
     refuse_slow(tokenizer)
-    engine = _going_on(tokenizer) if goes_on else _untrimmed(tokenizer)
+    engine = _continuing(tokenizer) if goes_on else _untrimmed(tokenizer)
     encoded = engine.encode(text, add_special_tokens=False)
     ranges, previous = [], 0
     for start, end in encoded.offsets:
@@ -43,7 +43,7 @@ def _untrimmed(tokenizer) -> Tokenizer:
 
 
 @lru_cache(maxsize=8)
-def _going_on(tokenizer) -> Tokenizer:
+def _continuing(tokenizer) -> Tokenizer:
     """As `_untrimmed`, but no space goes before the first word, as Metaspace, Llama's normalizer and ByteLevel do."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for part in ("normalizer", "pre_tokenizer"):
@@ -80,8 +80,8 @@ def supervised(text: str, spans: list[Range], encoded: tuple[list[int], list[Ran
     is what `tokenize` made of it, and stays as it is where no token lies across a span's edge.
 
     An added token at a span's end that takes white space behind it along (`rstrip`) is sampled whole: its range then
-    ends with the span. Any other token across an edge stands for a text that no policy saw so: a prompt's ids are made
-    before there is an answer. What is before the edge and what is behind it are tokenized apart then. DropPair where
+    ends with the span. Any other token across an edge was never seen so by a policy: a prompt is tokenized before there
+    is an answer. What is before the edge and what is behind it are tokenized apart then. DropPair where
     that does not give the same text."""
     ids, ranges = encoded
     try:
@@ -103,14 +103,14 @@ def _added(tokenizer) -> dict[int, AddedToken]:
 
 
 def _own(text: str, within: Range, token: AddedToken) -> Range:
-    """Where an added token's own characters stand in its range."""
+    """Where an added token's own characters are in its range."""
     start = text.find(token.content, *within)
     return (start, start + len(token.content)) if start >= 0 else within
 
 
 def _cut(text: str, edge: int, ids: list[int], ranges: list[Range], tokenizer) -> bool:
-    """Whether a token lies across `edge`; then the tokens between the added tokens around it are made anew, apart, in
-    place. Those beyond are not touched: no merge goes across an added token."""
+    """Whether a token lies across `edge`; then the tokens between the added tokens around it are replaced by those
+    of the two parts. Those beyond are not touched: no merge goes across an added token."""
     across = bisect_left(ranges, edge, key=lambda place: place[0]) - 1
     if across < 0 or ranges[across][1] <= edge:
         return False

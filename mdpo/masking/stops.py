@@ -1,4 +1,4 @@
-"""Which tokens a chat template closes an assistant turn with, and which open one: found by rendering short turns.
+"""The tokens with which a chat template closes an assistant turn and opens one, found by rendering short turns.
 
 `template` is a ChatTemplate: its `render`, and its regular expressions of the tokenizer's special and added tokens.
 """

@@ -1,4 +1,4 @@
-"""The tokenizer of a recipe, with its chat template, and whether the model goes with it."""
+"""The tokenizer of a recipe, with its chat template, and whether the model fits it."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,7 +36,7 @@ def load_tokenizer(model, data, trust_remote_code: bool = False):
 
 
 def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False):
-    """AutoTokenizer's, which has to report where tokens stand in their text. mistral-common's own class, which
+    """AutoTokenizer's, which has to report where tokens are in their text. mistral-common's own class, which
     AutoTokenizer prefers where that package is installed, does not, and has no chat template: the model's
     tokenizer.json is taken, as without that package. Raises UserError, and what transformers raises."""
     advice = (
@@ -129,7 +129,7 @@ def refuse_pad_token(tokenizer, wanted: str | None) -> None:
 
 
 def refuse_small_vocabulary(tokenizer, config, key: str = "") -> None:
-    """Raises UserError where a token's id lies beyond the model's embeddings. Ids may have holes, so that their number
+    """Raises UserError where a token's id is beyond the model's embeddings. Ids may have gaps, so that their number
     does not tell. `config` is the model's, `key` begins the message."""
     size = config.get_text_config().vocab_size
     token, highest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
@@ -141,7 +141,7 @@ def refuse_small_vocabulary(tokenizer, config, key: str = "") -> None:
 
 
 def refuse_missing_folder(key: str, name: str) -> None:
-    """A name that can only be a folder is not asked for at the hub, which takes a while to say no. Raises UserError."""
+    """Raises UserError for a name that can only be a folder and is none: the hub would take a while to say no."""
     path = Path(name).expanduser()
     local = name.startswith((".", "/", "~", "models/", "outputs/")) or len(path.parts) > 2
     if local and not path.is_dir():
