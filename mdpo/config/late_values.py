@@ -32,7 +32,7 @@ READ_BY_SOME = ("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def refuse_late_values(args: Any, model: Any) -> list[str]:
-    """Checks without a model; `args` is MDPOConfig, `model` trl.ModelConfig. Returns lines to print. Raises UserError."""
+    """The checks without a model; `args` is MDPOConfig, `model` trl.ModelConfig. Returns lines. Raises UserError."""
     _refuse_trackers(args.report_to or [])
     _refuse_login(args)
     _refuse_best_model(args)

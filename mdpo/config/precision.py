@@ -107,8 +107,8 @@ def engine_dtype(args) -> torch.dtype | None:
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    """Casts as DeepSpeed's engine casts a policy: every floating weight to `dtype`, buffers (RoPE's frequencies) stay as
-    they are. None changes nothing."""
+    """Casts as DeepSpeed's engine casts a policy: every floating weight to `dtype`, no buffers (RoPE's frequencies).
+    None changes nothing."""
     for weight in model.parameters() if dtype is not None else ():
         if weight.is_floating_point() and weight.dtype != dtype and not hasattr(weight, "ds_id"):
             weight.data = weight.data.to(dtype)
@@ -134,7 +134,7 @@ def _keeps_master(args) -> bool:
 
 
 def in_float32(model: torch.nn.Module) -> None:
-    """Casts the trained weights of a PEFT model whose base is in half precision: PEFT leaves `modules_to_save` alone."""
+    """Casts trained weights of a PEFT model whose base is in half precision: PEFT leaves `modules_to_save` alone."""
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype in HALF:
             weight.data = weight.data.float()
