@@ -80,7 +80,7 @@ def _conditions(args: DPOConfig) -> dict[str, tuple[bool, str]]:
 
 
 def reads_targets(optim: OptimizerNames) -> bool:
-    """Whether an optimizer looks at optim_target_modules."""
+    """Whether an optimizer reads optim_target_modules."""
     return optim.value.startswith(("galore", "apollo"))
 
 

@@ -186,7 +186,7 @@ def _parameter() -> torch.nn.Parameter:
 
 
 def _unread(args: Any) -> Iterator[str]:
-    """A line for each option of optimizers that this one does not look at."""
+    """A line for each option of optimizers that this one does not read."""
     optimizer = Trainer.get_optimizer_cls_and_kwargs(args)
     for key in READ_BY_SOME:
         default = type(args).__dataclass_fields__[key].default
@@ -214,7 +214,7 @@ def _refuse_schedule(args: Any, optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def _named(key: str, where: str = "") -> Iterator[None]:
-    """What is refused inside is refused by the key's name, in one line."""
+    """Turns what is raised inside into a UserError of one line that begins with the key."""
     try:
         yield
     except Exception as error:  # of foreign parts, which raise whatever they like at a value

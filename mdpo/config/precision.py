@@ -15,7 +15,7 @@ HALF = tuple(MIXED.values())
 
 
 def cpu_only(values: dict[str, Any]) -> bool:
-    """Whether the run stays on the CPU: asked for in the recipe or by the launcher, or nothing else is there."""
+    """Whether the run stays on the CPU: by the recipe or the launcher, or because there is nothing else."""
     asked = values.get("use_cpu") or WORDS.get(os.environ.get("ACCELERATE_USE_CPU", "").lower())
     return bool(asked) or not torch.accelerator.is_available()
 
@@ -142,7 +142,7 @@ def in_float32(model: torch.nn.Module) -> None:
 
 def refuse_two_precisions(recipe: dict[str, Any], args) -> None:
     """Raises UserError where recipe and accelerate file name two precisions, one of which would win silently, and
-    where DeepSpeed is to compute in float32 with half-precision weights. `recipe` holds the keys that were set."""
+    where DeepSpeed is to compute in float32 with half-precision weights. `recipe` has the keys that were set."""
     launched, dtype = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower(), recipe.get("dtype")
     off = recipe.get(launched) is False
     if launched != "no" and (off or launched != args.mixed_precision):

@@ -127,7 +127,7 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
 
 
 def _culprit(part: type, part_values: dict[str, Any]) -> str:
-    """`KEY: ` of the first key without which the dataclass takes the others; the last set is looked at first."""
+    """`KEY: ` of the first key without which the dataclass takes the others; the last one set is tried first."""
     for key in reversed(part_values):
         with suppress(Exception), warnings.catch_warnings():  # another key's refusal, in whatever form
             warnings.simplefilter("ignore")

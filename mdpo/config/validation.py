@@ -53,9 +53,9 @@ INSTEAD = {
 
 
 def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe: dict | None = None) -> list[str]:
-    """Raises UserError for what no run could honor. Options without effect are errors under MDPOConfig, which recipes
-    use, if they ask for something else than what happens; those, under a plain trl.DPOConfig, which TRL lets pass, and
-    the others are returned, a line each. `recipe` holds the keys that were set and their values."""
+    """Raises UserError for what no run could honor. Options that ask for something else than what happens are errors
+    under MDPOConfig, which recipes use; under a plain trl.DPOConfig, where TRL lets them pass, they are returned, a
+    line each, as are other options without effect. `recipe` has the keys that were set and their values."""
     args = MDPOConfig.with_trl_behaviour(args)
     own = not args.of_trl
     for switch, keys in ONLY_BESIDE.items():

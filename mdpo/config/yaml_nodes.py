@@ -1,6 +1,6 @@
 """YAML by the rules of version 1.2, read strictly: duplicate keys are errors; merge keys (`<<`), which are 1.1's, work.
 
-A text becomes nodes, which know their lines; `prepare` puts them in order before values are made of them.
+A text becomes nodes, which know their lines; `prepare` checks and merges them before values are made of them.
 """
 
 import re

@@ -63,9 +63,9 @@ def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
     texts = [row[name] for name in systems if _says(row.get(name))]
     if len(texts) > 1 and texts[0] != texts[1]:
         raise DropPair("both system and system_prompt, which differ")
-    inside = row["input"].get("tools") if isinstance(row.get("input"), dict) else None
-    _refuse_other_tools(out.get("tools"), inside, "input")
-    return {"system": texts[0] if texts else None, "tools": out.get("tools") or inside}
+    input_tools = row["input"].get("tools") if isinstance(row.get("input"), dict) else None
+    _refuse_other_tools(out.get("tools"), input_tools, "input")
+    return {"system": texts[0] if texts else None, "tools": out.get("tools") or input_tools}
 
 
 def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:

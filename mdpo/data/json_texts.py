@@ -1,4 +1,4 @@
-"""JSON that came as text, in rows whose tables could not represent it otherwise."""
+"""JSON texts in rows whose tables could not represent the values otherwise."""
 
 import json
 import re

@@ -33,7 +33,7 @@ def positions_of(config, trust_remote_code: bool = False) -> int | None:
         # Inside a ZeRO-3 run transformers would hand the new model to DeepSpeed, which shards it over all ranks.
         with torch.device("meta"), replaced(deepspeed, "_hf_deepspeed_config_weak_ref", None):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except Exception:  # whatever an architecture does: the loaded model is looked at again
+    except Exception:  # whatever an architecture raises: the loaded model is checked again
         return None
     return learned_positions(model)
 

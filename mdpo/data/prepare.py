@@ -59,7 +59,7 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
 def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: DataReport) -> list[Dataset]:
     """The kept rows of each part, without what an earlier row of any part repeats; `place` is the order of all."""
     args, settings = recipe.training, render_settings(recipe)
-    done, seen, place = [], set(), 0
+    tokenized, seen, place = [], set(), 0
     for part in parts:
         rows, name = part.rows, f"{part.name} ({kind})"
         rows = rows.select(range(min(len(rows), SANITY_PAIRS[kind]))) if args.sanity_check else rows
@@ -71,9 +71,9 @@ def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: 
         refuse_missing_margins(args, rows, name)
         rows = without_repeated(rows, counts, seen)
         report.counts[name] = counts
-        done.append(rows.add_column("place", list(range(place, place + len(rows)))))
+        tokenized.append(rows.add_column("place", list(range(place, place + len(rows)))))
         place += len(rows)
-    return done
+    return tokenized
 
 
 def without_repeated(rows: Dataset, counts: DropCounts, seen: set[str]) -> Dataset:

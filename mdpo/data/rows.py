@@ -111,7 +111,7 @@ def _shared_context(both: Sides, different: bool) -> tuple[Sides, int, list[str]
             f"prompt mismatch: message {differs + 1} of the sides differs; allow_different_prompts: true keeps both"
         )
     if any(m["role"] == "assistant" for start in starts for m in start[n:]):
-        raise DropPair("prompt mismatch: the assistant's greeting stands at another place on the other side")
+        raise DropPair("prompt mismatch: the assistant's greeting is in another place on the other side")
     return both, n, []
 
 

@@ -104,7 +104,7 @@ def _load(name: str, splits: list[str] | None, config: str | None) -> dict[str, 
 
 
 def _load_folder(path: Path, name: str, splits: list[str] | None, config: str | None):
-    """A folder of files, whose splits `datasets` tells from their names or from the folder's README.md."""
+    """A folder of files, whose splits `datasets` derives from their names or from the folder's README.md."""
     builder = load_dataset_builder(str(path), config)
     loaded = {}
     for split, files in (builder.config.data_files or {}).items():
@@ -134,8 +134,8 @@ def hold_out(rows: Dataset, size: int | float, seed: int) -> tuple[Dataset, Data
         count += prompts[prompt]
     if count == len(rows):
         raise UserError(f"test_split_size: {size} leaves no row of {len(rows)} to train on.")
-    inside = [prompt in held for prompt in rows["prompt_key"]]
+    is_held_out = [prompt in held for prompt in rows["prompt_key"]]
     return (
-        rows.select([i for i, out in enumerate(inside) if not out]),
-        rows.select([i for i, out in enumerate(inside) if out]),
+        rows.select([i for i, out in enumerate(is_held_out) if not out]),
+        rows.select([i for i, out in enumerate(is_held_out) if out]),
     )

@@ -66,8 +66,8 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         tool = parsed(tool, "tools")
         if not isinstance(tool, dict):
             raise DropPair("tools is not a list of objects")
-        inside = next((tool[k] for k in ("functionDeclarations", "function_declarations") if k in tool), [tool])
-        normalized += [_tool(t) for t in inside] if isinstance(inside, list) else [tool]
+        functions = next((tool[k] for k in ("functionDeclarations", "function_declarations") if k in tool), [tool])
+        normalized += [_tool(t) for t in functions] if isinstance(functions, list) else [tool]
     return normalized or None
 
 
@@ -100,25 +100,25 @@ def linked(messages: list[Message], strict: bool = False) -> list[Message]:
     in order. With `strict` ids that are not nine letters or digits are replaced as well, in both places alike.
     The same messages always get the same ids, none of them twice."""
     ids = {str(c["id"]) for m in messages for c in m.get("tool_calls") or () if c.get("id")}
-    new = (word for n in range(1, 100_000) if (word := f"call{n:05d}") not in ids)
+    fresh = (word for n in range(1, 100_000) if (word := f"call{n:05d}") not in ids)
     renamed: dict[str, str] = {}
     out, waiting = [], []
     for message in messages:
         if message.get("tool_calls"):
             calls = []
             for call in message["tool_calls"]:
-                own = call.get("id")
-                fits = own and (not strict or (isinstance(own, str) and ID.fullmatch(own)))
+                call_id = call.get("id")
+                fits = call_id and (not strict or (isinstance(call_id, str) and ID.fullmatch(call_id)))
                 if not fits:
-                    own, before = next(new), own
-                    renamed |= {str(before): own} if before else {}
-                calls.append({**call, "id": own})
+                    call_id, before = next(fresh), call_id
+                    renamed |= {str(before): call_id} if before else {}
+                calls.append({**call, "id": call_id})
             waiting = [call["id"] for call in calls]
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
-            own = message.get("tool_call_id")
-            own = renamed.get(str(own), own) if own else next(iter(waiting), None)
-            waiting = [word for word in waiting if word != own]
-            message = {**message, "tool_call_id": own} if own else message
+            call_id = message.get("tool_call_id")
+            call_id = renamed.get(str(call_id), call_id) if call_id else next(iter(waiting), None)
+            waiting = [word for word in waiting if word != call_id]
+            message = {**message, "tool_call_id": call_id} if call_id else message
         out.append(message)
     return out

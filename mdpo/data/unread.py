@@ -127,7 +127,7 @@ def no_pairs(columns: list[str], name: str) -> str:
              "rejected": guess(WORSE, columns, "WORSE")}  # fmt: skip
     return (
         f"no column {' or '.join(missing)}. {has}\nThat is none of the forms in docs/rows.md. Write prompt, chosen and "
-        "rejected, for example (without prompt where the sides hold the question):\n"
+        "rejected, for example (without prompt where the sides contain the question):\n"
         f"{PAIRS.format(file=name, **parts)}"
     )
 

@@ -16,7 +16,7 @@ from mdpo.errors import DropPair, UserError
 from mdpo.masking.dates import rendered_on_day, with_day
 from mdpo.masking.left_out import SPACE, TOOLS, UNCLOSED, lacks_tools, left_out
 from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, SentinelInserter, fresh_nonces, numbered
-from mdpo.masking.stops import THINK_OPENER, any_of, probe_header, probe_stop
+from mdpo.masking.stops import THINK_PREFIX, any_of, probe_header, probe_stop
 from mdpo.types import Message, common_prefix
 
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
@@ -140,7 +140,7 @@ class ChatTemplate:
         base, *others = self._generation_prompts(marker, marked[:i], i, tools, kwargs)
         # GLM-4 also writes "/nothink" behind the user's text; what counts is what follows the plain prompt.
         others = [base + p.partition(base.lstrip())[2] if base.strip() and base.lstrip() in p else p for p in others]
-        fitting = [p for p in (base, *others, THINK_OPENER.sub("", base)) if tail.startswith(p)]
+        fitting = [p for p in (base, *others, THINK_PREFIX.sub("", base)) if tail.startswith(p)]
         if fitting:
             n = len(max(fitting, key=len))
         else:  # another think prefix that history leaves out: then the content has to follow at once
@@ -160,7 +160,7 @@ class ChatTemplate:
         if (marked[i].get("content") or "").lstrip().startswith("<think>"):  # then a think block is the policy's own
             return anchor + n
         block = EMPTY_THINK.match(tail, n)
-        if block is None and THINK_OPENER.search(tail[:n]):
+        if block is None and THINK_PREFIX.search(tail[:n]):
             block = REST_OF_EMPTY_THINK.match(tail, n)
         return anchor + (block.end() if block else n)
 

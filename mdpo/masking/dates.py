@@ -70,8 +70,8 @@ def asks(tokenizer) -> bool:
 
 
 def fix_day(recipe, tokenizer, checkpoint: str | Path | None = None) -> list[str]:
-    """Puts the day into the recipe's chat_template_kwargs, if the template may ask for it and the recipe does not say
-    one: that of the run that `checkpoint` is of, else today. Returns lines that say so where the day gets into
+    """Puts the day into the recipe's chat_template_kwargs, if the template may ask for it and the recipe does not set
+    one: that of the run that wrote `checkpoint`, else today. Returns lines about it where the day is written into
     conversations. All ranks call it together."""
     kwargs = recipe.data.chat_template_kwargs or {}
     if not asks(tokenizer) or NAME in kwargs:

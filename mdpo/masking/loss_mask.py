@@ -117,23 +117,25 @@ def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template:
     ids, ranges, mask, apart = supervised(text, spans, encoded, template.tokenizer)
     _verify(rendered, ids, ranges, template)
     stops = {span.stop for span in rendered.spans} - {""}
-    inside = any(stop in (messages[span.message].get("content") or "") for span in rendered.spans for stop in stops)
+    stop_in_content = any(
+        stop in (messages[span.message].get("content") or "") for span in rendered.spans for stop in stops
+    )
     weights = [1.0] * len(ids)
     for span in rendered.spans if turn_weights else ():
         for t, (start, end) in enumerate(ranges):
             if span.start <= start and end <= span.end:
                 weights[t] = turn_weights[span.message]
-    return (ids, mask, weights), rendered.remarks + [APART] * apart + [ENDS] * inside
+    return (ids, mask, weights), rendered.remarks + [APART] * apart + [ENDS] * stop_in_content
 
 
 def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
     """Each span's tokens decode to its text, the text is the message's own, and its last token is the end of turn."""
     for span in rendered.spans:
-        inside = [t for t, (start, end) in zip(ids, ranges, strict=True) if span.start <= start and end <= span.end]
+        span_ids = [t for t, (start, end) in zip(ids, ranges, strict=True) if span.start <= start and end <= span.end]
         expected = rendered.text[span.start : span.end]
-        if not same_text(expected, inside, template.tokenizer):
+        if not same_text(expected, span_ids, template.tokenizer):
             raise DropPair(f"{NOT_DERIVABLE}: {numbered(span.message)} has other tokens than its text")
-        if span.stop and template.tokenizer.convert_ids_to_tokens(inside[-1]) != span.stop:
+        if span.stop and template.tokenizer.convert_ids_to_tokens(span_ids[-1]) != span.stop:
             raise DropPair(f"{NO_STOP}: {span.stop} behind {numbered(span.message)} is not read as one token")
         if not span.stop and rendered.text[span.end :].strip():
             raise DropPair(f"{NO_STOP}: nothing closes {numbered(span.message)}")

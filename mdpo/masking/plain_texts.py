@@ -78,9 +78,9 @@ def _closed(text: str, stops: set[str], encode, tokenizer) -> list[int]:
 def has_role_marks(text: str, template) -> bool:
     """Whether a text has marks of a role in it: a special token of the tokenizer's that neither begins nor ends it, or
     words that mean one in public datasets."""
-    inside = text.strip()
+    body = text.strip()
     for stop in template.stops:
-        inside = inside.removesuffix(stop)
-    inside = inside.removeprefix(template.tokenizer.bos_token or "")
-    named = all(names.search(inside) for names in NAMES) or all(name in inside for name in ("USER: ", "ASSISTANT:"))
-    return bool(named or template.special.search(inside) or ROLE_MARKS.search(inside))
+        body = body.removesuffix(stop)
+    body = body.removeprefix(template.tokenizer.bos_token or "")
+    named = all(names.search(body) for names in NAMES) or all(name in body for name in ("USER: ", "ASSISTANT:"))
+    return bool(named or template.special.search(body) or ROLE_MARKS.search(body))

@@ -8,7 +8,7 @@ import re
 from mdpo.errors import DropPair, UserError
 from mdpo.types import common_prefix
 
-THINK_OPENER = re.compile(r"<think>\s*(</think>\s*)?$")  # what a generation prompt may add and history leaves out
+THINK_PREFIX = re.compile(r"<think>\s*(</think>\s*)?$")  # what a generation prompt may add and history leaves out
 
 
 def any_of(tokens) -> re.Pattern:
@@ -55,6 +55,6 @@ def probe_header(template) -> str:
         prompt = template.render([{"role": "user", "content": "Qz0"}], generation=True).partition("Qz0")[2]
     except DropPair:
         return ""
-    prompt = THINK_OPENER.sub("", prompt)
+    prompt = THINK_PREFIX.sub("", prompt)
     tokens = list(template.special.finditer(prompt)) or list(template.added.finditer(prompt))
     return prompt[tokens[-1].start() :] if tokens else ""

@@ -84,24 +84,24 @@ def _without_mark(template):
 
 
 def check_model(tokenizer, model, args):
-    """What a tokenizer and a model's configuration tell before any weight is loaded; returns that configuration, None
+    """Checks a tokenizer and a model's configuration before any weight is loaded; returns that configuration, None
     where the model has none of its own. Raises UserError."""
     name = model.model_name_or_path
     refuse_missing_folder("model_name_or_path", name)
     refuse_pad_token(tokenizer, args.pad_token)
     kwargs = args.model_init_kwargs or {}
-    place = {"revision": model.model_revision, "subfolder": kwargs.get("subfolder", "")}
+    source = {"revision": model.model_revision, "subfolder": kwargs.get("subfolder", "")}
     try:
-        if "gguf_file" in kwargs or find_adapter_config_file(name, **place):
+        if "gguf_file" in kwargs or find_adapter_config_file(name, **source):
             return None  # an adapter's folder, a GGUF file
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **place)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **source)
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"model_name_or_path: {name!r} cannot be loaded: {first_line(e, innermost=False)}") from e
     refuse_small_vocabulary(tokenizer, config)
     if reference := args.ref_model_name_or_path:
         try:
             reference_config = AutoConfig.from_pretrained(
-                reference, trust_remote_code=args.trust_remote_code, subfolder=place["subfolder"]
+                reference, trust_remote_code=args.trust_remote_code, subfolder=source["subfolder"]
             )
         except (OSError, ValueError, ImportError) as e:
             raise UserError(
