@@ -29,8 +29,8 @@ def adapter_config(model: Any) -> PeftConfig | None:
 
 
 def one_entry(model: Any) -> None:
-    """trl.ModelConfig makes a text of a list of one entry, and PEFT a pattern of a text, which has to match a module's
-    whole path. A module's name goes back into a list, where PEFT takes it as the end of a path."""
+    """trl.ModelConfig turns a list of one entry into a text, and PEFT takes a text as a pattern, which has to match a
+    module's whole path. A module's name goes back into a list, where PEFT takes it as the end of a path."""
     target = model.lora_target_modules
     if isinstance(target, str) and target != ALL_LINEAR and MODULE_NAME.fullmatch(target):
         model.lora_target_modules = [target]

@@ -89,7 +89,7 @@ def fix_day(recipe, tokenizer, checkpoint: str | Path | None = None) -> list[str
 
 
 def day_of(folder: str | Path) -> str | None:
-    """The day of the run that a checkpoint or an output folder is of; None where it keeps none."""
+    """The day of the run that wrote a checkpoint or an output folder; None where it has none."""
     try:
         names = manifest(Path(folder))["run"].get("names", {})
     except ValueError:

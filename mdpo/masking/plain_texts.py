@@ -41,7 +41,7 @@ class PlainText:
 def plain_sides(pair: Pair, template, ours: bool) -> tuple[list[tuple], list[str]]:
     """Both sides, (ids, mask, weights) each, and remarks. Supervised is what comes after the common token prefix of
     the prompt and both sides; each text ends with EOS: TRL 1.16's rule. With `ours` (mask_user_turns) a text that ends
-    with EOS or the template's end-of-turn token, be there white space behind it, ends with that token, as the policy
+    with EOS or the template's end-of-turn token, also before white space, ends with that token, as the policy
     samples nothing after it. Raises UserError."""
     tokenizer = template.tokenizer
     eos = tokenizer.eos_token

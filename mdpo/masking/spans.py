@@ -79,7 +79,7 @@ def supervised(text: str, spans: list[Range], encoded: tuple[list[int], list[Ran
     """(ids, ranges, mask, whether a turn was tokenized apart) of a text with the characters `spans` sampled; `encoded`
     is what `tokenize` made of it, and stays as it is where no token lies across a span's edge.
 
-    An added token at a span's end that takes white space behind it along (`rstrip`) is sampled whole: its range then
+    An added token at a span's end that takes the white space behind it (`rstrip`) is sampled whole: its range then
     ends with the span. Any other token across an edge was never seen so by a policy: a prompt is tokenized before there
     is an answer. What is before the edge and what is behind it are tokenized apart then. DropPair where
     that does not give the same text."""
