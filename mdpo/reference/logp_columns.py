@@ -1,6 +1,6 @@
-"""Log-probs of a whole set on their way from shards and ranks into two columns, without a copy in each rank's memory.
+"""Log-probs of a whole dataset, from shards and ranks into two columns, without a copy in each rank's memory.
 
-The first rank of each node puts them into a file as they come, and from there, in the set's order, into an Arrow file
+The first rank of each node puts them into a file as they come, and from there, in the dataset's order, into an Arrow file
 that all ranks of the node map: its pages are there once, however many ranks and dataloader workers read them.
 """
 
@@ -29,16 +29,16 @@ Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Distinct:
-    """`keys` (n, 16) uint8 → the u different ones among them, in the order in which they come: `of_row` (n,) which
+    """`keys` (n, 16) uint8 → the u distinct ones, in their order: `of_row` (n,) which
     one a row has, `first` (u,) the first row that has it."""
 
     def __init__(self, keys: np.ndarray):
-        found = pc.dictionary_encode(_binary(keys))
-        self.keys, self.of_row = found.dictionary, np.asarray(found.indices)
+        encoded = pc.dictionary_encode(_binary(keys))
+        self.keys, self.of_row = encoded.dictionary, np.asarray(encoded.indices)
         self.first = np.unique(self.of_row, return_index=True)[1]
 
     def places(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the different ones each of (m, 16) is, int32; -1 for none of them."""
+        """Which of the distinct ones each of (m, 16) is, int32; -1 for none of them."""
         return np.asarray(pc.fill_null(pc.index_in(_binary(keys), value_set=self.keys), -1))
 
 
@@ -94,7 +94,7 @@ class Columns:
             mine = next(blocks, None)
 
     def added_to(self, dataset: Dataset, of_row: np.ndarray) -> Dataset:
-        """The set with the columns REFERENCE. All ranks call it together."""
+        """The dataset with the columns REFERENCE. All ranks call it together."""
         with first_of_node():
             if self.mine:
                 self._write(of_row)
