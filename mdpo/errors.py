@@ -54,4 +54,4 @@ class Preempted(BaseException):
 
 
 class RankFailed(RuntimeError):
-    """What this rank waited for failed on another one, which tells of it."""
+    """What this rank waited for failed on another one, which reports it."""

@@ -1,4 +1,4 @@
-"""Files that last: on the disk for certain, with the mode of new ones, and a manifest that says what is whole."""
+"""Files that last: safely on the disk, with the mode of new ones, and a manifest that says which are complete."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def as_new_files(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file at once: whoever reads it meanwhile sees the old one or the new one, whole. Raises OSError."""
+    """Writes a file atomically: whoever reads it meanwhile sees the whole old one or new one. Raises OSError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -53,7 +53,7 @@ def read_cache(path: Path) -> Any:
 
 
 def write_cache(path: Path, value: Any) -> None:
-    """Plain JSON data, for other processes and later starts; where it cannot be written they find it out again."""
+    """Plain JSON data, for other processes and later starts; where it cannot be written they compute it again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(value, indent=0))

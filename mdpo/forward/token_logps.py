@@ -42,7 +42,7 @@ class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate
 
 
 def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> torch.Tensor:  # noqa: B008
-    """The reference implementation: log-probs (S,) of `target` (S,) from hidden states (S, H), all logits in float32."""
+    """The reference implementation: log-probs (S,) of `target` (S,) from hidden states (S, H), logits all at once."""
     logits = transform(F.linear(hidden, weight, bias).float())
     return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 

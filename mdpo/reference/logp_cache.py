@@ -1,8 +1,8 @@
-"""The reference's log-probs, precomputed and cached on disk: one float32 number for each supervised token,
-found again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
+"""The reference's log-probs, precomputed and cached on disk: one float32 number for each supervised token, found
+again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
 
-A folder of shards per reference, each written completely or not at all, by several ranks side by side; a killed pass
-resumes where its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
+A folder of shards per reference, each complete or absent, by several ranks side by side; a killed pass resumes where
+its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
 """
 
 import ctypes
@@ -63,7 +63,7 @@ class ReferenceCache:
             self.flush()
 
     def flush(self) -> None:
-        """A disk that fails costs the cache, not the hours that the pass took: one line says so, and no more is cached."""
+        """A failing disk costs the cache, not the hours that the pass took: a line says so, and no more is cached."""
         if self.folder and self._new:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------- a dataset and its keys
+# --------------------------------------------------------------------------------------------- a dataset and its keys
 
 
 def row_keys(dataset: Dataset, identity: str) -> np.ndarray:
@@ -140,8 +140,9 @@ def precompute(
     identity: str = "",
     longest_cached: float = float("inf"),
 ) -> Dataset:
-    """The dataset with the reference's log-probs of every scored token as float32 lists in the columns REFERENCE. `score`
-    takes a batch and returns (S,) log-probs; it is called as often on each rank, and not at all where all is known."""
+    """The dataset with the reference's log-probs of every scored token as float32 lists in the columns REFERENCE.
+    `score` takes a batch and returns (S,) log-probs; it is called equally often on each rank, not at all where all is
+    cached."""
     keys = row_keys(dataset, identity)
     distinct = Distinct(keys)
     count, damaged = len(distinct.first), []

@@ -1,7 +1,7 @@
 """Log-probs of a whole dataset, from shards and ranks into two columns, without a copy in each rank's memory.
 
-The first rank of each node puts them into a file as they come, and from there, in the dataset's order, into an Arrow file
-that all ranks of the node map: its pages are there once, however many ranks and dataloader workers read them.
+The first rank of each node puts them into a file as they come, and from there, in the dataset's order, into an Arrow
+file that all ranks of the node map: its pages are there once, however many ranks and dataloader workers read them.
 """
 
 import atexit

@@ -26,9 +26,9 @@ def partitioned(model) -> bool:
 
 
 def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_caller: bool = False):
-    """The reference beside a fully trained policy, with the policy's dtype and attention: from `name_or_path`, else from
-    the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy. A caller
-    may have changed a model since it was loaded (`merge_and_unload` leaves the base's path): it is copied."""
+    """The reference beside a fully trained policy, with the policy's dtype and attention: from `name_or_path`, else
+    from the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy. A
+    caller may have changed a model since it was loaded (`merge_and_unload` leaves the base's path): it is copied."""
     path = name_or_path or getattr(model.config, "_name_or_path", "")
     sharded = partitioned(model)
     if name_or_path or (path and (sharded or not made_by_caller)):
@@ -148,7 +148,7 @@ def keep_own_adapter(model) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------- reference sync
+# ------------------------------------------------------------------------------------------------- reference sync
 
 
 def refuse_sync(policy) -> None:
@@ -209,8 +209,8 @@ def load_moved(reference, accelerator, folder: str) -> None:
     files = sorted(Path(folder, MOVED).glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"resume_from_checkpoint: {folder} does not contain the reference that sync_ref_model had moved. Resume from "
-            "a checkpoint of a run with sync_ref_model, or start afresh."
+            f"resume_from_checkpoint: {folder} does not contain the reference that sync_ref_model had moved. Resume "
+            "from a checkpoint of a run with sync_ref_model, or start afresh."
         )
     saved = {name: weight for file in files for name, weight in load_file(file).items()}
     missing = []

@@ -1,4 +1,4 @@
-"""What a model's weight files contain: checked against the model when they are written, put back whole at a resume.
+"""What a model's weight files contain: checked against the model when written, completely restored at a resume.
 
 transformers 5 keeps some weights in other tensors than it writes (a mixture's experts are one tensor in memory and one
 file entry each on disk), so names and shapes are compared, and values loaded, through its own conversion.
@@ -29,12 +29,12 @@ def check_saved(folder: str | Path, model) -> None:
     Raises UserError naming the first one."""
     place = _place(folder, model.active_adapters[0]) if hasattr(model, "peft_config") else folder
     with _opened(place) as files:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
     expected = expected_shapes(model)
-    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if wrong:
         name = wrong[0]
-        written = f"as {list(found[name])} in place of {list(expected[name])}" if name in found else "not at all"
+        written = f"as {list(shapes[name])} in place of {list(expected[name])}" if name in shapes else "not at all"
         raise UserError(
             f"{folder}: {len(wrong)} of {len(expected)} weights were not written whole, such as {name} ({written}). "
             "Under ZeRO-3 the accelerate file needs zero3_save_16bit_model: true.",
@@ -48,11 +48,11 @@ def expected_shapes(model) -> dict[str, tuple[int, ...]]:
     if hasattr(model, "peft_config"):
         return {name: tuple(weight.shape) for name, weight in _adapter_state(model).items()}
     state, ignored = _whole_state(model), set(model._keys_to_ignore_on_save or ())
-    kept = {name: weight for name, weight in state.items() if name not in ignored}
-    saved = {id(weight) for weight in kept.values()}
+    written = {name: weight for name, weight in state.items() if name not in ignored}
+    saved = {id(weight) for weight in written.values()}
     _refuse_lost([n for n, weight in state.items() if id(weight) not in saved and weight.requires_grad], model)
-    kept = modeling_utils.remove_tied_weights_from_state_dict(kept, model)
-    converted = core_model_loading.revert_weight_conversion(model, kept)
+    written = modeling_utils.remove_tied_weights_from_state_dict(written, model)
+    converted = core_model_loading.revert_weight_conversion(model, written)
     return {name: tuple(weight.shape) for name, weight in converted.items()}
 
 
@@ -60,13 +60,13 @@ def _adapter_state(model) -> Tensors:
     """Name in the file -> meta tensor of the trained adapter, `modules_to_save` included."""
     name, state = model.active_adapters[0], _whole_state(model)
     trained = {n: weight for n, weight in state.items() if weight.requires_grad}
-    if model.peft_config[name].is_prompt_learning:  # its file holds what the weights make, not the weights
+    if model.peft_config[name].is_prompt_learning:  # its file contains what the weights compute, not the weights
         return _of_adapter(model, name)
     # Frozen weights are left out as ZeRO-3's save does: of a targeted embedding PEFT may write the base layer too.
-    found = get_peft_model_state_dict(model, trained, name, save_embedding_layers=False)
-    saved = {id(weight) for weight in found.values()}
+    adapter = get_peft_model_state_dict(model, trained, name, save_embedding_layers=False)
+    saved = {id(weight) for weight in adapter.values()}
     _refuse_lost([n for n, weight in trained.items() if id(weight) not in saved], model)
-    return found
+    return adapter
 
 
 def _of_adapter(model, adapter: str) -> Tensors:
@@ -86,12 +86,12 @@ def _refuse_lost(names: list[str], model) -> None:
 def _whole_state(model) -> Tensors:
     """The model's weights and persistent buffers as meta tensors of their whole shapes, under ZeRO-3 too; a tied weight
     is one tensor under several names."""
-    made: dict[int, torch.Tensor] = {}
+    meta: dict[int, torch.Tensor] = {}
     for tensor in _state(model).values():
         shape = getattr(tensor, "ds_shape", tensor.shape)
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
-    return {name: made[id(tensor)] for name, tensor in _state(model).items()}
+        if id(tensor) not in meta:
+            meta[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+    return {name: meta[id(tensor)] for name, tensor in _state(model).items()}
 
 
 def _state(model) -> Tensors:
@@ -151,7 +151,7 @@ def load_adapters(folder: str | Path, model) -> None:
         place = _place(folder, name)
         if not _weight_files(place) and name not in model.active_adapters:
             continue
-        if config.is_prompt_learning:  # its file holds what the weights make, not the weights
+        if config.is_prompt_learning:  # its file contains what the weights compute, not the weights
             model.load_adapter(str(place), name, is_trainable=name in model.active_adapters)
         with _opened(place) as files, torch.no_grad():
             own = _of_adapter(model, name)
@@ -181,7 +181,7 @@ def _refuse_differences(folder, saved: Tensors, now: Tensors) -> None:
 
 
 def _same(now: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Bit by bit; a model in a wider dtype than its file may hold the same values."""
+    """Bit by bit; a model in a wider dtype than its file may have the same values."""
     if now.shape != saved.shape:
         return False
     bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (now.to(saved.dtype), saved))
@@ -192,8 +192,8 @@ def _layers(state: Tensors) -> list[list[str]]:
     """The names of each layer, and of what is in none."""
     groups: dict[str, list[str]] = {}
     for name in state:
-        found = LAYER.match(name)
-        groups.setdefault(found.group() if found else "", []).append(name)
+        prefix = LAYER.match(name)
+        groups.setdefault(prefix.group() if prefix else "", []).append(name)
     return list(groups.values())
 
 
@@ -212,8 +212,8 @@ def _converted(model, shell, saved: Tensors) -> Tensors:
     """The tensors of a file as the model's own, by name. `shell` is left without data."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not made by from_pretrained: as transformers does when it saves such a model
-        found = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [part for part in found if not isinstance(part, core_model_loading.PrefixChange)]
+        mapping = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [part for part in mapping if not isinstance(part, core_model_loading.PrefixChange)]
     config = modeling_utils.LoadStateDictConfig(weight_mapping=copy.deepcopy(conversions))
     core_model_loading.convert_and_load_state_dict_in_model(shell, saved, config)
     values = {}
