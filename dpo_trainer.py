@@ -1,7 +1,7 @@
 """DPOTrainer in TRL 1.16's interface, patched for multi-turn DPO (M-DPO, arXiv 2409.02392).
 
 With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; `mdpo.config.schema.MDPOConfig` switches the departures on.
-Each one stands once between two MODIFICATION lines, numbered in reading order; docs/trl-differences.md says why. What
+Each is marked once by a pair of MODIFICATION lines, numbered in reading order; docs/trl-differences.md says why. What
 they call is elsewhere: masks in `mdpo/masking/loss_mask.py`, batches and the forward pass in `mdpo/forward/`, the
 mathematics in `mdpo/loss/functions.py`, the frozen model in `mdpo/reference/frozen.py`, checkpoints, resume and
 non-finite steps in `mdpo/runs/`.
@@ -306,7 +306,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _precompute(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         ############## MODIFICATION 7: cached for each token and by content, so that only new pairs are ever scored; TRL
-        # keeps sums of a whole dataset, under a key that changes with unrelated settings.
+        # caches sums of a whole dataset, under a key that changes with unrelated settings.
         return self.reference.precompute(dataset, name, self.data_collator, batch_size)
         ############## MODIFICATION 7 END
 

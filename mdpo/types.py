@@ -18,7 +18,7 @@ class Pair:
     """One preference pair in messages (or plain strings), before any tokenizer.
 
     `chosen` and `rejected` are whole conversations: the prompt's messages first. `n_prompt` messages of them are
-    context on both sides; their assistant turns are not supervised. `weights` holds a number for each message of
+    context on both sides; their assistant turns are not supervised. `weights` has a number for each message of
     chosen and of rejected, empty lists where all are 1. `margin` is the row's, in units of reward. `remarks` name what
     the report counts of rows that are kept, `unread` the fields of messages that nothing reads.
     """

@@ -41,7 +41,7 @@ def compiled(function: Callable) -> Callable:
             except FailOnRecompileLimitHit:
                 slow.append(True)
                 name = function.__qualname__
-                say(f"fused_ops: {name} met more than {VARIANTS} kinds of input; it goes on uncompiled.")
+                say(f"fused_ops: {name} met more than {VARIANTS} kinds of input; it now runs uncompiled.")
         return function(*args)
 
     return call
@@ -49,13 +49,13 @@ def compiled(function: Callable) -> Callable:
 
 def by_rows(function: Callable, *tensors: torch.Tensor) -> torch.Tensor:
     """function of tensors (…, H) of one shape as (N, H), so that one compiled form serves each number of dimensions. In
-    the order in which the first lies in memory: Gemma-3's heads have been transposed."""
+    the memory order of the first: Gemma-3's heads have been transposed."""
     like = tensors[0]
     order = sorted(range(like.dim() - 1), key=like.stride, reverse=True)
-    back = [order.index(i) for i in range(like.dim() - 1)]
-    apart = [x.permute(*order, -1) for x in tensors]
-    out = function(*(x.reshape(-1, x.size(-1)) for x in apart))
-    return out.view(*apart[0].shape[:-1], -1).permute(*back, -1)
+    inverse = [order.index(i) for i in range(like.dim() - 1)]
+    ordered = [x.permute(*order, -1) for x in tensors]
+    out = function(*(x.reshape(-1, x.size(-1)) for x in ordered))
+    return out.view(*ordered[0].shape[:-1], -1).permute(*inverse, -1)
 
 
 @cache
@@ -63,8 +63,8 @@ def _norm(kind: type[nn.Module]) -> Callable:
     """The class's forward, compiled."""
     function = compiled(kind.forward)
 
-    def forward(self, x, *more):
-        return kind.forward(self, x, *more) if more else by_rows(lambda rows: function(self, rows), x)
+    def forward(self, x, *extra):
+        return kind.forward(self, x, *extra) if extra else by_rows(lambda rows: function(self, rows), x)
 
     return forward
 
@@ -130,7 +130,7 @@ def _cannot(kinds: dict[type, list[nn.Module]], device, dtype: torch.dtype) -> s
     for name, check in {**checks, "the LM head": functools.partial(_head_agrees, device)}.items():
         try:
             same = check()
-        except Exception as error:  # no compiler, or a compiler's own trouble: training goes on without it
+        except Exception as error:  # no compiler, or a compiler's own trouble: training continues without it
             return f"fused_ops: off for {name}: {first_line(error, innermost=False)}"
         if not same:
             return f"fused_ops: off for {name}: compiled, it does not give the same numbers."
@@ -164,8 +164,8 @@ def is_gated(module: nn.Module) -> bool:
 
 
 def agrees(module: nn.Module, forward: Callable, device, dtype: torch.dtype | None = None) -> bool:
-    """Whether `forward` gives a stand-in for the module, with random weights, what its class's forward gives it. Where
-    the module's weights are quantized the stand-in's are of `dtype`."""
+    """Whether `forward` gives the same as the class's own on a stand-in for the module, with random weights. Where the
+    module's weights are quantized the stand-in's are of `dtype`."""
     stand_in = copy.copy(module)
     stand_in._parameters, stand_in._modules = dict(module._parameters), dict(module._modules)
     if is_norm(module):

@@ -46,20 +46,20 @@ def remember_cache(model: nn.Module) -> None:
 def configured(model: nn.Module):
     """Within it configurations have the rates and the `use_cache` that they came with, to be written beside weights."""
     before = vars(model).get(BEFORE, [])
-    now = [(config, name, getattr(config, name)) for config, name, _ in before]
+    current = [(config, name, getattr(config, name)) for config, name, _ in before]
     for config, name, value in before:
         setattr(config, name, value)
     try:
         yield
     finally:
-        for config, name, value in now:
+        for config, name, value in current:
             setattr(config, name, value)
 
 
 def refuse_noise(model: nn.Module, accelerator, batch: PairBatch) -> None:
     """Raises UserError where the log-probs of a few tokens of a batch depend on the generator's state in training mode:
-    then something random is left that has no rate (PhiMoE draws its experts); noise on embeddings (NEFTune) was asked
-    for. All ranks call it together."""
+    then something random is left that has no rate (PhiMoE draws its experts); noise on embeddings (NEFTune) was
+    requested and does not count. All ranks call it together."""
     ids = batch.input_ids[:1, :TOKENS]
     positions = torch.arange(ids.size(1) - 1, device=ids.device)
     row = PairBatch(input_ids=ids, attention_mask=torch.ones_like(ids), logp_position=positions, label=ids[0, 1:])
@@ -75,10 +75,10 @@ def refuse_noise(model: nn.Module, accelerator, batch: PairBatch) -> None:
         accelerator.autocast(),
         evaluating(inner.get_input_embeddings()),
     ):
-        first, again, other = logps(0), logps(0), logps(1)
+        base, repeated, reseeded = logps(0), logps(0), logps(1)
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else inner.dtype
-    rounding, difference = ((first - x).abs().max() for x in (again, other))  # a GPU's atomics add in any order
-    allowed = 10 * rounding + torch.finfo(dtype).eps * first.abs().max()
+    rounding, difference = ((base - x).abs().max() for x in (repeated, reseeded))  # a GPU's atomics add in any order
+    allowed = 10 * rounding + torch.finfo(dtype).eps * base.abs().max()
     if accelerator.reduce((difference > allowed).float(), "sum") > 0:
         raise UserError(
             f"disable_dropout: {type(inner).__name__} draws at random in training mode by more than dropout, and no "

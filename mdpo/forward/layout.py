@@ -92,7 +92,7 @@ class Layout:
         padded, watch = unpacked(batch, self.pad_token_id), Watch(base_model(inner), batch)
         with watch.looking():
             expected = score_tokens(model, padded).logps
-        again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
+        padded_again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
         try:
             with noting_refusals() as unknown, watch.looking():
                 packed = score_tokens(model, batch).logps
@@ -104,7 +104,7 @@ class Layout:
             return unknown[0]
         if not (watch.calls[True] and watch.calls[False]):
             return "its attention does not go through transformers' interface"
-        return misplaced(batch) or watch.reason or disagreement(packed, expected, inner.dtype, again)
+        return misplaced(batch) or watch.reason or disagreement(packed, expected, inner.dtype, padded_again)
 
     def _anywhere(self, reason: str | None) -> bool:
         """Whether any rank has a reason. All ranks call it together."""
@@ -112,11 +112,11 @@ class Layout:
         return bool(self.accelerator.reduce(bad, "sum") > 0)
 
 
-def disagreement(packed: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype, again=None) -> str | None:
-    """How log-probs (S,) that should be the same differ beyond what rounding in `dtype` explains, if they do. `again`
-    are the padded ones, rounded otherwise."""
+def disagreement(packed: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype, padded_again=None) -> str | None:
+    """How log-probs (S,) that should be the same differ beyond what rounding in `dtype` explains, if they do.
+    `padded_again` are the padded ones, rounded otherwise."""
     dtype = _computed(packed, dtype)
-    noise = 0.0 if again is None else _difference(again, padded)
+    noise = 0.0 if padded_again is None else _difference(padded_again, padded)
     tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]), NOISE * noise if math.isfinite(noise) else 0.0)
     difference = _difference(packed, padded)
     if difference <= tolerance:

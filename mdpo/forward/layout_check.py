@@ -83,7 +83,7 @@ class Watch:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.reason = f"its attention cannot be looked at: {first_line(error)}"
+            self.reason = f"its attention cannot be checked: {first_line(error)}"
 
     def _compare_queries(self, packed: bool, query, key) -> None:
         """In the first layer nothing but RoPE tells queries and keys of one token in both layouts apart."""
@@ -121,7 +121,7 @@ class Watch:
         return _differs(in_use.float(), expected, KERNEL.get(_computed(query), 3e-2))
 
     def _own(self, attend, module, q, k, v, mask, kwargs) -> torch.Tensor:
-        """Row by row, each side whole, by the model's own attention and mask; of the prefix chosen's result."""
+        """Row by row, each side in full, by the model's own attention and mask; the prefix's result is chosen's."""
         out, start, pairs = [], 0, len(self.segments.lengths)
         for i, (prefix, chosen, rejected) in enumerate(self.segments.lengths):
             end = start + prefix + chosen

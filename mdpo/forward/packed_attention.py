@@ -87,8 +87,8 @@ def refused(model) -> str | None:
 
 @contextmanager
 def noting_refusals():
-    """Within it, why packed attention cannot serve a model is collected in the list that is yielded, and its result is
-    wrong; outside of it that is an error. Leaving a forward by an exception would upset ZeRO-3's hooks."""
+    """Within it, reasons why packed attention cannot serve a model go into the list that is yielded, and its result is
+    wrong; outside of it they are errors. Leaving a forward by an exception would upset ZeRO-3's hooks."""
     global _refusals
     before, _refusals = _refusals, []
     try:
@@ -101,8 +101,8 @@ def packed_attention(
     module, query, key, value, attention_mask, segments: Segments | None = None, dropout=0.0, scaling=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """(1, N, heads, D) from query (1, heads, N, D), key and value (1, key heads, N, D). Raises UserError for a model
-    that hands over what it does not know, or no segments; within `noting_refusals` that is noted and the result of no
-    use."""
+    that passes keywords unknown here, or no segments; within `noting_refusals` that is noted and the result is
+    meaningless."""
     window, softcap = (kwargs.pop(name, None) for name in ("sliding_window", "softcap"))
     unknown = [name for name, setting in kwargs.items() if setting is not None and name not in HARMLESS]
     if window is None and _window_in_mask_only(module):

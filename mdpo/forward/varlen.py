@@ -87,8 +87,10 @@ class _APair:
         index = torch.tensor([*range(12), *range(4), *range(12, 22)], device=device)
         begins = [torch.tensor([0, *sizes], device=device).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
         self._on = index, *begins
-        at = torch.arange(22, device=device)
-        self.seen = (at[:, None] >= at) & ~((at[:, None] >= 12) & (at >= 4) & (at < 12))
+        positions = torch.arange(22, device=device)
+        self.seen = (positions[:, None] >= positions) & ~(
+            (positions[:, None] >= 12) & (positions >= 4) & (positions < 12)
+        )
 
     def on(self, device):
         return self._on

@@ -135,22 +135,24 @@ class MemoryModel:
         if length not in self._plans:
             phases = {STEP: self._step(length), OPTIMIZER: self._optimizer_step()}
             phases |= {EVALUATION: self._evaluation(length)} if self.evaluates else {}
-            known = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
-            longest, kept = max(known, length), self.args.save_total_limit
+            model_limit = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
+            longest, kept = max(model_limit, length), self.args.save_total_limit
             self._plans[length] = MemoryPlan(
                 phases, length, self._in_cpu(), longest, self.plan, self._checkpoint(), kept
             )
         return self._plans[length]
 
     def _step(self, length: int) -> dict[str, float]:
-        held, again = not self.sharding.stage, self.args.gradient_accumulation_steps > 1
-        peak = self.skeleton.training(self.args.per_device_train_batch_size, length, held, again)
-        shard, mine = self.trained * self.gradient, self.sharding.processes
+        keeps_gradients, accumulates = not self.sharding.stage, self.args.gradient_accumulation_steps > 1
+        peak = self.skeleton.training(self.args.per_device_train_batch_size, length, keeps_gradients, accumulates)
+        shard, processes = self.trained * self.gradient, self.sharding.processes
         gradients = {
             # Kept for this process's share, and once more while a further micro-batch adds to it; offloading copies
             # each gradient to the CPU through a buffer as large as the largest one.
-            2: self.largest_trained * self.gradient if self.sharding.offload_optimizer else shard / mine * (1 + again),
-            3: 0 if self.sharding.offload_optimizer else shard / mine,
+            2: self.largest_trained * self.gradient
+            if self.sharding.offload_optimizer
+            else shard / processes * (1 + accumulates),
+            3: 0 if self.sharding.offload_optimizer else shard / processes,
         }
         parts = self._standing() | {"gradients": gradients.get(self.sharding.stage, 0) + peak["gradients"]}
         if self.sharding.stage:
@@ -201,17 +203,19 @@ class MemoryModel:
 
     def _standing(self) -> dict[str, float]:
         """What is in memory all the time."""
-        where, stage = self.sharding, self.sharding.stage
+        sharding, stage = self.sharding, self.sharding.stage
         parts = {"weights": self._shard(self.weights) if stage == 3 else self.weights, "gradients": 0.0}
-        parts["weights"] *= not where.offload_param
-        parts["optimizer states"] = 0 if where.offload_optimizer else self._states()
-        parts["reference"] = self._shard(self.reference) * (not where.offload_param) if stage == 3 else self.reference
-        if stage == 0 and where.processes > 1:
+        parts["weights"] *= not sharding.offload_param
+        parts["optimizer states"] = 0 if sharding.offload_optimizer else self._states()
+        parts["reference"] = (
+            self._shard(self.reference) * (not sharding.offload_param) if stage == 3 else self.reference
+        )
+        if stage == 0 and sharding.processes > 1:
             parts["communication"] = self.trained * self.gradient  # DDP's buckets, beside the gradients
         if stage == 3:
             live = min(self.count, LIVE + self.largest) * self.width
             parts["gathered weights"] = max(live, self.small)
-        return parts | {"libraries (assumed)": LIBRARIES["CPU" if where.cpu else "GPU"]}
+        return parts | {"libraries (assumed)": LIBRARIES["CPU" if sharding.cpu else "GPU"]}
 
     def _states(self) -> float:
         """Bytes of AdamW's two moments, and of the float32 copy of the weights that DeepSpeed trains: always under
@@ -227,14 +231,16 @@ class MemoryModel:
     def _in_cpu(self) -> float:
         """Bytes on each machine: of the optimizer, float32 weights, gradients and both moments, gradients as they come,
         and under ZeRO-2 a buffer of the new weights and one for the largest gradient; of offloaded weights, all."""
-        where, size = self.sharding, 0.0
-        if where.offload_optimizer:
+        sharding, size = self.sharding, 0.0
+        if sharding.offload_optimizer:
             size += self._shard(self.trained * (16 + self.gradient))
-            again = self.args.gradient_accumulation_steps > 1
-            size += (self._shard(self.trained * again) + self.largest_trained) * self.gradient * (where.stage == 2)
-        if where.offload_param:
+            accumulates = self.args.gradient_accumulation_steps > 1
+            size += (
+                (self._shard(self.trained * accumulates) + self.largest_trained) * self.gradient * (sharding.stage == 2)
+            )
+        if sharding.offload_param:
             size += self._shard(self.weights + self.reference)
-        return size * where.processes / where.machines
+        return size * sharding.processes / sharding.machines
 
 
 def four_bit_weights(model: nn.Module) -> list[nn.Parameter]:

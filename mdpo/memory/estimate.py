@@ -98,7 +98,7 @@ def _refuse_no_master(args, policy: nn.Module) -> None:
 
 
 def _model_config(name: str, recipe):
-    """From the hub or a folder; no weights are looked at. Raises UserError."""
+    """From the hub or a folder; no weights are read. Raises UserError."""
     options = {"revision": recipe.model.model_revision, **(recipe.training.model_init_kwargs or {})}
     options = {key: options[key] for key in ("revision", "subfolder") if key in options}
     refuse_missing_folder("model_name_or_path", name)

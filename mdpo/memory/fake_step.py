@@ -71,17 +71,17 @@ class FakeModel:
     def _base(self):
         return base_model(self.policy)
 
-    def training(self, pairs: int, length: int, held: bool, again: bool) -> dict[str, int]:
-        """PARTS (bytes) at the peak of a forward and a backward pass. `held`: gradients stay until the optimizer's
-        step, else each is freed as soon as it is there (DeepSpeed reduces it). `again`: earlier micro-batches have
-        left theirs. The reference, where it is not precomputed, scores the batch between the two passes."""
+    def training(self, pairs: int, length: int, keeps_gradients: bool, accumulates: bool) -> dict[str, int]:
+        """PARTS (bytes) at the peak of a forward and a backward pass. `keeps_gradients`: they stay until the optimizer
+        steps, else each is freed as soon as it is there (DeepSpeed reduces it). `accumulates`: earlier micro-batches
+        have left theirs. The reference, where it is not precomputed, scores the batch between the two passes."""
         self.policy.train()
         with self._counting() as allocations, contextlib.ExitStack() as hooks:
             for weight in (p for p in self.policy.parameters() if p.requires_grad):
-                if held and again:
+                if keeps_gradients and accumulates:
                     weight.grad = torch.empty_like(weight)
                     allocations.add(weight.grad, "gradients")
-                hook = weight.register_post_accumulate_grad_hook(lambda p: _take(p, allocations, held))
+                hook = weight.register_post_accumulate_grad_hook(lambda p: _take(p, allocations, keeps_gradients))
                 hooks.callback(hook.remove)
             logps = self._score(self.policy, pairs, length)
             self._score_reference(pairs, length)
@@ -155,14 +155,14 @@ def _prepared(model, args, peft, engine_dtype, zero3: bool):
     cast_weights(model, engine_dtype)
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
-        every = options.pop("every_n_layers", 1)
+        every_n = options.pop("every_n_layers", 1)
         options |= {"use_reentrant": True} if peft is not None and zero3 else {}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, every_n_layers=every)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, every_n_layers=every_n)
     return model
 
 
-def _take(weight, allocations: Allocations, held: bool) -> None:
-    if held:
+def _take(weight, allocations: Allocations, keep: bool) -> None:
+    if keep:
         allocations.add(weight.grad, "gradients")
     else:
         weight.grad = None

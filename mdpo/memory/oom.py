@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
-        if isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in SAID):
+        if isinstance(error, RuntimeError | OSError) and any(phrase in str(error).lower() for phrase in SAID):
             return True
         error = error.__cause__
     return False
@@ -62,8 +62,8 @@ class MemorySnapshot:
         device = torch.device(device)
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            used, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-            return cls(used, total, most, "GPU", torch.cuda.memory_reserved(device))
+            used, allocated_peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+            return cls(used, total, allocated_peak, "GPU", torch.cuda.memory_reserved(device))
         limit, where, field = min(_cpu_limits())
         status = Path("/proc/self/status").read_text()  # psutil tells no peaks on Linux
         now, peak = (int(status.partition(f"\n{name}:")[2].split()[0]) * 1024 for name in field)
@@ -136,7 +136,7 @@ def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: l
 
 def report(error, batch, recipe, sharding, seen, plan=None, keys=None, argv=None, not_planned=None) -> str:
     """The whole message. `batch` is a collator's, or None; `keys` the `key` column of its dataset, which its `row`
-    numbers index; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` the command line after run_dpo.py."""
+    numbers index; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` what follows run_dpo.py."""
     lines = [f"Out of memory: {first_line(error, innermost=False)}", f"  seen: {seen}"]
     if batch is not None:
         lines.append(f"  batch: {describe_batch(batch, keys)}")

@@ -82,8 +82,8 @@ class Sharding:
         )
 
     def __str__(self) -> str:
-        where = "CPU process" if self.cpu else "GPU"
-        words = [f"{self.processes} {where}{'es' if self.cpu and self.processes > 1 else ''}"]
+        device = "CPU process" if self.cpu else "GPU"
+        words = [f"{self.processes} {device}{'es' if self.cpu and self.processes > 1 else ''}"]
         words[0] += "s" if self.processes > 1 and not self.cpu else ""
         words += [f"on {self.machines} machines"] if self.machines > 1 else []
         sharded = STAGES[self.stage] if self.processes > 1 or self.stage else ""
@@ -110,15 +110,15 @@ def overlap_reduction(plugin) -> str | None:
     if zero.get("stage") != 2 or OVERLAP in zero:
         return None
     zero[OVERLAP] = True
-    return "ZeRO-2: gradients are reduced while backward goes on (overlap_comm: true)"
+    return "ZeRO-2: gradients are reduced while backward runs (overlap_comm: true)"
 
 
 def _mapping(path: str | Path) -> dict:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        known = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
-        message = f"{path}: cannot be read ({error.strerror}). Accelerate files here: {known}."
+        files = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
+        message = f"{path}: cannot be read ({error.strerror}). Accelerate files here: {files}."
         raise UserError(message, "accelerate file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not valid YAML: {error}", "accelerate file") from None

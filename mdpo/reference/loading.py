@@ -11,7 +11,7 @@ from mdpo.errors import UserError
 
 
 def load_model(name_or_path: str, **kwargs):
-    """A causal language model for training or as reference. Raises UserError where it cannot be loaded whole."""
+    """A causal language model for training or as reference. Raises UserError where it cannot be loaded completely."""
     refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
     subject = f"model {name_or_path!r} cannot be loaded"
     try:
@@ -38,8 +38,8 @@ def _refuse_missing(subject: str, loading_info: dict) -> None:
     missing = sorted([*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])])
     if not missing:
         return
-    alike = [name for name in loading_info["unexpected_keys"] if name.endswith(f".{missing[0]}")]
-    wrapped = f" The files have it as {alike[0]}: they carry a wrapper's name." if alike else ""
+    similar = [name for name in loading_info["unexpected_keys"] if name.endswith(f".{missing[0]}")]
+    wrapped = f" The files have it as {similar[0]}: they carry a wrapper's name." if similar else ""
     where = "in no file" if loading_info["missing_keys"] else "in its files in other shapes"
     raise UserError(
         f"{subject}: {len(missing)} of its weights are {where} and would begin at random, such as {missing[0]}."

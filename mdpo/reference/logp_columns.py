@@ -52,8 +52,8 @@ class Columns:
     fails."""
 
     def __init__(self, count: int, name: str, passing: bool):
-        folder, first = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-reference"), first_rank_of_node()
-        self.path, self.mine, self._passing = folder / f"{name}-{first}.arrow", rank() == first, passing
+        folder, first_rank = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-reference"), first_rank_of_node()
+        self.path, self.mine, self._passing = folder / f"{name}-{first_rank}.arrow", rank() == first_rank, passing
         self._size, self._spool = 0, None
         if self.mine:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,14 +74,14 @@ class Columns:
     def take(self, places: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> None:
         """A Piece; its rows are numbered among the distinct ones, -1 for those that are not wanted."""
         wanted, lengths = places >= 0, counts.sum(1, dtype=np.int64)
-        places, taken = places[wanted], lengths[wanted]
-        self._start[places] = self._size + taken.cumsum() - taken
+        places, sizes = places[wanted], lengths[wanted]
+        self._start[places] = self._size + sizes.cumsum() - sizes
         self._counts[places], self.known[places] = counts[wanted], True
         try:
             self._spool.write(np.ascontiguousarray(logps[np.repeat(wanted, lengths)], np.float32).tobytes())
         except OSError as error:
             raise _not_written(error) from error
-        self._size += int(taken.sum())
+        self._size += int(sizes.sum())
 
     def take_from_all(self, pieces: list[Piece]) -> None:
         """Every rank's rows. All ranks call it together."""
@@ -98,9 +98,8 @@ class Columns:
         with first_of_node():
             if self.mine:
                 self._write(of_row)
-            if (
-                dataset._indices is not None
-            ):  # else columns would be copied beside it; datasets keeps a flat set on disk
+            # Else columns would be copied beside it; datasets keeps a flat dataset on disk.
+            if dataset._indices is not None:
                 dataset = dataset.flatten_indices()
         return concatenate_datasets([dataset, Dataset.from_file(str(self.path))], axis=1)
 
@@ -127,8 +126,8 @@ class Columns:
         start, arrays = self._start[rows], []
         for counts in self._counts[rows].T:
             ends = np.concatenate([[0], counts.cumsum()])
-            places = np.arange(ends[-1]) + np.repeat(start - ends[:-1], counts)
-            arrays.append(pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values[places], pa.float32())))
+            index = np.arange(ends[-1]) + np.repeat(start - ends[:-1], counts)
+            arrays.append(pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values[index], pa.float32())))
             start = start + counts
         return pa.record_batch(arrays, schema=schema)
 

@@ -48,7 +48,7 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_
 
 
 def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype | None = None):
-    """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else.
+    """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, else whole on the device.
     `dtype` is what DeepSpeed casts the policy to; the reference then computes in it too."""
     model.requires_grad_(False).eval()
     cast_weights(model, dtype)
@@ -78,14 +78,14 @@ def drop_weights(reference) -> None:
 
 @contextmanager
 def _without_checkpointing(model, kwargs):
-    """Gradient checkpointing recomputes nothing without gradients, and warns when it is asked to."""
-    on = model.is_activation_checkpointing
-    if on:
+    """Gradient checkpointing recomputes nothing without gradients, and warns about it."""
+    enabled = model.is_activation_checkpointing
+    if enabled:
         model.gradient_checkpointing_disable()
     try:
         yield
     finally:
-        if on:
+        if enabled:
             model.gradient_checkpointing_enable(kwargs)
 
 
@@ -134,7 +134,7 @@ def keep_own_adapter(model) -> None:
     copies = set(weights) - before
     for name in before:
         parts = name.split(".")
-        # The adapter's name is one part, the last one of parameters that PEFT keeps in a dict; others may be like it.
+        # The adapter's name is one part, the last one of parameters that PEFT keeps in a dict; others may equal it.
         indices = [i for i, part in enumerate(parts) if part == trained]
         for copy_name in (".".join([*parts[:i], OWN_ADAPTER, *parts[i + 1 :]]) for i in indices):
             if copy_name in copies:

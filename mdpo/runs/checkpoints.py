@@ -46,7 +46,7 @@ def files_of(folder: Path) -> list[str]:
 
 def sealed_by_all(folder: Path) -> dict[str, list]:
     """`sealed` for all files in `folder`, each rank a share. All ranks call it together."""
-    # One list for all: a shared disk may show each rank another one for a while.
+    # One list for all: a shared disk may show each rank a different one for a while.
     sizes = agreed(lambda: {name: (folder / name).stat().st_size for name in files_of(folder)})
     mine = sealed(folder, share(sizes))
     return {name: facts for part in gathered(mine) for name, facts in part.items()}
@@ -116,8 +116,8 @@ def wrong_sizes(folder: Path) -> list[str]:
         path = folder / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
-        elif (now := path.stat().st_size) != size:
-            wrong.append(f"{name} has {now} bytes of {size}")
+        elif (actual := path.stat().st_size) != size:
+            wrong.append(f"{name} has {actual} bytes of {size}")
     return wrong
 
 
@@ -187,16 +187,17 @@ def move_files(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def writing(what: str | Path):
-    """Turns a failed write within it into a UserError about `what`."""
+def writing(target: str | Path):
+    """Turns a failed write within it into a UserError about `target`."""
     try:
         yield
     except Exception as error:
         if not is_write_failure(error):
             raise
         raise UserError(
-            f"{what} could not be written: {error}\nComplete checkpoints are as they were. Make room (save_total_limit "
-            "says how many are kept) or fix the disk, then start the same command again: it resumes from the newest."
+            f"{target} could not be written: {error}\nComplete checkpoints are as they were. Make room "
+            "(save_total_limit says how many are kept) or fix the disk, then start the same command again: it "
+            "resumes from the newest."
         ) from error
 
 
@@ -204,4 +205,4 @@ def is_write_failure(error: BaseException) -> bool:
     """Whether a save failed because of the disk: full, read-only, gone."""
     if isinstance(error, OSError | SafetensorError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in TORCH_WRITE_ERRORS)

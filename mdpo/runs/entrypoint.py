@@ -20,9 +20,9 @@ FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's l
 
 def clear_stale_build_locks() -> list[Path]:
     """Removes and names the locks that a killed build of a DeepSpeed operator left in the torch extensions folder:
-    every later start would wait on them for ever, without a word. A lock is stale when no process on this machine
-    has it open; what the dead build had started is ended. One process of each machine does this; the others wait on the
-    lock anyway."""
+    every later start would wait on them forever, without a word. A lock is stale when no process on this machine
+    has it open; what the dead build had started is killed. One process of each machine does this; the others wait on
+    the lock anyway."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return []
     several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")

@@ -15,7 +15,7 @@ from mdpo import ranks
 from mdpo.errors import UserError
 from mdpo.runs import preemption
 
-MAIN_SPEAKS_FIRST_S = 2.0  # an error of all ranks is said once, by rank 0 where it comes there in this time
+MAIN_SPEAKS_FIRST_S = 2.0  # an error of all ranks is printed once, by rank 0 if it gets there in this time
 WITHOUT_GROUP_S = 5.0  # the same before ranks can ask each other
 LEAVE_S = 5.0  # for what has to be done at exit, after an error
 FOLLOW_S = 5.0  # after another rank's error, for that rank and for the launcher

@@ -82,22 +82,22 @@ def _listed(path: Path) -> bool:
 
 
 def _cleared(folder: Path, checkpoint: Path | None, overwrite: bool, facts: dict) -> str | None:
-    """As prepare_output_dir returns it; another run's files are gone, or refused."""
+    """As prepare_output_dir returns it; another run's files are removed, or refused."""
     if checkpoint is not None:
         refuse_another_run(checkpoint, facts)
         say(f"resuming from {checkpoint}")
         if checkpoint.parent.resolve() == folder.resolve():
             return str(checkpoint)
-    left = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
-    if left and not overwrite:
+    leftovers = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
+    if leftovers and not overwrite:
         raise UserError(
-            f"output_dir: {folder} already holds a run ({left[0].name}). Write over it "
+            f"output_dir: {folder} already holds a run ({leftovers[0].name}). Write over it "
             "(--overwrite_output_dir), or choose another output_dir."
         )
-    for path in left:
+    for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if left:
-        say(f"overwrite_output_dir: removed {len(left)} files and folders of an earlier run from {folder}.")
+    if leftovers:
+        say(f"overwrite_output_dir: removed {len(leftovers)} files and folders of an earlier run from {folder}.")
     return None if checkpoint is None else str(checkpoint)
 
 

@@ -37,7 +37,7 @@ _request = _Request()
 
 @contextmanager
 def listening():
-    """Within it the signals are taken over, but those that are ignored (nohup, a shell's &). A process that a launcher
+    """Within it the signals are handled here, except ignored ones (nohup, a shell's &). A process that a launcher
     started stops too when the launcher is gone, however it ended. For a process's main thread."""
     global _request
     _request = _Request()
@@ -56,7 +56,7 @@ def listening():
 
 def _on_signal(number: int, frame) -> None:
     name, now = signal.Signals(number).name, time.monotonic()
-    if os.getpid() != _request.process:  # a forked worker of a data set or loader: its parent decides, by SIGTERM
+    if os.getpid() != _request.process:  # a forked worker of a dataset or loader: its parent decides, by SIGTERM
         if number == signal.SIGTERM:
             os._exit(128 + number)
         return

@@ -43,8 +43,8 @@ class ResumableTrainer(Trainer):
 
     def _preempted(self) -> bool:
         """Whether any rank was asked to stop: the same answer on all, which call it together."""
-        asked = torch.tensor(float(bool(preemption.requested())), device=self.args.device)
-        return bool(self.accelerator.reduce(asked, "sum").item())
+        request = torch.tensor(float(bool(preemption.requested())), device=self.args.device)
+        return bool(self.accelerator.reduce(request, "sum").item())
 
     def _stop(self):
         """A checkpoint of the last step, unless there is one or nothing was trained, then Preempted."""
@@ -147,7 +147,7 @@ class ResumableTrainer(Trainer):
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         result = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # else the checkpoint's intervals, whatever is asked for now
+        self.state.compute_steps(self.args, max_steps)  # else the checkpoint's intervals, not the recipe's
         return result
 
     def resume_rank_state(self) -> None:

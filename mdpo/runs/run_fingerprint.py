@@ -143,11 +143,15 @@ def content_facts(recipe, tokenizer, train: Dataset) -> dict[str, str | None]:
     """Digests of what the names stand for: weights of policy and reference, tokenizer with template, training pairs."""
     cache, revision = Path(recipe.training.reference_cache_dir or default_folder()), recipe.model.model_revision
     reference = recipe.training.ref_model_name_or_path
-    words = {"vocabulary": tokenizer.get_vocab(), "template": tokenizer.chat_template, "eos": tokenizer.eos_token}
+    tokenizer_facts = {
+        "vocabulary": tokenizer.get_vocab(),
+        "template": tokenizer.chat_template,
+        "eos": tokenizer.eos_token,
+    }
     return {
         "model": _weights(recipe.model.model_name_or_path, revision, cache),
         "reference": _weights(reference, None, cache) if reference else None,
-        "tokenizer": xxhash.xxh3_128_hexdigest(json.dumps(words, sort_keys=True, default=str).encode()),
+        "tokenizer": xxhash.xxh3_128_hexdigest(json.dumps(tokenizer_facts, sort_keys=True, default=str).encode()),
         "pairs": pairs_digest(train),
     }
 

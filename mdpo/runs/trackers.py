@@ -1,4 +1,4 @@
-"""Whether the trackers of `report_to` can be written to: asked before anything is loaded, not when training begins."""
+"""Checks that the trackers of `report_to` can be written to, before anything is loaded, not when training begins."""
 
 import threading
 
