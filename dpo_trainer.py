@@ -399,14 +399,14 @@ class DPOTrainer(ResumableTrainer):
         return self.nonfinite.logged_loss(loss, self._tr_loss, self.state.global_step - self._globalstep_last_logged)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer asks once a step, when its gradients are there."""
+        """Trainer calls it once a step, when the gradients are ready."""
         norm = super()._get_grad_norm(model, grad_norm)
         engine = self.deepspeed if self.is_deepspeed_enabled else None
         self.nonfinite.end_of_backward(model, norm, engine, self.state.global_step + 1, self.train_dataset)
         return norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
+        """(loss, None, None); for compute_metrics also logits (2B, T, V), from another forward, and ids."""
         self.interrupt_if_preempted()
         inputs = PairBatch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -147,7 +147,7 @@ def _told(store, key: str, work: Callable[[], Any]) -> Any:
 
 
 def _outcome(error: BaseException) -> tuple[None, str, tuple]:
-    """What the ranks that wait are told: no value, the kind of error, and what it is made of."""
+    """For the ranks that wait: no value, the kind of error, and its arguments."""
     if isinstance(error, UserError):
         return None, "user", (str(error), error.key)
     kind = "left" if isinstance(error, Preempted) else "other"

@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 def as_new_files(folder: Path) -> None:
     """Gives `folder`, a file, or every file below it, the mode that a new file gets there, whatever decides it (umask,
-    ACLs): what safetensors writes is for its owner's eyes only. Programs stay programs."""
+    ACLs): what safetensors writes is for its owner's eyes only. Executables stay executable."""
     paths = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
     probe = (folder.parent if folder.is_file() else folder) / f"_mode-{uuid.uuid4().hex}"
     probe.touch()

@@ -1,4 +1,4 @@
-"""The containers that travel between the stages."""
+"""The containers that are passed between the stages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,8 +97,8 @@ class PairBatch(dict[str, Any]):
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "PairBatch":
-        """What any collator gave: of a padded batch such as TRL's the fields that are ours, with those that follow from
-        its completion_mask. Raises UserError where it has none."""
+        """From any collator's batch: of a padded one such as TRL's, our fields and those that follow from its
+        completion_mask. Raises UserError where it has none."""
         batch = inputs if isinstance(inputs, cls) else cls({k: inputs[k] for k in inputs if k in FIELDS})
         if "logp_position" in batch:
             return batch

@@ -1,4 +1,4 @@
-"""What the LM head computes on a chunk of hidden states: logits, what is read from them, and their gradient."""
+"""What the LM head computes on a chunk of hidden states: logits, statistics of them, and their gradient."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,7 @@ class HeadTransform:
 
 
 class Head:
-    """The head in the dtype that it computes in; its output is one buffer, written over by each chunk."""
+    """The head in the dtype that it computes in; its output is one buffer, overwritten by each chunk."""
 
     def __init__(self, weight, bias, dtype: torch.dtype, rows: int):
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,4 +1,4 @@
-"""A model without its PEFT wrapper; a model in evaluation mode for a while."""
+"""Unwraps a PEFT model; puts a model into evaluation mode for a while."""
 
 from contextlib import contextmanager
 

@@ -157,7 +157,7 @@ def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
 @contextmanager
 def scored_beside(model, target: torch.Tensor):
     """Within it, where the model's own forward calls its LM head, the S hidden states before a row's last are also
-    scored as in training, against `target` (S,); their log-probs come into the list that is yielded. They are the
+    scored as in training, against `target` (S,); their log-probs go into the list that is yielded. They are the
     body's own: what a model does to them before its head (BERT's transform) would be missing. `model`, without
     wrappers, has a scoring head."""
     scoring = ScoringHead.of(model)

@@ -1,4 +1,4 @@
-"""Varlen kernels: one call of attention for all segments of a packed row, on a GPU, and whether there is one that runs.
+"""Varlen kernels: one call of attention for all segments of a packed row, on a GPU, and whether there is a usable one.
 
 A kernel is `kernel(query, key, value, segments, scaling, window, softcap, dropout)` on (1, heads, N, D), and returns
 (1, N, heads, D).
@@ -120,7 +120,7 @@ def flash(query, key, value, segments, scaling, window, softcap, dropout):
 
 
 def torch_varlen(query, key, value, segments, scaling, window, softcap, dropout):
-    """Knows neither soft-caps nor dropout."""
+    """Supports neither soft-caps nor dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}

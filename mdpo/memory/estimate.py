@@ -26,8 +26,8 @@ MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
 def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
-    """Of a recipe from `config.recipe.load_recipe`, as it is written: what this machine lacks is no matter, unless the
-    accelerate file says use_cpu. Raises UserError that names what cannot be planned."""
+    """Of a recipe from `config.recipe.load_recipe`, as it is written: what this machine lacks does not matter, unless
+    the accelerate file says use_cpu. Raises UserError that names what cannot be planned."""
     args, values = recipe.training, recipe.values if sharding.cpu else recipe.written
     _refuse(recipe, sharding)
     config = _model_config(recipe.model.model_name_or_path, recipe)

@@ -114,7 +114,7 @@ def gated_forward(allocations: Allocations):
 
 
 def varlen_kernel(flash: bool):
-    """For mdpo.forward.packed_attention._varlen: torch's kernel knows neither soft-caps nor dropout."""
+    """For mdpo.forward.packed_attention._varlen: torch's kernel supports neither soft-caps nor dropout."""
 
     def choose(query, value, dropout, softcap):
         size = query.size(-1)

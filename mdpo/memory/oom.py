@@ -118,7 +118,7 @@ def explained(recipe, trainer: Callable[[], object], argv: list[str]):
 
 
 def _before(args) -> Sharding:
-    """Where the run takes place, as far as that is known before there is a trainer."""
+    """The run's sharding, as far as it is known before there is a trainer."""
     stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     return Sharding(stage, args.world_size, cpu=args.device.type == "cpu")
 

@@ -63,7 +63,7 @@ class Reference:
     # ------------------------------------------------------------------------------------------------ which model
 
     def make(self) -> None:
-        """Puts the model into memory, ready to score. Raises UserError where there is none any more."""
+        """Puts the model into memory, ready to score. Raises UserError where there is none anymore."""
         self.model, self._made = self._model(), True
 
     def _model(self):
@@ -152,7 +152,7 @@ class Reference:
         return Path(self.args.reference_cache_dir or default_folder())
 
     def identity(self, packed: bool) -> str | None:
-        """What the reference's log-probs are cached under; None where its weights cannot be told."""
+        """What the reference's log-probs are cached under; None where its weights cannot be identified."""
         kwargs, own = self.args.model_init_kwargs or {}, OWN_ADAPTER in getattr(self.policy, "peft_config", {})
         name, revision = self.args.ref_model_name_or_path, None
         if not name and self.given is None and not own:

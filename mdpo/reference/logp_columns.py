@@ -64,7 +64,7 @@ class Columns:
 
     @classmethod
     def of(cls, keys: np.ndarray, count: int, kept: bool) -> "Columns":
-        """`kept` says that `keys` (n, 16) tell the log-probs. All ranks call it together."""
+        """`kept` says that `keys` (n, 16) identify the log-probs. All ranks call it together."""
         name = xxhash.xxh3_128_hexdigest(keys.tobytes()) if kept else agreed(lambda: uuid.uuid4().hex)
         try:
             return cls(count, name, passing=not kept)
@@ -133,7 +133,7 @@ class Columns:
 
 
 def _blocks(pieces: list[Piece]) -> Iterator[Piece]:
-    """The same as fewer and larger pieces, of about AT_ONCE numbers."""
+    """The same in fewer and larger pieces, of about AT_ONCE numbers."""
     block, size = [], 0
     for piece in pieces:
         block.append(piece)

@@ -1,4 +1,4 @@
-"""A checkpoint of the step just made, written by all ranks together: staged, sealed, then committed by a rename."""
+"""A checkpoint of the step just taken, written by all ranks together: staged, sealed, then committed by a rename."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model's weights apart from the engine that trains it."""
+"""Copies of a model's weights, apart from the engine that trains it."""
 
 import torch
 

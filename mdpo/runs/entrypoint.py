@@ -61,9 +61,9 @@ def _working_in(folder: Path) -> list[psutil.Process]:
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Exit code of `main(argv)`. What a user can fix ends in a short message and exit code 1; with `--debug`, and
-    for every other error, the traceback is shown too; a run that a signal ended has exit code 75. A process of several
-    ends here and does not return."""
+    """Exit code of `main(argv)`. What a user can fix ends in a short message and exit code 1; with `--debug`, and for
+    every other error, the traceback is shown too; a run that a signal ended has exit code 75. One process of several
+    exits here and does not return."""
     speak_on_any_terminal()
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]

@@ -1,4 +1,4 @@
-"""How a run of several processes ends in an error: the rank whose error it is says so at once, the others follow, and
+"""How a run of several processes ends in an error: the rank that fails says so at once, the others follow, and
 nobody waits for a process group: taking NCCL's down while a peer is inside a collective may never end."""
 
 import atexit
@@ -58,7 +58,7 @@ def other_failure() -> dict | None:
 
 
 def leave_with(error: Exception, debug: bool) -> None:
-    """Says the error, unless another rank has said the same or failed before, and ends this process with exit code 1.
+    """Prints the error, unless another rank printed the same or failed before, and ends this process with exit code 1.
     Does not return."""
     line = f"{type(error).__name__}: {error}"
     other = _claimed(error, line)
@@ -89,7 +89,7 @@ def _patience(error: Exception, main: bool) -> float:
 
 
 def _claimed(error: Exception, line: str) -> dict | None:
-    """The other rank that has failed before, or None: then this one's is the error to be told."""
+    """The other rank that has failed before, or None: then this one's is the error to report."""
     main = os.environ.get("RANK", "0") == "0"
     if ranks.ranks() == 1:
         time.sleep(0 if main else WITHOUT_GROUP_S)

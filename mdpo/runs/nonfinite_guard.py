@@ -1,5 +1,5 @@
-"""Non-finite steps (NaN or Inf in a loss or gradient): skipped, named by their rows, and the end of a run where there
-are too many in a row."""
+"""Non-finite steps (NaN or Inf in a loss or gradient): skipped, their rows named, and the run ended after too many in
+a row."""
 
 import math
 
@@ -33,8 +33,8 @@ class NonfiniteGuard:
         return loss * torch.where(loss.isfinite(), 1.0, math.nan) if self.on else loss
 
     def logged_loss(self, loss: torch.Tensor, total: torch.Tensor, steps: int) -> torch.Tensor:
-        """What is added to the running `total` of `steps` steps: a non-finite loss counts as their mean. Trainer's
-        `logging_nan_inf_filter`, which asks the GPU after each micro-batch, without asking."""
+        """What is added to the running `total` of `steps` steps: a non-finite loss counts as their mean. This is
+        Trainer's `logging_nan_inf_filter` without its wait for the GPU after each micro-batch."""
         return torch.where(loss.isfinite(), loss, (total / (1 + steps)).to(loss.dtype)) if self.on else loss
 
     def watch(self, engine) -> None:
@@ -77,7 +77,7 @@ class NonfiniteGuard:
 
     def amend(self, logs: dict[str, float], step: int) -> None:
         """A log of training at `step`: adds the number of non-finite steps; where every step since the last log was
-        skipped, Trainer's loss of 0 is no loss."""
+        skipped, the loss is NaN in place of Trainer's 0."""
         if "loss" in logs and self.of_run:
             logs["nonfinite_steps"] = self.of_run
             if self.in_a_row >= step - self._logged_at:

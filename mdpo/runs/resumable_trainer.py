@@ -85,7 +85,7 @@ class ResumableTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
         """Notes what is pending in a checkpoint of this step; a preempted run stops after it."""
-        # Trainer comes here once for a step, and again where it was the last one of an epoch or of all.
+        # Trainer calls this once for a step, and again where it was the last one of an epoch or of all.
         last = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
         self.pending = {
             "evaluate": False,
@@ -212,7 +212,7 @@ class ResumableTrainer(Trainer):
 
 
 class _Resume(TrainerCallback):
-    """Trainer empties its counters and then says that training begins."""
+    """Restores the state at on_train_begin, after Trainer has emptied its counters."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer

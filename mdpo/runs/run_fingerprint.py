@@ -1,4 +1,4 @@
-"""What makes two starts the same run: compared before a checkpoint is resumed from."""
+"""What makes two starts the same run, compared before resuming from a checkpoint."""
 
 import dataclasses
 import json
