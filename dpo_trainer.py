@@ -1,7 +1,7 @@
 """DPOTrainer in TRL 1.16's interface, patched for multi-turn DPO (M-DPO, arXiv 2409.02392).
 
 With a plain `trl.DPOConfig` it behaves as `trl.DPOTrainer`; `mdpo.config.schema.MDPOConfig` switches the departures on.
-Each one stands once between two MODIFICATION lines, numbered in reading order; docs/trl-differences.md says why. What
+Each is marked once by a pair of MODIFICATION lines, numbered in reading order; docs/trl-differences.md says why. What
 they call is elsewhere: masks in `mdpo/masking/loss_mask.py`, batches and the forward pass in `mdpo/forward/`, the
 mathematics in `mdpo/loss/functions.py`, the frozen model in `mdpo/reference/frozen.py`, checkpoints, resume and
 non-finite steps in `mdpo/runs/`.
@@ -62,7 +62,7 @@ class DPOTrainer(ResumableTrainer):
     """Direct Preference Optimization (arXiv 2305.18290) over the tokens that the policy itself produced.
 
     Args are those of `trl.DPOTrainer` 1.16. Rows come in TRL's preference formats (see `mdpo/data/rows.py`) or already
-    tokenized by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can mend.
+    tokenized by `mdpo.data.tokenize.tokenize_dataset`. Raises UserError for what a user can fix.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss is a mean over pairs; Trainer divides by the accumulation steps
@@ -128,7 +128,7 @@ class DPOTrainer(ResumableTrainer):
         self._noise_checked, self._sampler = False, None
         self.tables = PairTables(args.device)
         ############## MODIFICATION 2: non-finite steps are skipped, and their rows are named; TRL logs NaN as 0 and
-        # goes on with NaN weights.
+        # continues with NaN weights.
         self.nonfinite = NonfiniteGuard(args, self.tables)
         ############## MODIFICATION 2 END
         self.rank_parts |= {"tables": self.tables, "nonfinite": self.nonfinite}
@@ -158,22 +158,22 @@ class DPOTrainer(ResumableTrainer):
         return fast_tokenizer(model.config._name_or_path, revision, args.trust_remote_code)
 
     @staticmethod
-    def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, wanted: str | None) -> None:
+    def _set_pad_token(tokenizer: PreTrainedTokenizerBase, model, pad_token: str | None) -> None:
         """Padding is masked everywhere, so the end-of-sequence token will do where a tokenizer has none."""
-        refuse_pad_token(tokenizer, wanted)
-        tokenizer.pad_token = wanted or tokenizer.pad_token or tokenizer.eos_token
+        refuse_pad_token(tokenizer, pad_token)
+        tokenizer.pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if model.generation_config is not None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
 
     @staticmethod
-    def _aux_loss_coefficient(model, wanted: float | None) -> float:
-        """Weight of a mixture of experts' load-balancing loss: `wanted`, else the model's own; 0 for other models."""
+    def _aux_loss_coefficient(model, coefficient: float | None) -> float:
+        """Weight of a mixture of experts' load-balancing loss: as given, else the model's own; 0 for other models."""
         config = model.config.get_text_config()
-        refuse_router_loss(wanted, config)
+        refuse_router_loss(coefficient, config)
         if not hasattr(config, "output_router_logits"):
             return 0.0
-        return getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
+        return getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
 
     @staticmethod
     def _wrap_peft(model, peft_config, ref_model, args: DPOConfig):
@@ -206,18 +206,20 @@ class DPOTrainer(ResumableTrainer):
     def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
         ############## MODIFICATION 4: the tokens that both sides share are computed once, in rows without padding.
         if args.shared_prefix:
-            why = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
-            if why is None:
+            reason = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
+            if reason is None:
                 return PackedCollator()
-            say(f"shared_prefix: off for {type(model).__name__}: {why}.")
+            say(f"shared_prefix: off for {type(model).__name__}: {reason}.")
         ############## MODIFICATION 4 END
         return PairCollator(pad_token_id, args.pad_to_multiple_of)
 
     def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
-        """Both sets tokenized; several evaluation sets stay a dict."""
+        """Both datasets tokenized; several evaluation datasets stay a dict."""
         train = self._prepare_dataset(train, tokenizer, args, "train")
         if isinstance(evaluation, dict):
-            evaluation = {k: self._prepare_dataset(v, tokenizer, args, k) for k, v in evaluation.items()}
+            evaluation = {
+                name: self._prepare_dataset(dataset, tokenizer, args, name) for name, dataset in evaluation.items()
+            }
         elif evaluation is not None:
             evaluation = self._prepare_dataset(evaluation, tokenizer, args, "eval")
         return {"train_dataset": train, "eval_dataset": evaluation}
@@ -225,11 +227,11 @@ class DPOTrainer(ResumableTrainer):
     def _prepare_dataset(self, dataset: AnyDataset, tokenizer, args: DPOConfig, name: str) -> AnyDataset:
         if isinstance(dataset, IterableDataset):
             if args.precompute_ref_log_probs:
-                raise UserError("precompute_ref_log_probs: needs a set of known length, not a stream.")
+                raise UserError("precompute_ref_log_probs: needs a dataset of known length, not a stream.")
             refuse_long_rows(dataset, name, self._positions, args)
             dataset, self.drop_counts[name] = tokenize_stream(dataset, tokenizer, self.render_settings, name)
             if name != "train" and not args.dataloader_num_workers:  # workers would count from 0 each
-                dataset = dataset.map(lambda _, row: {"row": row}, with_indices=True)  # those of a last batch filled up
+                dataset = dataset.map(lambda _, row: {"row": row}, with_indices=True)  # tell what fills up a last batch
             return dataset
         if "chosen_ids" not in dataset.column_names:
             with first_of_node():
@@ -260,10 +262,10 @@ class DPOTrainer(ResumableTrainer):
             self._sampler.set_epoch(epoch)
 
     def _set_signature_columns_if_needed(self):
-        sides = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("ids", "mask", "weights")]
+        sides = [f"{side}_{field}" for side in ("chosen", "rejected") for field in ("ids", "mask", "weights")]
         self._signature_columns = [*sides, "shared_len", "margin", "row", *REFERENCE.values()]
 
-    def _set_up_reference(self, policy_name, given, quantization, compiled: bool) -> None:
+    def _set_up_reference(self, policy_name, ref_model, quantization, compiled: bool) -> None:
         ############## MODIFICATION 6: a reference other than the starting policy, by name.
         self.reference = Reference(
             self.model,
@@ -272,7 +274,7 @@ class DPOTrainer(ResumableTrainer):
             self.accelerator,
             self.layout,
             self.processing_class,
-            given,
+            ref_model,
             quantization,
             compiled,
             trained=lambda: self.state.global_step > 0,
@@ -291,18 +293,20 @@ class DPOTrainer(ResumableTrainer):
         return self.reference.model
 
     def _precompute_all(self) -> None:
-        """The reference's log-probs of all datasets, from disk or from a model that is freed again."""
+        """The reference's log-probs of all datasets, cached or from a model that is then freed."""
         self.train_dataset = self._precompute(self.train_dataset, "train", self.args.per_device_train_batch_size)
         size = self.args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._precompute(d, name, size) for name, d in self.eval_dataset.items()}
+            self.eval_dataset = {
+                name: self._precompute(dataset, name, size) for name, dataset in self.eval_dataset.items()
+            }
         elif self.eval_dataset is not None:
             self.eval_dataset = self._precompute(self.eval_dataset, "eval", size)
         self.reference.free()
 
     def _precompute(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         ############## MODIFICATION 7: cached for each token and by content, so that only new pairs are ever scored; TRL
-        # keeps sums of a whole dataset, under a key that changes with unrelated settings.
+        # caches sums of a whole dataset, under a key that changes with unrelated settings.
         return self.reference.precompute(dataset, name, self.data_collator, batch_size)
         ############## MODIFICATION 7 END
 
@@ -316,7 +320,7 @@ class DPOTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         refuse_frozen(self.model)
-        if self.optimizer is None:  # whoever gives one has thought of it
+        if self.optimizer is None:  # a given one is the caller's choice
             say(*refuse_lost_steps(self.model, self.args))
         result = super().train(*args, **kwargs)
         for counts in self.drop_counts.values():
@@ -395,14 +399,14 @@ class DPOTrainer(ResumableTrainer):
         return self.nonfinite.logged_loss(loss, self._tr_loss, self.state.global_step - self._globalstep_last_logged)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer asks once a step, when its gradients are there."""
+        """Trainer calls it once a step, when the gradients are ready."""
         norm = super()._get_grad_norm(model, grad_norm)
         engine = self.deepspeed if self.is_deepspeed_enabled else None
         self.nonfinite.end_of_backward(model, norm, engine, self.state.global_step + 1, self.train_dataset)
         return norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss, None, None); where compute_metrics wants them, logits (2B, T, V), for another forward, and ids too."""
+        """(loss, None, None); for compute_metrics also logits (2B, T, V), from another forward, and ids."""
         self.interrupt_if_preempted()
         inputs = PairBatch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -414,8 +418,8 @@ class DPOTrainer(ResumableTrainer):
         return loss, logits, padded.input_ids
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """On the given sets, raw or tokenized, or on the trainer's own."""
-        if isinstance(eval_dataset, Dataset | IterableDataset):  # of a dict each set comes by here
+        """On the given datasets, raw or tokenized, or on the trainer's own."""
+        if isinstance(eval_dataset, Dataset | IterableDataset):  # each dataset of a dict comes here
             name = metric_key_prefix
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, name)
             if self.args.precompute_ref_log_probs and REFERENCE["chosen"] not in eval_dataset.column_names:

@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the imports take seconds; until `set_marker_dir` signals wait
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
     try:
-        import mdpo  # noqa: F401  it looks for what the imports below would fail on, in many words
+        import mdpo  # noqa: F401  it explains what the imports below would fail on
     except ImportError as error:
         sys.exit(f"error: {error}")
 
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     facts = recipe_facts(recipe.values, args)
     resume = prepare_output_dir(args, facts)
     say(*fix_day(recipe, tokenizer, resume))
-    facts |= recipe_facts(recipe.values, args)  # with the day, for a start that resumes from this one
+    facts |= recipe_facts(recipe.values, args)  # with the day, for a start that resumes from this run
     train_dataset, eval_dataset, data_report = prepare_pairs(recipe, tokenizer, args.output_dir)
     data_report.refuse_bad_rows(data.on_bad_rows, data.max_bad_fraction)
     check_lengths(config, {"the training set": train_dataset, "the held-out set": eval_dataset}, args)
@@ -79,28 +79,28 @@ def main(argv: list[str]) -> None:
     ################
     # Train, evaluate, save, report
     ################
-    made = []
-    with explained(recipe, lambda: made[0] if made else None, argv):
+    trainers = []
+    with explained(recipe, lambda: trainers[0] if trainers else None, argv):
         timer = StepTimer()
         page = RunPage(timer, data_report.as_dict(), train_dataset, tokenizer)
-        made.append(trainer := _trainer(recipe, tokenizer, train_dataset, eval_dataset, [timer, page]))
+        trainers.append(trainer := _trainer(recipe, tokenizer, train_dataset, eval_dataset, [timer, page]))
         trainer.run_facts = facts
         show_progress(trainer, timer)
         if trainer.is_world_process_zero():
             recipe.write(Path(args.output_dir, RESOLVED))
         result = trainer.train(resume_from_checkpoint=resume)
         after = trainer.evaluate() if eval_dataset is not None else {}
-    figures = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
-    figures |= {"peak_memory_gb": peak_memory_gb(args.device)}
-    with defer_signals(), writing(args.output_dir):  # what is left takes less time than to start again
+    metrics = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
+    metrics |= {"peak_memory_gb": peak_memory_gb(args.device)}
+    with defer_signals(), writing(args.output_dir):  # finishing takes less time than starting again
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card()
         if trainer.is_world_process_zero():
-            report = write_report(args.output_dir, figures, trainer.state.log_history, data_report.as_dict(), args)
+            report = write_report(args.output_dir, metrics, trainer.state.log_history, data_report.as_dict(), args)
             page.finish(args, trainer.state, report)
             show_result(report)
-            say(*(f"{what:7} {Path(args.output_dir, name)}" for what, name in LEFT_BEHIND))
+            say(*(f"{label:7} {Path(args.output_dir, name)}" for label, name in LEFT_BEHIND))
 
 
 def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTrainer:

@@ -21,7 +21,7 @@ def say(*lines: str) -> None:
 
 
 def speak_on_any_terminal() -> None:
-    """From now on what a terminal's encoding does not have is written in its words (`×` as `x`, others as `\\u2014`),
+    """From now on characters that a terminal's encoding lacks are written in words (`×` as `x`, others as `\\u2014`),
     and no print ends a run. Bytes of file names that are in no encoding stay as they are."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not of a notebook, or a test
@@ -43,8 +43,8 @@ codecs.register_error("in-words", _in_words)
 
 
 def first_line(error: BaseException, innermost: bool = True) -> str:
-    """What an error says, or the innermost one that it was raised from, in one line without the dot at its end; the
-    error's kind where it says nothing."""
+    """What an error says, or the innermost one that it was raised from, in one line without its final period;
+    the error's type where it says nothing."""
     while innermost and error.__cause__ is not None:
         error = error.__cause__
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()

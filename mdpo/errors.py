@@ -2,7 +2,7 @@
 
 import re
 
-# `key: what is wrong`, behind `FILE:LINE: ` where the key stands in a file, and behind `--` where it is a flag.
+# `key: what is wrong`, after `FILE:LINE: ` where the key is in a file, and after `--` where it is a flag.
 _FILE = re.compile(r"\S+:\d+: ")
 _SUBJECT = re.compile(r"(?:--)?(?:[Tt]he |[Aa]n? )?([a-z]\w*(?: (?:file|files|model)\b)?|[A-Z][A-Z0-9_]+\b)")
 _PLACE = re.compile(r"(?:(?:chosen|rejected|prompt|completion)\w*(?:, |: ))?(?:message \d+[^:]*: )?")
@@ -54,4 +54,4 @@ class Preempted(BaseException):
 
 
 class RankFailed(RuntimeError):
-    """What this rank waited for failed on another one, which tells of it."""
+    """What this rank waited for failed on another one, which reports it."""

@@ -1,8 +1,8 @@
-"""What the ranks of a run tell each other beside training's own tensors, and how they wait for each other.
+"""What the ranks of a run tell each other besides training's own tensors, and how they wait for each other.
 
 They wait at the store by which the process group was made. No collective is open meanwhile: NCCL's limit of 30 minutes
-does not run, signals come in, and one rank may read, write or tokenize for hours. Every function here that has no other
-word is called by all ranks together, in the same order; in one process each does nothing but its caller's work.
+does not run, signals are handled, and one rank may read, write or tokenize for hours. Unless it says otherwise, every
+function here is called by all ranks together, in the same order; in one process each only does its caller's work.
 """
 
 import io
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from mdpo.errors import Preempted, RankFailed, UserError
 
 LIMIT_S = 24 * 3600  # longer than any work of one rank: an end for ranks that no longer agree where they are
-PAUSE_S = (0.002, 0.25)  # between two looks, at first and at most
+PAUSE_S = (0.002, 0.25)  # between two polls, at first and at most
 FAILED = "failed"
 OF_A_RANK = re.compile(r"(?:pp_rank_|rng_state_|progress_)(\d+)")  # in names of files that this rank writes and reads
 _turns = count()
@@ -62,7 +62,7 @@ def agreed(work: Callable[[], Any]) -> Any:
 
 @contextmanager
 def first_of_node():
-    """Its body runs on the first rank of each node, and when that is done on the others, which find what it has left on
+    """Its body runs on the first rank of each node, and when that is done on the others, which find its results on
     the disk. Where it fails, the others raise as in `agreed` and do not run it."""
     first, turn = first_rank_of_node(), next(_turns)
     if ranks() == 1:
@@ -97,9 +97,9 @@ def gathered_tensor(values: torch.Tensor) -> torch.Tensor:
     collective."""
     if ranks() == 1:
         return values[None]
-    found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(ranks())]
-    dist.all_gather(found, values.contiguous())
-    return torch.stack(found)
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(ranks())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts)
 
 
 def share(sizes: dict[str, int]) -> list[str]:
@@ -110,14 +110,14 @@ def share(sizes: dict[str, int]) -> list[str]:
 def shares(sizes: dict[str, int], n_ranks: int, of_a_node: int) -> list[list[str]]:
     """For each rank the names of files that it is to read through: its own, which its node has in memory or is about to
     load, and of the others, spread over the first node's ranks, about as many bytes as its neighbors."""
-    found: list[list[str]] = [[] for _ in range(n_ranks)]
+    names_by_rank: list[list[str]] = [[] for _ in range(n_ranks)]
     load = [0] * n_ranks
     own = {name: int(match[1]) for name in sizes if (match := OF_A_RANK.search(name)) and int(match[1]) < n_ranks}
     for name in sorted(sizes, key=lambda name: (name not in own, -sizes[name], name)):
-        place = own[name] if name in own else min(range(of_a_node), key=load.__getitem__)
-        found[place].append(name)
-        load[place] += sizes[name]
-    return found
+        owner = own[name] if name in own else min(range(of_a_node), key=load.__getitem__)
+        names_by_rank[owner].append(name)
+        load[owner] += sizes[name]
+    return names_by_rank
 
 
 class _Pickler(pickle.Pickler):
@@ -147,7 +147,7 @@ def _told(store, key: str, work: Callable[[], Any]) -> Any:
 
 
 def _outcome(error: BaseException) -> tuple[None, str, tuple]:
-    """What the ranks that wait are told: no value, the kind of error, and what it is made of."""
+    """For the ranks that wait: no value, the kind of error, and its arguments."""
     if isinstance(error, UserError):
         return None, "user", (str(error), error.key)
     kind = "left" if isinstance(error, Preempted) else "other"
@@ -170,7 +170,7 @@ def _store():
 
 
 def _await(store, key: str) -> bytes:
-    """The key's value as soon as it is there. Looks again and again: a wait of the store's own holds signals up."""
+    """The key's value as soon as it is there. Polls: the store's own wait would hold signals up."""
     pause, end = PAUSE_S[0], time.monotonic() + LIMIT_S
     while not store.check([key]):
         if time.monotonic() > end:
@@ -184,7 +184,7 @@ def _await(store, key: str) -> bytes:
 
 
 def failure() -> dict | None:
-    """{"rank", "host", "line"} of the rank that has said first that it failed; None where none has, or in one process
+    """{"rank", "host", "line"} of the first rank to report its failure; None where none has, or in one process
     or without a process group."""
     if ranks() == 1:
         return None
@@ -193,6 +193,6 @@ def failure() -> dict | None:
 
 
 def claim_failure(line: str) -> dict:
-    """As `failure`, after this rank has said that it failed, which counts where no other has before."""
+    """As `failure`, after this rank has reported its own, which counts if no other rank has before."""
     mine = {"rank": rank(), "host": platform.node(), "line": line}
     return json.loads(_store().compare_set(FAILED, "", json.dumps(mine)))

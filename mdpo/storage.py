@@ -1,4 +1,4 @@
-"""Files that last: on the disk for certain, with the mode of new ones, and a manifest that says what is whole."""
+"""Files that last: safely on the disk, with the mode of new ones, and a manifest that says which are complete."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 def as_new_files(folder: Path) -> None:
     """Gives `folder`, a file, or every file below it, the mode that a new file gets there, whatever decides it (umask,
-    ACLs): what safetensors writes is for its owner's eyes only. Programs stay programs."""
+    ACLs): what safetensors writes is for its owner's eyes only. Executables stay executable."""
     paths = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
     probe = (folder.parent if folder.is_file() else folder) / f"_mode-{uuid.uuid4().hex}"
     probe.touch()
@@ -34,7 +34,7 @@ def as_new_files(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file at once: whoever reads it meanwhile sees the old one or the new one, whole. Raises OSError."""
+    """Writes a file atomically: whoever reads it meanwhile sees the whole old one or new one. Raises OSError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -53,7 +53,7 @@ def read_cache(path: Path) -> Any:
 
 
 def write_cache(path: Path, value: Any) -> None:
-    """Plain JSON data, for other processes and later starts; where it cannot be written they find it out again."""
+    """Plain JSON data, for other processes and later starts; where it cannot be written they compute it again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(value, indent=0))

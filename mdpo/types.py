@@ -1,4 +1,4 @@
-"""The containers that travel between the stages."""
+"""The containers that are passed between the stages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Pair:
     """One preference pair in messages (or plain strings), before any tokenizer.
 
     `chosen` and `rejected` are whole conversations: the prompt's messages first. `n_prompt` messages of them are
-    context on both sides; their assistant turns are not supervised. `weights` holds a number for each message of
+    context on both sides; their assistant turns are not supervised. `weights` has a number for each message of
     chosen and of rejected, empty lists where all are 1. `margin` is the row's, in units of reward. `remarks` name what
     the report counts of rows that are kept, `unread` the fields of messages that nothing reads.
     """
@@ -41,7 +41,7 @@ class TokenizedPair:
     ratio, and the whole list is empty where all are 1.
 
     `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens. `longest` is the longer
-    side before any cut; `cut` says that a turn ends in its middle.
+    side before any cut; `cut` says that a turn was cut in its middle.
     Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
     """
 
@@ -64,7 +64,7 @@ class PairBatch(dict[str, Any]):
 
     T is the length of a padded row and N that of the packed one, in tokens; K is the most turns of a side. S counts the
     supervised tokens of all sides, in an order that both layouts share: chosen of pair 0 … B-1, then rejected of pair
-    0 … B-1. U ≤ S are those of the packed row, where the tokens of a shared prefix stand once; padded, U = S. Tensors
+    0 … B-1. U ≤ S are those of the packed row, where the tokens of a shared prefix occur once; padded, U = S. Tensors
     are int64 unless said otherwise.
     """
 
@@ -88,8 +88,8 @@ class PairBatch(dict[str, Any]):
     # packed alone
     position_ids: Tensor  # (1, N)
     segments: list[list[int]]  # of each pair the lengths of shared prefix, rest of chosen, rest of rejected
-    unique_index: Tensor  # (S,) each supervised token's place among the U
-    side_position: Tensor  # (S,) its predecessor's place in its own side
+    unique_index: Tensor  # (S,) each supervised token's index among the U
+    side_position: Tensor  # (S,) its predecessor's index in its own side
 
     def __init__(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **more: Any):
         super().__init__()
@@ -97,8 +97,8 @@ class PairBatch(dict[str, Any]):
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "PairBatch":
-        """What any collator gave: of a padded batch such as TRL's the fields that are ours, with those that follow from
-        its completion_mask. Raises UserError where it has none."""
+        """From any collator's batch: of a padded one such as TRL's, our fields and those that follow from its
+        completion_mask. Raises UserError where it has none."""
         batch = inputs if isinstance(inputs, cls) else cls({k: inputs[k] for k in inputs if k in FIELDS})
         if "logp_position" in batch:
             return batch
@@ -151,7 +151,7 @@ class PairBatch(dict[str, Any]):
         moved = {k: x.to(device, non_blocking=non_blocking) for k, x in self.items() if isinstance(x, Tensor)}
         return self | moved
 
-    # What is left of a dict's interface: all that writes looks at the names.
+    # The rest of a dict's interface: everything that writes checks the names.
 
     def __getattr__(self, name: str) -> Any:
         if name in OPTIONAL:
@@ -203,7 +203,7 @@ class PairLogps:
 
 def turn_begins(mask: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray = ()) -> np.ndarray:
     """Whether a turn, a run of ones, begins at each place of a mask (T,): bool (T,). Of several masks one behind the
-    other `rows` are the places where they begin: there a run ends, though the next mask may go on with a one.
+    other `rows` are the places where they begin: there a run ends, though the next mask may begin with a one.
 
     Example: [0, 1, 1, 0, 1] -> true at 1 and 4; with rows [0, 2] at 1, 2 and 4.
     """

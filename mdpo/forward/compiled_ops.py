@@ -1,7 +1,7 @@
-"""Elementwise work in one pass over memory: RMS norms and gated activations of the model's own code, compiled.
+"""Compiled (torch.compile) RMS norms and gated activations: the model's own code, in one pass over memory.
 
-What a compiled module computes is its class's own forward; a look at one of each kind, in values and gradients, decides
-at the start whether it is used. Matrix products stay where they are, so ZeRO-3's hooks and PEFT see the same modules.
+A compiled module computes its class's own forward; at the start one of each kind is compared with it, in values and
+gradients, to decide whether it is used. Matrix products are not moved, so ZeRO-3's hooks and PEFT see the same modules.
 """
 
 import copy
@@ -22,13 +22,13 @@ from mdpo.forward.lm_head import chunk_statistics, logits_gradient
 MIN_WIDTH = 256  # hidden sizes below are not bound by memory traffic; a call of compiled code costs more than it saves
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Compiled forms of one function that a run may need: dtypes, with gradients and without, of inputs and of weights,
-# widths (Qwen3's heads have norms too), one row or more. Torch's own limit is 8 and is passed in silence.
+# widths (Qwen3's heads have norms too), one row or more. Torch's own limit is 8, beyond which it says nothing.
 VARIANTS = 64
 
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """The function compiled once, for any sizes. Past VARIANTS forms it goes on uncompiled, and one line says so."""
+    """The function compiled once, for any sizes. Past VARIANTS forms it runs uncompiled, and one line says so."""
     options: dict[str, Any] = {"recompile_limit": VARIANTS, "isolate_recompiles": True}
     fast = torch.compile(function, dynamic=True, fullgraph=True, **options)
     slow: list[bool] = []
@@ -41,7 +41,7 @@ def compiled(function: Callable) -> Callable:
             except FailOnRecompileLimitHit:
                 slow.append(True)
                 name = function.__qualname__
-                say(f"fused_ops: {name} met more than {VARIANTS} kinds of input; it goes on uncompiled.")
+                say(f"fused_ops: {name} met more than {VARIANTS} kinds of input; it now runs uncompiled.")
         return function(*args)
 
     return call
@@ -49,13 +49,13 @@ def compiled(function: Callable) -> Callable:
 
 def by_rows(function: Callable, *tensors: torch.Tensor) -> torch.Tensor:
     """function of tensors (…, H) of one shape as (N, H), so that one compiled form serves each number of dimensions. In
-    the order in which the first lies in memory: Gemma-3's heads have been transposed."""
+    the memory order of the first: Gemma-3's heads have been transposed."""
     like = tensors[0]
     order = sorted(range(like.dim() - 1), key=like.stride, reverse=True)
-    back = [order.index(i) for i in range(like.dim() - 1)]
-    apart = [x.permute(*order, -1) for x in tensors]
-    out = function(*(x.reshape(-1, x.size(-1)) for x in apart))
-    return out.view(*apart[0].shape[:-1], -1).permute(*back, -1)
+    inverse = [order.index(i) for i in range(like.dim() - 1)]
+    ordered = [x.permute(*order, -1) for x in tensors]
+    out = function(*(x.reshape(-1, x.size(-1)) for x in ordered))
+    return out.view(*ordered[0].shape[:-1], -1).permute(*inverse, -1)
 
 
 @cache
@@ -63,8 +63,8 @@ def _norm(kind: type[nn.Module]) -> Callable:
     """The class's forward, compiled."""
     function = compiled(kind.forward)
 
-    def forward(self, x, *more):
-        return kind.forward(self, x, *more) if more else by_rows(lambda rows: function(self, rows), x)
+    def forward(self, x, *extra):
+        return kind.forward(self, x, *extra) if extra else by_rows(lambda rows: function(self, rows), x)
 
     return forward
 
@@ -78,8 +78,8 @@ def _gate(activation: type[nn.Module]) -> Callable:
 
 
 def _gated_forward(self, x):
-    """Of what backward needs, gate and up are kept, and their product is computed again. Inside non-reentrant gradient
-    checkpointing nothing is kept anyway, and hooks of ours would take the place of its own."""
+    """For backward only gate and up are saved, and their product is recomputed. Inside non-reentrant gradient
+    checkpointing nothing is saved anyway, and our hooks would replace its own."""
     product = _gate(type(self.act_fn))  # type: ignore[arg-type]  # as in `_same`
     gate, up = self.gate_proj(x), self.up_proj(x)
     inner = product(gate, up)
@@ -91,11 +91,11 @@ def _gated_forward(self, x):
         same = tensor.data_ptr() == address and tensor.numel() == size and tensor._version == version
         return tensor.shape if same and tensor.is_contiguous() else tensor
 
-    def unpack(kept):
-        if isinstance(kept, torch.Tensor):
-            return kept
+    def unpack(saved):
+        if isinstance(saved, torch.Tensor):
+            return saved
         with torch.no_grad():
-            return product(gate.detach(), up.detach()).view(kept)
+            return product(gate.detach(), up.detach()).view(saved)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return self.down_proj(inner)
@@ -104,7 +104,7 @@ def _gated_forward(self, x):
 def fuse(model, device, together: bool = True) -> tuple[bool, str | None]:
     """Gives norms and gated MLPs of the model, before any PEFT wrapping, their compiled forward, on `device`. Returns
     whether they and the head's functions are compiled, and where they cannot be, a line for the terminal; models of
-    less than MIN_WIDTH stay as they are without one. `together`: all ranks call it, and do alike."""
+    less than MIN_WIDTH stay as they are without one. `together`: all ranks call it, and decide alike."""
     if model.config.get_text_config().hidden_size < MIN_WIDTH:
         return False, None
     kinds: dict[type, list[nn.Module]] = {}
@@ -130,7 +130,7 @@ def _cannot(kinds: dict[type, list[nn.Module]], device, dtype: torch.dtype) -> s
     for name, check in {**checks, "the LM head": functools.partial(_head_agrees, device)}.items():
         try:
             same = check()
-        except Exception as error:  # no compiler, or a compiler's own trouble: training goes on without it
+        except Exception as error:  # no compiler, or a compiler's own trouble: training continues without it
             return f"fused_ops: off for {name}: {first_line(error, innermost=False)}"
         if not same:
             return f"fused_ops: off for {name}: compiled, it does not give the same numbers."
@@ -145,9 +145,9 @@ def _same(module: nn.Module, device, dtype: torch.dtype) -> bool:
 def _on_all_ranks(done: bool, device) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return done
-    found = torch.tensor(float(done), device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN)
-    return bool(found.item())
+    all_done = torch.tensor(float(done), device=device)
+    dist.all_reduce(all_done, op=dist.ReduceOp.MIN)
+    return bool(all_done.item())
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -164,8 +164,8 @@ def is_gated(module: nn.Module) -> bool:
 
 
 def agrees(module: nn.Module, forward: Callable, device, dtype: torch.dtype | None = None) -> bool:
-    """Whether `forward` gives a stand-in for the module, with random weights, what its class's forward gives it. Where
-    the module's weights are quantized the stand-in's are of `dtype`."""
+    """Whether `forward` gives the same as the class's own on a stand-in for the module, with random weights. Where the
+    module's weights are quantized the stand-in's are of `dtype`."""
     stand_in = copy.copy(module)
     stand_in._parameters, stand_in._modules = dict(module._parameters), dict(module._modules)
     if is_norm(module):

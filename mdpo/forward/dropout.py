@@ -1,4 +1,4 @@
-"""Everything random in a model's training mode, switched off: layers of dropout, and rates that its own code passes on.
+"""Switches off everything random in a model's training mode: dropout layers, and rates that its own code passes on.
 
 With dropout on, log ratios of a policy that equals its reference are noise: the first loss is not ln 2.
 """
@@ -17,7 +17,7 @@ from mdpo.types import PairBatch
 RATE = re.compile(r"drop|jitter|noise")
 # PhiMoE's router has a threshold of this name, in evaluation too; others copy the rate under another name.
 NO_RATE = ("router_jitter_noise",)
-TOKENS = 64  # of a row, whose log-probs are computed again
+TOKENS = 64  # of a row, whose log-probs are computed three times
 BEFORE = "_mdpo_dropout_before"  # of a model: (configuration, field, value) of all that was switched off
 
 
@@ -46,60 +46,60 @@ def remember_cache(model: nn.Module) -> None:
 def configured(model: nn.Module):
     """Within it configurations have the rates and the `use_cache` that they came with, to be written beside weights."""
     before = vars(model).get(BEFORE, [])
-    now = [(config, name, getattr(config, name)) for config, name, _ in before]
+    current = [(config, name, getattr(config, name)) for config, name, _ in before]
     for config, name, value in before:
         setattr(config, name, value)
     try:
         yield
     finally:
-        for config, name, value in now:
+        for config, name, value in current:
             setattr(config, name, value)
 
 
 def refuse_noise(model: nn.Module, accelerator, batch: PairBatch) -> None:
     """Raises UserError where the log-probs of a few tokens of a batch depend on the generator's state in training mode:
-    then something random is left that has no rate (PhiMoE draws its experts); noise on embeddings (NEFTune) was asked
-    for. All ranks call it together."""
+    then something random is left that has no rate (PhiMoE draws its experts); noise on embeddings (NEFTune) was
+    requested and does not count. All ranks call it together."""
     ids = batch.input_ids[:1, :TOKENS]
-    places = torch.arange(ids.size(1) - 1, device=ids.device)
-    row = PairBatch(input_ids=ids, attention_mask=torch.ones_like(ids), logp_position=places, label=ids[0, 1:])
+    positions = torch.arange(ids.size(1) - 1, device=ids.device)
+    row = PairBatch(input_ids=ids, attention_mask=torch.ones_like(ids), logp_position=positions, label=ids[0, 1:])
 
     def logps(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         return score_tokens(model, row).logps
 
-    kind, inner = ids.device.type, accelerator.unwrap_model(model)
+    device_type, inner = ids.device.type, accelerator.unwrap_model(model)
     with (
-        torch.random.fork_rng([ids.device] if kind == "cuda" else []),
+        torch.random.fork_rng([ids.device] if device_type == "cuda" else []),
         torch.no_grad(),
         accelerator.autocast(),
         evaluating(inner.get_input_embeddings()),
     ):
-        first, again, other = logps(0), logps(0), logps(1)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inner.dtype
-    rounding, found = ((first - x).abs().max() for x in (again, other))  # a GPU's atomics add in any order
-    allowed = 10 * rounding + torch.finfo(dtype).eps * first.abs().max()
-    if accelerator.reduce((found > allowed).float(), "sum") > 0:
+        base, repeated, reseeded = logps(0), logps(0), logps(1)
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else inner.dtype
+    rounding, difference = ((base - x).abs().max() for x in (repeated, reseeded))  # a GPU's atomics add in any order
+    allowed = 10 * rounding + torch.finfo(dtype).eps * base.abs().max()
+    if accelerator.reduce((difference > allowed).float(), "sum") > 0:
         raise UserError(
             f"disable_dropout: {type(inner).__name__} draws at random in training mode by more than dropout, and no "
-            f"option switches it off: log-probs of the same tokens differ by {found.item():.1e}. It cannot be compared "
-            "with a reference; disable_dropout: false trains it all the same."
+            f"option switches it off: log-probs of the same tokens differ by {difference.item():.1e}. It cannot be "
+            "compared with a reference; disable_dropout: false trains it all the same."
         )
 
 
 def _rates(owner) -> list[str]:
-    """Names of the rates that an object holds as plain numbers in (0, 1]."""
+    """Names of the rates that an object has as plain numbers in (0, 1]."""
     numbers = {name: x for name, x in vars(owner).items() if isinstance(x, int | float) and not isinstance(x, bool)}
     return [name for name, x in numbers.items() if 0 < x <= 1 and RATE.search(name) and name not in NO_RATE]
 
 
 def _configurations(model: nn.Module) -> list:
     """Of the model and its parts, each once, with the configurations inside them."""
-    found: dict[int, object] = {}
-    left = [module.config for module in model.modules() if hasattr(module, "config")]
-    while left:
-        config = left.pop()
-        if id(config) not in found and hasattr(config, "to_dict"):
-            found[id(config)] = config
-            left += [value for value in vars(config).values() if hasattr(value, "to_dict")]
-    return list(found.values())
+    configs: dict[int, object] = {}
+    pending = [module.config for module in model.modules() if hasattr(module, "config")]
+    while pending:
+        config = pending.pop()
+        if id(config) not in configs and hasattr(config, "to_dict"):
+            configs[id(config)] = config
+            pending += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return list(configs.values())

@@ -1,6 +1,6 @@
-"""Which layout a model is given. A packed batch goes to it as it is once a real one has shown that both layouts give
-the same numbers, and padded, as the slow twin has it, where they do not. Before that, log-probs are compared with those
-of the model's own logits, on the same hidden states."""
+"""Which layout a model is given: packed once a real batch has shown that both layouts give the same numbers, else
+padded, as the reference implementation has it. Before that, log-probs are compared with those of the model's own
+logits, on the same hidden states."""
 
 import math
 from weakref import WeakKeyDictionary, WeakSet
@@ -16,11 +16,11 @@ from mdpo.forward.packed_attention import noting_refusals, refused
 from mdpo.forward.token_logps import score_tokens, scored_beside
 from mdpo.types import PairBatch
 
-HEAD_TOKENS = 64  # of a real row, whose own logits are looked at
+HEAD_TOKENS = 64  # of a real row, compared with its own logits
 # Norm of the difference of the two layouts' log-probs over their norm. Float32 adds in another order; half precision
 # rounds in each layer, 4 to 5 % in bfloat16 where a policy's own samples are likely: what two padded batches differ by,
 # NOISE times, counts where it is more. Without a segment's boundary the difference is near 1. What the layout itself
-# changes is looked at by `mdpo.forward.layout_check`, where rounding hides nothing.
+# changes is checked by `mdpo.forward.layout_check`, where rounding hides nothing.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 NOISE = 4
 ROUNDINGS = 4  # between a head's product and logits, each of half a unit in the last place of the largest logit
@@ -62,11 +62,11 @@ class Layout:
         ids = batch.input_ids[:1][mask][None, :HEAD_TOKENS]
         n = ids.size(1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with scored_beside(base_model(inner), ids[0, 1:]) as found:
+        with scored_beside(base_model(inner), ids[0, 1:]) as scored:
             logits = model(**inputs).logits[0, -n:-1].float()
         reason = (
-            head_disagreement(found[0], logits, ids[0, 1:], inner.dtype)
-            if found
+            head_disagreement(scored[0], logits, ids[0, 1:], inner.dtype)
+            if scored
             else "it is not called on what its body gives"
         )
         if self._anywhere(reason):
@@ -88,11 +88,11 @@ class Layout:
         return False
 
     def _compare(self, model, inner, batch: PairBatch) -> str | None:
-        """What speaks against the packed layout."""
+        """Why the packed layout cannot be used, if it cannot."""
         padded, watch = unpacked(batch, self.pad_token_id), Watch(base_model(inner), batch)
         with watch.looking():
-            wanted = score_tokens(model, padded).logps
-        again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
+            expected = score_tokens(model, padded).logps
+        padded_again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
         try:
             with noting_refusals() as unknown, watch.looking():
                 packed = score_tokens(model, batch).logps
@@ -104,7 +104,7 @@ class Layout:
             return unknown[0]
         if not (watch.calls[True] and watch.calls[False]):
             return "its attention does not go through transformers' interface"
-        return misplaced(batch) or watch.reason or disagreement(packed, wanted, inner.dtype, again)
+        return misplaced(batch) or watch.reason or disagreement(packed, expected, inner.dtype, padded_again)
 
     def _anywhere(self, reason: str | None) -> bool:
         """Whether any rank has a reason. All ranks call it together."""
@@ -112,11 +112,11 @@ class Layout:
         return bool(self.accelerator.reduce(bad, "sum") > 0)
 
 
-def disagreement(packed: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype, again=None) -> str | None:
-    """How log-probs (S,) that should be the same differ beyond what rounding in `dtype` explains, if they do. `again`
-    are the padded ones, rounded otherwise."""
+def disagreement(packed: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype, padded_again=None) -> str | None:
+    """How log-probs (S,) that should be the same differ beyond what rounding in `dtype` explains, if they do.
+    `padded_again` are the padded ones, rounded otherwise."""
     dtype = _computed(packed, dtype)
-    noise = 0.0 if again is None else _difference(again, padded)
+    noise = 0.0 if padded_again is None else _difference(padded_again, padded)
     tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]), NOISE * noise if math.isfinite(noise) else 0.0)
     difference = _difference(packed, padded)
     if difference <= tolerance:
@@ -126,7 +126,7 @@ def disagreement(packed: torch.Tensor, padded: torch.Tensor, dtype: torch.dtype,
 
 def head_disagreement(ours, logits, target, dtype: torch.dtype) -> str | None:
     """How log-probs (S,) of `target` differ from those of logits (S, V) of the same hidden states beyond what rounding
-    the logits explains, if they do. Weights that are not finite are not its task."""
+    the logits explains, if they do. Non-finite weights are not its concern."""
     own = logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
     if not torch.isfinite(own).all():
         return None
@@ -142,5 +142,5 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _computed(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    on = x.device.type
-    return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype

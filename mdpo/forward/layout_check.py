@@ -1,5 +1,5 @@
-"""What the packed layout changes, and nothing else, looked at in one real batch: where tokens stand, what queries and
-keys become of that, and attention itself, ours beside the model's own on the same numbers in float32."""
+"""Checks what the packed layout changes, and nothing else, on one real batch: positions, the queries and keys that
+follow from them, and attention itself, ours beside the model's own on the same numbers in float32."""
 
 import math
 from contextlib import contextmanager, nullcontext
@@ -15,32 +15,32 @@ from mdpo.types import PairBatch
 SAME_ATTENTION = 1e-5  # of the norm, float32
 KERNEL = {torch.float16: 1e-2, torch.bfloat16: 3e-2}  # a kernel's own rounding, one layer's
 SAME_QUERIES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of each token, in the first layer
-QUERIES = 256  # of the slow twin at a time
-GROUPS = 2  # of heads that share a key head: what is looked at in float32
+QUERIES = 256  # of `plain_attention` at a time
+GROUPS = 2  # of heads that share a key head: those checked in float32
 IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of its own
 
 
 def misplaced(batch: PairBatch) -> str | None:
-    """Of a packed batch: whether a token's position is another one than its place in its side."""
-    wanted = [t for p, c, r in batch.segments for t in (*range(p + c), *range(p, p + r))]
-    found = batch.position_ids[0].tolist()
-    return None if found == wanted else "its row's positions are not those of its sides"
+    """Why a packed batch's positions are wrong, where a token's is not its index in its side."""
+    expected = [t for p, c, r in batch.segments for t in (*range(p + c), *range(p, p + r))]
+    positions = batch.position_ids[0].tolist()
+    return None if positions == expected else "its row's positions are not those of its sides"
 
 
-def shifted(batch: PairBatch, pad_token_id: int, by: int = 3) -> PairBatch:
+def shifted(batch: PairBatch, pad_token_id: int, padding: int = 3) -> PairBatch:
     """A padded batch with padding before its rows: the same log-probs, rounded otherwise."""
     length = batch.input_ids.size(1)
     ids, mask = (
-        torch.nn.functional.pad(batch[name], (by, 0), value=value)
+        torch.nn.functional.pad(batch[name], (padding, 0), value=value)
         for name, value in (("input_ids", pad_token_id), ("attention_mask", 0))
     )
     index = batch.logp_position
     moved = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    return batch | moved | {"logp_position": index + (index // length + 1) * by}
+    return batch | moved | {"logp_position": index + (index // length + 1) * padding}
 
 
 class Watch:
-    """Looks on while a model is called with B pairs padded, then packed. `reason` is the first thing that is wrong."""
+    """Checks a model's attention in a call with B pairs padded, then packed. `reason` is the first thing wrong."""
 
     def __init__(self, model, batch: PairBatch):
         self.segments = Segments(batch.segments)
@@ -51,8 +51,8 @@ class Watch:
 
     @contextmanager
     def looking(self):
-        """Within it the model's calls of attention are seen. What goes wrong in looking ends no forward: ZeRO-3's hooks
-        would be upset."""
+        """Within it the model's attention calls are checked. A check that fails ends no forward: that would upset
+        ZeRO-3's hooks."""
         find = ALL_ATTENTION_FUNCTIONS.get_interface
 
         def get_interface(name, *default, **kwargs):
@@ -83,7 +83,7 @@ class Watch:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.reason = f"its attention cannot be looked at: {first_line(error)}"
+            self.reason = f"its attention cannot be checked: {first_line(error)}"
 
     def _compare_queries(self, packed: bool, query, key) -> None:
         """In the first layer nothing but RoPE tells queries and keys of one token in both layouts apart."""
@@ -100,36 +100,36 @@ class Watch:
     def _compare(self, attend, module, query, key, value, mask, args, kwargs) -> str | None:
         """Ours and the model's own attention on one row after another, the first GROUPS of heads."""
         if args:
-            return "it hands attention more than a mask by place"
+            return "it passes attention more than a mask by position"
         heads, groups = query.size(1), key.size(1)
-        some = min(GROUPS, groups)
-        q, k, v = query[:, : some * heads // groups], key[:, :some], value[:, :some]
+        key_heads = min(GROUPS, groups)
+        q, k, v = query[:, : key_heads * heads // groups], key[:, :key_heads], value[:, :key_heads]
         q, k, v = (self._row(x) for x in (q, k, v))
         ours = ALL_ATTENTION_FUNCTIONS[NAME]
         kwargs = {**kwargs, "segments": self.segments}
         with noting_refusals() as unknown, _float32(query.device):
-            found = ours(module, q.float(), k.float(), v.float(), None, **kwargs)[0]
+            result = ours(module, q.float(), k.float(), v.float(), None, **kwargs)[0]
         if unknown:
             return unknown[0]
         kwargs.pop("segments")
         with _float32(query.device):
-            wanted = self._own(attend, module, q, k, v, mask, kwargs)
-        if (reason := _differs(found, wanted, SAME_ATTENTION)) or _computed(query) == torch.float32:
+            expected = self._own(attend, module, q, k, v, mask, kwargs)
+        if (reason := _differs(result, expected, SAME_ATTENTION)) or _computed(query) == torch.float32:
             return reason
         with noting_refusals():
             in_use = ours(module, q, k, v, None, **kwargs, segments=self.segments)[0]
-        return _differs(in_use.float(), wanted, KERNEL.get(_computed(query), 3e-2))
+        return _differs(in_use.float(), expected, KERNEL.get(_computed(query), 3e-2))
 
     def _own(self, attend, module, q, k, v, mask, kwargs) -> torch.Tensor:
-        """Row by row, each side whole, by the model's own attention and mask; of the prefix chosen's result."""
+        """Row by row, each side in full, by the model's own attention and mask; the prefix's result is chosen's."""
         out, start, pairs = [], 0, len(self.segments.lengths)
         for i, (prefix, chosen, rejected) in enumerate(self.segments.lengths):
             end = start + prefix + chosen
-            places = list(range(start, end)), [*range(start, start + prefix), *range(end, end + rejected)]
-            for row, at, first in ((i, places[0], 0), (pairs + i, places[1], prefix)):
-                query, key, value = (x[:, :, at].float() for x in (q, k, v))
+            positions = list(range(start, end)), [*range(start, start + prefix), *range(end, end + rejected)]
+            for row, index, first in ((i, positions[0], 0), (pairs + i, positions[1], prefix)):
+                query, key, value = (x[:, :, index].float() for x in (q, k, v))
                 if self.own in IN_FLOAT32:
-                    part = _part(mask, row, len(at), query.size(1))
+                    part = _part(mask, row, len(index), query.size(1))
                     result = attend(module, query, key, value, part, **kwargs)[0]
                 else:
                     result = plain_attention(query, key, value, kwargs)
@@ -146,18 +146,18 @@ class Watch:
 
 
 def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
-    """The slow twin: causal attention of one sequence, (1, T, heads, D) from (1, heads, T, D), QUERIES at a time: whole
-    matrices of 16k tokens would take more memory than the step that they are to vouch for."""
+    """The reference implementation: causal attention of one sequence, (1, T, heads, D) from (1, heads, T, D), QUERIES
+    at a time: whole matrices of 16k tokens would take more memory than the step that they are to vouch for."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scaling, softcap, window = (kwargs.get(name) for name in ("scaling", "softcap", "sliding_window"))
-    at = torch.arange(q.size(2), device=q.device)
+    positions = torch.arange(q.size(2), device=q.device)
     out: list[torch.Tensor] = []
-    for rows in at.split(QUERIES):
+    for rows in positions.split(QUERIES):
         keys = slice(0, int(rows.numel() + len(out) * QUERIES))
         scores = q[:, :, rows] @ k[:, :, keys].transpose(2, 3) * (q.size(-1) ** -0.5 if scaling is None else scaling)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-        behind = rows[:, None] - at[keys]
-        seen = (behind >= 0) & (behind < (math.inf if window is None else window))
+        distance = rows[:, None] - positions[keys]
+        seen = (distance >= 0) & (distance < (math.inf if window is None else window))
         out.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, :, keys])
     return torch.cat(out, 2).transpose(1, 2)
 
@@ -171,8 +171,8 @@ def _part(mask: torch.Tensor | None, row: int, length: int, heads: int) -> torch
 
 
 def _computed(x: torch.Tensor) -> torch.dtype:
-    on = x.device.type
-    return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 @contextmanager
@@ -191,8 +191,8 @@ def _float32(device):
         own.fp32_precision = before
 
 
-def _differs(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> str | None:
-    difference = ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+def _differs(result: torch.Tensor, expected: torch.Tensor, limit: float) -> str | None:
+    difference = ((result - expected).norm() / expected.norm().clamp(min=1e-30)).item()
     if difference <= limit:
         return None
     return f"its packed attention differs by {difference:.1e} of the norm, more than {limit:g}"

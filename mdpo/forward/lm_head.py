@@ -1,4 +1,4 @@
-"""What the LM head computes on a chunk of hidden states: logits, what is read from them, and their gradient."""
+"""What the LM head computes on a chunk of hidden states: logits, statistics of them, and their gradient."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +19,8 @@ class HeadTransform:
         multiplies by `lm_head_multiplier`; Gemma-2 caps at `final_logit_softcapping`."""
         scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
         if getattr(config, "logits_scaling", None):
-            by = config.logits_scaling
-            scale = by if config.model_type == "hyperclovax" else 1 / by
+            divisor = config.logits_scaling
+            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ class HeadTransform:
 
 
 class Head:
-    """The head in the dtype that it computes in; its output is one buffer, written over by each chunk."""
+    """The head in the dtype that it computes in; its output is one buffer, overwritten by each chunk."""
 
     def __init__(self, weight, bias, dtype: torch.dtype, rows: int):
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -83,8 +83,8 @@ def chunk_statistics(raw, target, scale: float, softcap: float | None, collision
     total = odds.sum(-1)
     lse = highest + total.log()
     entropy = lse - (odds * logits).sum(-1) / total
-    twice = (odds * odds).sum(-1).log() - 2 * total.log() if collision else torch.zeros_like(lse)
-    return torch.stack([picked - lse, lse, entropy, logits.mean(-1), (picked >= highest).float(), twice])
+    log_sum_p_squared = (odds * odds).sum(-1).log() - 2 * total.log() if collision else torch.zeros_like(lse)
+    return torch.stack([picked - lse, lse, entropy, logits.mean(-1), (picked >= highest).float(), log_sum_p_squared])
 
 
 def logits_gradient(raw, target, grad, lse, scale: float, softcap: float | None) -> torch.Tensor:

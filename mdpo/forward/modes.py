@@ -1,4 +1,4 @@
-"""A model within its wrappers; one that is deterministic for a while, then as it was."""
+"""Unwraps a PEFT model; puts a model into evaluation mode for a while."""
 
 from contextlib import contextmanager
 
@@ -6,13 +6,13 @@ from torch import nn
 
 
 def base_model(model):
-    """What a PEFT model was put on; any other model as it is."""
+    """The model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Within it no module of the model is in training mode; then each is again in the mode that it was in."""
+    """Within it no module of the model is in training mode; afterwards each has its old mode back."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -16,7 +16,7 @@ from mdpo.forward.varlen import kernels
 
 NAME = "shared_prefix"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# Keywords that models hand to attention and that change nothing in it; any other one that is set means the padded path.
+# Keywords that models hand to attention and that change nothing in it; any other one that is set means padded batches.
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 HARMLESS |= {"output_router_logits", "position_embeddings", "past_key_values", "is_causal"}
 _refusals: list[str] | None = None  # what `noting_refusals` collects
@@ -34,18 +34,18 @@ class Segments:
     def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """(Q, K), 0 where a query sees a key and −inf elsewhere: the queries are the last Q of K tokens, and a query
         sees itself and the `window` − 1 tokens before it (all, where that is None)."""
-        name = (queries, keys, window, like.dtype, like.device)
-        if name not in self._masks:
-            at = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(
+        key = (queries, keys, window, like.dtype, like.device)
+        if key not in self._masks:
+            distance = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(
                 keys, device=like.device
             )
-            seen = (at >= 0) if window is None else (at >= 0) & (at < window)
-            self._masks[name] = like.new_zeros(queries, keys).masked_fill_(~seen, float("-inf"))
-        return self._masks[name]
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            self._masks[key] = like.new_zeros(queries, keys).masked_fill_(~seen, float("-inf"))
+        return self._masks[key]
 
     @cached_property
     def key_index(self) -> list[int]:
-        """The places of the keys that each segment sees: prefix and chosen, then prefix and rejected, of each pair."""
+        """The indices of the keys that each segment sees: prefix and chosen, then prefix and rejected, of each pair."""
         index, start = [], 0
         for prefix, chosen, rejected in self.lengths:
             end = start + prefix + chosen
@@ -55,7 +55,7 @@ class Segments:
 
     @property
     def counts(self) -> torch.Tensor:
-        """(1, N): for how many tokens of the padded layout each one stands, 2 in prefixes."""
+        """(1, N): how many tokens of the padded layout each one replaces, 2 in prefixes."""
         parts = [([2] * prefix + [1] * (chosen + rejected)) for prefix, chosen, rejected in self.lengths]
         return torch.tensor([[n for part in parts for n in part]])
 
@@ -87,8 +87,8 @@ def refused(model) -> str | None:
 
 @contextmanager
 def noting_refusals():
-    """Within it, why packed attention cannot serve a model is collected in the list that is yielded, and its result is
-    wrong; outside of it that is an error. Leaving a forward by an exception would upset ZeRO-3's hooks."""
+    """Within it, reasons why packed attention cannot serve a model go into the list that is yielded, and its result is
+    wrong; outside of it they are errors. Leaving a forward by an exception would upset ZeRO-3's hooks."""
     global _refusals
     before, _refusals = _refusals, []
     try:
@@ -101,10 +101,10 @@ def packed_attention(
     module, query, key, value, attention_mask, segments: Segments | None = None, dropout=0.0, scaling=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """(1, N, heads, D) from query (1, heads, N, D), key and value (1, key heads, N, D). Raises UserError for a model
-    that hands over what it does not know, or no segments; within `noting_refusals` that is noted and the result of no
-    use."""
+    that passes keywords unknown here, or no segments; within `noting_refusals` that is noted and the result is
+    meaningless."""
     window, softcap = (kwargs.pop(name, None) for name in ("sliding_window", "softcap"))
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
+    unknown = [name for name, setting in kwargs.items() if setting is not None and name not in HARMLESS]
     if window is None and _window_in_mask_only(module):
         unknown.append("a window that only its mask has")
     unknown = [f"its attention takes {name}" for name in unknown]
@@ -127,9 +127,11 @@ def packed_attention(
     out = []
     q, k, v = (x.split(segments.sizes, dim=2) for x in (query, key, value))
     for i, (prefix, _, _) in enumerate(segments.lengths):
-        both, rejected = 2 * i, 2 * i + 1
-        out.append(_attend(q[both], k[both], v[both], segments, scaling, window, softcap, dropout))
-        keys, values = (torch.cat([x[both][:, :, :prefix], x[rejected]], 2) if prefix else x[rejected] for x in (k, v))
+        chosen, rejected = 2 * i, 2 * i + 1
+        out.append(_attend(q[chosen], k[chosen], v[chosen], segments, scaling, window, softcap, dropout))
+        keys, values = (
+            torch.cat([x[chosen][:, :, :prefix], x[rejected]], 2) if prefix else x[rejected] for x in (k, v)
+        )
         out.append(_attend(q[rejected], keys, values, segments, scaling, window, softcap, dropout))
     return torch.cat([part.transpose(1, 2) for part in out], 1), None
 
@@ -181,5 +183,7 @@ def _varlen(query, value, dropout: float, softcap):
         return None
     if size > 256 or size % 8 or value.size(-1) != size:
         return None
-    found = kernels(query.device)
-    return found.get("flash-attn") or (found.get("torch's varlen attention") if not softcap and not dropout else None)
+    available = kernels(query.device)
+    return available.get("flash-attn") or (
+        available.get("torch's varlen attention") if not softcap and not dropout else None
+    )

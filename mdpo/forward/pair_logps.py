@@ -1,4 +1,4 @@
-"""Per-token log-probs (S,) → sums of each pair and side, late, so that weights change without computing anew."""
+"""Per-token log-probs (S,) → sums of each pair and side: last, so that weights can change without recomputing."""
 
 import torch
 
@@ -9,12 +9,12 @@ from mdpo.types import PairBatch, PairLogps
 
 def verbosity_weights(batch: PairBatch, alpha: float) -> torch.Tensor:
     """LD-DPO's weights (arXiv 2409.06411), (S,): 1 for the first min(|y_w|, |y_l|) supervised tokens of a side, alpha
-    for the rest of the longer side. Tokens of a sequence come in their order; those of weight 0 are not counted."""
-    n_pairs, place = batch.n_pairs, batch.sequence_of_token
+    for the rest of the longer side. Tokens of a sequence are in order; those of weight 0 are not counted."""
+    n_pairs, sequence = batch.n_pairs, batch.sequence_of_token
     used = counted(batch)
-    mine = place[None] == torch.arange(2 * n_pairs, device=place.device)[:, None]  # (2B, S)
-    position = (mine & used[None]).cumsum(1).gather(0, place[None])[0]  # from 1
-    tokens = _per_sequence(used, place, n_pairs)
+    in_sequence = sequence[None] == torch.arange(2 * n_pairs, device=sequence.device)[:, None]  # (2B, S)
+    position = (in_sequence & used[None]).cumsum(1).gather(0, sequence[None])[0]  # from 1
+    tokens = _per_sequence(used, sequence, n_pairs)
     shorter = tokens.min(0).values[batch.pair]
     return torch.where(position <= shorter, 1.0, alpha)
 
@@ -28,28 +28,28 @@ def sum_by_pair(logps: torch.Tensor, batch: PairBatch, weights: torch.Tensor | N
     """Per-token log-probs (S,), times turn weights and `weights` (S,) → sums and token counts of each pair, side.
 
     Sums are float64 whatever comes in. A reward is the small difference of two sums of thousands of terms, and on a GPU
-    the order of summation changes from call to call: in float64 neither reaches the loss."""
-    n_pairs, place = batch.n_pairs, batch.sequence_of_token
+    the order of summation changes from call to call: in float64 neither affects the loss."""
+    n_pairs, sequence = batch.n_pairs, batch.sequence_of_token
     logps = logps.double()
     for weight in (batch.turn_weight, weights):
         logps = logps if weight is None else logps * weight
-    sums = logps.new_zeros(2 * n_pairs).index_add(0, place, logps).view(2, n_pairs)
-    tokens = _per_sequence(counted(batch), place, n_pairs)
+    sums = logps.new_zeros(2 * n_pairs).index_add(0, sequence, logps).view(2, n_pairs)
+    tokens = _per_sequence(counted(batch), sequence, n_pairs)
     return PairLogps(sums[CHOSEN], sums[REJECTED], tokens[CHOSEN], tokens[REJECTED])
 
 
 def policy_weights(scores: TokenScores, batch: PairBatch) -> torch.Tensor:
     """WPO's weight of each pair, (B,), without gradient (arXiv 2406.11827, eq. 2): how likely the policy would have
     written both sides itself, exp of the mean over tokens of log p(token) − log Σ_v p_v², chosen's times rejected's."""
-    n_pairs, place = batch.n_pairs, batch.sequence_of_token
+    n_pairs, sequence = batch.n_pairs, batch.sequence_of_token
     if scores.log_sum_p_squared is None:
         raise ValueError("policy_weights: scores without log_sum_p_squared")
     aligned = (scores.logps.double() - scores.log_sum_p_squared.double()).detach() * counted(batch)
-    sums = aligned.new_zeros(2 * n_pairs).index_add(0, place, aligned)
-    tokens = _per_sequence(counted(batch), place, n_pairs)
+    sums = aligned.new_zeros(2 * n_pairs).index_add(0, sequence, aligned)
+    tokens = _per_sequence(counted(batch), sequence, n_pairs)
     return (sums.view(2, n_pairs) / tokens.clamp(min=1)).sum(0).exp()
 
 
-def _per_sequence(used: torch.Tensor, place: torch.Tensor, n_pairs: int) -> torch.Tensor:
-    """How many tokens of each sequence are used, (2, B). Neither bincount nor an index by a mask: both ask the GPU."""
-    return place.new_zeros(2 * n_pairs).index_add(0, place, used.long()).view(2, n_pairs)
+def _per_sequence(used: torch.Tensor, sequence: torch.Tensor, n_pairs: int) -> torch.Tensor:
+    """How many tokens of each sequence are used, (2, B). Not by bincount or a mask as index: both wait for the GPU."""
+    return sequence.new_zeros(2 * n_pairs).index_add(0, sequence, used.long()).view(2, n_pairs)

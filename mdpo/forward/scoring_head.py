@@ -1,4 +1,4 @@
-"""A model that scores tokens: one object stands in place of its forward, and puts back whatever it changes."""
+"""A model that scores tokens: one object takes the place of its forward, and restores whatever it changes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ class ScoringHead:
         self.model, self.score, self.fused = model, score, fused
         self.transform = HeadTransform.of(self._config)
         self.own_attention = self._config._attn_implementation
-        self._before: Callable | None = None  # a forward of the model's own, where it had one beside its class's
+        self._before: Callable | None = None  # a forward that the model had besides its class's
 
     @staticmethod
     def of(model: torch.nn.Module) -> "ScoringHead | None":
@@ -54,7 +54,7 @@ class ScoringHead:
 
     def restore(self) -> None:
         """The model is again as `install` found it. Raises UserError where something was put around its forward since:
-        that would be lost, or would go on calling this object."""
+        that would be lost, or would still call this object."""
         kind = type(self.model).__name__
         if self.of(self.model) is not self:
             raise UserError(f"scoring: this scoring head is not installed in {kind}.")
@@ -68,7 +68,7 @@ class ScoringHead:
         del self.model._scoring_head
 
     def claim(self) -> None:
-        """Of a deep copy, takes off what calls the model that was copied: wrappers of a forward, such as accelerate's
+        """Removes from a deep copy what calls the model that was copied: wrappers of a forward, such as accelerate's
         for mixed precision, are functions, and those are not copied."""
         forward = vars(self.model).get("forward")
         while forward is not self:
@@ -101,7 +101,7 @@ class ScoringHead:
         return self.model.config.get_text_config()
 
     def switch(self, packed: bool) -> None:
-        """Packed attention for this call and what follows of it, gradient checkpointing's second forward included, or
+        """Packed attention for this call and what follows from it, gradient checkpointing's second forward included, or
         the model's own again."""
         config = self._config
         if packed == (config._attn_implementation == NAME):

@@ -19,8 +19,8 @@ from mdpo.forward.packed_attention import Segments
 from mdpo.forward.scoring_head import ScoringHead
 from mdpo.types import PairBatch
 
-# Of float32 logits held at a time. On a GPU each chunk's backward reads and writes the weight's float32 gradient, 8
-# bytes a weight, for 2 FLOPs a weight and token: an H100 (990 TFLOP/s, 3.35 TB/s, by its data sheet) computes for as
+# Of float32 logits in memory at a time. On a GPU each chunk's backward reads and writes the weight's float32 gradient,
+# 8 bytes a weight, for 2 FLOPs a weight and token: an H100 (990 TFLOP/s, 3.35 TB/s, by its data sheet) computes for as
 # long as it waits from 1200 tokens on, an A100 from 600. 512 MiB are 880 tokens of 152 000 words; a CPU's were 220.
 CHUNK_BYTES = {"cpu": 1 << 27}
 GPU_CHUNK_BYTES = 1 << 29
@@ -42,7 +42,7 @@ class TokenScores(ModelOutput):  # a mapping: what DDP, DeepSpeed and accelerate
 
 
 def full_log_probs(hidden, weight, bias, target, transform=HeadTransform()) -> torch.Tensor:  # noqa: B008
-    """The slow twin: log-probs (S,) of `target` (S,) from hidden states (S, H) through the whole float32 logits."""
+    """The reference implementation: log-probs (S,) of `target` (S,) from hidden states (S, H), logits all at once."""
     logits = transform(F.linear(hidden, weight, bias).float())
     return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
@@ -60,18 +60,18 @@ class ChunkedLogProbs(torch.autograd.Function):
         on_device = hidden.device.type
         ctx.compute = torch.get_autocast_dtype(on_device) if torch.is_autocast_enabled(on_device) else weight.dtype
         ctx.transform, ctx.chunk, ctx.fused = transform, chunk, fused
-        found = hidden.new_empty((6, hidden.size(0)), dtype=torch.float32)
+        statistics = hidden.new_empty((6, hidden.size(0)), dtype=torch.float32)
         with torch.autocast(on_device, enabled=False):
             head = Head(weight, bias, ctx.compute, min(chunk, hidden.size(0)))
             reduce = compiled(chunk_statistics) if fused else chunk_statistics
-            for at in slices(hidden.size(0), chunk):
-                raw = head(hidden[at].to(ctx.compute))
-                found[:, at] = reduce(raw, target[at], transform.scale, transform.softcap, collision)
-        logps, lse, entropy, mean, top1, twice = found.unbind()
+            for rows in slices(hidden.size(0), chunk):
+                raw = head(hidden[rows].to(ctx.compute))
+                statistics[:, rows] = reduce(raw, target[rows], transform.scale, transform.softcap, collision)
+        logps, lse, entropy, mean, top1, log_sum_p_squared = statistics.unbind()
         # Saved, not copied: ZeRO-3 swaps the parameter's storage between forward and backward.
         ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.mark_non_differentiable(entropy, mean, top1, twice)
-        return logps.clone(), entropy, mean, top1, twice if collision else None
+        ctx.mark_non_differentiable(entropy, mean, top1, log_sum_p_squared)
+        return logps.clone(), entropy, mean, top1, log_sum_p_squared if collision else None
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -83,14 +83,14 @@ class ChunkedLogProbs(torch.autograd.Function):
         rows = grad.nonzero().squeeze(1)
         head = Head(weight, bias, ctx.compute, min(ctx.chunk, rows.numel()))
         derive = compiled(logits_gradient) if ctx.fused else logits_gradient
-        for at in rows.split(ctx.chunk) if rows.numel() else ():
-            h = hidden[at].to(ctx.compute)
-            d_logits = derive(head(h), target[at], grad[at], lse[at], ctx.transform.scale, ctx.transform.softcap)
+        for part in rows.split(ctx.chunk) if rows.numel() else ():
+            h = hidden[part].to(ctx.compute)
+            d_logits = derive(head(h), target[part], grad[part], lse[part], ctx.transform.scale, ctx.transform.softcap)
             if need_bias:
                 d_bias = plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(ctx.compute)
             if d_hidden is not None:
-                d_hidden[at] = (d_logits @ head.weight).to(hidden.dtype)
+                d_hidden[part] = (d_logits @ head.weight).to(hidden.dtype)
             if need_weight:
                 d_weight = plus_product(d_weight, d_logits.T, h)
         gradients = []
@@ -104,9 +104,9 @@ def enable_scoring(model, fused: bool = False) -> ScoringHead:
     `restore`d; a model that has one keeps it. Called without `logp_position` the model's own forward runs. Give the
     model before any PEFT wrapping, or its `get_base_model()`; errors are those of `ScoringHead.install`.
 
-    `score_length` is T, the tokens of a row: what stands before the last T hidden states comes from prompt-learning
-    PEFT. `score_collision` asks for log_sum_p_squared, `output_router_logits` for aux_loss. `fused` as in
-    ChunkedLogProbs."""
+    `score_length` is T, the tokens of a row: what comes before the last T hidden states is
+    prompt-learning PEFT's. `score_collision` asks for log_sum_p_squared, `output_router_logits` for aux_loss. `fused`
+    as in ChunkedLogProbs."""
     scoring = ScoringHead.of(model)
     if scoring is None:
         return ScoringHead(model, _scores, fused).install()
@@ -135,9 +135,9 @@ def _scores(scoring: ScoringHead, *args, logp_position, label, score_length, sco
 
 
 def _settings(scoring: ScoringHead, device: torch.device) -> tuple[HeadTransform, int]:
-    """What is done to logits, and how many tokens' logits are held at a time."""
-    words = scoring.model.config.get_text_config().vocab_size
-    return scoring.transform, max(64, CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES) // (4 * words))
+    """What is done to logits, and how many tokens' logits are in memory at a time."""
+    vocabulary = scoring.model.config.get_text_config().vocab_size
+    return scoring.transform, max(64, CHUNK_BYTES.get(device.type, GPU_CHUNK_BYTES) // (4 * vocabulary))
 
 
 def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
@@ -157,13 +157,13 @@ def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
 @contextmanager
 def scored_beside(model, target: torch.Tensor):
     """Within it, where the model's own forward calls its LM head, the S hidden states before a row's last are also
-    scored as in training, against `target` (S,); their log-probs come into the list that is yielded. They are the
+    scored as in training, against `target` (S,); their log-probs go into the list that is yielded. They are the
     body's own: what a model does to them before its head (BERT's transform) would be missing. `model`, without
     wrappers, has a scoring head."""
     scoring = ScoringHead.of(model)
     if scoring is None:
         raise _no_scoring_head(model)
-    own, found, states = scoring.lm_head.forward, [], []
+    own, logps, states = scoring.lm_head.forward, [], []
     # OPT and Bart kinds call their body's decoder past the body; where both are called, the body's output comes last.
     bodies = [part for part in (getattr(_body(model), "decoder", None), _body(model)) if part is not None]
     hooks = [part.register_forward_hook(lambda module, inputs, outputs: states.append(outputs[0])) for part in bodies]
@@ -172,12 +172,12 @@ def scored_beside(model, target: torch.Tensor):
         if states and states[-1].size(-1) == weight.size(-1):
             rows = states[-1].reshape(-1, states[-1].size(-1))[-len(target) - 1 : -1]
             settings = _settings(scoring, rows.device)
-            found.append(ChunkedLogProbs.apply(rows, weight, bias, target, *settings, False, scoring.fused)[0])
+            logps.append(ChunkedLogProbs.apply(rows, weight, bias, target, *settings, False, scoring.fused)[0])
         return own(hidden)
 
     try:
         with scoring.lm_head_computes(both):
-            yield found
+            yield logps
     finally:
         for hook in hooks:
             hook.remove()
@@ -196,13 +196,15 @@ def score_tokens(model, batch: PairBatch, collision=False, aux_loss=False) -> To
     batch shared tokens are computed once and returned for each side. Raises UserError for a model without a scoring
     head."""
     names = ("input_ids", "attention_mask", "position_ids", "logp_position", "label")
-    asked = {"score_collision": collision, "output_router_logits": aux_loss}
-    inputs = {name: batch[name] for name in names if name in batch} | {name: True for name in asked if asked[name]}
+    optional = {"score_collision": collision, "output_router_logits": aux_loss}
+    inputs = {name: batch[name] for name in names if name in batch} | {
+        name: True for name in optional if optional[name]
+    }
     inputs |= {"segments": Segments(batch.segments)} if batch.is_packed else {}
     scores = model(**inputs, score_length=batch.input_ids.size(1))
     if "logps" not in scores:
         raise _no_scoring_head(model)
     if not batch.is_packed:
         return scores
-    both = {name: x if name == "aux_loss" else x.index_select(0, batch.unique_index) for name, x in scores.items()}
-    return TokenScores(**both)
+    expanded = {name: x if name == "aux_loss" else x.index_select(0, batch.unique_index) for name, x in scores.items()}
+    return TokenScores(**expanded)

@@ -1,4 +1,4 @@
-"""Varlen kernels: one call of attention for all segments of a packed row, on a GPU, and whether there is one that runs.
+"""Varlen kernels: one call of attention for all segments of a packed row, on a GPU, and whether there is a usable one.
 
 A kernel is `kernel(query, key, value, segments, scaling, window, softcap, dropout)` on (1, heads, N, D), and returns
 (1, N, heads, D).
@@ -30,8 +30,8 @@ def flash_attn() -> tuple[Callable | None, str | None]:
         return None, f"flash-attn cannot be imported ({first_line(error, innermost=False)})"
     least, below = FLASH_ATTN
     if not least <= _numbers(version) < below:
-        words = ".".join(map(str, least)), ".".join(map(str, below))
-        return None, f"flash-attn is of version {version}; from {words[0]} up to {words[1]} is known here"
+        versions = ".".join(map(str, least)), ".".join(map(str, below))
+        return None, f"flash-attn is of version {version}; from {versions[0]} up to {versions[1]} is known here"
     return flash_attn_varlen_func, None
 
 
@@ -45,39 +45,41 @@ def kernels(device: torch.device) -> dict[str, Callable]:
     is installed and not used. Both want an Ampere GPU or a newer one."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return {}
-    found, refused = {}, []
-    for name, kernel, why in (("flash-attn", flash, flash_attn()[1]), ("torch's varlen attention", torch_varlen, None)):
-        why = why or _fails(kernel, device)
-        if why is None:
-            found[name] = kernel
-        elif "not installed" not in why:
-            refused.append(f"{name} is not used: {why}")
-    if refused:
-        say(f"attention: {'; '.join(refused)}. {next(iter(found), 'Attention by segment')} is.")
-    return found
+    usable, unused = {}, []
+    for name, kernel, reason in (
+        ("flash-attn", flash, flash_attn()[1]),
+        ("torch's varlen attention", torch_varlen, None),
+    ):
+        reason = reason or _fails(kernel, device)
+        if reason is None:
+            usable[name] = kernel
+        elif "not installed" not in reason:
+            unused.append(f"{name} is not used: {reason}")
+    if unused:
+        say(f"attention: {'; '.join(unused)}. {next(iter(usable), 'Attention by segment')} is.")
+    return usable
 
 
 def _fails(kernel: Callable, device: torch.device) -> str | None:
-    """What goes wrong where the kernel is handed a pair of random numbers, prefix 4, chosen 8, rejected 10; None:
-    nothing."""
+    """What goes wrong with a random pair, prefix 4, chosen 8, rejected 10; None if nothing does."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 22, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2))
     pair = _APair(device)
     try:
         with torch.no_grad():
             out = kernel(q, k, v, pair, 0.125, None, None, 0.0).float()
-        wanted = torch.nn.functional.scaled_dot_product_attention(
+        expected = torch.nn.functional.scaled_dot_product_attention(
             q.float(), k.float(), v.float(), attn_mask=pair.seen, scale=0.125, enable_gqa=True
         )
     except Exception as error:  # no kernel for this GPU, or an interface of another version
         return first_line(error, innermost=False)
-    if (out - wanted.transpose(1, 2)).norm() <= AGREES * wanted.norm():
+    if (out - expected.transpose(1, 2)).norm() <= AGREES * expected.norm():
         return None
     return "it does not give what plain attention gives"
 
 
 class _APair:
-    """What a kernel asks of `packed_attention.Segments`, for the pair (4, 8, 10); `seen` (22, 22) is what sees what."""
+    """What a kernel asks of `packed_attention.Segments`, for the pair (4, 8, 10); `seen` (22, 22) is the mask."""
 
     sizes, key_sizes = (12, 10), (12, 14)
 
@@ -85,8 +87,10 @@ class _APair:
         index = torch.tensor([*range(12), *range(4), *range(12, 22)], device=device)
         begins = [torch.tensor([0, *sizes], device=device).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
         self._on = index, *begins
-        at = torch.arange(22, device=device)
-        self.seen = (at[:, None] >= at) & ~((at[:, None] >= 12) & (at >= 4) & (at < 12))
+        positions = torch.arange(22, device=device)
+        self.seen = (positions[:, None] >= positions) & ~(
+            (positions[:, None] >= 12) & (positions >= 4) & (positions < 12)
+        )
 
     def on(self, device):
         return self._on
@@ -102,9 +106,9 @@ def _gathered(query, key, value, segments):
 
 
 def flash(query, key, value, segments, scaling, window, softcap, dropout):
-    call, why = flash_attn()
+    call, reason = flash_attn()
     if call is None:
-        raise RuntimeError(why)
+        raise RuntimeError(reason)
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": True,
@@ -116,7 +120,7 @@ def flash(query, key, value, segments, scaling, window, softcap, dropout):
 
 
 def torch_varlen(query, key, value, segments, scaling, window, softcap, dropout):
-    """Knows neither soft-caps nor dropout."""
+    """Supports neither soft-caps nor dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}

@@ -120,7 +120,7 @@ def nll_loss(chosen_logps: torch.Tensor, chosen_tokens: torch.Tensor) -> torch.T
 
 
 # Beyond TRL: losses towards a target preference p* = σ(m), m = margin_scale · margin, with p = σ(x).
-# All are put together from log σ, so that value and gradient stay finite however far x and m go.
+# All are built from log σ, so that value and gradient stay finite however far x and m go.
 
 
 def kl_loss(x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from mdpo.types import SIDES, PairBatch
 
 # One float64 row for each pair; those after the first six are sums over the side's supervised tokens.
 COLUMNS = (
-    "row",  # the pair's number in its set
+    "row",  # the pair's number in its dataset
     "loss",
     "chosen_reward",
     "rejected_reward",
@@ -39,7 +39,7 @@ def pair_table(
 ) -> torch.Tensor:
     """COLUMNS for the B pairs of a batch, float64 (B, len(COLUMNS)), on the batch's device, without gradient.
     `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked. `turns`, of
-    `mdpo.reporting.turns`, stand behind COLUMNS."""
+    `mdpo.loss.turn_metrics`, come after COLUMNS."""
     n = len(losses)
     sequence, logps = batch.sequence_of_token, terms.policy
 
@@ -68,7 +68,7 @@ def pair_table(
 
 
 def summarize(table: torch.Tensor) -> dict[str, float]:
-    """TRL's metrics of a table of pairs, and behind them those by turn where the table has turns."""
+    """TRL's metrics of a per-pair table, then those by turn where the table has turns."""
     return {**averages(table), **_by_turn(table)}
 
 
@@ -105,13 +105,13 @@ def of_all_ranks(tables: list[torch.Tensor], count: int, device) -> tuple[list[l
     """(`tables[rank][i]`, each as its rank has it but for zeros at the right of narrower ones, float64 on the CPU; the
     sum of `count` over ranks). All ranks call it together, with equally many tables; two collectives on `device`, of
     sizes and of numbers."""
-    flat = [pad(table.to(device), (1, 0), value=i) for i, table in enumerate(tables)]  # its place in front of a row
+    flat = [pad(table.to(device), (1, 0), value=i) for i, table in enumerate(tables)]  # its index in front of each row
     mine = pad_and_cat(flat) if flat else torch.zeros(0, 1, dtype=torch.float64, device=device)
     sizes = gathered_tensor(torch.tensor([*mine.shape, count], device=device)).tolist()
     rows, width = (max(size[i] for size in sizes) for i in (0, 1))
     padded = pad(mine, (0, width - mine.size(1), 0, rows - mine.size(0)))
-    found = gathered_tensor(padded).cpu() if rows else padded.cpu()[None].expand(len(sizes), 0, width)
-    parts = [part[: size[0]] for part, size in zip(found, sizes, strict=True)]
+    padded_parts = gathered_tensor(padded).cpu() if rows else padded.cpu()[None].expand(len(sizes), 0, width)
+    parts = [part[: size[0]] for part, size in zip(padded_parts, sizes, strict=True)]
     split = [[part[part[:, 0] == i, 1:] for i in range(len(tables))] for part in parts]
     return split, sum(size[2] for size in sizes)
 
@@ -131,8 +131,8 @@ def deduplicate(tables: list[torch.Tensor]) -> torch.Tensor:
 
 def mean_over_steps(tables: list[list[torch.Tensor]]) -> dict[str, float]:
     """Training metrics as TRL logs them: each step's own averages over all ranks, averaged over the steps since the
-    last log; figures by turn over all pairs of these steps. `tables[rank][step]` holds that step's pairs."""
-    steps = [pad_and_cat(list(of_each_rank)) for of_each_rank in zip(*tables, strict=True)]
+    last log; metrics by turn over all pairs of these steps. `tables[rank][step]` has that step's pairs."""
+    steps = [pad_and_cat(list(rank_tables)) for rank_tables in zip(*tables, strict=True)]
     if not steps:
         return {}
     means = [averages(step) for step in steps]

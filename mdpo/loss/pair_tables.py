@@ -7,7 +7,7 @@ import torch
 from mdpo.loss.metrics import COLUMNS
 from mdpo.loss.turn_metrics import pad_and_cat
 
-FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # what tells a pair at fault
+FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # columns that show a pair at fault
 ROW = COLUMNS.index("row")
 
 

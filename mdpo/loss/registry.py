@@ -1,4 +1,4 @@
-"""Which losses a run minimizes, and what they are made of: the table of names over `mdpo.loss.functions`."""
+"""Which losses a run minimizes, and what they take: the table of names over `mdpo.loss.functions`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields

@@ -1,8 +1,8 @@
 """A pair's rewards split by turn. A turn is a run of supervised tokens: an assistant message and its end-of-turn token.
 
-Turns are numbered from 0 in tensors and from 1 in names of figures. Behind COLUMNS of `mdpo.loss.metrics` a pair's
+Turns are numbered from 0 in tensors and from 1 in names of metrics. After COLUMNS of `mdpo.loss.metrics` a per-pair
 table has four numbers for each turn: chosen reward, rejected reward, chosen tokens, rejected tokens, so that tables of
-different numbers of turns are joined by zeros at their right.
+different numbers of turns can be joined by padding them with zeros on the right.
 """
 
 import torch
@@ -33,14 +33,14 @@ def turn_rewards(
     if tokens is None or turn is None:
         raise ValueError("turn_rewards: the batch has no turns")
     turns, pairs = tokens.size(1), batch.n_pairs
-    place = batch.sequence_of_token * turns + turn
-    rewards = ratios.new_zeros(tokens.numel()).index_add(0, place, ratios)
+    index = batch.sequence_of_token * turns + turn
+    rewards = ratios.new_zeros(tokens.numel()).index_add(0, index, ratios)
     both = torch.cat([rewards.view(2, pairs, turns), tokens.view(2, pairs, turns).double()])  # (4, B, K)
     return both.permute(1, 2, 0).reshape(pairs, OF_A_TURN * turns)
 
 
 def pad_and_cat(tables: list[torch.Tensor]) -> torch.Tensor:
-    """Tables of pairs one below the other; those of fewer turns get zeros at their right."""
+    """Per-pair tables one below the other; those of fewer turns are padded with zeros on the right."""
     width = max(table.size(1) for table in tables)
     return torch.cat([torch.nn.functional.pad(table, (0, width - table.size(1))) for table in tables])
 
@@ -53,16 +53,16 @@ def turn_figures(turns: torch.Tensor, margins: torch.Tensor) -> dict[str, float]
     accuracies/n_turns, margins/n_turns, pairs/n_turns: of the pairs whose chosen side has n turns, for whole pairs
     """
     chosen, rejected, chosen_tokens, rejected_tokens = turns.view(len(turns), -1, OF_A_TURN).unbind(2)  # (P, K) each
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for k in range(chosen.size(1)):
         both = (chosen_tokens[:, k] > 0) & (rejected_tokens[:, k] > 0)
         if both.any():
-            figures[f"margins/turn_{k + 1}"] = (chosen - rejected)[both, k].mean().item()
-            figures[f"pairs/turn_{k + 1}"] = int(both.sum())
-    number = (chosen_tokens > 0).sum(1)
-    for n in number.unique().tolist():
-        of_them = margins[number == n]
-        figures[f"accuracies/{n}_turns"] = (of_them > 0).double().mean().item()
-        figures[f"margins/{n}_turns"] = of_them.mean().item()
-        figures[f"pairs/{n}_turns"] = len(of_them)
-    return figures
+            metrics[f"margins/turn_{k + 1}"] = (chosen - rejected)[both, k].mean().item()
+            metrics[f"pairs/turn_{k + 1}"] = int(both.sum())
+    n_turns = (chosen_tokens > 0).sum(1)
+    for n in n_turns.unique().tolist():
+        selected = margins[n_turns == n]
+        metrics[f"accuracies/{n}_turns"] = (selected > 0).double().mean().item()
+        metrics[f"margins/{n}_turns"] = selected.mean().item()
+        metrics[f"pairs/{n}_turns"] = len(selected)
+    return metrics

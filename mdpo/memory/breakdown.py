@@ -1,6 +1,6 @@
-"""Memory of a run before it is started, by part, for one GPU (or CPU process): will it fit, and up to which max_length?
+"""Memory of a run before it starts, by part, for one GPU (or CPU process): will it fit, and up to which max_length?
 
-What a step computes is counted by mdpo/memory/fake_step.py. What DeepSpeed 0.19.8 holds beside it is written down here
+What a step computes is counted by mdpo/memory/fake_step.py. What DeepSpeed 0.19.8 keeps beside it is written down here
 from its source, with its default bucket sizes, which an accelerate file leaves as they are. GB are 1e9 bytes.
 """
 
@@ -22,16 +22,16 @@ LIVE = 1_000_000_000  # elements: stage3_max_live_parameters, and what it may fe
 SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimizer steps on at a time
 WHOLE = 100_000  # elements: ZeRO-3 shards no parameter below this (stage3_param_persistence_threshold)
 LIBRARIES = {"GPU": 1.0 * GB, "CPU": 0.8 * GB}  # assumed: CUDA context, cuBLAS, NCCL; Python and its libraries
-TIGHT = 0.05  # of the memory: less to spare than what fragmentation often takes
+TIGHT = 0.05  # of the memory: less to spare than fragmentation often takes
 RATES = (1, 5)  # GB/s that a disk may write
-ROUND = 64  # tokens: how exactly a long max_length is looked for
+ROUND = 64  # tokens: how exactly a long max_length is searched for
 
 
 @dataclass
 class MemoryPlan:
     """`phases`: bytes by part, of STEP, OPTIMIZER and, where there are held-out pairs, EVALUATION. `cpu`: bytes that
     offloading keeps on each machine; `at` gives the plan of another max_length, `limit` is the longest that the model
-    knows. `checkpoint`: bytes on disk of one, of which `kept` are there at once."""
+    knows. `checkpoint`: bytes on disk of one, of which `kept` are there at a time."""
 
     phases: dict[str, dict[str, float]]
     length: int
@@ -49,8 +49,8 @@ class MemoryPlan:
     @property
     def parts(self) -> dict[str, float]:
         """Bytes by part while most is needed."""
-        found = self.phases[self.phase]
-        return {name: found[name] for name in SHOWN if found.get(name)}
+        sizes = self.phases[self.phase]
+        return {name: sizes[name] for name in SHOWN if sizes.get(name)}
 
     @property
     def total(self) -> float:
@@ -73,8 +73,8 @@ class MemoryPlan:
                 break
             share = 0.5 if n % 3 == 2 else (gb * GB - low[1]) / (high[1] - low[1])
             middle = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + step // 2), high[0] - step // 2)
-            found = (middle, self.at(middle).total)
-            low, high = (found, high) if found[1] <= gb * GB else (low, found)
+            tried = (middle, self.at(middle).total)
+            low, high = (tried, high) if tried[1] <= gb * GB else (low, tried)
         return low[0] // ROUND * ROUND if low[0] >= 1024 else low[0]
 
     def verdict(self, gb: float) -> str:
@@ -111,7 +111,7 @@ def four_bit(weight: nn.Parameter, nested: bool) -> float:
 
 
 class MemoryModel:
-    """What one process holds of a model under a sharding, for any max_length. `nested` is None for weights that are not
+    """One process's memory for a model under a sharding, for any max_length. `nested` is None for weights that are not
     quantized, else whether four-bit weights have nested scales."""
 
     def __init__(self, skeleton: FakeModel, sharding: Sharding, args, evaluates: bool, nested: bool | None = None):
@@ -133,29 +133,31 @@ class MemoryModel:
 
     def plan(self, length: int) -> MemoryPlan:
         if length not in self._plans:
-            found = {STEP: self._step(length), OPTIMIZER: self._optimizer_step()}
-            found |= {EVALUATION: self._evaluation(length)} if self.evaluates else {}
-            known = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
-            longest, kept = max(known, length), self.args.save_total_limit
+            phases = {STEP: self._step(length), OPTIMIZER: self._optimizer_step()}
+            phases |= {EVALUATION: self._evaluation(length)} if self.evaluates else {}
+            model_limit = getattr(self.skeleton.config, "max_position_embeddings", None) or 1 << 17
+            longest, kept = max(model_limit, length), self.args.save_total_limit
             self._plans[length] = MemoryPlan(
-                found, length, self._in_cpu(), longest, self.plan, self._checkpoint(), kept
+                phases, length, self._in_cpu(), longest, self.plan, self._checkpoint(), kept
             )
         return self._plans[length]
 
     def _step(self, length: int) -> dict[str, float]:
-        held, again = not self.sharding.stage, self.args.gradient_accumulation_steps > 1
-        seen = self.skeleton.training(self.args.per_device_train_batch_size, length, held, again)
-        shard, mine = self.trained * self.gradient, self.sharding.processes
+        keeps_gradients, accumulates = not self.sharding.stage, self.args.gradient_accumulation_steps > 1
+        peak = self.skeleton.training(self.args.per_device_train_batch_size, length, keeps_gradients, accumulates)
+        shard, processes = self.trained * self.gradient, self.sharding.processes
         gradients = {
             # Kept for this process's share, and once more while a further micro-batch adds to it; offloading copies
             # each gradient to the CPU through a buffer as large as the largest one.
-            2: self.largest_trained * self.gradient if self.sharding.offload_optimizer else shard / mine * (1 + again),
-            3: 0 if self.sharding.offload_optimizer else shard / mine,
+            2: self.largest_trained * self.gradient
+            if self.sharding.offload_optimizer
+            else shard / processes * (1 + accumulates),
+            3: 0 if self.sharding.offload_optimizer else shard / processes,
         }
-        parts = self._standing() | {"gradients": gradients.get(self.sharding.stage, 0) + seen["gradients"]}
+        parts = self._standing() | {"gradients": gradients.get(self.sharding.stage, 0) + peak["gradients"]}
         if self.sharding.stage:
             parts["communication"] = self._buckets() * self.gradient
-        return parts | {"activations": seen["activations"] + self.unpacked, "LM head": seen["LM head"]}
+        return parts | {"activations": peak["activations"] + self.unpacked, "LM head": peak["LM head"]}
 
     def _buckets(self) -> int:
         """Elements: a bucket, under ZeRO-2 another one that fills while the first is sent, and the flat copy that is
@@ -166,7 +168,7 @@ class MemoryModel:
     def _checkpoint(self) -> float:
         """Bytes of all ranks' files: the weights for users; under ZeRO-2 the same once more, in DeepSpeed's own file;
         its float32 weights and AdamW's moments, or without DeepSpeed the moments in the weights' dtype; and a reference
-        that moves. Left out are the tokenizer and what is a few kB."""
+        that moves. The tokenizer and what takes a few kB are left out."""
         if self.args.save_only_model:
             return self.saved
         states = self.saved * (self.sharding.stage == 2) + 12 * self.trained if self.sharding.stage else 2 * self.saved
@@ -192,26 +194,28 @@ class MemoryModel:
         return parts | ({"communication": BUCKET * self.gradient} if stage == 3 else {})
 
     def _evaluation(self, length: int) -> dict[str, float]:
-        seen = self.skeleton.evaluation(self.args.per_device_eval_batch_size, length)
+        peak = self.skeleton.evaluation(self.args.per_device_eval_batch_size, length)
         parts = self._standing()
         if self.sharding.stage == 3:
             parts["communication"] = BUCKET * self.gradient
             parts["gradients"] = 0 if self.sharding.offload_optimizer else self._shard(self.trained * self.gradient)
-        return parts | {"activations": seen["activations"] + self.unpacked, "LM head": seen["LM head"]}
+        return parts | {"activations": peak["activations"] + self.unpacked, "LM head": peak["LM head"]}
 
     def _standing(self) -> dict[str, float]:
-        """What is there all the time."""
-        where, stage = self.sharding, self.sharding.stage
+        """What is in memory all the time."""
+        sharding, stage = self.sharding, self.sharding.stage
         parts = {"weights": self._shard(self.weights) if stage == 3 else self.weights, "gradients": 0.0}
-        parts["weights"] *= not where.offload_param
-        parts["optimizer states"] = 0 if where.offload_optimizer else self._states()
-        parts["reference"] = self._shard(self.reference) * (not where.offload_param) if stage == 3 else self.reference
-        if stage == 0 and where.processes > 1:
+        parts["weights"] *= not sharding.offload_param
+        parts["optimizer states"] = 0 if sharding.offload_optimizer else self._states()
+        parts["reference"] = (
+            self._shard(self.reference) * (not sharding.offload_param) if stage == 3 else self.reference
+        )
+        if stage == 0 and sharding.processes > 1:
             parts["communication"] = self.trained * self.gradient  # DDP's buckets, beside the gradients
         if stage == 3:
             live = min(self.count, LIVE + self.largest) * self.width
             parts["gathered weights"] = max(live, self.small)
-        return parts | {"libraries (assumed)": LIBRARIES["CPU" if where.cpu else "GPU"]}
+        return parts | {"libraries (assumed)": LIBRARIES["CPU" if sharding.cpu else "GPU"]}
 
     def _states(self) -> float:
         """Bytes of AdamW's two moments, and of the float32 copy of the weights that DeepSpeed trains: always under
@@ -227,14 +231,16 @@ class MemoryModel:
     def _in_cpu(self) -> float:
         """Bytes on each machine: of the optimizer, float32 weights, gradients and both moments, gradients as they come,
         and under ZeRO-2 a buffer of the new weights and one for the largest gradient; of offloaded weights, all."""
-        where, size = self.sharding, 0.0
-        if where.offload_optimizer:
+        sharding, size = self.sharding, 0.0
+        if sharding.offload_optimizer:
             size += self._shard(self.trained * (16 + self.gradient))
-            again = self.args.gradient_accumulation_steps > 1
-            size += (self._shard(self.trained * again) + self.largest_trained) * self.gradient * (where.stage == 2)
-        if where.offload_param:
+            accumulates = self.args.gradient_accumulation_steps > 1
+            size += (
+                (self._shard(self.trained * accumulates) + self.largest_trained) * self.gradient * (sharding.stage == 2)
+            )
+        if sharding.offload_param:
             size += self._shard(self.weights + self.reference)
-        return size * where.processes / where.machines
+        return size * sharding.processes / sharding.machines
 
 
 def four_bit_weights(model: nn.Module) -> list[nn.Parameter]:

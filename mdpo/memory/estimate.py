@@ -26,8 +26,8 @@ MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
 def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
-    """Of a recipe from `config.recipe.load_recipe`, as it is written: what this machine lacks is no matter, unless the
-    accelerate file says use_cpu. Raises UserError that names what cannot be planned."""
+    """Of a recipe from `config.recipe.load_recipe`, as it is written: what this machine lacks does not matter, unless
+    the accelerate file says use_cpu. Raises UserError that names what cannot be planned."""
     args, values = recipe.training, recipe.values if sharding.cpu else recipe.written
     _refuse(recipe, sharding)
     config = _model_config(recipe.model.model_name_or_path, recipe)
@@ -93,19 +93,19 @@ def _refuse(recipe, sharding: Sharding) -> None:
 def _refuse_no_master(args, policy: nn.Module) -> None:
     """As a run does."""
     halves = [weight for weight in policy.parameters() if weight.requires_grad and weight.dtype in HALF]
-    if halves and (why := without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}")):
-        raise UserError(why)
+    if halves and (reason := without_master(args, halves[0].dtype, f"{sum(p.numel() for p in halves):,}")):
+        raise UserError(reason)
 
 
 def _model_config(name: str, recipe):
-    """From the hub or a folder; no weights are looked at. Raises UserError."""
-    place = {"revision": recipe.model.model_revision, **(recipe.training.model_init_kwargs or {})}
-    place = {key: place[key] for key in ("revision", "subfolder") if key in place}
+    """From the hub or a folder; no weights are read. Raises UserError."""
+    options = {"revision": recipe.model.model_revision, **(recipe.training.model_init_kwargs or {})}
+    options = {key: options[key] for key in ("revision", "subfolder") if key in options}
     refuse_missing_folder("model_name_or_path", name)
     if Path(name, "adapter_config.json").is_file():
         raise UserError(f"model_name_or_path: {name} holds an adapter; plan with the folder or name of its base model.")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=recipe.training.trust_remote_code, **place)
+        return AutoConfig.from_pretrained(name, trust_remote_code=recipe.training.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"model_name_or_path: the configuration of {name!r} cannot be loaded: {first_line(error)}\n"
@@ -116,8 +116,8 @@ def _model_config(name: str, recipe):
 
 def _maker(config, recipe, values: dict) -> Callable[[], nn.Module]:
     """A function that builds the model in the dtype that it is loaded in."""
-    given = (recipe.training.model_init_kwargs or {}).get("dtype") or values.get("dtype") or recipe.model.dtype
-    dtype = DTYPES.get(str(given)) or getattr(config, "dtype", None) or torch.float32
+    dtype_name = (recipe.training.model_init_kwargs or {}).get("dtype") or values.get("dtype") or recipe.model.dtype
+    dtype = DTYPES.get(str(dtype_name)) or getattr(config, "dtype", None) or torch.float32
     attention = values.get("attn_implementation")
     attention = None if attention is None or attention.startswith(("flash", "kernels")) else attention
     options = {"trust_remote_code": recipe.training.trust_remote_code, "attn_implementation": attention, "dtype": dtype}

@@ -1,7 +1,7 @@
 """What a training step keeps in memory, from the model's configuration alone, without weights or a GPU.
 
 The model's own code, with our scoring, checkpointing and PEFT, runs once on fake tensors, and every storage that it
-makes is counted from its first use to its last (mdpo/memory/fake_tensors.py)."""
+allocates is counted from its first use to its last (mdpo/memory/fake_tensors.py)."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ class FakeModel:
     """A model without data, as a recipe trains it.
 
     `make` returns it in the dtype that it is loaded in, `make_reference` the reference where a step has a model of its
-    own for that. DeepSpeed casts the policy to `engine_dtype`, and the reference follows; `autocast` is the dtype of
+    own for it. DeepSpeed casts the policy to `engine_dtype`, and the reference follows; `autocast` is the dtype of
     mixed precision without it. `attention` names the kernel that packed rows meet on a GPU, flash or torch; None: a
     CPU, where torch chooses. A batch is `pairs` whose sides have `length` tokens each; every token is supervised, and
     none is shared."""
@@ -71,32 +71,32 @@ class FakeModel:
     def _base(self):
         return base_model(self.policy)
 
-    def training(self, pairs: int, length: int, held: bool, again: bool) -> dict[str, int]:
-        """PARTS (bytes) at the peak of a forward and a backward pass. `held`: gradients stay until the optimizer's
-        step, else they leave as soon as they are there (DeepSpeed reduces them). `again`: earlier micro-batches have
-        left theirs. The reference, where it is not precomputed, scores the batch between the two passes."""
+    def training(self, pairs: int, length: int, keeps_gradients: bool, accumulates: bool) -> dict[str, int]:
+        """PARTS (bytes) at the peak of a forward and a backward pass. `keeps_gradients`: they stay until the optimizer
+        steps, else each is freed as soon as it is there (DeepSpeed reduces it). `accumulates`: earlier micro-batches
+        have left theirs. The reference, where it is not precomputed, scores the batch between the two passes."""
         self.policy.train()
-        with self._counting() as found, contextlib.ExitStack() as hooks:
+        with self._counting() as allocations, contextlib.ExitStack() as hooks:
             for weight in (p for p in self.policy.parameters() if p.requires_grad):
-                if held and again:
+                if keeps_gradients and accumulates:
                     weight.grad = torch.empty_like(weight)
-                    found.add(weight.grad, "gradients")
-                hook = weight.register_post_accumulate_grad_hook(lambda p: _take(p, found, held))
+                    allocations.add(weight.grad, "gradients")
+                hook = weight.register_post_accumulate_grad_hook(lambda p: _take(p, allocations, keeps_gradients))
                 hooks.callback(hook.remove)
             logps = self._score(self.policy, pairs, length)
             self._score_reference(pairs, length)
             logps.sum().backward()
             self.policy.zero_grad()
-        return found.peak
+        return allocations.peak
 
     def evaluation(self, pairs: int, length: int) -> dict[str, int]:
         """PARTS (bytes) at the peak of a forward pass without gradients."""
         self.policy.eval()
-        with self._counting() as found, torch.no_grad():
+        with self._counting() as allocations, torch.no_grad():
             logps = self._score(self.policy, pairs, length)
             self._score_reference(pairs, length)
             del logps
-        return found.peak
+        return allocations.peak
 
     def _score_reference(self, pairs: int, length: int) -> None:
         if self.args.precompute_ref_log_probs:
@@ -120,10 +120,10 @@ class FakeModel:
     def _counting(self):
         """An Allocations that counts within it, with stand-ins for what is compiled and for attention kernels."""
         known = [tensor for model in self._models for tensor in (*model.parameters(), *model.buffers())]
-        found = Allocations(self.config.vocab_size, known)
-        with self.mode, found, contextlib.ExitStack() as stack:
+        allocations = Allocations(self.config.vocab_size, known)
+        with self.mode, allocations, contextlib.ExitStack() as stack:
             stack.enter_context(
-                replaced(mdpo.forward.token_logps, "compiled", lambda f: lambda *x: OnePass.apply(found, f, *x))
+                replaced(mdpo.forward.token_logps, "compiled", lambda f: lambda *x: OnePass.apply(allocations, f, *x))
             )
             if self.attention:
                 stack.enter_context(
@@ -134,9 +134,9 @@ class FakeModel:
             for module in (module for model in self._models for module in model.modules()) if self.fused else ():
                 if is_norm(module) or is_gated(module):
                     module.forward = types.MethodType(
-                        norm_forward(found) if is_norm(module) else gated_forward(found), module
+                        norm_forward(allocations) if is_norm(module) else gated_forward(allocations), module
                     )
-            yield found
+            yield allocations
 
 
 def _prepared(model, args, peft, engine_dtype, zero3: bool):
@@ -155,28 +155,30 @@ def _prepared(model, args, peft, engine_dtype, zero3: bool):
     cast_weights(model, engine_dtype)
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
-        every = options.pop("every_n_layers", 1)
+        every_n = options.pop("every_n_layers", 1)
         options |= {"use_reentrant": True} if peft is not None and zero3 else {}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, every_n_layers=every)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, every_n_layers=every_n)
     return model
 
 
-def _take(weight, found: Allocations, held: bool) -> None:
-    if held:
-        found.add(weight.grad, "gradients")
+def _take(weight, allocations: Allocations, keep: bool) -> None:
+    if keep:
+        allocations.add(weight.grad, "gradients")
     else:
         weight.grad = None
 
 
 def _on_fake_cpu(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Meta tensors in place: fake ones of a CPU's, for which autocast and attention choose as for real ones."""
-    made: dict[int, torch.Tensor] = {}  # tied weights stay one
+    """Replaces meta tensors by fake CPU tensors, for which autocast and attention choose as for real ones."""
+    fakes: dict[int, torch.Tensor] = {}  # tied weights stay one
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
+                if tensor is not None and id(tensor) not in fakes:
                     with mode:
                         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                        whole = nn.Parameter(fake, tensor.requires_grad) if tensors is module._parameters else fake
-                    made[id(tensor)] = whole
-                tensors[name] = tensor if tensor is None else made[id(tensor)]
+                        fake_weight = (
+                            nn.Parameter(fake, tensor.requires_grad) if tensors is module._parameters else fake
+                        )
+                    fakes[id(tensor)] = fake_weight
+                tensors[name] = tensor if tensor is None else fakes[id(tensor)]

@@ -1,5 +1,5 @@
 """Counts what tensors would allocate, without allocating it: fake tensors (shape and dtype without data) go through
-the real code. Only what has other code on a GPU is stood in for: compiled functions and attention kernels."""
+the real code. Only what has other code on a GPU is replaced: compiled functions and attention kernels."""
 
 import contextlib
 from weakref import ref
@@ -13,7 +13,7 @@ PARTS = ("activations", "LM head", "gradients")
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of live storages while it is entered, by PARTS. `peak` holds them at the moment when their sum
+    """Counts the bytes of live storages while it is entered, by PARTS. `peak` has them at the moment when their sum
     was highest. Storages that existed before, such as weights, have to be named in `known`, and count nothing."""
 
     def __init__(self, vocabulary: int, known: list[torch.Tensor]):
@@ -67,36 +67,36 @@ def replaced(module, name: str, value):
 
 
 class OnePass(torch.autograd.Function):
-    """A compiled function of tensors: it keeps its inputs and makes its output; in backward, their gradients."""
+    """A compiled function of tensors: it saves its inputs and allocates its output; in backward, their gradients."""
 
     @staticmethod
-    def forward(ctx, found: Allocations, function, *inputs):
+    def forward(ctx, allocations: Allocations, function, *inputs):
         ctx.tensors = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
-        found.paused = True
+        allocations.paused = True
         try:
             out = function(*inputs)
         finally:
-            found.paused = False
-        found.add(out)
+            allocations.paused = False
+        allocations.add(out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        kept = iter(ctx.saved_tensors)
-        return None, None, *(torch.empty_like(next(kept)) if tensor else None for tensor in ctx.tensors)
+        saved = iter(ctx.saved_tensors)
+        return None, None, *(torch.empty_like(next(saved)) if tensor else None for tensor in ctx.tensors)
 
 
-def norm_forward(found: Allocations):
-    return lambda self, x: OnePass.apply(found, lambda x, weight: type(self).forward(self, x), x, self.weight)
+def norm_forward(allocations: Allocations):
+    return lambda self, x: OnePass.apply(allocations, lambda x, weight: type(self).forward(self, x), x, self.weight)
 
 
-def gated_forward(found: Allocations):
-    """As mdpo.forward.compiled_ops has it: gate and up are kept, their product is made again in backward."""
+def gated_forward(allocations: Allocations):
+    """As mdpo.forward.compiled_ops has it: gate and up are saved, their product is recomputed in backward."""
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = OnePass.apply(found, lambda gate, up: self.act_fn(gate) * up, gate, up)
+        inner = OnePass.apply(allocations, lambda gate, up: self.act_fn(gate) * up, gate, up)
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return self.down_proj(inner)
         address, dtype = inner.untyped_storage()._cdata, inner.dtype
@@ -104,8 +104,8 @@ def gated_forward(found: Allocations):
         def pack(tensor):
             return tensor.shape if tensor.untyped_storage()._cdata == address else tensor
 
-        def unpack(kept):
-            return kept if isinstance(kept, torch.Tensor) else torch.empty(kept, dtype=dtype)
+        def unpack(saved):
+            return saved if isinstance(saved, torch.Tensor) else torch.empty(saved, dtype=dtype)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return self.down_proj(inner)
@@ -114,7 +114,7 @@ def gated_forward(found: Allocations):
 
 
 def varlen_kernel(flash: bool):
-    """For mdpo.forward.packed_attention._varlen: torch's kernel knows neither soft-caps nor dropout."""
+    """For mdpo.forward.packed_attention._varlen: torch's kernel supports neither soft-caps nor dropout."""
 
     def choose(query, value, dropout, softcap):
         size = query.size(-1)
@@ -126,13 +126,13 @@ def varlen_kernel(flash: bool):
 
 
 def _attend(query, key, value, segments, *_):
-    places = torch.empty(sum(segments.key_sizes), dtype=torch.int64)
+    index = torch.empty(sum(segments.key_sizes), dtype=torch.int64)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _Attention.apply(q, k.index_select(0, places), v.index_select(0, places))[None]
+    return _Attention.apply(q, k.index_select(0, index), v.index_select(0, index))[None]
 
 
 class _Attention(torch.autograd.Function):
-    """Flash attention keeps its inputs, its output and a float32 a query and head; its backward adds a float32 query
+    """Flash attention saves its inputs, its output and a float32 per query and head; its backward adds a float32 query
     gradient up and, where several heads share a key, makes the keys' gradients for each head first."""
 
     @staticmethod

@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
-        if isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in SAID):
+        if isinstance(error, RuntimeError | OSError) and any(phrase in str(error).lower() for phrase in SAID):
             return True
         error = error.__cause__
     return False
@@ -49,7 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @dataclass
 class MemorySnapshot:
     """Memory of this process as it is now, in bytes. `limit` is what it may have: the GPU's, or the smallest of the
-    process's, its cgroup's and the machine's. `reserved`: what PyTorch holds of a GPU, in use or not."""
+    process's, its cgroup's and the machine's. `reserved`: what PyTorch has taken of a GPU, in use or not."""
 
     used: int
     limit: int
@@ -62,8 +62,8 @@ class MemorySnapshot:
         device = torch.device(device)
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            used, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-            return cls(used, total, most, "GPU", torch.cuda.memory_reserved(device))
+            used, allocated_peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+            return cls(used, total, allocated_peak, "GPU", torch.cuda.memory_reserved(device))
         limit, where, field = min(_cpu_limits())
         status = Path("/proc/self/status").read_text()  # psutil tells no peaks on Linux
         now, peak = (int(status.partition(f"\n{name}:")[2].split()[0]) * 1024 for name in field)
@@ -71,7 +71,7 @@ class MemorySnapshot:
 
     @property
     def fragments(self) -> int:
-        """Bytes that PyTorch holds and nothing uses: blocks that were too small for what was asked for."""
+        """Bytes that PyTorch has reserved and nothing uses: blocks too small for what was requested."""
         return 0 if self.reserved is None else self.reserved - self.used
 
     def __str__(self) -> str:
@@ -87,56 +87,56 @@ class MemorySnapshot:
 def _cpu_limits() -> list[tuple[int, str, tuple[str, str]]]:
     """(bytes, what sets the limit, fields of /proc/self/status that count towards it: now and at most)."""
     resident, addresses = ("VmRSS", "VmHWM"), ("VmSize", "VmPeak")
-    found = [(psutil.virtual_memory().total, "this machine", resident)]
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        found.append((most, "addresses of this process, `ulimit -v`", addresses))
+    limits = [(psutil.virtual_memory().total, "this machine", resident)]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        limits.append((limit, "addresses of this process, `ulimit -v`", addresses))
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            found.append((int(Path(path).read_text()), "this container", resident))
+            limits.append((int(Path(path).read_text()), "this container", resident))
         except (OSError, ValueError):  # no cgroup of that version, or "max"
             continue
-    return found
+    return limits
 
 
 @contextmanager
 def explained(recipe, trainer: Callable[[], object], argv: list[str]):
     """Turns an error within it that says that memory ran out into a UserError that explains it. `trainer()` is the one
-    that was made meanwhile, or None."""
+    made meanwhile, or None."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        made, args = trainer(), recipe.training
-        batch = getattr(made, "batch_in_hand", None)
-        rows = getattr(made, "train_dataset" if made is None or made.model.training else "eval_dataset", None)
+        current, args = trainer(), recipe.training
+        batch = getattr(current, "batch_in_hand", None)
+        rows = getattr(current, "train_dataset" if current is None or current.model.training else "eval_dataset", None)
         keys = rows["key"] if "key" in (getattr(rows, "column_names", None) or ()) else None
-        sharding = Sharding.running(made.accelerator) if made is not None else _before(args)
+        sharding = Sharding.running(current.accelerator) if current is not None else _before(args)
         message = explain(error, batch, recipe, sharding, args.device, keys, argv or None)
         raise UserError(message, "memory") from error
 
 
 def _before(args) -> Sharding:
-    """Where the run takes place, as far as that is known before there is a trainer."""
+    """The run's sharding, as far as it is known before there is a trainer."""
     stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     return Sharding(stage, args.world_size, cpu=args.device.type == "cpu")
 
 
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:
     """`report` with memory as it is now, and as planned where it can be."""
-    seen = MemorySnapshot.now(device)
-    traceback.clear_frames(error.__traceback__)  # they hold the step's tensors, and a plan needs some room
+    snapshot = MemorySnapshot.now(device)
+    traceback.clear_frames(error.__traceback__)  # they keep the step's tensors alive, and a plan needs room
     try:
         plan = plan_memory(recipe, sharding)
     except Exception as reason:  # an explanation must not fail where memory is short: it says less
-        return report(error, batch, recipe, sharding, seen, None, keys, argv, first_line(reason))
-    return report(error, batch, recipe, sharding, seen, plan, keys, argv)
+        return report(error, batch, recipe, sharding, snapshot, None, keys, argv, first_line(reason))
+    return report(error, batch, recipe, sharding, snapshot, plan, keys, argv)
 
 
 def report(error, batch, recipe, sharding, seen, plan=None, keys=None, argv=None, not_planned=None) -> str:
-    """The whole message. `batch` is a collator's, or None; `keys` the `key` column of its set, which its `row` numbers
-    count in; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` the command line behind run_dpo.py."""
+    """The whole message. `batch` is a collator's, or None; `keys` the `key` column of its dataset, which its `row`
+    numbers index; `plan` a MemoryPlan, or None for the reason `not_planned`; `argv` what follows run_dpo.py."""
     lines = [f"Out of memory: {first_line(error, innermost=False)}", f"  seen: {seen}"]
     if batch is not None:
         lines.append(f"  batch: {describe_batch(batch, keys)}")
@@ -157,7 +157,7 @@ def _allocator() -> str:
 
 
 def describe_batch(batch: PairBatch, keys: list[str] | None = None) -> str:
-    """Pairs, tokens, and where the longest pair stands in the data."""
+    """Pairs, tokens, and where the longest pair is in the data."""
     lengths, pairs = batch.pair_lengths, batch.n_pairs
     words = f"{pairs} pair{'s' if pairs > 1 else ''}, {batch.n_tokens} tokens"
     if batch.is_packed:
@@ -172,33 +172,33 @@ def describe_batch(batch: PairBatch, keys: list[str] | None = None) -> str:
 
 def next_changes(recipe, sharding: Sharding, plan: MemoryPlan | None, gb: float, argv: list[str]) -> list[str]:
     """What to try, cheapest first; what is on already or cannot apply is left out."""
-    args, model, found = recipe.training, recipe.model, []
-    second = not model.use_peft or args.ref_model_name_or_path  # else the policy without its adapter is the reference
-    if second and not args.precompute_ref_log_probs and not args.sync_ref_model:
-        found.append("--precompute_ref_log_probs=true: the reference scores all pairs first, then leaves memory.")
+    args, model, changes = recipe.training, recipe.model, []
+    separate = not model.use_peft or args.ref_model_name_or_path  # else the policy without its adapter is the reference
+    if separate and not args.precompute_ref_log_probs and not args.sync_ref_model:
+        changes.append("--precompute_ref_log_probs=true: the reference scores all pairs first, then is freed.")
     if not args.gradient_checkpointing:
-        found.append("--gradient_checkpointing=true: activations are computed again in backward, not kept.")
+        changes.append("--gradient_checkpointing=true: activations are recomputed in backward, not kept.")
     pairs, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if pairs > 1:
         fewer = next(n for n in range(pairs // 2, 0, -1) if pairs * steps % n == 0)
         more = pairs * steps // fewer
-        found.append(
+        changes.append(
             f"--per_device_train_batch_size={fewer} --gradient_accumulation_steps={more}: the same global batch, "
             f"{fewer} × {more} × {sharding.processes} = {pairs * steps * sharding.processes} pairs."
         )
     sharded = not sharding.cpu and not model.load_in_4bit  # bitsandbytes' weights cannot be sharded
     command = f"accelerate launch --config_file {{}} --num_processes {sharding.processes} run_dpo.py {shlex.join(argv)}"
     if sharded and sharding.stage < 3 and sharding.processes > 1:
-        found.append(f"{command.format(ZERO3)}: each GPU holds its share of the weights.")
+        changes.append(f"{command.format(ZERO3)}: each GPU holds its share of the weights.")
     if args.max_length and (length := _shorter(args.max_length, plan, gb)):
-        found.append(f"--max_length={length}: longer pairs are dropped, and counted.")
+        changes.append(f"--max_length={length}: longer pairs are dropped, and counted.")
     if sharded and not (sharding.offload_optimizer and sharding.offload_param):
-        found.append(f"{command.format(OFFLOAD)}: optimizer and weights wait in CPU memory, which is slow.")
-    return found or ["LoRA (--use_peft=true), a smaller model, or more memory: nothing cheaper is left."]
+        changes.append(f"{command.format(OFFLOAD)}: optimizer and weights wait in CPU memory, which is slow.")
+    return changes or ["LoRA (--use_peft=true), a smaller model, or more memory: nothing cheaper is left."]
 
 
 def _shorter(length: int, plan: MemoryPlan | None, gb: float) -> int | None:
-    """A max_length below `length`: the longest that is planned to fit, or, where there is no plan or it had said that
-    the run fits, three quarters. None where no length fits."""
+    """A max_length below `length`: the longest that is planned to fit, or, where there is no plan or by it the run
+    fits, three quarters. None where no length fits."""
     fits = plan.longest(gb) if plan else length
     return None if fits is None else fits if fits < length else max(2, length * 3 // 4)

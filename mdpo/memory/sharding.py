@@ -1,4 +1,4 @@
-"""Where a run takes place, as far as memory goes: what an accelerate file says about processes and DeepSpeed."""
+"""How a run is spread over devices, as far as memory goes: an accelerate file's processes and DeepSpeed settings."""
 
 import os
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ OVERLAP = "overlap_comm"  # of DeepSpeed's zero_optimization
 @dataclass(frozen=True)
 class Sharding:
     """`stage` 0 (none), 2 or 3; `processes` of all machines together; what waits in CPU memory; `precision` as the
-    launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward goes on."""
+    launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward runs."""
 
     stage: int = 0
     processes: int = 1
@@ -34,7 +34,7 @@ class Sharding:
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> "Sharding":
         """From an accelerate file; `processes` as `accelerate launch --num_processes` has it. Raises UserError that
-        names what memory cannot be planned for."""
+        names what cannot be planned."""
         raw = _mapping(path)
         kind, engine = str(raw.get("distributed_type", "NO")).upper(), raw.get("deepspeed_config") or {}
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
@@ -51,7 +51,7 @@ class Sharding:
         if kind == "DEEPSPEED":
             _refuse(path, engine)
         stage = int(engine.get("zero_stage", 2)) if kind == "DEEPSPEED" else 0
-        offload = {what: engine.get(f"offload_{what}_device", "none") == "cpu" for what in ("optimizer", "param")}
+        offload = {part: engine.get(f"offload_{part}_device", "none") == "cpu" for part in ("optimizer", "param")}
         return cls(
             stage,
             n,
@@ -67,37 +67,39 @@ class Sharding:
         """Of a run that has begun."""
         plugin = accelerator.state.deepspeed_plugin
         zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
-        away = {what: zero.get(f"offload_{what}", {}).get("device", "none") == "cpu" for what in ("optimizer", "param")}
+        offload = {
+            part: zero.get(f"offload_{part}", {}).get("device", "none") == "cpu" for part in ("optimizer", "param")
+        }
         return cls(
             int(zero.get("stage", 0)),
             accelerator.num_processes,
             machines,
-            away["optimizer"],
-            away["param"],
+            offload["optimizer"],
+            offload["param"],
             accelerator.mixed_precision,
             accelerator.device.type == "cpu",
             bool(zero.get(OVERLAP, True)),
         )
 
     def __str__(self) -> str:
-        where = "CPU process" if self.cpu else "GPU"
-        words = [f"{self.processes} {where}{'es' if self.cpu and self.processes > 1 else ''}"]
+        device = "CPU process" if self.cpu else "GPU"
+        words = [f"{self.processes} {device}{'es' if self.cpu and self.processes > 1 else ''}"]
         words[0] += "s" if self.processes > 1 and not self.cpu else ""
         words += [f"on {self.machines} machines"] if self.machines > 1 else []
         sharded = STAGES[self.stage] if self.processes > 1 or self.stage else ""
-        away = " and ".join(
+        offloaded = " and ".join(
             w for w, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_param)) if on
         )
         return ", ".join(
-            [" ".join(words), *([sharded] if sharded else []), *([f"{away} in CPU memory"] if away else [])]
+            [" ".join(words), *([sharded] if sharded else []), *([f"{offloaded} in CPU memory"] if offloaded else [])]
         )
 
 
 def overlap_reduction(plugin) -> str | None:
-    """Has ZeRO-2 reduce gradients while backward goes on, unless the configuration of `plugin`, accelerate's
-    DeepSpeedPlugin or None, says something of it. DeepSpeed does so by itself under ZeRO-3 only, and an accelerate
+    """Lets ZeRO-2 reduce gradients while backward runs, unless the configuration of `plugin`, accelerate's
+    DeepSpeedPlugin or None, says something about it. DeepSpeed does so by itself under ZeRO-3 only, and an accelerate
     file has no key for it. Returns a line on what was set, or None. Raises UserError where such a file has the key all
-    the same, which accelerate passes over without a word."""
+    the same, which accelerate ignores without a word."""
     if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
         raise UserError(
             f"deepspeed_config.{OVERLAP}: accelerate reads no such key in its file; under ZeRO-2 and ZeRO-3 it is "
@@ -108,15 +110,15 @@ def overlap_reduction(plugin) -> str | None:
     if zero.get("stage") != 2 or OVERLAP in zero:
         return None
     zero[OVERLAP] = True
-    return "ZeRO-2: gradients are reduced while backward goes on (overlap_comm: true)"
+    return "ZeRO-2: gradients are reduced while backward runs (overlap_comm: true)"
 
 
 def _mapping(path: str | Path) -> dict:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        known = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
-        message = f"{path}: cannot be read ({error.strerror}). Accelerate files here: {known}."
+        files = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
+        message = f"{path}: cannot be read ({error.strerror}). Accelerate files here: {files}."
         raise UserError(message, "accelerate file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not valid YAML: {error}", "accelerate file") from None
@@ -130,12 +132,12 @@ def _refuse(path: str | Path, engine: dict) -> None:
     stage = int(engine.get("zero_stage", 2))
     if stage not in (2, 3):
         raise UserError(f"{path}: zero_stage: ZeRO-{stage} cannot be planned; ZeRO-2 and ZeRO-3 can.", "zero_stage")
-    for what in ("optimizer", "param"):
-        device = engine.get(f"offload_{what}_device") or "none"
+    for part in ("optimizer", "param"):
+        device = engine.get(f"offload_{part}_device") or "none"
         if device not in ("none", "cpu"):
-            key = f"offload_{what}_device"
+            key = f"offload_{part}_device"
             raise UserError(f"{path}: {key}: {device} cannot be planned; none and cpu can.", key)
-        if device == "cpu" and what == "param" and stage != 3:
+        if device == "cpu" and part == "param" and stage != 3:
             key = "offload_param_device"
             raise UserError(f"{path}: {key}: DeepSpeed takes it under ZeRO-3 only.", key)
     if unknown := sorted(set(engine) - READ - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}):

@@ -1,4 +1,4 @@
-"""What a reference is known by: a digest of its weights and of everything else that its log-probs depend on."""
+"""The fingerprint of a reference: a digest of its weights and of everything else that its log-probs depend on."""
 
 import json
 from pathlib import Path
@@ -31,9 +31,9 @@ def named_digest(name_or_path: str, revision: str | None, cache: Path, subfolder
         files = sorted(path for pattern in (*WEIGHTS, *BESIDE) for path in folder.glob(pattern))
         if not any(path.match(pattern) for path in files for pattern in WEIGHTS):
             return None
-        known = read_cache(cache / DIGESTS) or {}
-        digests = {path.name: _file_digest(path, known) for path in files}
-        write_cache(cache / DIGESTS, known)
+        cached = read_cache(cache / DIGESTS) or {}
+        digests = {path.name: _file_digest(path, cached) for path in files}
+        write_cache(cache / DIGESTS, cached)
         adapter = folder / "adapter_config.json"
     else:
         names = ("config.json", "adapter_config.json")
@@ -51,15 +51,15 @@ def named_digest(name_or_path: str, revision: str | None, cache: Path, subfolder
 
 
 def _on_hub(name: str, file: str, revision: str | None, subfolder: str) -> str | None:
-    """Where a small file of a hub model lies in the cache, downloaded if need be; None where the model has none."""
+    """Where a small file of a hub model is in the cache, downloaded if need be; None where the model has none."""
     options = {"revision": revision, "subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
     return cached_file(name, file, **options)
 
 
-def _file_digest(path: Path, known: dict[str, list]) -> str:
+def _file_digest(path: Path, cached: dict[str, list]) -> str:
     stat, name = path.stat(), str(path.resolve())
     state = [stat.st_size, stat.st_mtime_ns]
-    if known.get(name, [])[:2] != state:
+    if cached.get(name, [])[:2] != state:
         digest = xxhash.xxh3_128()
         with (
             open(path, "rb") as file,
@@ -68,13 +68,13 @@ def _file_digest(path: Path, known: dict[str, list]) -> str:
             while block := file.read(BLOCK):
                 digest.update(block)
                 bar.update(len(block))
-        known[name] = [*state, digest.hexdigest()]
-    return known[name][2]
+        cached[name] = [*state, digest.hexdigest()]
+    return cached[name][2]
 
 
 def weights_digest(model, whole: bool = False) -> str | None:
-    """Of a model in memory, what is being trained of a PEFT model left out: its reference is the rest; with `whole`
-    all of it, as it computes now. None where ZeRO-3 has partitioned the weights."""
+    """Of a model in memory, without what is trained of a PEFT model: the rest is its reference; with `whole` all of
+    it, as it computes now. None where ZeRO-3 has partitioned the weights."""
     digest, adapted = xxhash.xxh3_128(), hasattr(model, "peft_config") and not whole
     for name, weight in sorted(model.state_dict(keep_vars=True).items()):
         if hasattr(weight, "ds_id"):
@@ -110,7 +110,7 @@ def reference_identity(
     init_kwargs: dict | None = None,
     engine_dtype: torch.dtype | None = None,
 ) -> str:
-    """The digest that a reference's log-probs are kept under; `model` is the policy, whose dtype and attention a
+    """The digest that a reference's log-probs are cached under; `model` is the policy, whose dtype and attention a
     reference by name has, `init_kwargs` what it is loaded with, `engine_dtype` what DeepSpeed casts both to."""
     inner = base_model(model)
     parts = {

@@ -1,4 +1,4 @@
-"""The reference of a trainer: which model it is, when it is in memory, its log-probs, in the step or precomputed."""
+"""A trainer's reference: which model it is, when it is in memory, and its log-probs, in the step or precomputed."""
 
 import gc
 from collections.abc import Callable
@@ -63,24 +63,24 @@ class Reference:
     # ------------------------------------------------------------------------------------------------ which model
 
     def make(self) -> None:
-        """Puts the model into memory, ready to score. Raises UserError where there is none any more."""
+        """Puts the model into memory, ready to score. Raises UserError where there is none anymore."""
         self.model, self._made = self._model(), True
 
     def _model(self):
-        model, path, ahead = self.given, self.args.ref_model_name_or_path, self.args.precompute_ref_log_probs
+        model, path, precomputed = self.given, self.args.ref_model_name_or_path, self.args.precompute_ref_log_probs
         if model is None and not path and self._is_policy():
-            if ahead and self._deepspeed:
+            if precomputed and self._deepspeed:
                 raise UserError(
                     "precompute_ref_log_probs: under DeepSpeed a PEFT model with an adapter of its own cannot be its "
                     "own reference before training. Leave it out."
                 )
             return None
-        if model is None and not path and ahead and self.trained():
+        if model is None and not path and precomputed and self.trained():
             path = self.policy.config._name_or_path
             if not path:
                 raise UserError(
                     "precompute_ref_log_probs: the policy has been trained, and was given as an object: the reference "
-                    "for this new set is gone. Give the set to the trainer at its start, or a ref_model."
+                    "for this new dataset is gone. Give it to the trainer at its start, or give a ref_model."
                 )
         if model is None:
             kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
@@ -95,14 +95,14 @@ class Reference:
     def _is_policy(self) -> bool:
         """Without another one: a PEFT model, and before training, where log-probs are precomputed, any model.
         DeepSpeed places a model only when training begins, too late for the latter."""
-        ahead = self.args.precompute_ref_log_probs
+        precomputed = self.args.precompute_ref_log_probs
         if isinstance(self.policy, PeftModel):
-            return OWN_ADAPTER in self.policy.peft_config or not (ahead and self._deepspeed)
-        return ahead and not self.trained() and not self._deepspeed
+            return OWN_ADAPTER in self.policy.peft_config or not (precomputed and self._deepspeed)
+        return precomputed and not self.trained() and not self._deepspeed
 
     def free(self) -> None:
-        """Out of memory; made again when it is asked for."""
-        if self.given is None:  # a given one may be asked again
+        """Frees its memory; the model is made again when it is needed."""
+        if self.given is None:  # a given one may be needed again
             drop_weights(self.model)
         self.model, self._made = None, False
         if self.given is not None and not self._deepspeed:
@@ -121,19 +121,19 @@ class Reference:
 
     def logps(self, policy, batch) -> torch.Tensor:
         """(S,) float32, nats: of the batch's supervised tokens. `policy` as it is wrapped for training. Raises
-        UserError for a batch without them where they were to be precomputed."""
+        UserError for a batch without them where they have to be precomputed."""
         if batch.reference_logp is not None:
             return batch.reference_logp
         if self.args.precompute_ref_log_probs:
             raise UserError(
-                "precompute_ref_log_probs: this batch comes from a set without them. Give it to the trainer."
+                "precompute_ref_log_probs: this batch comes from a dataset without them. Give that to the trainer."
             )
         noisy = bool(self.args.neftune_noise_alpha) or not self.args.disable_dropout
         kwargs = self.args.gradient_checkpointing_kwargs
         return score_reference(self.model, policy, self.accelerator, batch, self.layout, kwargs, noisy).logps
 
     def precompute(self, dataset: Dataset, name: str, collator, batch_size: int) -> Dataset:
-        """The dataset with the reference's log-probs, found on disk by content or computed. The model is made when the
+        """The dataset with the reference's log-probs, cached by content or computed. The model is made when the
         first pair is missing there, and stays until `free`."""
 
         def score(batch) -> torch.Tensor:
@@ -152,7 +152,7 @@ class Reference:
         return Path(self.args.reference_cache_dir or default_folder())
 
     def identity(self, packed: bool) -> str | None:
-        """What the reference's log-probs are cached under; None where its weights cannot be told."""
+        """What the reference's log-probs are cached under; None where its weights cannot be identified."""
         kwargs, own = self.args.model_init_kwargs or {}, OWN_ADAPTER in getattr(self.policy, "peft_config", {})
         name, revision = self.args.ref_model_name_or_path, None
         if not name and self.given is None and not own:
@@ -165,7 +165,7 @@ class Reference:
         else:
             digest = weights_digest(self.policy) if self.given is None else weights_digest(self.given, whole=True)
         if digest is None:
-            say("reference log-probs: not kept on disk, as no weight file tells which reference it is.")
+            say("reference log-probs: not cached on disk, as no weight file tells which reference it is.")
             return None
         precision, dtype = self.accelerator.mixed_precision, engine_dtype(self.args)
         return reference_identity(
@@ -173,7 +173,7 @@ class Reference:
         )
 
     def _digest(self, name: str, revision: str | None, subfolder: str) -> str | None:
-        """The main process reads the files, and all learn what it found, an error too."""
+        """The main process reads the files, and all ranks get its result, an error too."""
 
         def read() -> str | None:
             try:

@@ -1,4 +1,4 @@
-"""A model's weights into memory: all of them from its files, or none."""
+"""Loads a model's weights: all of them from its files, or an error."""
 
 from pickle import UnpicklingError
 
@@ -11,35 +11,37 @@ from mdpo.errors import UserError
 
 
 def load_model(name_or_path: str, **kwargs):
-    """A causal language model for training or as reference. Raises UserError where it cannot be loaded whole."""
+    """A causal language model for training or as reference. Raises UserError where it cannot be loaded completely."""
     refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
-    what = f"model {name_or_path!r} cannot be loaded"
+    subject = f"model {name_or_path!r} cannot be loaded"
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        model, loading_info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except AssertionError as e:  # nn.Embedding's
-        raise UserError(f"{what}: {first_line(e)}\nIs pad_token_id in its config.json below vocab_size?") from e
+        raise UserError(f"{subject}: {first_line(e)}\nIs pad_token_id in its config.json below vocab_size?") from e
     except RuntimeError as e:
         if "ignore_mismatched_sizes" not in str(e):
             raise
-        raise UserError(f"{what}: its files hold other shapes than its config.json says (see the report above).") from e
+        raise UserError(
+            f"{subject}: its files have other shapes than its config.json says (see the report above)."
+        ) from e
     except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as e:
         raise UserError(
-            f"{what}: {first_line(e, innermost=False)}.\n"
+            f"{subject}: {first_line(e, innermost=False)}.\n"
             "Where the hub cannot be reached, set model_name_or_path (or ref_model_name_or_path) to a local folder."
         ) from e
-    _refuse_missing(what, found)
+    _refuse_missing(subject, loading_info)
     return model
 
 
-def _refuse_missing(what: str, found: dict) -> None:
+def _refuse_missing(subject: str, loading_info: dict) -> None:
     """Raises UserError for weights that are in no file: transformers draws them at random."""
-    missing = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    missing = sorted([*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])])
     if not missing:
         return
-    alike = [name for name in found["unexpected_keys"] if name.endswith(f".{missing[0]}")]
-    wrapped = f" The files have it as {alike[0]}: they carry a wrapper's name." if alike else ""
-    where = "in no file" if found["missing_keys"] else "in its files in other shapes"
+    similar = [name for name in loading_info["unexpected_keys"] if name.endswith(f".{missing[0]}")]
+    wrapped = f" The files have it as {similar[0]}: they carry a wrapper's name." if similar else ""
+    where = "in no file" if loading_info["missing_keys"] else "in its files in other shapes"
     raise UserError(
-        f"{what}: {len(missing)} of its weights are {where} and would begin at random, such as {missing[0]}."
+        f"{subject}: {len(missing)} of its weights are {where} and would begin at random, such as {missing[0]}."
         f"{wrapped} Are all files there, and is config.json this model's?"
     )

@@ -1,8 +1,8 @@
-"""The reference's log-probs, computed before training and kept on disk: one float32 number for each supervised token,
-found again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
+"""The reference's log-probs, precomputed and cached on disk: one float32 number for each supervised token, found
+again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
 
-A folder of shards per reference, written whole or not at all, by several ranks side by side; a killed pass resumes
-where its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
+A folder of shards per reference, each complete or absent, by several ranks side by side; a killed pass resumes where
+its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ Sides = tuple[np.ndarray, np.ndarray]  # log-probs of chosen and of rejected, fl
 
 
 class ReferenceCache:
-    """Log-probs by key in `folder`; None keeps nothing."""
+    """Log-probs by key in `folder`; where that is None nothing is cached."""
 
     def __init__(self, folder: Path | None, rank: int = 0):
         self.folder, self.rank = folder, rank
@@ -57,13 +57,13 @@ class ReferenceCache:
                 damaged.append(f"reference log-probs: {path} is damaged ({error}); its pairs are computed again.")
 
     def add(self, key: bytes, sides: Sides) -> None:
-        """Keeps log-probs; every SHARD_S seconds those that have come together are written."""
+        """Caches log-probs; every SHARD_S seconds those added since are written."""
         self._new[key] = sides
         if time.monotonic() - self._written > SHARD_S:
             self.flush()
 
     def flush(self) -> None:
-        """A disk that fails costs the cache, not the hours that the pass took: it is said, and nothing more is kept."""
+        """A failing disk costs the cache, not the hours that the pass took: a line says so, and no more is cached."""
         if self.folder and self._new:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class ReferenceCache:
             except (OSError, SafetensorError) as error:
                 print(
                     f"warning: reference_cache_dir: {self.folder} cannot be written to by rank {self.rank} ({error}). "
-                    "This run goes on without; another one computes the reference's log-probs again.",
+                    "This run continues without; another one computes the reference's log-probs again.",
                     flush=True,
                 )
                 self.folder = None
@@ -108,14 +108,14 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------- a set and its keys
+# --------------------------------------------------------------------------------------------- a dataset and its keys
 
 
 def row_keys(dataset: Dataset, identity: str) -> np.ndarray:
     """(n, 16) uint8, for each row a digest of the reference's identity, both sides' token ids, and which of them are
     supervised."""
     keys = bytearray()
-    columns = [f"{side}_{what}" for side in SIDES for what in ("ids", "mask")]
+    columns = [f"{side}_{field}" for side in SIDES for field in ("ids", "mask")]
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         lists = [table.column(name).combine_chunks() for name in columns]
         values = [np.asarray(x.values, np.int32) for x in lists]
@@ -140,25 +140,26 @@ def precompute(
     identity: str = "",
     longest_cached: float = float("inf"),
 ) -> Dataset:
-    """The set with the reference's log-probs of every scored token as float32 lists in the columns REFERENCE. `score`
-    takes a batch and returns (S,) log-probs; it is called as often on each rank, and not at all where all is known."""
+    """The dataset with the reference's log-probs of every scored token as float32 lists in the columns REFERENCE.
+    `score` takes a batch and returns (S,) log-probs; it is called equally often on each rank, not at all where all is
+    cached."""
     keys = row_keys(dataset, identity)
     distinct = Distinct(keys)
-    wanted, damaged = len(distinct.first), []
-    columns = Columns.of(keys, wanted, kept=cache.folder is not None)
+    count, damaged = len(distinct.first), []
+    columns = Columns.of(keys, count, kept=cache.folder is not None)
     for arrays in cache.shards(damaged) if columns.mine else ():
         columns.take(distinct.places(arrays["keys"]), arrays["counts"], arrays["logps"])
     say(*dict.fromkeys(line for lines in gathered(damaged) for line in lines))
-    # What one node lacks all compute: they may look at different disks, or while another run writes.
+    # What one node lacks, all compute: nodes may have different disks, or look while another run writes.
     parts = gathered(np.packbits(~columns.known) if columns.mine else None)
     bits = np.bitwise_or.reduce([part for part in parts if part is not None])
-    todo = np.flatnonzero(np.unpackbits(bits, count=wanted))
+    todo = np.flatnonzero(np.unpackbits(bits, count=count))
     if cache.folder:
-        say(f"reference log-probs of {name}: {wanted - len(todo)} of {wanted} from {cache.folder}")
+        say(f"reference log-probs of {name}: {count - len(todo)} of {count} from {cache.folder}")
     if len(todo):
         rows = distinct.first[todo]
         new = _computed(dataset, rows, keys, score, collator, batch_size, accelerator, cache, name, longest_cached)
-        columns.take_from_all([(distinct.of_row[rows], *rest) for rows, *rest in new])
+        columns.take_from_all([(distinct.of_row[rows], *piece) for rows, *piece in new])
         del new
         _give_memory_back()
     return columns.added_to(dataset, distinct.of_row)
@@ -174,7 +175,7 @@ def _computed(
     dataset, todo, keys, score, collator, batch_size, accelerator, cache, name, longest_cached
 ) -> list[Piece]:
     """This rank's share of the rows `todo`, in pieces with the rows' numbers. Longest first, so that memory runs out at
-    once or never; sides over `longest_cached` in batches of their own, which are not kept."""
+    once or never; sides over `longest_cached` in batches of their own, which are not cached."""
     lengths = side_lengths(dataset).max(1)
     order = todo[np.argsort(-lengths[todo], kind="stable")]
     groups = [order[(lengths[order] > longest_cached) == long] for long in (True, False)]

@@ -1,7 +1,7 @@
-"""Log-probs of a whole set on their way from shards and ranks into two columns, without a copy in each rank's memory.
+"""Log-probs of a whole dataset, from shards and ranks into two columns, without a copy in each rank's memory.
 
-The first rank of each node puts them into a file as they come, and from there, in the set's order, into an Arrow file
-that all ranks of the node map: its pages are there once, however many ranks and dataloader workers read them.
+The first rank of each node puts them into a file as they come, and from there, in the dataset's order, into an Arrow
+file that all ranks of the node map: its pages are there once, however many ranks and dataloader workers read them.
 """
 
 import atexit
@@ -29,16 +29,16 @@ Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Distinct:
-    """`keys` (n, 16) uint8 → the u different ones among them, in the order in which they come: `of_row` (n,) which
+    """`keys` (n, 16) uint8 → the u distinct ones, in their order: `of_row` (n,) which
     one a row has, `first` (u,) the first row that has it."""
 
     def __init__(self, keys: np.ndarray):
-        found = pc.dictionary_encode(_binary(keys))
-        self.keys, self.of_row = found.dictionary, np.asarray(found.indices)
+        encoded = pc.dictionary_encode(_binary(keys))
+        self.keys, self.of_row = encoded.dictionary, np.asarray(encoded.indices)
         self.first = np.unique(self.of_row, return_index=True)[1]
 
     def places(self, keys: np.ndarray) -> np.ndarray:
-        """Which of the different ones each of (m, 16) is, int32; -1 for none of them."""
+        """Which of the distinct ones each of (m, 16) is, int32; -1 for none of them."""
         return np.asarray(pc.fill_null(pc.index_in(_binary(keys), value_set=self.keys), -1))
 
 
@@ -52,8 +52,8 @@ class Columns:
     fails."""
 
     def __init__(self, count: int, name: str, passing: bool):
-        folder, first = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-reference"), first_rank_of_node()
-        self.path, self.mine, self._passing = folder / f"{name}-{first}.arrow", rank() == first, passing
+        folder, first_rank = Path(datasets.config.HF_DATASETS_CACHE, "mdpo-reference"), first_rank_of_node()
+        self.path, self.mine, self._passing = folder / f"{name}-{first_rank}.arrow", rank() == first_rank, passing
         self._size, self._spool = 0, None
         if self.mine:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class Columns:
 
     @classmethod
     def of(cls, keys: np.ndarray, count: int, kept: bool) -> "Columns":
-        """`kept` says that `keys` (n, 16) tell the log-probs. All ranks call it together."""
+        """`kept` says that `keys` (n, 16) identify the log-probs. All ranks call it together."""
         name = xxhash.xxh3_128_hexdigest(keys.tobytes()) if kept else agreed(lambda: uuid.uuid4().hex)
         try:
             return cls(count, name, passing=not kept)
@@ -74,14 +74,14 @@ class Columns:
     def take(self, places: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> None:
         """A Piece; its rows are numbered among the distinct ones, -1 for those that are not wanted."""
         wanted, lengths = places >= 0, counts.sum(1, dtype=np.int64)
-        places, taken = places[wanted], lengths[wanted]
-        self._start[places] = self._size + taken.cumsum() - taken
+        places, sizes = places[wanted], lengths[wanted]
+        self._start[places] = self._size + sizes.cumsum() - sizes
         self._counts[places], self.known[places] = counts[wanted], True
         try:
             self._spool.write(np.ascontiguousarray(logps[np.repeat(wanted, lengths)], np.float32).tobytes())
         except OSError as error:
             raise _not_written(error) from error
-        self._size += int(taken.sum())
+        self._size += int(sizes.sum())
 
     def take_from_all(self, pieces: list[Piece]) -> None:
         """Every rank's rows. All ranks call it together."""
@@ -94,13 +94,12 @@ class Columns:
             mine = next(blocks, None)
 
     def added_to(self, dataset: Dataset, of_row: np.ndarray) -> Dataset:
-        """The set with the columns REFERENCE. All ranks call it together."""
+        """The dataset with the columns REFERENCE. All ranks call it together."""
         with first_of_node():
             if self.mine:
                 self._write(of_row)
-            if (
-                dataset._indices is not None
-            ):  # else columns would be copied beside it; datasets keeps a flat set on disk
+            # Else columns would be copied beside it; datasets keeps a flat dataset on disk.
+            if dataset._indices is not None:
                 dataset = dataset.flatten_indices()
         return concatenate_datasets([dataset, Dataset.from_file(str(self.path))], axis=1)
 
@@ -127,14 +126,14 @@ class Columns:
         start, arrays = self._start[rows], []
         for counts in self._counts[rows].T:
             ends = np.concatenate([[0], counts.cumsum()])
-            places = np.arange(ends[-1]) + np.repeat(start - ends[:-1], counts)
-            arrays.append(pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values[places], pa.float32())))
+            index = np.arange(ends[-1]) + np.repeat(start - ends[:-1], counts)
+            arrays.append(pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values[index], pa.float32())))
             start = start + counts
         return pa.record_batch(arrays, schema=schema)
 
 
 def _blocks(pieces: list[Piece]) -> Iterator[Piece]:
-    """The same as fewer and larger pieces, of about AT_ONCE numbers."""
+    """The same in fewer and larger pieces, of about AT_ONCE numbers."""
     block, size = [], 0
     for piece in pieces:
         block.append(piece)

@@ -1,4 +1,4 @@
-"""The reference: where it comes from, its log-probs of the same tokens, and how it moves where it is asked to."""
+"""The reference: where it comes from, its log-probs of the same tokens, and reference sync (TR-DPO)."""
 
 import copy
 from contextlib import contextmanager, nullcontext
@@ -26,9 +26,9 @@ def partitioned(model) -> bool:
 
 
 def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_caller: bool = False):
-    """The reference beside a fully trained policy, on the policy's dtype and attention: from `name_or_path`, else from
-    the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy. A caller
-    may have changed a model since it was loaded (`merge_and_unload` leaves the base's path): it is copied."""
+    """The reference beside a fully trained policy, with the policy's dtype and attention: from `name_or_path`, else
+    from the path that the policy was loaded from (under ZeRO-3 its weights are already partitioned), else a copy. A
+    caller may have changed a model since it was loaded (`merge_and_unload` leaves the base's path): it is copied."""
     path = name_or_path or getattr(model.config, "_name_or_path", "")
     sharded = partitioned(model)
     if name_or_path or (path and (sharded or not made_by_caller)):
@@ -48,7 +48,7 @@ def build_reference(model, name_or_path: str | None, init_kwargs: dict, made_by_
 
 
 def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype | None = None):
-    """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, whole on the device else.
+    """Frozen, in evaluation mode, ready to score: sharded by its own engine under ZeRO-3, else whole on the device.
     `dtype` is what DeepSpeed casts the policy to; the reference then computes in it too."""
     model.requires_grad_(False).eval()
     cast_weights(model, dtype)
@@ -69,7 +69,7 @@ def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype 
 
 
 def drop_weights(reference) -> None:
-    """Frees a reference's share of the weights under ZeRO-3, where letting go of its engine does not: DeepSpeed keeps
+    """Frees a reference's share of the weights under ZeRO-3, where dropping its engine does not: DeepSpeed keeps
     each model that it has sharded in a list and in a cache of its own."""
     for weight in reference.parameters() if reference is not None else ():
         if hasattr(weight, "ds_tensor"):
@@ -78,14 +78,14 @@ def drop_weights(reference) -> None:
 
 @contextmanager
 def _without_checkpointing(model, kwargs):
-    """Gradient checkpointing recomputes nothing without gradients, and warns when it is asked to."""
-    on = model.is_activation_checkpointing
-    if on:
+    """Gradient checkpointing recomputes nothing without gradients, and warns about it."""
+    enabled = model.is_activation_checkpointing
+    if enabled:
         model.gradient_checkpointing_disable()
     try:
         yield
     finally:
-        if on:
+        if enabled:
             model.gradient_checkpointing_enable(kwargs)
 
 
@@ -127,16 +127,16 @@ def as_reference(model):
 
 def keep_own_adapter(model) -> None:
     """Gives a PEFT policy a frozen copy of the adapter that it came with; that copy is the reference. Raises UserError
-    where the copy would not be whole."""
+    where the copy would not be complete."""
     trained, before = model.active_adapter, {name for name, _ in model.named_parameters()}
     model.add_adapter(OWN_ADAPTER, model.peft_config[trained])
     weights = dict(model.named_parameters())
     copies = set(weights) - before
     for name in before:
         parts = name.split(".")
-        # The adapter's name is one part, the last one of parameters that PEFT keeps in a dict; others may be like it.
-        places = [i for i, part in enumerate(parts) if part == trained]
-        for copy_name in (".".join([*parts[:i], OWN_ADAPTER, *parts[i + 1 :]]) for i in places):
+        # The adapter's name is one part, the last one of parameters that PEFT keeps in a dict; others may equal it.
+        indices = [i for i, part in enumerate(parts) if part == trained]
+        for copy_name in (".".join([*parts[:i], OWN_ADAPTER, *parts[i + 1 :]]) for i in indices):
             if copy_name in copies:
                 weights[copy_name].data.copy_(weights[name].data)
                 weights[copy_name].requires_grad_(False)
@@ -148,7 +148,7 @@ def keep_own_adapter(model) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------- a reference that moves
+# ------------------------------------------------------------------------------------------------- reference sync
 
 
 def refuse_sync(policy) -> None:
@@ -205,12 +205,12 @@ def save_moved(reference, accelerator, folder: str) -> None:
 
 
 def load_moved(reference, accelerator, folder: str) -> None:
-    """Puts the reference back to where it had moved. Raises UserError where the checkpoint does not hold it."""
+    """Puts the reference back to where it had moved. Raises UserError where the checkpoint does not contain it."""
     files = sorted(Path(folder, MOVED).glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"resume_from_checkpoint: {folder} does not hold the reference that sync_ref_model had moved. Resume from "
-            "a checkpoint of a run with sync_ref_model, or start afresh."
+            f"resume_from_checkpoint: {folder} does not contain the reference that sync_ref_model had moved. Resume "
+            "from a checkpoint of a run with sync_ref_model, or start afresh."
         )
     saved = {name: weight for file in files for name, weight in load_file(file).items()}
     missing = []

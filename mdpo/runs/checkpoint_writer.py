@@ -1,4 +1,4 @@
-"""A checkpoint of the step just made, written by all ranks together: staged, sealed, then committed by a rename."""
+"""A checkpoint of the step just taken, written by all ranks together: staged, sealed, then committed by a rename."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def write_checkpoint(trainer, resumable: bool) -> None:
         try:
             _write(trainer, staged, final, resumable)
         except Exception:
-            if trainer.args.should_save:  # another rank would take away what this one is reading
+            if trainer.args.should_save:  # another rank would remove what this one is reading
                 shutil.rmtree(staged, ignore_errors=True)
             raise
     if trainer.args.push_to_hub:
@@ -60,7 +60,9 @@ def _save_state(trainer, folder: Path) -> None:
     for part in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(part, ExportableState):
             states.setdefault(type(part).__name__, []).append(part.state())
-    trainer.state.stateful_callbacks = {name: many if len(many) > 1 else many[0] for name, many in states.items()}
+    trainer.state.stateful_callbacks = {
+        name: part_states if len(part_states) > 1 else part_states[0] for name, part_states in states.items()
+    }
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are seen only when they are whole, and the proof of it: a manifest of sizes and digests.
+"""Checkpoints that become visible only when complete, and the proof of it: a manifest of sizes and digests.
 
 output_dir/
-    _saving/checkpoint-20     being written; of no use to anyone, removed at the next start
-    checkpoint-10/            whole: written aside, synced to disk, then renamed
+    _saving/checkpoint-20     being written; not usable, removed at the next start
+    checkpoint-10/            complete: written aside, synced to disk, then renamed
         manifest.json         {"step", "resumable", "run", "files": {name: [bytes, xxh3]}}
 """
 
@@ -29,13 +29,13 @@ TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "unexpected pos", "file write faile
 
 def digest(path: Path, bar: tqdm | None = None) -> str:
     """xxh3-128 of a file's bytes."""
-    found = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
-            found.update(block)
+            hasher.update(block)
             if bar is not None:
                 bar.update(len(block))
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
 def files_of(folder: Path) -> list[str]:
@@ -46,24 +46,24 @@ def files_of(folder: Path) -> list[str]:
 
 def sealed_by_all(folder: Path) -> dict[str, list]:
     """`sealed` for all files in `folder`, each rank a share. All ranks call it together."""
-    # One list for all: a shared disk may show each rank another one for a while.
+    # One list for all: a shared disk may show each rank a different one for a while.
     sizes = agreed(lambda: {name: (folder / name).stat().st_size for name in files_of(folder)})
     mine = sealed(folder, share(sizes))
     return {name: facts for part in gathered(mine) for name, facts in part.items()}
 
 
 def sealed(folder: Path, names: list[str]) -> dict[str, list]:
-    """name -> [bytes, digest] of files that are on the disk for certain when this returns."""
-    found = {}
+    """name -> [bytes, digest] of files that are certain to be on the disk when this returns."""
+    facts = {}
     for name in names:
         sync(folder / name)
-        found[name] = [(folder / name).stat().st_size, digest(folder / name)]
-    return found
+        facts[name] = [(folder / name).stat().st_size, digest(folder / name)]
+    return facts
 
 
 def commit(staged: Path, final: Path, facts: dict) -> None:
     """Writes the manifest into `staged` and makes it visible as `final` in one step, all files with the mode of new
-    ones; an older folder of that name goes aside first. A kill at any moment leaves `final` whole or absent."""
+    ones; an older folder of that name goes aside first. A kill at any moment leaves `final` complete or absent."""
     as_new_files(staged)
     with open(staged / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(facts, file, indent=1, ensure_ascii=False)
@@ -94,11 +94,11 @@ def _gone_when_empty(folder: Path) -> None:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, by file; empty where it is whole. All ranks call it together: rank 0 looks at
+    """What is wrong with a checkpoint, by file; empty where it is complete. All ranks call it together: rank 0 looks at
     the sizes, and where these are right each rank reads a share of the contents."""
-    found = agreed(lambda: wrong_sizes(folder))
-    if found:
-        return found
+    wrong = agreed(lambda: wrong_sizes(folder))
+    if wrong:
+        return wrong
     files = agreed(lambda: manifest(folder)["files"])
     mine = share({name: size for name, (size, _) in files.items()})
     parts = gathered(_wrong_contents(folder, {name: files[name] for name in mine}))
@@ -106,39 +106,39 @@ def faults(folder: Path) -> list[str]:
 
 
 def wrong_sizes(folder: Path) -> list[str]:
-    """`faults` as far as they are seen without reading any file but the manifest, by this process alone."""
+    """`faults` as far as they show without reading any file but the manifest, by this process alone."""
     try:
         files = manifest(folder)["files"]
     except ValueError as error:
         return [str(error)]
-    found = []
+    wrong = []
     for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file():
-            found.append(f"{name} is missing")
-        elif (now := path.stat().st_size) != size:
-            found.append(f"{name} has {now} bytes of {size}")
-    return found
+            wrong.append(f"{name} is missing")
+        elif (actual := path.stat().st_size) != size:
+            wrong.append(f"{name} has {actual} bytes of {size}")
+    return wrong
 
 
 def _wrong_contents(folder: Path, files: dict[str, list]) -> list[str]:
-    found, total, first = [], sum(size for size, _ in files.values()), rank() == 0
+    wrong, total, first = [], sum(size for size, _ in files.values()), rank() == 0
     with tqdm(
         total=total, unit="B", unit_scale=True, desc=f"checking {folder.name}", delay=3, disable=not first
     ) as bar:
-        for name, (_, wanted) in files.items():
+        for name, (_, expected) in files.items():
             try:
-                if digest(folder / name, bar) != wanted:
-                    found.append(f"{name} has other contents than were written")
+                if digest(folder / name, bar) != expected:
+                    wrong.append(f"{name} has other contents than were written")
             except OSError as error:
-                found.append(f"{name} cannot be read by rank {rank()} ({error.strerror})")
-    return found
+                wrong.append(f"{name} cannot be read by rank {rank()} ({error.strerror})")
+    return wrong
 
 
 def by_step(output_dir: Path) -> list[Path]:
-    """Checkpoint folders under their names, the newest first, whole or not."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
-    return sorted(found, key=step_of, reverse=True)
+    """Checkpoint folders under their names, the newest first, complete or not."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int | None:
@@ -168,14 +168,14 @@ def why_not_resumable(folder: Path) -> list[str]:
 def remove_older(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Keeps the newest `limit` checkpoints and the one called `keep`. What is not complete does not count towards the
     limit and is left for its owner to look at; the newest complete one always stays."""
-    whole = [folder for folder in by_step(output_dir) if not wrong_sizes(folder)]
-    for folder in whole[max(limit, 1) :] if limit else ():
+    complete = [folder for folder in by_step(output_dir) if not wrong_sizes(folder)]
+    for folder in complete[max(limit, 1) :] if limit else ():
         if keep is None or folder.name != Path(keep).name:
             discard(folder)
 
 
 def move_files(source: Path, folder: Path) -> None:
-    """All files of `source` into `folder`, weights last: where they stand, the rest does."""
+    """All files of `source` into `folder`, weights last: once they are there, so is the rest."""
     names = sorted(source.iterdir(), key=lambda path: path.suffix in (".safetensors", ".bin"))
     for path in names:
         target = folder / path.name
@@ -187,21 +187,22 @@ def move_files(source: Path, folder: Path) -> None:
 
 
 @contextmanager
-def writing(what: str | Path):
-    """Turns the disk's trouble within it into a UserError about `what`."""
+def writing(target: str | Path):
+    """Turns a failed write within it into a UserError about `target`."""
     try:
         yield
     except Exception as error:
         if not is_write_failure(error):
             raise
         raise UserError(
-            f"{what} could not be written: {error}\nComplete checkpoints are as they were. Make room (save_total_limit "
-            "says how many are kept) or put it right, then start the same command again: it resumes from the newest."
+            f"{target} could not be written: {error}\nComplete checkpoints are as they were. Make room "
+            "(save_total_limit says how many are kept) or fix the disk, then start the same command again: it "
+            "resumes from the newest."
         ) from error
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether a save ended in the disk's trouble: full, read-only, gone."""
+    """Whether a save failed because of the disk: full, read-only, gone."""
     if isinstance(error, OSError | SafetensorError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITE_ERRORS)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in TORCH_WRITE_ERRORS)

@@ -1,4 +1,4 @@
-"""Around a run: what is put right before DeepSpeed starts, and the one place where errors end."""
+"""Around a run: stale locks removed before DeepSpeed starts, and the one place where errors end."""
 
 import logging
 import os
@@ -20,9 +20,9 @@ FOREIGN_LOCK_S = 900  # on several nodes a shared home may hold another node's l
 
 def clear_stale_build_locks() -> list[Path]:
     """Removes and names the locks that a killed build of a DeepSpeed operator left in the torch extensions folder:
-    every later start would wait on them for ever, without a word. A lock is stale when no process on this machine
-    has it open; what the dead build had started is ended. One process of each machine does this; the others wait on the
-    lock anyway."""
+    every later start would wait on them forever, without a word. A lock is stale when no process on this machine
+    has it open; what the dead build had started is killed. One process of each machine does this; the others wait on
+    the lock anyway."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return []
     several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -50,7 +50,7 @@ def _extensions_root() -> Path:
     return Path(get_default_build_root())
 
 
-# What may not be known of another user's process is None.
+# What cannot be read of another user's process is None.
 def _with_open(file: Path) -> list[psutil.Process]:
     processes = psutil.process_iter(["open_files"])
     return [p for p in processes if any(opened.path == str(file) for opened in p.info["open_files"] or ())]
@@ -61,14 +61,14 @@ def _working_in(folder: Path) -> list[psutil.Process]:
 
 
 def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Exit code of `main(argv)`. What a user can mend ends in a short message and exit code 1; with `--debug`, and
-    for every other error, the traceback is shown too; a run that a signal ended has exit code 75. A process of several
-    ends here and does not return."""
+    """Exit code of `main(argv)`. What a user can fix ends in a short message and exit code 1; with `--debug`, and for
+    every other error, the traceback is shown too; a run that a signal ended has exit code 75. One process of several
+    exits here and does not return."""
     speak_on_any_terminal()
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
     if not is_main_process():
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process tells of its retries
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process reports its retries
     try:
         with preemption.listening(), failures.followed():
             _refuse_undecoded(argv)
@@ -94,7 +94,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def _of_encoding(error: Exception) -> UserError | None:
-    """What a user reads where a file's name cannot be said to this system; None of any other error."""
+    """What a user reads where a file's name cannot be encoded on this system; None for any other error."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         return UserError(f"{error.object!r} is no file name here, where they are {error.encoding}. {UTF_8}")
     return None

@@ -1,5 +1,5 @@
-"""How a run of several processes ends in an error: the rank whose error it is says so at once, the others follow, and
-nobody waits for a process group. To take NCCL's down while a peer is inside a collective may take for ever."""
+"""How a run of several processes ends in an error: the rank that fails says so at once, the others follow, and
+nobody waits for a process group: taking NCCL's down while a peer is inside a collective may never end."""
 
 import atexit
 import faulthandler
@@ -15,7 +15,7 @@ from mdpo import ranks
 from mdpo.errors import UserError
 from mdpo.runs import preemption
 
-MAIN_SPEAKS_FIRST_S = 2.0  # an error of all ranks is said once, by rank 0 where it comes there in this time
+MAIN_SPEAKS_FIRST_S = 2.0  # an error of all ranks is printed once, by rank 0 if it gets there in this time
 WITHOUT_GROUP_S = 5.0  # the same before ranks can ask each other
 LEAVE_S = 5.0  # for what has to be done at exit, after an error
 FOLLOW_S = 5.0  # after another rank's error, for that rank and for the launcher
@@ -43,22 +43,22 @@ def followed():
 def _follow(over: threading.Event) -> None:
     while not over.wait(LOOK_S):
         try:
-            found = ranks.failure()
+            failure = ranks.failure()
         except Exception:  # the store went with its process: the launcher, which ends this one itself
             return
-        if found and not over.wait(FOLLOW_S):
-            _say_other(found)
+        if failure and not over.wait(FOLLOW_S):
+            _say_other(failure)
             os._exit(1)
 
 
 def other_failure() -> dict | None:
     """`ranks.failure` of another rank, where the store answers."""
-    found = _answered(ranks.failure) if several() else None
-    return found if found and found["rank"] != ranks.rank() else None
+    failure = _answered(ranks.failure) if several() else None
+    return failure if failure and failure["rank"] != ranks.rank() else None
 
 
 def leave_with(error: Exception, debug: bool) -> None:
-    """Says the error, unless another rank has said the same or failed before, and ends this process with exit code 1.
+    """Prints the error, unless another rank printed the same or failed before, and ends this process with exit code 1.
     Does not return."""
     line = f"{type(error).__name__}: {error}"
     other = _claimed(error, line)
@@ -69,7 +69,7 @@ def leave_with(error: Exception, debug: bool) -> None:
     else:
         if other["line"] != line:
             _say_other(other)
-        if not preemption.requested():  # else the launcher is at work already
+        if not preemption.requested():  # else the launcher is already ending it
             time.sleep(FOLLOW_S)
     exit_without_teardown(1, LEAVE_S)
 
@@ -81,29 +81,29 @@ def text_of(error: Exception, debug: bool) -> str:
 
 
 def _patience(error: Exception, main: bool) -> float:
-    """For how long somebody else may speak first: what users can mend comes on all ranks mostly, and of a RankFailed
-    another one is the cause."""
+    """For how long somebody else may speak first: what users can fix mostly comes on all ranks, and a RankFailed is
+    caused by another one."""
     if isinstance(error, ranks.RankFailed):
         return 2 * MAIN_SPEAKS_FIRST_S
     return MAIN_SPEAKS_FIRST_S if isinstance(error, UserError) and not main else 0
 
 
 def _claimed(error: Exception, line: str) -> dict | None:
-    """The other rank that has failed before, or None: then this one's is the error to be told."""
+    """The other rank that has failed before, or None: then this one's is the error to report."""
     main = os.environ.get("RANK", "0") == "0"
     if ranks.ranks() == 1:
         time.sleep(0 if main else WITHOUT_GROUP_S)
         return None
     end = time.monotonic() + _patience(error, main)
-    while not (found := other_failure()) and time.monotonic() < end:
+    while not (failure := other_failure()) and time.monotonic() < end:
         time.sleep(0.05)
-    found = found or _answered(lambda: ranks.claim_failure(line))
-    return found if found and found["rank"] != ranks.rank() else None
+    failure = failure or _answered(lambda: ranks.claim_failure(line))
+    return failure if failure and failure["rank"] != ranks.rank() else None
 
 
-def _say_other(found: dict) -> None:
+def _say_other(failure: dict) -> None:
     mine = os.environ.get("RANK", "0")
-    print(f"[rank {mine}] ended: rank {found['rank']} on {found['host']} failed.", file=sys.stderr, flush=True)
+    print(f"[rank {mine}] ended: rank {failure['rank']} on {failure['host']} failed.", file=sys.stderr, flush=True)
 
 
 def _answered(question: Callable[[], dict | None]) -> dict | None:
@@ -116,9 +116,9 @@ def _answered(question: Callable[[], dict | None]) -> dict | None:
         except Exception:  # the store is gone: there is nobody left to agree with
             answers.append(None)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(STORE_S)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(STORE_S)
     return answers[0] if answers else None
 
 

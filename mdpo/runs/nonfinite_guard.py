@@ -1,5 +1,5 @@
-"""Non-finite steps (NaN or Inf in a loss or gradient): skipped, named by their rows, and the end of a run where there
-are too many in a row."""
+"""Non-finite steps (NaN or Inf in a loss or gradient): skipped, their rows named, and the run ended after too many in
+a row."""
 
 import math
 
@@ -15,8 +15,8 @@ NAMED = 8  # rows of a non-finite step that are named
 
 
 class NonfiniteGuard:
-    """Of `args.max_nonfinite_steps` non-finite steps in a row; None switches it off. `tables` hold the pairs of the
-    step in hand. The trainer calls it at the points of a step that each method names."""
+    """Skips non-finite steps, and ends a run at `args.max_nonfinite_steps` of them in a row; None switches it off.
+    `tables` contain the pairs of the step in hand. The trainer calls it where each method says."""
 
     def __init__(self, args, tables: PairTables):
         self.args, self.tables = args, tables
@@ -29,16 +29,16 @@ class NonfiniteGuard:
 
     def loss(self, loss: torch.Tensor) -> torch.Tensor:
         """A micro-batch's scalar loss as it is; where it is non-finite its gradients are NaN too, by which all ranks
-        notice. The gradient of an infinite loss may be 0."""
+        notice it. The gradient of an infinite loss may be 0."""
         return loss * torch.where(loss.isfinite(), 1.0, math.nan) if self.on else loss
 
     def logged_loss(self, loss: torch.Tensor, total: torch.Tensor, steps: int) -> torch.Tensor:
-        """What is added to the running `total` of `steps` steps: a non-finite loss counts as their mean. Trainer's
-        `logging_nan_inf_filter`, which asks the GPU after each micro-batch, without asking."""
+        """What is added to the running `total` of `steps` steps: a non-finite loss counts as their mean. This is
+        Trainer's `logging_nan_inf_filter` without its wait for the GPU after each micro-batch."""
         return torch.where(loss.isfinite(), loss, (total / (1 + steps)).to(loss.dtype)) if self.on else loss
 
     def watch(self, engine) -> None:
-        """Before training: by itself DeepSpeed's ZeRO-2 looks in half precision only."""
+        """Before training: by itself DeepSpeed's ZeRO-2 checks half precision only."""
         if self.on:
             engine.optimizer.check_grad_overflow = True
 
@@ -64,11 +64,11 @@ class NonfiniteGuard:
             model.zero_grad(set_to_none=True)  # without gradients the optimizer leaves every weight as it is
         self.in_a_row += 1
         self.of_run += 1
-        what = "the loss of" if at_fault else "a gradient, though no loss, of the step with"
-        message = f"step {step}: {what} {_named(at_fault or rows, dataset)} is not finite"
+        subject = "the loss of" if at_fault else "a gradient, though no loss, of the step with"
+        message = f"step {step}: {subject} {_named(at_fault or rows, dataset)} is not finite"
         if self.in_a_row >= self.args.max_nonfinite_steps:
             raise UserError(
-                f"{message}, the {self.in_a_row}. such step in a row (max_nonfinite_steps). All of them were "
+                f"{message}, which makes {self.in_a_row} in a row (max_nonfinite_steps). All of them were "
                 "skipped. Look at these rows, lower learning_rate, or use bf16 or float32 in place of fp16; the same "
                 f"command then resumes from the newest {PREFIX}* in {self.args.output_dir}, where there is one."
             )
@@ -77,7 +77,7 @@ class NonfiniteGuard:
 
     def amend(self, logs: dict[str, float], step: int) -> None:
         """A log of training at `step`: adds the number of non-finite steps; where every step since the last log was
-        skipped, Trainer's loss of 0 is none."""
+        skipped, the loss is NaN in place of Trainer's 0."""
         if "loss" in logs and self.of_run:
             logs["nonfinite_steps"] = self.of_run
             if self.in_a_row >= step - self._logged_at:

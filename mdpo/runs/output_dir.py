@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time, resumed where it stands, never mixed with another one."""
+"""The output folder of a run: one run at a time, resumed where it stopped, never mixed with another one."""
 
 import fcntl
 import os
@@ -33,7 +33,7 @@ def prepare_output_dir(args, facts: dict) -> str | None:
 
 
 def _claim(folder: Path) -> None:
-    """The folder is there, locked, and without a checkpoint in the making."""
+    """Makes and locks the folder, and removes unfinished checkpoints."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,12 +52,12 @@ def refuse_unshared(folder: Path) -> None:
     end = time.monotonic() + SHARED_S
     while not (seen := _listed(folder / token)) and time.monotonic() < end:
         time.sleep(0.25)
-    found = gathered((seen, platform.node()))
+    answers = gathered((seen, platform.node()))
     agreed(lambda: (folder / token).unlink(missing_ok=True))
-    blind = [f"{rank} ({node})" for rank, (seen, node) in enumerate(found) if not seen]
+    blind = [f"{rank} ({node})" for rank, (seen, node) in enumerate(answers) if not seen]
     if blind:
         raise UserError(
-            f"output_dir: {folder} of rank 0 ({found[0][1]}) is not the folder that rank {', '.join(blind[:8])} sees"
+            f"output_dir: {folder} of rank 0 ({answers[0][1]}) is not the folder that rank {', '.join(blind[:8])} sees"
             f"{f', and {len(blind) - 8} more' if len(blind) > 8 else ''}. On several nodes output_dir has to be on a "
             "file system that all of them share."
         )
@@ -73,7 +73,7 @@ def _token(folder: Path) -> str:
 
 
 def _listed(path: Path) -> bool:
-    """Whether a file is there; to list its folders makes a network file system look again."""
+    """Whether a file is there; listing its folders makes a network file system look again."""
     try:
         os.listdir(path.parent.parent)
         return path.name in os.listdir(path.parent)
@@ -82,27 +82,27 @@ def _listed(path: Path) -> bool:
 
 
 def _cleared(folder: Path, checkpoint: Path | None, overwrite: bool, facts: dict) -> str | None:
-    """As prepare_output_dir returns it; another run's files are gone, or refused."""
+    """As prepare_output_dir returns it; another run's files are removed, or refused."""
     if checkpoint is not None:
         refuse_another_run(checkpoint, facts)
         say(f"resuming from {checkpoint}")
         if checkpoint.parent.resolve() == folder.resolve():
             return str(checkpoint)
-    left = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
-    if left and not overwrite:
+    leftovers = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
+    if leftovers and not overwrite:
         raise UserError(
-            f"output_dir: {folder} already holds a run ({left[0].name}). Write over it "
+            f"output_dir: {folder} already holds a run ({leftovers[0].name}). Write over it "
             "(--overwrite_output_dir), or choose another output_dir."
         )
-    for path in left:
+    for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if left:
-        say(f"overwrite_output_dir: removed {len(left)} files and folders of an earlier run from {folder}.")
+    if leftovers:
+        say(f"overwrite_output_dir: removed {len(leftovers)} files and folders of an earlier run from {folder}.")
     return None if checkpoint is None else str(checkpoint)
 
 
 def _lock(folder: Path) -> None:
-    """A record lock: the kernel lets go of it when this process ends, and forked workers do not keep it."""
+    """A record lock: the kernel releases it when this process ends, and forked workers do not keep it."""
     file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,27 +121,27 @@ def _lock(folder: Path) -> None:
     _locks.append(file)
 
 
-def _checkpoint(folder: Path, asked: str | bool | None, overwrite: bool) -> Path | None:
+def _checkpoint(folder: Path, requested: str | bool | None, overwrite: bool) -> Path | None:
     """All ranks call it together: they share the reading."""
-    if asked is False:
+    if requested is False:
         return None
-    if isinstance(asked, str):
-        return _named(Path(asked), folder)
+    if isinstance(requested, str):
+        return _named(Path(requested), folder)
     if overwrite:
-        if asked:
+        if requested:
             raise UserError("resume_from_checkpoint: true resumes, overwrite_output_dir starts anew. Choose one.")
         return None
-    found, skipped = newest_complete(folder)
+    checkpoint, skipped = newest_complete(folder)
     say(*(f"skipped {line}" for line in skipped))
-    if found is None and skipped:
+    if checkpoint is None and skipped:
         raise UserError(
             f"output_dir: {folder} holds checkpoints, but none to resume from:\n"
             + "\n".join(skipped)
             + "\nStart anew with --overwrite_output_dir, or choose another output_dir."
         )
-    if found is None and asked:
+    if checkpoint is None and requested:
         raise UserError(f"resume_from_checkpoint: {folder} holds no checkpoint. Leave it out to start a new run.")
-    return found
+    return checkpoint
 
 
 def _named(checkpoint: Path, folder: Path) -> Path:

@@ -1,8 +1,8 @@
-"""Being asked to leave: by SIGTERM, SIGINT, SIGUSR1 or SIGHUP whatever a run is doing, or by the end of its launcher.
+"""Preemption: requested by SIGTERM, SIGINT, SIGUSR1 or SIGHUP, whatever a run is doing, or by the end of its launcher.
 
-In training the request is kept until the step ends, and all ranks leave it together with a checkpoint (ResumableTrainer
-asks `requested`). Elsewhere, where nothing has to come to an end first, `Preempted` is raised at once. While a run
-writes what it was started for, which takes less long than to start again, a request waits for the end.
+In training the request is kept until the step ends, and all ranks stop together with a checkpoint (ResumableTrainer
+asks `requested`). Elsewhere, where nothing has to be finished first, `Preempted` is raised at once. While a run writes
+its results, which takes less time than starting again, a request waits for the end.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 class _Request:
     def __init__(self):
         self.name, self.at, self.folder = "", 0.0, None  # of the first signal; where the marker goes
-        self.deferred = False  # a request waits for the caller's own moment
+        self.deferred = False  # a request waits until the caller asks
         self.process = os.getpid()
 
 
@@ -37,8 +37,8 @@ _request = _Request()
 
 @contextmanager
 def listening():
-    """Within it the signals are taken over, but those that are ignored (nohup, a shell's &). A process that a launcher
-    started leaves too when the launcher is gone, however it went. For a process's main thread."""
+    """Within it the signals are handled here, except ignored ones (nohup, a shell's &). A process that a launcher
+    started stops too when the launcher is gone, however it ended. For a process's main thread."""
     global _request
     _request = _Request()
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -56,20 +56,20 @@ def listening():
 
 def _on_signal(number: int, frame) -> None:
     name, now = signal.Signals(number).name, time.monotonic()
-    if os.getpid() != _request.process:  # a forked worker of a data set or loader: its parent decides, by SIGTERM
+    if os.getpid() != _request.process:  # a forked worker of a dataset or loader: its parent decides, by SIGTERM
         if number == signal.SIGTERM:
             os._exit(128 + number)
         return
     if _request.name:
         if number in STOP_AT_ONCE and now - _request.at > SAME_REQUEST_S:
-            os.write(2, f"\n{name} again: stopped at once; a checkpoint in the making is lost.\n".encode())
+            os.write(2, f"\n{name} again: stopped at once; a checkpoint being written is lost.\n".encode())
             mark()
             os._exit(EXIT_CODE)
         return
     _request.name, _request.at = "the launcher's end" if number == LAUNCHER_GONE else name, now
     if not _request.deferred:
         raise Preempted(_request.name)
-    os.write(2, f"\n{_request.name}: leaving at the next step boundary, with a checkpoint.\n".encode())
+    os.write(2, f"\n{_request.name}: stopping at the next step boundary, with a checkpoint.\n".encode())
 
 
 def requested() -> str:
@@ -88,13 +88,13 @@ def defer_signals():
 
 
 def set_marker_dir(folder: str | Path) -> None:
-    """From now on the marker is written into `folder`, and signals that have waited for that come in."""
+    """From now on the marker is written into `folder`, and signals that have waited for that are delivered."""
     _request.folder = Path(folder)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def mark() -> None:
-    """Writes the marker, by which scripts/launch.slurm knows a run to be requeued from one that failed."""
+    """Writes the marker, by which scripts/launch.slurm tells a run to be requeued from one that failed."""
     if _request.folder is None:
         return
     try:

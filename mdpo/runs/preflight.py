@@ -14,8 +14,8 @@ from mdpo.runs.trackers import refuse_silent_trackers
 
 
 def checked_tokenizer(recipe):
-    """(tokenizer, the model's configuration or None), once nothing is left that options, folders, trackers or the
-    configuration could end the run with. Raises UserError."""
+    """(tokenizer, the model's configuration or None), after every check of options, folders, trackers and
+    configuration. Raises UserError."""
     args = recipe.training
     with recipe.placed():
         peft_config = adapter_config(recipe.model)

@@ -1,8 +1,8 @@
-"""What each rank keeps beside the model and the optimizer, so that a resumed run logs what the run would have logged.
+"""What each rank saves beside the model and the optimizer, so that a resumed run logs what it would have logged.
 
-    progress_RANK.pt    {"parts": {name: part.state_dict()}, "pending": what the checkpoint's step had still to do}
+    progress_RANK.pt    {"parts": {name: part.state_dict()}, "pending": what the checkpoint's step still had to do}
 
-Plain values and tensors. Files of versions before the parts, which held all in one dict, are read too.
+Plain values and tensors. Files of older versions, with all in one dict, are read too.
 """
 
 from pathlib import Path
@@ -26,8 +26,12 @@ class LossCounters:
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        t = self.trainer
-        return {"loss": t._tr_loss.item(), "total_loss": t._total_loss_scalar, "logged_at": t._globalstep_last_logged}
+        trainer = self.trainer
+        return {
+            "loss": trainer._tr_loss.item(),
+            "total_loss": trainer._total_loss_scalar,
+            "logged_at": trainer._globalstep_last_logged,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.trainer._tr_loss += state["loss"]

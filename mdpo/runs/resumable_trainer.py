@@ -1,7 +1,7 @@
 """transformers.Trainer whose run can stop and be resumed exactly: at a checkpoint, a crash, or a preemption.
 
-Beside what Trainer saves, each rank saves what it has gathered since the last log, and what of the step was still to be
-done. Trainer forgets both: the first log after a resume would average fewer steps, and an evaluation would be missing.
+Beside what Trainer saves, each rank saves what it has gathered since the last log, and what was pending of the step.
+Trainer forgets both: the first log after a resume would average fewer steps, and an evaluation would be missing.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from mdpo.storage import MANIFEST, as_new_files
 
 
 class EvaluationInterrupted(Exception):
-    """All ranks leave an evaluation together because one of them was preempted."""
+    """All ranks stop an evaluation together because one of them was preempted."""
 
 
 class ResumableTrainer(Trainer):
@@ -43,8 +43,8 @@ class ResumableTrainer(Trainer):
 
     def _preempted(self) -> bool:
         """Whether any rank was asked to stop: the same answer on all, which call it together."""
-        asked = torch.tensor(float(bool(preemption.requested())), device=self.args.device)
-        return bool(self.accelerator.reduce(asked, "sum").item())
+        request = torch.tensor(float(bool(preemption.requested())), device=self.args.device)
+        return bool(self.accelerator.reduce(request, "sum").item())
 
     def _stop(self):
         """A checkpoint of the last step, unless there is one or nothing was trained, then Preempted."""
@@ -84,8 +84,8 @@ class ResumableTrainer(Trainer):
             raise EvaluationInterrupted
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
-        """Notes what a checkpoint of this step leaves to be done; a preempted run stops behind it."""
-        # Trainer comes here once for a step, and again where it was the last one of an epoch or of all.
+        """Notes what is pending in a checkpoint of this step; a preempted run stops after it."""
+        # Trainer calls this once for a step, and again where it was the last one of an epoch or of all.
         last = float(self.state.epoch).is_integer() or self.state.global_step >= self.state.max_steps
         self.pending = {
             "evaluate": False,
@@ -114,13 +114,13 @@ class ResumableTrainer(Trainer):
         wait_for_all()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Every checkpoint and the final model are written here: weights, tokenizer, and a look at what was written.
+        """Every checkpoint and the final model are written here: weights, tokenizer, and a check of what was written.
         The final model appears in output_dir when it is complete."""
         folder = Path(output_dir or self.args.output_dir)
         final = folder == Path(self.args.output_dir)
         written = folder / SAVING / "final" if final else folder
         if (plugin := self.args.deepspeed_plugin) is not None and plugin.zero_stage < 3:
-            if self.args.should_save:  # it has all; accelerate would copy them on every rank, and a tied one twice
+            if self.args.should_save:  # it has all weights; accelerate would copy them on every rank, tied ones twice
                 self._save(str(written), state_dict=copied(self.model))
         else:
             super().save_model(str(written), _internal_call=True)
@@ -134,24 +134,24 @@ class ResumableTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ resuming
 
-    def _checkpoint_to_resume(self, given) -> str | None:
-        if given is True:
-            given, skipped = newest_complete(self.args.output_dir)
-            if given is None:
+    def _checkpoint_to_resume(self, requested) -> str | None:
+        if requested is True:
+            requested, skipped = newest_complete(self.args.output_dir)
+            if requested is None:
                 message = f"{self.args.output_dir} has no complete checkpoint. {' '.join(skipped)}"
                 raise UserError(message, "resume_from_checkpoint")
-        path = str(given) if given else None
+        path = str(requested) if requested else None
         if path and Path(path, MANIFEST).exists() and (wrong := wrong_sizes(Path(path))):
             raise UserError(f"{path} is not complete: {'; '.join(wrong)}.", "resume_from_checkpoint")
         return path
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         result = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # else the checkpoint's intervals, whatever is asked for now
+        self.state.compute_steps(self.args, max_steps)  # else the checkpoint's intervals, not the recipe's
         return result
 
     def resume_rank_state(self) -> None:
-        """Puts back what this rank had gathered, and does what the checkpoint's step still had to do."""
+        """Puts back what this rank had gathered, and does what was pending in the checkpoint's step."""
         if self._resumed_from is None:
             return
         file = Path(self._resumed_from, rank_state.file_name(self.args.process_index))
@@ -165,16 +165,16 @@ class ResumableTrainer(Trainer):
 
     def _run_pending(self, pending: dict) -> None:
         """As Trainer does at the end of a step and then of an epoch."""
-        rest = (self._tr_loss, pending["grad_norm"], self.model_wrapped, None, self.state.epoch, None, None)
+        step_args = (self._tr_loss, pending["grad_norm"], self.model_wrapped, None, self.state.epoch, None, None)
         if pending["evaluate"]:
             self.control.should_evaluate = True
-            self._maybe_log_save_evaluate(*rest, learning_rate=pending["learning_rate"])
+            self._maybe_log_save_evaluate(*step_args, learning_rate=pending["learning_rate"])
         if pending["epoch_end"]:
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(*rest, learning_rate=pending["learning_rate"])
+            self._maybe_log_save_evaluate(*step_args, learning_rate=pending["learning_rate"])
 
     def _load_rng_state(self, checkpoint):
-        """Once: what was pending has already advanced the generators, as it would have without a stop."""
+        """Only once: what was pending has already advanced the generators, as it would have without a stop."""
         if not (checkpoint and checkpoint == self._resumed_from and self._rng_loaded):
             super()._load_rng_state(checkpoint)
         self._rng_loaded = True
@@ -212,7 +212,7 @@ class ResumableTrainer(Trainer):
 
 
 class _Resume(TrainerCallback):
-    """Trainer empties its counters and then says that training begins."""
+    """Restores the state at on_train_begin, after Trainer has emptied its counters."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""What makes two starts the same run: compared before a checkpoint is resumed from."""
+"""What makes two starts the same run, compared before resuming from a checkpoint."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from mdpo.config.caches import default_folder
 from mdpo.config.parsing import FIELDS
 from mdpo.reference.fingerprint import named_digest
 
-# Keys that change nothing of what is learnt: a new value simply holds from the resume on.
+# Keys that change nothing in what is learned: a new value simply applies from the resume on.
 FREE = (
     "output_dir",
     "overwrite_output_dir",
@@ -82,7 +82,7 @@ FREE = (
     "max_bad_fraction",
     "deepspeed",
 )
-# Where data or weights stand and how they are named: what they hold is compared instead.
+# Where data or weights are and how they are named: their contents are compared instead.
 NAMES = (
     "dataset_mixer",
     "dataset_splits",
@@ -143,11 +143,15 @@ def content_facts(recipe, tokenizer, train: Dataset) -> dict[str, str | None]:
     """Digests of what the names stand for: weights of policy and reference, tokenizer with template, training pairs."""
     cache, revision = Path(recipe.training.reference_cache_dir or default_folder()), recipe.model.model_revision
     reference = recipe.training.ref_model_name_or_path
-    words = {"vocabulary": tokenizer.get_vocab(), "template": tokenizer.chat_template, "eos": tokenizer.eos_token}
+    tokenizer_facts = {
+        "vocabulary": tokenizer.get_vocab(),
+        "template": tokenizer.chat_template,
+        "eos": tokenizer.eos_token,
+    }
     return {
         "model": _weights(recipe.model.model_name_or_path, revision, cache),
         "reference": _weights(reference, None, cache) if reference else None,
-        "tokenizer": xxhash.xxh3_128_hexdigest(json.dumps(words, sort_keys=True, default=str).encode()),
+        "tokenizer": xxhash.xxh3_128_hexdigest(json.dumps(tokenizer_facts, sort_keys=True, default=str).encode()),
         "pairs": pairs_digest(train),
     }
 
@@ -155,23 +159,23 @@ def content_facts(recipe, tokenizer, train: Dataset) -> dict[str, str | None]:
 def _weights(name: str, revision: str | None, cache: Path) -> str:
     try:
         return named_digest(name, revision, cache) or name
-    except OSError:  # the hub cannot be reached: the trainer will say so where it has to be
+    except OSError:  # the hub cannot be reached: the trainer says so if it must be
         return name
 
 
 def pairs_digest(train: Dataset) -> str:
-    """Of tokenized pairs in their order: ids, masks and turn weights, of which a row's own digest is, and margins."""
-    found = xxhash.xxh3_128()
+    """Of tokenized pairs in their order: each row's digest (ids, masks and turn weights), and margins."""
+    digest = xxhash.xxh3_128()
     for batch in train.select_columns(["digest", "margin"]).iter(batch_size=1000):
-        found.update("".join(batch["digest"]).encode())
-        found.update(json.dumps(batch["margin"]).encode())
-    return found.hexdigest()
+        digest.update("".join(batch["digest"]).encode())
+        digest.update(json.dumps(batch["margin"]).encode())
+    return digest.hexdigest()
 
 
 def _default(key: str) -> Any:
     field = FIELDS[key]
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default
+    has_factory = field.default_factory is not dataclasses.MISSING
+    value = field.default_factory() if has_factory else field.default
     return getattr(value, "value", value)  # of an Enum
 
 
@@ -204,7 +208,7 @@ def _changed(then: dict, now: dict) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _renamed(then: dict, now: dict) -> str:
-    """The names that changed too, which is where other contents mostly come from."""
+    """The names that changed too, which mostly explain other contents."""
     old = then.get("names", {})
     changed = [f"{key}: {old.get(key)} → {new}" for key, new in now["names"].items() if old.get(key) != new]
     return f" ({'; '.join(changed)})" if changed else ""

@@ -1,4 +1,4 @@
-"""What a model's weight files contain: checked against the model when they are written, put back whole at a resume.
+"""What a model's weight files contain: checked against the model when written, completely restored at a resume.
 
 transformers 5 keeps some weights in other tensors than it writes (a mixture's experts are one tensor in memory and one
 file entry each on disk), so names and shapes are compared, and values loaded, through its own conversion.
@@ -25,16 +25,16 @@ Tensors = dict[str, torch.Tensor]
 
 def check_saved(folder: str | Path, model) -> None:
     """Reads the headers of the safetensors files in `folder`: every weight that a checkpoint of `model` has to contain
-    must be there in its whole shape (a model sharded by ZeRO-3 may leave empty tensors, which only fail at loading).
+    must be there in its full shape (a model sharded by ZeRO-3 may leave empty tensors, which only fail at loading).
     Raises UserError naming the first one."""
-    place = _place(folder, model.active_adapters[0]) if hasattr(model, "peft_config") else folder
-    with _opened(place) as files:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+    weights_folder = _place(folder, model.active_adapters[0]) if hasattr(model, "peft_config") else folder
+    with _opened(weights_folder) as files:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
     expected = expected_shapes(model)
-    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    wrong = [name for name, shape in expected.items() if shapes.get(name) != shape]
     if wrong:
         name = wrong[0]
-        written = f"as {list(found[name])} in place of {list(expected[name])}" if name in found else "not at all"
+        written = f"as {list(shapes[name])} in place of {list(expected[name])}" if name in shapes else "not at all"
         raise UserError(
             f"{folder}: {len(wrong)} of {len(expected)} weights were not written whole, such as {name} ({written}). "
             "Under ZeRO-3 the accelerate file needs zero3_save_16bit_model: true.",
@@ -48,11 +48,11 @@ def expected_shapes(model) -> dict[str, tuple[int, ...]]:
     if hasattr(model, "peft_config"):
         return {name: tuple(weight.shape) for name, weight in _adapter_state(model).items()}
     state, ignored = _whole_state(model), set(model._keys_to_ignore_on_save or ())
-    kept = {name: weight for name, weight in state.items() if name not in ignored}
-    saved = {id(weight) for weight in kept.values()}
+    written = {name: weight for name, weight in state.items() if name not in ignored}
+    saved = {id(weight) for weight in written.values()}
     _refuse_lost([n for n, weight in state.items() if id(weight) not in saved and weight.requires_grad], model)
-    kept = modeling_utils.remove_tied_weights_from_state_dict(kept, model)
-    converted = core_model_loading.revert_weight_conversion(model, kept)
+    written = modeling_utils.remove_tied_weights_from_state_dict(written, model)
+    converted = core_model_loading.revert_weight_conversion(model, written)
     return {name: tuple(weight.shape) for name, weight in converted.items()}
 
 
@@ -60,13 +60,13 @@ def _adapter_state(model) -> Tensors:
     """Name in the file -> meta tensor of the trained adapter, `modules_to_save` included."""
     name, state = model.active_adapters[0], _whole_state(model)
     trained = {n: weight for n, weight in state.items() if weight.requires_grad}
-    if model.peft_config[name].is_prompt_learning:  # its file holds what the weights make, not the weights
+    if model.peft_config[name].is_prompt_learning:  # its file contains what the weights compute, not the weights
         return _of_adapter(model, name)
     # Frozen weights are left out as ZeRO-3's save does: of a targeted embedding PEFT may write the base layer too.
-    found = get_peft_model_state_dict(model, trained, name, save_embedding_layers=False)
-    saved = {id(weight) for weight in found.values()}
+    adapter = get_peft_model_state_dict(model, trained, name, save_embedding_layers=False)
+    saved = {id(weight) for weight in adapter.values()}
     _refuse_lost([n for n, weight in trained.items() if id(weight) not in saved], model)
-    return found
+    return adapter
 
 
 def _of_adapter(model, adapter: str) -> Tensors:
@@ -84,14 +84,14 @@ def _refuse_lost(names: list[str], model) -> None:
 
 
 def _whole_state(model) -> Tensors:
-    """The model's weights and persistent buffers as meta tensors of their whole shapes, under ZeRO-3 too; a tied weight
+    """The model's weights and persistent buffers as meta tensors of their full shapes, under ZeRO-3 too; a tied weight
     is one tensor under several names."""
-    made: dict[int, torch.Tensor] = {}
+    meta: dict[int, torch.Tensor] = {}
     for tensor in _state(model).values():
         shape = getattr(tensor, "ds_shape", tensor.shape)
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
-    return {name: made[id(tensor)] for name, tensor in _state(model).items()}
+        if id(tensor) not in meta:
+            meta[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+    return {name: meta[id(tensor)] for name, tensor in _state(model).items()}
 
 
 def _state(model) -> Tensors:
@@ -126,20 +126,20 @@ def load_saved(folder: str | Path, model) -> None:
     """Puts the files of a checkpoint into a whole (not sharded) model in place, a layer at a time. Raises UserError
     where a tensor of the files then is not in the model bit by bit, or a weight of the model is in no file."""
     shell, state, meta = _shell(model), _state(model), _whole_state(model)
-    loaded, done = set(), set()
+    loaded, restored = set(), set()
     with _opened(folder) as files, torch.no_grad(), _without_bars():
         for names in _layers(state):
-            wanted = core_model_loading.revert_weight_conversion(model, {name: meta[name] for name in names})
-            saved = {name: files[name].get_tensor(name) for name in wanted if name in files}
+            expected = core_model_loading.revert_weight_conversion(model, {name: meta[name] for name in names})
+            saved = {name: files[name].get_tensor(name) for name in expected if name in files}
             for name, value in _converted(model, shell, saved).items():
                 state[name].copy_(value)
                 loaded.add(id(state[name]))
-            now = core_model_loading.revert_weight_conversion(model, {n: state[n].detach().cpu() for n in names})
-            _refuse_differences(folder, saved, now)
-            done |= set(saved)
+            current = core_model_loading.revert_weight_conversion(model, {n: state[n].detach().cpu() for n in names})
+            _refuse_differences(folder, saved, current)
+            restored |= set(saved)
         missing = [name for name, weight in state.items() if id(weight) not in loaded]
         missing = [name for name in missing if name not in (model._keys_to_ignore_on_save or ())]
-        if wrong := [*missing, *(set(files) - done)]:
+        if wrong := [*missing, *(set(files) - restored)]:
             reason = f"{wrong[0]} is not in both the model and its files."
             raise UserError(f"{folder} cannot be resumed from: {reason}", "resume_from_checkpoint")
 
@@ -148,21 +148,21 @@ def load_adapters(folder: str | Path, model) -> None:
     """Puts a checkpoint's files into the adapters of a PEFT model in place, all that have a file. PEFT's loader gives
     some tensors names that the model does not have (Laguna). Raises UserError as `load_saved` does."""
     for name, config in model.peft_config.items():
-        place = _place(folder, name)
-        if not _weight_files(place) and name not in model.active_adapters:
+        adapter_folder = _place(folder, name)
+        if not _weight_files(adapter_folder) and name not in model.active_adapters:
             continue
-        if config.is_prompt_learning:  # its file holds what the weights make, not the weights
-            model.load_adapter(str(place), name, is_trainable=name in model.active_adapters)
-        with _opened(place) as files, torch.no_grad():
+        if config.is_prompt_learning:  # its file contains what the weights compute, not the weights
+            model.load_adapter(str(adapter_folder), name, is_trainable=name in model.active_adapters)
+        with _opened(adapter_folder) as files, torch.no_grad():
             own = _of_adapter(model, name)
             saved = {key: files[key].get_tensor(key) for key in own if key in files}
             for key in () if config.is_prompt_learning else saved:
                 own[key].copy_(saved[key])
-            now = {key: weight.detach().cpu() for key, weight in _of_adapter(model, name).items()}
+            current = {key: weight.detach().cpu() for key, weight in _of_adapter(model, name).items()}
         if missing := [key for key in own if key not in saved]:
-            reason = f"{place} lacks {len(missing)} of the adapter's weights, such as {missing[0]}."
+            reason = f"{adapter_folder} lacks {len(missing)} of the adapter's weights, such as {missing[0]}."
             raise UserError(reason, "weights")
-        _refuse_differences(place, saved, now)
+        _refuse_differences(adapter_folder, saved, current)
 
 
 def _place(folder: str | Path, adapter: str) -> Path:
@@ -170,8 +170,8 @@ def _place(folder: str | Path, adapter: str) -> Path:
     return Path(folder) if adapter == "default" else Path(folder, adapter)
 
 
-def _refuse_differences(folder, saved: Tensors, now: Tensors) -> None:
-    wrong = [name for name, value in saved.items() if name not in now or not _same(now[name], value)]
+def _refuse_differences(folder, saved: Tensors, current: Tensors) -> None:
+    wrong = [name for name, value in saved.items() if name not in current or not _same(current[name], value)]
     if wrong:
         raise UserError(
             f"{folder} cannot be resumed from: {wrong[0]} and {len(wrong) - 1} more are not in the model as they were "
@@ -180,11 +180,11 @@ def _refuse_differences(folder, saved: Tensors, now: Tensors) -> None:
         )
 
 
-def _same(now: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Bit by bit; a model in a wider dtype than its file may hold the same values."""
-    if now.shape != saved.shape:
+def _same(current: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Bit by bit; a model in a wider dtype than its file may have the same values."""
+    if current.shape != saved.shape:
         return False
-    bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (now.to(saved.dtype), saved))
+    bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (current.to(saved.dtype), saved))
     return torch.equal(*bits)
 
 
@@ -192,8 +192,8 @@ def _layers(state: Tensors) -> list[list[str]]:
     """The names of each layer, and of what is in none."""
     groups: dict[str, list[str]] = {}
     for name in state:
-        found = LAYER.match(name)
-        groups.setdefault(found.group() if found else "", []).append(name)
+        prefix = LAYER.match(name)
+        groups.setdefault(prefix.group() if prefix else "", []).append(name)
     return list(groups.values())
 
 
@@ -212,8 +212,8 @@ def _converted(model, shell, saved: Tensors) -> Tensors:
     """The tensors of a file as the model's own, by name. `shell` is left without data."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # not made by from_pretrained: as transformers does when it saves such a model
-        found = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [part for part in found if not isinstance(part, core_model_loading.PrefixChange)]
+        mapping = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [part for part in mapping if not isinstance(part, core_model_loading.PrefixChange)]
     config = modeling_utils.LoadStateDictConfig(weight_mapping=copy.deepcopy(conversions))
     core_model_loading.convert_and_load_state_dict_in_model(shell, saved, config)
     values = {}

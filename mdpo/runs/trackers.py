@@ -1,4 +1,4 @@
-"""Whether the trackers of `report_to` can be written to: asked before anything is loaded, not when training begins."""
+"""Checks that the trackers of `report_to` can be written to, before anything is loaded, not when training begins."""
 
 import threading
 
@@ -29,28 +29,28 @@ def _refuse_wandb() -> None:
         raise UserError(
             f"report_to: wandb, but no login for {settings.base_url} is there. Type `wandb login`. {OFFLINE}."
         )
-    if why := server_trouble(settings.base_url, key, settings.https_proxy or settings.http_proxy):
-        raise UserError(f"report_to: wandb, but {settings.base_url} {why}. {OFFLINE}.")
+    if trouble := server_trouble(settings.base_url, key, settings.https_proxy or settings.http_proxy):
+        raise UserError(f"report_to: wandb, but {settings.base_url} {trouble}. {OFFLINE}.")
 
 
 def of_tracker(error: Exception) -> UserError | None:
-    """What a user reads of an error of wandb's own, which comes where training begins; None of any other error."""
+    """What a user reads for an error of wandb's own, which comes when training begins; None for any other error."""
     if not type(error).__module__.startswith("wandb.") or isinstance(error, UserError):
         return None
-    said = UserError(f"report_to: wandb: {_cause(error)}. {OFFLINE}.")
-    said.__cause__ = error
-    return said
+    explained = UserError(f"report_to: wandb: {_cause(error)}. {OFFLINE}.")
+    explained.__cause__ = error
+    return explained
 
 
 def server_trouble(url: str, key: str | None, proxy: str | None = None) -> str | None:
     """Why a wandb server cannot be used, in words that follow its name; None where it answers. Waits for ANSWER_S at
     most, whatever hangs."""
-    found: list[str | None] = []
+    answers: list[str | None] = []
     # A thread: looking up a name, or a server that sends a byte now and then, has no limit of its own.
-    asking = threading.Thread(target=lambda: found.append(_asked(url, key, proxy)), daemon=True)
-    asking.start()
-    asking.join(ANSWER_S)
-    return found[0] if found else f"gives no answer within {ANSWER_S:.0f} s"
+    thread = threading.Thread(target=lambda: answers.append(_asked(url, key, proxy)), daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    return answers[0] if answers else f"gives no answer within {ANSWER_S:.0f} s"
 
 
 def _asked(url: str, key: str | None, proxy: str | None) -> str | None:

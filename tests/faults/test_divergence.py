@@ -27,4 +27,4 @@ def test_one_rank_at_fault_and_no_rank_makes_the_step(stage, precision, clip, ex
     assert "step 3: the loss of row pair-5 is not finite; the step is skipped." in done.stdout
     said = "step {}: a gradient, though no loss, of the step with rows pair-{}, pair-{} is not finite"
     assert said.format(5, 8, 9) in done.stdout
-    assert found["error"].startswith(said.format(6, 10, 11) + ", the 2. such step in a row (max_nonfinite_steps).")
+    assert found["error"].startswith(said.format(6, 10, 11) + ", which makes 2 in a row (max_nonfinite_steps).")

@@ -138,4 +138,4 @@ def test_a_second_signal_stops_at_once():
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == EXIT_CODE
     err = run.stderr.read()
-    assert err.count("leaving at the next step") == 1 and "SIGINT again: stopped at once" in err
+    assert err.count("stopping at the next step") == 1 and "SIGINT again: stopped at once" in err

@@ -230,7 +230,7 @@ def test_no_function_of_a_training_step_runs_uncompiled(family, any_width, fresh
 def test_a_limit_that_is_met_is_said_and_changes_no_number(any_width, fresh, monkeypatch, capsys):
     monkeypatch.setattr(mdpo.forward.compiled_ops, "VARIANTS", 3)
     norm = everything_once("Qwen3")
-    line = f"fused_ops: {norm.__name__}.forward met more than 3 kinds of input; it goes on uncompiled.\n"
+    line = f"fused_ops: {norm.__name__}.forward met more than 3 kinds of input; it now runs uncompiled.\n"
     assert capsys.readouterr().out.count(line) == 1
 
 
