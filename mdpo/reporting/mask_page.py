@@ -1,4 +1,4 @@
-"""One page of pairs, token by token, that opens from disk: python scripts/show_masks.py RECIPE.yaml --html masks.html
+"""The mask page, pairs token by token, opens from disk: python scripts/show_masks.py RECIPE.yaml --html masks.html
 
 Kept pairs come first, then some of every drop reason, as far as their template renders them.
 """
@@ -31,9 +31,9 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     if not path.absolute().parent.is_dir():
         raise UserError(f"--html: there is no folder {path.absolute().parent}.")
     try:
-        kept, _, report = prepare_pairs(recipe, tokenizer)
-        order = sorted(range(len(kept)), key=list(kept["place"]).__getitem__)[:pairs]
-        kept = {row["key"]: row for row in kept.select(order)}
+        rows, _, report = prepare_pairs(recipe, tokenizer)
+        order = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)[:pairs]
+        kept = {row["key"]: row for row in rows.select(order)}
         reasons = {
             key: reason
             for c in report.counts.values()
@@ -63,7 +63,7 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
 
 
 class Explainer:
-    """Raw rows → what the page shows of them."""
+    """Raw rows → what the mask page shows of them."""
 
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings, self.text_of = tokenizer, settings, token_text(tokenizer)
@@ -79,8 +79,8 @@ class Explainer:
             shared = kept["shared_len"] if kept else 0
             sides = [self._side(pair, name, kept, shared) for name in SIDES]
         except DropPair:
-            given = {k: v for k, v in row.items() if k != "key"}
-            return {**out, "raw": json.dumps(given, indent=1, ensure_ascii=False, default=str)}
+            columns = {k: v for k, v in row.items() if k != "key"}
+            return {**out, "raw": json.dumps(columns, indent=1, ensure_ascii=False, default=str)}
         return {**out, "shared": shared, "sides": sides}
 
     def _side(self, pair, name: str, kept, shared: int) -> list[list]:
@@ -95,7 +95,7 @@ class Explainer:
             rendered = self.template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
             sampled, encoded = [(s.start, s.end) for s in rendered.spans], tokenize(rendered.text, self.tokenizer)
             ids, ranges, mask, _ = supervised(rendered.text, sampled, encoded, self.tokenizer)
-            # A character that is split between tokens is the first one's, one of no token that of the token before.
+            # A character split between tokens belongs to the first of them, one in no token to the token before.
             reached = [0, *accumulate((end for _, end in ranges), max)]
             begins = [*(start for start, _ in ranges[1:]), len(rendered.text)]
             places = zip(ranges, reached, begins, strict=False)
