@@ -68,7 +68,7 @@ class RunPage(TrainerCallback):
             write_page(Path(args.output_dir), state, self._facts, self._now(args, state, report))
         except Exception as error:  # a full disk, say, must not end days of training
             if not self._warned:
-                say(f"warning: {PAGE} could not be written, the run goes on: {type(error).__name__}: {error}")
+                say(f"warning: {PAGE} could not be written, the run continues: {type(error).__name__}: {error}")
             self._warned = True
         self._last = time.monotonic()
         self._cost = self._last - begin
@@ -133,7 +133,7 @@ def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> l
     line = f"{line} {ADVICE}" if fell else line
     lines = [(line[:1].upper() + line[1:], fell)] if line else []
     for name, count in not_finite(history).items():
-        lines.append((f"Values of {name} that are not finite: {count}. Plots leave them out.", True))
+        lines.append((f"Non-finite values of {name}: {count}. Plots leave them out.", True))
     return lines + [(warning, True) for warning in data["warnings"]]
 
 

@@ -1,7 +1,7 @@
 """A run's log history: curves over steps, metrics before and after, how far chosen log-probs moved.
 
-`history` is Trainer's `state.log_history`, a list of dicts with a `step` each. It is in checkpoints, so after a resume it is
-that of the whole run.
+`history` is Trainer's `state.log_history`, a list of dicts with a `step` each. Checkpoints save it, so after a resume
+it is that of the whole run.
 """
 
 import math

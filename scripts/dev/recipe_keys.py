@@ -1,7 +1,7 @@
 """Write the tables of docs/recipe-keys.md: python -m scripts.dev.recipe_keys [--check]
 
 Each of our own keys with type, default and help, as `run_dpo.py --help` has them, between `<!-- keys: TITLE -->` and
-`<!-- keys end -->`. With --check nothing is written; exit code 1 where a table is not what it would be.
+`<!-- keys end -->`. With --check nothing is written; exit code 1 where a table would change.
 """
 
 import json
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 
 def filled(text: str) -> str:
-    """The page with its tables made anew; one for each title of ours. Raises UserError where a table is missing."""
+    """The page with its tables rewritten, one for each title of ours. Raises UserError where a table is missing."""
     ours = [title for title in key_groups() if "ours" in title]
     if [title for _, title, _ in TABLE.findall(text)] != ours:
         wanted = f"a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {ours}"
