@@ -58,11 +58,11 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=Path("compare.html"))
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if rest:
-        raise UserError(f"{rest[0]} is not known here; compare_runs.py takes output folders and --out.")
+    if unknown:
+        raise UserError(f"{unknown[0]} is not known here; compare_runs.py takes output folders and --out.")
     if not 2 <= len(args.runs) <= len(COLORS):
         raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLORS)} output folders of run_dpo.py.")
     if not args.out.absolute().parent.is_dir():

@@ -26,14 +26,14 @@ OF_A_REASON = 20  # pairs
 
 
 def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
-    """Writes the page: the first `pairs` kept pairs and up to OF_A_REASON of each drop reason. Returns how many of
+    """Writes the mask page: the first `pairs` kept pairs and up to OF_A_REASON of each drop reason. Returns how many of
     each. Raises UserError."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"--html: there is no folder {path.absolute().parent}.")
     try:
         rows, _, report = prepare_pairs(recipe, tokenizer)
-        order = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)[:pairs]
-        kept = {row["key"]: row for row in rows.select(order)}
+        first = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)[:pairs]
+        kept = {row["key"]: row for row in rows.select(first)}
         reasons = {
             key: reason
             for c in report.counts.values()
@@ -42,16 +42,16 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
         }
     except UserError as error:
         raise UserError(f"{error}\nThere is nothing to show.") from error
-    wanted = list(kept) + [key for key in reasons if key not in kept]
+    order = list(kept) + [key for key in reasons if key not in kept]
     data = recipe.data
     parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
     parts += load_sets(data.eval_dataset_mixer, splits=None) if data.eval_dataset_mixer else []
     raw = {}
     for part in parts:
         places = {key: i for i, key in enumerate(part.rows["key"])}
-        raw |= {key: whole_row(part.rows[places[key]]) for key in wanted if key in places}
+        raw |= {key: whole_row(part.rows[places[key]]) for key in order if key in places}
     explain = Explainer(tokenizer, render_settings(recipe))
-    shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in wanted if key in raw]
+    shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in order if key in raw]
     content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
     page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))

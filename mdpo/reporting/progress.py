@@ -169,8 +169,8 @@ class ProgressLine(TrainerCallback):
 def show_progress(trainer, timer: StepTimer, console: Console | None = None) -> None:
     """Puts the timer before the trackers, so that they log what it adds, and our line in place of Trainer's own bar and
     printed dicts. `disable_tqdm` asks for lines of text on a terminal too."""
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
     callbacks = trainer.callback_handler.callbacks
     callbacks.remove(timer)
     callbacks.insert(0, timer)

@@ -123,7 +123,7 @@ def roll_out(
             while waiting and len(active) < rules.batch_size:
                 active.append(waiting.popleft())
             replies = generate([trajectory.messages for trajectory in active])
-            programs = [take_turn(*both, rules) for both in zip(active, replies, strict=True)]
+            programs = [take_turn(*turn, rules) for turn in zip(active, replies, strict=True)]
             runs = pool.map(lambda code: None if code is None else run_code(code), programs)
             for trajectory, run in zip(active, runs, strict=True):
                 if run is not None:

@@ -37,10 +37,10 @@ def up_to_date(family: str, write: bool) -> bool:
         raise UserError(
             f"{path}: has no table; put <!-- memory: RECIPE FILE --> and <!-- memory end --> into it.", path.name
         )
-    wanted = TABLE.sub(lambda m: f"{m[1]}{table(family, m[2], m[3])}\n\n{m[4]}", text)
-    if write and wanted != text:
-        path.write_text(wanted, encoding="utf-8")
-    return wanted == text
+    updated = TABLE.sub(lambda m: f"{m[1]}{table(family, m[2], m[3])}\n\n{m[4]}", text)
+    if write and updated != text:
+        path.write_text(updated, encoding="utf-8")
+    return updated == text
 
 
 def table(family: str, recipe: str, accelerate: str) -> str:
