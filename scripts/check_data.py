@@ -21,14 +21,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write data_report.json there")
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     from mdpo.config.recipe import load_recipe
     from mdpo.data.prepare import prepare_pairs
     from mdpo.masking.tokenizer import load_tokenizer
 
-    recipe = load_recipe(rest)
+    recipe = load_recipe(overrides)
     say(f"recipe {recipe.path}", *recipe.notes)
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
     if args.report:

@@ -1,7 +1,7 @@
-"""Runs over each other, as a page and in the terminal: python scripts/compare_runs.py RUN RUN [--out compare.html]
+"""Compares runs, as an HTML page and in the terminal: python scripts/compare_runs.py RUN RUN [--out compare.html]
 
-Each RUN is an output folder of run_dpo.py, also of a run that still goes on and has a checkpoint. Shows curves of loss,
-accuracy, margin and log-probs, final figures, and the recipe keys in which the runs differ.
+Each RUN is an output folder of run_dpo.py, also of an unfinished run that has a checkpoint. Shows plots of loss,
+accuracy, margin and log-probs, final metrics, and the recipe keys in which the runs differ.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mdpo.runs.entrypoint import run
 
 COLORS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6b7a86", "#e06fa8")
 STATE = "trainer_state.json"
-OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no part of what is trained
+OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no effect on training
 CURVES = ("loss", "reward_accuracy", "margins", "logps")  # of PLOTS
 
 
@@ -40,15 +40,15 @@ class Run:
     name: str
     history: list[dict[str, Any]]
     recipe: dict[str, Any]
-    report: dict[str, Any]  # {} while the run goes on
+    report: dict[str, Any]  # {} until the run has finished
 
 
 def main(argv: list[str]) -> None:
     folders, out = parse(argv)
     runs = load(folders)
-    tables = [("Final figures", final_figures(runs)), ("Recipe keys that differ", differing(runs))]
+    tables = [("Final metrics", final_figures(runs)), ("Recipe keys that differ", differing(runs))]
     for title, rows in tables:
-        Console().print(terminal_table(title, [of.name for of in runs], rows))
+        Console().print(terminal_table(title, [r.name for r in runs], rows))
     out.write_text(html(runs, tables), encoding="utf-8")
     say(str(out))
 
@@ -58,11 +58,11 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=Path("compare.html"))
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if rest:
-        raise UserError(f"{rest[0]} is not known here; compare_runs.py takes output folders and --out.")
+    if unknown:
+        raise UserError(f"{unknown[0]} is not known here; compare_runs.py takes output folders and --out.")
     if not 2 <= len(args.runs) <= len(COLORS):
         raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLORS)} output folders of run_dpo.py.")
     if not args.out.absolute().parent.is_dir():
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
 
 
 def load(folders: list[Path]) -> list[Run]:
-    """Raises UserError that names a folder which holds no run, and what it lacks."""
+    """Raises UserError that names a folder without a run, and what it lacks."""
     states = [_state(folder) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
         if lacking := [RESOLVED] * (not (folder / RESOLVED).is_file()) + [STATE] * (state is None):
@@ -94,55 +94,56 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def _state(folder: Path) -> Path | None:
     """The run's trainer state, or that of its last checkpoint."""
-    of_steps = {int(p.parent.name.rpartition("-")[2]): p for p in folder.glob(f"checkpoint-*[0-9]/{STATE}")}
-    return folder / STATE if (folder / STATE).is_file() else of_steps.get(max(of_steps, default=None))
+    state_at = {int(p.parent.name.rpartition("-")[2]): p for p in folder.glob(f"checkpoint-*[0-9]/{STATE}")}
+    return folder / STATE if (folder / STATE).is_file() else state_at.get(max(state_at, default=None))
 
 
 def differing(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of the keys whose values are not the same in all."""
-    keys = dict.fromkeys(key for of in runs for key in of.recipe if key not in OF_THE_RUN)
-    values = {key: [json.dumps(of.recipe[key]) if key in of.recipe else "(default)" for of in runs] for key in keys}
-    return [(key, of) for key, of in values.items() if len(set(of)) > 1]
+    recipes = [r.recipe for r in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in OF_THE_RUN)
+    rows = [(key, [json.dumps(recipe[key]) if key in recipe else "(default)" for recipe in recipes]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def final_figures(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    after = [before_and_after(run.history)[1] for run in runs]
-    rows = [(what, [f"{log[key]:.4f}" if key in log else "–" for log in after]) for what, key in SHOWN]
-    loss = [curve(run.history, "loss").training for run in runs]
+    after = [before_and_after(r.history)[1] for r in runs]
+    rows = [(label, [f"{log[key]:.4f}" if key in log else "–" for log in after]) for label, key in SHOWN]
+    loss = [curve(r.history, "loss").training for r in runs]
     rows.append(("last training loss", [f"{points[-1][1]:.4f}" if points else "–" for points in loss]))
-    rows.append(("steps", [str(run.history[-1]["step"]) if run.history else "0" for run in runs]))
-    for what, key in (("pairs/s", "pairs_per_second"), ("peak memory (GB)", "peak_memory_gb")):
-        rows.append((what, [f"{run.report[key]:.2f}" if run.report else "–" for run in runs]))
+    rows.append(("steps", [str(r.history[-1]["step"]) if r.history else "0" for r in runs]))
+    for label, key in (("pairs/s", "pairs_per_second"), ("peak memory (GB)", "peak_memory_gb")):
+        rows.append((label, [f"{r.report[key]:.2f}" if r.report else "–" for r in runs]))
     return rows
 
 
 def terminal_table(title: str, names: list[str], rows: list[tuple[str, list[str]]]) -> Table:
     table = Table("", *map(escape, names), title=title)
-    for what, values in rows or [("none", [])]:
-        table.add_row(what, *map(Text, values))
+    for label, values in rows or [("none", [])]:
+        table.add_row(label, *map(Text, values))
     return table
 
 
 def plots(runs: list[Run]):
-    """(title, what is drawn) for each metric of CURVES: a color a run, training solid, held-out dashed."""
+    """(title, plot, lines) for each metric of CURVES: a color for each run, training solid, held-out dashed."""
     for plot in (plot for plot in PLOTS if plot.name in CURVES):
-        for what, metric, _ in plot.lines:
+        for name, metric, _ in plot.lines:
             lines = []
-            for of, color in zip(runs, COLORS, strict=False):
-                found = curve(of.history, metric)
-                label = of.name  # once in the legend: matplotlib leaves out what begins with an underscore
-                for held_out, points in ((False, smoothed(found.training)), (True, found.held_out)):
+            for r, color in zip(runs, COLORS, strict=False):
+                logged = curve(r.history, metric)
+                label = r.name  # once in the legend: matplotlib leaves out what begins with an underscore
+                for held_out, points in ((False, smoothed(logged.training)), (True, logged.held_out)):
                     if points:
                         lines.append(Line(label, color, held_out, thinned(points)))
                         label = "_"
             if lines:
-                yield f"{plot.title}: {what}" if what else plot.title, plot, lines
+                yield f"{plot.title}: {name}" if name else plot.title, plot, lines
 
 
 def html(runs: list[Run], tables) -> str:
     with matplotlib.rc_context(STYLE):
         drawn = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
-    names = list(zip((of.name for of in runs), COLORS, strict=False))
+    names = list(zip((r.name for r in runs), COLORS, strict=False))
     return template("compare.html").render(runs=names, tables=tables, plots=drawn)
 
 

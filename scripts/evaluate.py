@@ -1,11 +1,11 @@
-"""How good is a checkpoint: python scripts/evaluate.py CHECKPOINT --recipe RECIPE.yaml [--rollouts QUESTIONS.jsonl]
+"""Evaluates a checkpoint: python scripts/evaluate.py CHECKPOINT --recipe RECIPE.yaml [--rollouts QUESTIONS.jsonl]
 
 CHECKPOINT is a full model or a LoRA adapter; recipe keys may follow as --key=value. Scores the recipe's held-out pairs
 against its reference, as run_dpo.py does: reward accuracy, margin and loss by number of turns. One process, one device.
 With --rollouts the model answers questions, {"question" or "prompt", "answer"} a line, over several turns: its Python
 blocks are run in a sandbox, and their output comes back, until an answer in \\boxed{}, which math-verify compares.
-Where the kernel has no namespaces, --allow_unisolated_code runs them with your files and network in reach.
---save has a conversation a line: key, sample, messages, gold, answer, correct, ended, turns, code.
+Where the kernel has no namespaces, --allow_unisolated_code runs them with access to your files and network.
+--save gets one conversation a line: key, sample, messages, gold, answer, correct, ended, turns, code.
 """
 
 import argparse
@@ -36,32 +36,32 @@ from mdpo.rollouts.sandbox import Limits, Sandbox
 from mdpo.rollouts.tables import by_turns, count_turns, held_out_table, rollout_figures, rollout_tables
 from mdpo.runs.entrypoint import run
 
-ROLLOUTS = {  # option: (type, default, the least, what it is)
+ROLLOUTS = {  # option: (type, default, least value, help)
     "save": (Path, None, None, "file for conversations (default CHECKPOINT/trajectories.jsonl)"),
-    "instruction": (str, "", None, "text in front of each question, an empty line between"),
+    "instruction": (str, "", None, "text in front of each question, with an empty line between"),
     "max_turns": (int, 6, 1, "turns of the model in a conversation, at most"),
     "max_new_tokens": (int, 512, 1, "tokens in a turn, at most"),
     "batch_size": (int, 8, 1, "conversations at a time"),
-    "temperature": (float, 0.0, 0, "0 takes the likeliest token"),
+    "temperature": (float, 0.0, 0, "0 takes the most likely token"),
     "samples": (int, 1, 1, "conversations for each question; needs a temperature"),
-    "seed": (int, 42, 0, "of sampling"),
-    "tool_role": (str, "user", None, "of the turns with output; M-DPO's data has user"),
+    "seed": (int, 42, 0, "seed of sampling"),
+    "tool_role": (str, "user", None, "role of the turns with output; M-DPO's data has user"),
     "code_seconds": (float, 10.0, 0.1, "time limit of a program"),
 }
 
 
 class Scorer(DPOTrainer):
-    """Keeps the figures of every pair that it evaluates, see mdpo.loss.metrics."""
+    """Keeps the per-pair metrics of its evaluation, see mdpo.loss.metrics."""
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        self.kept = [*getattr(self, "kept", []), self.tables.eval[-1].cpu()]
+        self.pair_tables = [*getattr(self, "pair_tables", []), self.tables.eval[-1].cpu()]
         return loss
 
 
 def main(argv: list[str]) -> None:
-    args, rest = parse(argv)
-    recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *rest])
+    args, overrides = parse(argv)
+    recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *overrides])
     adapter_config(args.checkpoint)  # whether it is there
     if recipe.training.world_size > 1 or recipe.training.n_gpu > 1:
         raise UserError("evaluate.py runs in one process on one device. Choose one with CUDA_VISIBLE_DEVICES=0.")
@@ -92,35 +92,35 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         text += f" (default {default})" if default else ""
         parser.add_argument(f"--{key}", type=kind, help=text, choices=("user", "tool") if key == "tool_role" else None)
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    given = [name for name in [*ROLLOUTS, "allow_unisolated_code"] if getattr(args, name) is not None]
-    if given and not args.rollouts:
-        raise UserError(f"--{given[0]}: has no effect without --rollouts.")
-    if not args.temperature and (idle := [name for name in ("samples", "seed") if name in given]):
+    options = [name for name in [*ROLLOUTS, "allow_unisolated_code"] if getattr(args, name) is not None]
+    if options and not args.rollouts:
+        raise UserError(f"--{options[0]}: has no effect without --rollouts.")
+    if not args.temperature and (idle := [name for name in ("samples", "seed") if name in options]):
         raise UserError(f"--{idle[0]}: has no effect at temperature 0; set --temperature.")
     for name, (_, default, least, _) in ROLLOUTS.items():
-        if name not in given:
+        if name not in options:
             setattr(args, name, default)
         if least is not None and not least <= (value := getattr(args, name)) < float("inf"):
             raise UserError(f"--{name}: {value} is out of range; give a number >= {least}.")
     args.save = args.save or Path(args.checkpoint, "trajectories.jsonl")
-    return args, rest
+    return args, overrides
 
 
 def held_out(checkpoint: str, recipe, tokenizer) -> dict | None:
-    """Figures of the held-out pairs by number of turns; None where the recipe has none. Raises UserError."""
+    """Metrics of the held-out pairs by number of turns; None where the recipe has none. Raises UserError."""
     _, pairs, report = prepare_pairs(recipe, tokenizer)
     report.refuse_bad_rows(recipe.data.on_bad_rows, recipe.data.max_bad_fraction)
     if pairs is None:
         return None
-    given, args = scoring_arguments(checkpoint, recipe), recipe.training
-    scorer = Scorer(args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer, **given)
-    if "peft_config" in given:  # made by the trainer as for training, at random
+    model_args, args = scoring_arguments(checkpoint, recipe), recipe.training
+    scorer = Scorer(args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer, **model_args)
+    if "peft_config" in model_args:  # the trainer has created it as for training, at random
         load_adapter_weights(scorer.model, checkpoint)
     scorer.evaluate()
-    return by_turns(deduplicate(scorer.kept), [count_turns(mask) for mask in pairs["chosen_mask"]])
+    return by_turns(deduplicate(scorer.pair_tables), [count_turns(mask) for mask in pairs["chosen_mask"]])
 
 
 def prepare_rollouts(args: argparse.Namespace, recipe, tokenizer) -> tuple:
@@ -132,12 +132,12 @@ def prepare_rollouts(args: argparse.Namespace, recipe, tokenizer) -> tuple:
     if args.save.exists() or not args.save.parent.is_dir():
         raise UserError(f"--save: {args.save} {'is there already' if args.save.exists() else 'has no folder'}.")
     if args.allow_unisolated_code:
-        say("allow_unisolated_code: the model's programs run with this user's files and network in reach.")
+        say("allow_unisolated_code: the model's programs run with access to this user's files and network.")
     return questions, template, Sandbox(Limits(args.code_seconds), namespaces=not args.allow_unisolated_code)
 
 
 def rollout(args: argparse.Namespace, recipe, tokenizer, questions, template, sandbox) -> dict:
-    """Figures of the rollouts, whose conversations go to args.save."""
+    """Metrics of the rollouts, whose conversations go to args.save."""
     model = load_policy(args.checkpoint, recipe)
     generate = Generator(model, tokenizer, template, args.max_new_tokens, args.temperature)
     set_seed(args.seed)

@@ -1,8 +1,8 @@
 """Merges an adapter that a run saved into its base model: python scripts/merge_adapter.py ADAPTER_FOLDER OUT_FOLDER
 
 Writes safetensors, generation config, tokenizer and chat template: a model as any other, without PEFT. It is loaded
-again and has to give the adapter's log-probs, else nothing is left. `--base`: the base model, where the adapter's own
-entry does not lead to it. `--dtype`: of the weights written, else the base's. Takes 4 bytes of memory a parameter.
+again and has to give the adapter's log-probs, else nothing is left behind. `--base`: the base model, if the adapter's
+own entry does not name it. `--dtype`: of the weights written, else the base's. Takes 4 bytes of memory a parameter.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     dtype = args.dtype or str(settings.dtype or torch.float32).removeprefix("torch.")
     if bits := quantized_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
-        say(f"The run held {name} in {bits} bits. The adapter is merged into its whole weights, in {dtype}.")
+        say(f"The run had {name} in {bits} bits. The adapter is merged into its unquantized weights, in {dtype}.")
     unfit = f"{adapter} does not fit {name}"
     try:
         model = PeftModel.from_pretrained(base, adapter).eval()
@@ -109,14 +109,14 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
 
 
 def quantized_bits(adapter: Path) -> int | None:
-    """Those of the base in the run, by the recipe beside the adapter or, for a checkpoint, above it."""
+    """Bits of the base's weights in the run, by the recipe beside the adapter or, for a checkpoint, above it."""
     paths = [path for path in (adapter / RESOLVED, adapter.resolve().parent / RESOLVED) if path.is_file()]
     recipe = {setting.key: setting.value for setting in read_yaml(paths[0])} if paths else {}
     return next((bits for bits in (4, 8) if recipe.get(f"load_in_{bits}bit")), None)
 
 
 def merged(model: PeftModel):
-    """The base with the adapter's change in its weights. Raises UserError where PEFT cannot put it there."""
+    """The base with the adapter merged into its weights. Raises UserError where PEFT cannot do that."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if model.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
         # One matrix, changed at one of its two ends: it becomes two. PEFT would change both.
@@ -130,7 +130,7 @@ def merged(model: PeftModel):
 
 
 def log_probs(model, tokenizer) -> torch.Tensor:
-    """Of each token of TEXT behind the first: (T - 1,), float32, nats."""
+    """Of each token of TEXT after the first: (T - 1,), float32, nats."""
     ids = torch.tensor([tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, :-1]
@@ -139,10 +139,10 @@ def log_probs(model, tokenizer) -> torch.Tensor:
 
 def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dtype: str) -> None:
     """Raises UserError unless the model in `folder` has the adapter's log-probs."""
-    found = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
-    off, moved = (found - adapted).abs(), (base - adapted).abs()
+    merged_logps = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
+    off, moved = (merged_logps - adapted).abs(), (base - adapted).abs()
     distance = f"{off.max():.1e} at most (allowed: {TOLERANCE[dtype]:.0e}) and {off.mean():.1e} on average"
-    say(f"log-probs of {len(found)} tokens, in nats: merged and adapter differ by {distance}, "
+    say(f"log-probs of {len(merged_logps)} tokens, in nats: merged and adapter differ by {distance}, "
         f"base and adapter by {moved.mean():.1e} on average")  # fmt: skip
     if moved.mean() <= NOISE:
         say("The adapter changes nothing: it has not been trained.")

@@ -1,7 +1,7 @@
-"""Prints where a run writes: python scripts/output_dir.py [RECIPE.yaml] [--key=value ...]
+"""Prints a run's output folder: python scripts/output_dir.py [RECIPE.yaml] [--key=value ...]
 
 Takes run_dpo.py's arguments and reads them as it does. One line on stdout, all else on stderr. Loads no model, no data,
-and makes no folder. scripts/launch.slurm looks there for what a run has left.
+and creates no folder. scripts/launch.slurm looks there for a run's checkpoint.
 """
 
 import os
@@ -14,7 +14,7 @@ from mdpo.runs.entrypoint import run
 
 
 def main(argv: list[str]) -> None:
-    with redirect_stdout(sys.stderr):  # libraries speak while they are imported
+    with redirect_stdout(sys.stderr):  # libraries print while they are imported
         from mdpo.config.recipe import load_recipe
 
         folder = load_recipe(argv).training.output_dir

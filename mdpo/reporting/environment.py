@@ -1,4 +1,4 @@
-"""Where a run took place: packages, hardware, the commit of this repository."""
+"""The environment of a run: package versions, hardware, the commit of this repository."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(processes: int) -> dict[str, Any]:
-    """Of this machine; `processes` are those of the whole run. Memory in GB (1e9 bytes)."""
+    """This machine's; `processes` counts those of the whole run. Memory in GB (1e9 bytes)."""
     cuda = torch.cuda.is_available()
     return {
         "system": platform.platform(),
@@ -43,7 +43,7 @@ def _processor() -> str:  # py-cpuinfo needs more than a second for it
 
 def repository(root: Path = ROOT) -> dict[str, Any]:
     """{"commit", "changed": whether tracked files differ from it}; {} outside a repository or without git."""
-    if not (root / ".git").exists():  # an installed copy may lie inside somebody else's repository
+    if not (root / ".git").exists():  # an installed copy may be inside somebody else's repository
         return {}
     answers = []
     for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):

@@ -1,4 +1,4 @@
-"""run_report.html and plots/*.png in the output folder: the whole picture of a run, written anew while it goes on."""
+"""The HTML report of a run, run_report.html, and plots/*.png in the output folder, rewritten during the run."""
 
 import time
 from datetime import datetime
@@ -24,15 +24,15 @@ from mdpo.types import SIDES
 TEMPLATES = Path(__file__).with_name("templates")
 PAGE, PLOTS = "run_report.html", "plots"
 EVERY_S = 60  # between evaluations and checkpoints
-SHARE, SHARE_AT_EVENTS = 0.01, 0.1  # at most so much of the time is spent on drawing; at evaluations and checkpoints
-HEAD, TAIL = 150, 450  # tokens of a long side that are shown: its begin and its end
+SHARE, SHARE_AT_EVENTS = 0.01, 0.1  # of the time, at most, is spent on drawing; at evaluations and checkpoints
+HEAD, TAIL = 150, 450  # tokens of a long side that are shown: at its beginning and at its end
 KINDS = (CONTEXT, SHARED, SUPERVISED, END)
 
 
 class RunPage(TrainerCallback):
     """Draws on the main process at evaluations and checkpoints, between them at most every EVERY_S seconds, and at
-    `finish`. What fails to be drawn costs one line, never the run; where drawing would cost more than its share of the
-    time, the next occasion is waited for."""
+    `finish`. A report that cannot be drawn costs one line, never the run; where drawing would take more than its share
+    of the time, it waits for the next occasion."""
 
     def __init__(self, timer: StepTimer, data: dict[str, Any], train_dataset, tokenizer):
         self.timer, self.data, self.train_dataset, self.tokenizer = timer, data, train_dataset, tokenizer
@@ -56,7 +56,7 @@ class RunPage(TrainerCallback):
             self.draw(args, state)
 
     def finish(self, args, state, report: dict[str, Any]) -> None:
-        """The page of a run that is over, with the figures of its report."""
+        """The HTML report of a finished run, with the metrics of its run_report.json."""
         self.draw(args, state, report)
 
     def draw(self, args, state, report: dict[str, Any] | None = None) -> None:
@@ -68,7 +68,7 @@ class RunPage(TrainerCallback):
             write_page(Path(args.output_dir), state, self._facts, self._now(args, state, report))
         except Exception as error:  # a full disk, say, must not end days of training
             if not self._warned:
-                say(f"warning: {PAGE} could not be written, the run goes on: {type(error).__name__}: {error}")
+                say(f"warning: {PAGE} could not be written, the run continues: {type(error).__name__}: {error}")
             self._warned = True
         self._last = time.monotonic()
         self._cost = self._last - begin
@@ -93,8 +93,8 @@ class RunPage(TrainerCallback):
 
 
 def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) -> None:
-    """The plots and the page of `state`, each in the place of the last ones at once, so that no reader sees a part."""
-    history, at = state.log_history, time.time()
+    """The plots and the HTML report of `state`; the report is replaced atomically: no reader sees a part."""
+    history, now_s = state.log_history, time.time()
     before, after = before_and_after(history)
     turns_of, names = latest_turns(history)
     resolved = folder / RESOLVED
@@ -104,9 +104,9 @@ def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) 
         **turn_tables(names),
         name=folder.resolve().name,
         step=state.global_step,
-        of=state.max_steps,
-        written=datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        written_at=int(at),
+        max_steps=state.max_steps,
+        written=datetime.fromtimestamp(now_s).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        written_at=int(now_s),
         before=before,
         after=after,
         turns_of=turns_of,
@@ -120,7 +120,7 @@ def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) 
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template beside this file, with `style`, what all pages have."""
+    """A page's template from `templates/`, with `style`, the CSS of all pages."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
@@ -128,17 +128,17 @@ def template(name: str) -> jinja2.Template:
 
 
 def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> list[tuple[str, bool]]:
-    """(line, whether it is a warning) of what a reader should look at first."""
+    """(line, whether it is a warning) for what a reader should look at first."""
     line, fell = chosen_logps(history, beta)
     line = f"{line} {ADVICE}" if fell else line
-    found = [(line[:1].upper() + line[1:], fell)] if line else []
-    for name, times in not_finite(history).items():
-        found.append((f"Values of {name} that are not finite: {times}. Plots leave them out.", True))
-    return found + [(warning, True) for warning in data["warnings"]]
+    lines = [(line[:1].upper() + line[1:], fell)] if line else []
+    for name, count in not_finite(history).items():
+        lines.append((f"Non-finite values of {name}: {count}. Plots leave them out.", True))
+    return lines + [(warning, True) for warning in data["warnings"]]
 
 
 def shown_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair of `mdpo.reporting.token_view` for the page: its tokens as HTML."""
+    """A pair of `mdpo.reporting.token_view` for the HTML report: its tokens as HTML."""
     sides = []
     for name in SIDES:
         side, shared = pair[name], pair["shared_len"]

@@ -1,6 +1,6 @@
-"""What a run's log history says: curves over steps, figures before and after, what became of chosen log-probs.
+"""A run's log history: curves over steps, metrics before and after, how far chosen log-probs moved.
 
-`history` is Trainer's `state.log_history`, a list of dicts with a `step` each. Checkpoints hold it, so after a resume
+`history` is Trainer's `state.log_history`, a list of dicts with a `step` each. Checkpoints save it, so after a resume
 it is that of the whole run.
 """
 
@@ -18,7 +18,7 @@ ADVICE = (
 
 @dataclass
 class Curve:
-    """(step, value) of one figure in order of steps, one value a step: `training` as logged, `held_out` of
+    """(step, value) of one metric in order of steps, one value a step: `training` as logged, `held_out` of
     evaluations."""
 
     training: list[tuple[int, float]]
@@ -29,18 +29,18 @@ class Curve:
 
 
 def curve(history: list[dict[str, Any]], name: str) -> Curve:
-    """The curve of the metric `name`. Values that are not finite are left out (`not_finite` counts them); of several at
-    one step the last one counts."""
+    """The curve of the metric `name`. Non-finite values are left out (`not_finite` counts them); of several at one step
+    the last one counts."""
     return Curve(_points(history, name), _points(history, HELD_OUT + name))
 
 
 def _points(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    found = {log["step"]: log[name] for log in history if name in log and math.isfinite(log[name])}
-    return sorted(found.items())
+    value_at = {log["step"]: log[name] for log in history if name in log and math.isfinite(log[name])}
+    return sorted(value_at.items())
 
 
 def not_finite(history: list[dict[str, Any]]) -> dict[str, int]:
-    """metric -> how many of its logged values are not finite, for those that have any."""
+    """metric -> how many of its logged values are non-finite, for metrics that have any."""
     counts: dict[str, int] = {}
     for log in history:
         for name, value in log.items():
@@ -64,14 +64,14 @@ def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def before_and_after(history: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The evaluation before the first step and the last one behind it, each {} where there is none."""
+    """The evaluation before the first step and the last one after it, each {} where there is none."""
     logs = evaluations(history)
     before = next((log for log in logs if log["step"] == 0), {})
     return before, next((log for log in reversed(logs) if log["step"] > 0), {})
 
 
 def latest_turns(history: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """(which pairs and step, that log with names without prefix) of the last log with figures by turn: an evaluation's
+    """(which pairs and step, that log with names without prefix) of the last log with metrics by turn: an evaluation's
     where there is one, else training's; ("", {}) without any."""
     for prefix, pairs in ((HELD_OUT, "held-out"), ("", "training")):
         for log in reversed(history):
@@ -82,28 +82,30 @@ def latest_turns(history: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
 
 
 def chosen_logps(history: list[dict[str, Any]], beta: float) -> tuple[str, bool]:
-    """(one line on what became of the chosen side's log-probs, whether they fell). From the first and the last
+    """(one line on how far the chosen side's log-probs moved, whether they fell). From the first and the last
     evaluation; without two, from training's rewards, which are β · (log π − log π_ref) of the same pairs: their mean
     over the last tenth of the logs. ("", False) where neither is there."""
     logs = [log for log in evaluations(history) if math.isfinite(log["eval_logps/chosen"])]
     if logs and logs[0]["step"] != logs[-1]["step"]:
         first, last = logs[0], logs[-1]
         was, now = first["eval_logps/chosen"], last["eval_logps/chosen"]
-        by, other = now - was, last["eval_logps/rejected"] - first["eval_logps/rejected"]
+        change, rejected = now - was, last["eval_logps/rejected"] - first["eval_logps/rejected"]
         where = f"held-out pairs, {was:.2f} at step {first['step']}, {now:.2f} at step {last['step']}"
-        text = f"log-probs of the chosen side {_moved(by)} nats a pair ({where}); rejected {_moved(other)}"
+        text = f"log-probs of the chosen side {_moved(change)} nats a pair ({where}); rejected {_moved(rejected)}"
     else:
         rewards = [curve(history, f"rewards/{side}").training for side in ("chosen", "rejected")]
         if not all(rewards):
             return "", False
         tail = max(1, len(rewards[0]) // 10)
-        by, other = (sum(value for _, value in points[-tail:]) / len(points[-tail:]) / beta for points in rewards)
-        was = curve(history, "logps/chosen").training[-1][1] - by
+        tails = [points[-tail:] for points in rewards]
+        change, rejected = (sum(value for _, value in points) / len(points) / beta for points in tails)
+        was = curve(history, "logps/chosen").training[-1][1] - change
         where = f"training pairs, mean of the last {tail} logs"
-        text = f"log-probs of the chosen side less the reference's: {by:+.2f} nats ({where}), rejected {other:+.2f}"
-    fell = by < -FALL * abs(was)
+        text = f"log-probs of the chosen side less the reference's: {change:+.2f} nats ({where})"
+        text += f", rejected {rejected:+.2f}"
+    fell = change < -FALL * abs(was)
     return f"{text}.", fell
 
 
-def _moved(by: float) -> str:
-    return f"{'fell' if by < 0 else 'rose'} by {abs(by):.2f}"
+def _moved(change: float) -> str:
+    return f"{'fell' if change < 0 else 'rose'} by {abs(change):.2f}"

@@ -1,4 +1,4 @@
-"""One page of pairs, token by token, that opens from disk: python scripts/show_masks.py RECIPE.yaml --html masks.html
+"""The mask page, pairs token by token, opens from disk: python scripts/show_masks.py RECIPE.yaml --html masks.html
 
 Kept pairs come first, then some of every drop reason, as far as their template renders them.
 """
@@ -26,14 +26,14 @@ OF_A_REASON = 20  # pairs
 
 
 def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
-    """Writes the page: the first `pairs` kept pairs and up to OF_A_REASON of each drop reason. Returns how many of
+    """Writes the mask page: the first `pairs` kept pairs and up to OF_A_REASON of each drop reason. Returns how many of
     each. Raises UserError."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"--html: there is no folder {path.absolute().parent}.")
     try:
-        kept, _, report = prepare_pairs(recipe, tokenizer)
-        order = sorted(range(len(kept)), key=list(kept["place"]).__getitem__)[:pairs]
-        kept = {row["key"]: row for row in kept.select(order)}
+        rows, _, report = prepare_pairs(recipe, tokenizer)
+        first = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)[:pairs]
+        kept = {row["key"]: row for row in rows.select(first)}
         reasons = {
             key: reason
             for c in report.counts.values()
@@ -42,16 +42,16 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
         }
     except UserError as error:
         raise UserError(f"{error}\nThere is nothing to show.") from error
-    wanted = list(kept) + [key for key in reasons if key not in kept]
+    order = list(kept) + [key for key in reasons if key not in kept]
     data = recipe.data
     parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
     parts += load_sets(data.eval_dataset_mixer, splits=None) if data.eval_dataset_mixer else []
     raw = {}
     for part in parts:
         places = {key: i for i, key in enumerate(part.rows["key"])}
-        raw |= {key: whole_row(part.rows[places[key]]) for key in wanted if key in places}
+        raw |= {key: whole_row(part.rows[places[key]]) for key in order if key in places}
     explain = Explainer(tokenizer, render_settings(recipe))
-    shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in wanted if key in raw]
+    shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in order if key in raw]
     content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
     text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
     page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
 
 
 class Explainer:
-    """Raw rows → what the page shows of them."""
+    """Raw rows → what the mask page shows of them."""
 
     def __init__(self, tokenizer, settings):
         self.tokenizer, self.settings, self.text_of = tokenizer, settings, token_text(tokenizer)
@@ -79,8 +79,8 @@ class Explainer:
             shared = kept["shared_len"] if kept else 0
             sides = [self._side(pair, name, kept, shared) for name in SIDES]
         except DropPair:
-            given = {k: v for k, v in row.items() if k != "key"}
-            return {**out, "raw": json.dumps(given, indent=1, ensure_ascii=False, default=str)}
+            columns = {k: v for k, v in row.items() if k != "key"}
+            return {**out, "raw": json.dumps(columns, indent=1, ensure_ascii=False, default=str)}
         return {**out, "shared": shared, "sides": sides}
 
     def _side(self, pair, name: str, kept, shared: int) -> list[list]:
@@ -95,7 +95,7 @@ class Explainer:
             rendered = self.template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
             sampled, encoded = [(s.start, s.end) for s in rendered.spans], tokenize(rendered.text, self.tokenizer)
             ids, ranges, mask, _ = supervised(rendered.text, sampled, encoded, self.tokenizer)
-            # A character that is split between tokens is the first one's, one of no token that of the token before.
+            # A character split between tokens belongs to the first of them, one in no token to the token before.
             reached = [0, *accumulate((end for _, end in ranges), max)]
             begins = [*(start for start, _ in ranges[1:]), len(rendered.text)]
             places = zip(ranges, reached, begins, strict=False)

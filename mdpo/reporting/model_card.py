@@ -1,4 +1,4 @@
-"""The model card beside a checkpoint: what it was trained from and on, with which objective, its figures, recipe and
+"""The model card beside a checkpoint: what it was trained from and on, with which objective, its metrics, recipe and
 versions."""
 
 from importlib.metadata import version
@@ -24,7 +24,7 @@ the policy itself produced, as in multi-turn M-DPO ([arXiv 2409.02392](https://a
 
 Loss: {{ loss }}, β = {{ beta }}.
 
-{% if figures %}## Figures
+{% if figures %}## Metrics
 
 {{ figures }}
 
@@ -74,13 +74,13 @@ def write_card(
 
 
 def figures(history: list[dict[str, Any]], beta: float) -> str:
-    """Markdown: held-out figures before and after, or training's last loss; by turn; the chosen side's log-probs."""
+    """Markdown: held-out metrics before and after, or training's last loss; by turn; the chosen side's log-probs."""
     before, after = before_and_after(history)
     parts, loss = [], curve(history, "loss").training
     if after:
         columns = {"before": before, f"after {after['step']} steps": after} if before else {"after": after}
         rows = [[f"{int(after['eval_pairs'])} held-out pairs", *columns]]
-        rows += [[what, *(f"{log[key]:.4f}" for log in columns.values())] for what, key in SHOWN if key in after]
+        rows += [[name, *(f"{log[key]:.4f}" for log in columns.values())] for name, key in SHOWN if key in after]
         parts.append(_table(rows))
     elif loss:
         parts.append(f"Training loss {loss[-1][1]:.4f} at step {loss[-1][0]}; no held-out pairs were evaluated.")

@@ -1,6 +1,6 @@
-"""Plots of a run: what is drawn is data first (`Plot`, `lines_of`), then a figure, as PNG and as SVG for pages.
+"""Plots of a run: data first (`Plot`, `lines_of`), then a matplotlib figure, as PNG and as SVG for HTML pages.
 
-Color tells what (chosen green, rejected orange, everything else blue), the stroke tells of which pairs: training is
+Color tells what (chosen green, rejected orange, everything else blue), the stroke tells which pairs: training is
 solid, over its raw values, held-out dashed with dots. All colors can be read on white and on black.
 """
 
@@ -20,10 +20,10 @@ from mdpo.reporting.turn_tables import turn_tables
 
 SIZE, DPI = (4.8, 3.0), 160  # inches, dots an inch
 BLUE, GREEN, ORANGE = "#3b82d6", "#2a9d6f", "#d9730d"
-TURNS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f")  # of the first turns' curves
+TURNS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f")  # curves of the first turns
 INK, GREY, LINE = "#1f2328", "#57606a", "#d0d7de"
 OF_THE_PAGE = {INK: "var(--ink)", GREY: "var(--gray)", LINE: "var(--line)"}
-MOST_POINTS = 400  # of a curve: as many as such a picture has columns for a point and its neighbors
+MOST_POINTS = 400  # of a curve: as many as a plot of this size has columns for
 STYLE = {
     **{"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y"},
@@ -35,7 +35,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot over steps: its file name, title, y axis with unit, and (what, metric, color) of its lines."""
+    """One plot over steps: its file name, title, y axis with unit, and (label, metric, color) of its lines."""
 
     name: str
     title: str
@@ -77,7 +77,7 @@ ONLY_AS_LOGGED = {"learning_rate", "peak_memory_gb"}  # not noisy: nothing to sm
 
 @dataclass
 class Line:
-    """What is drawn: (step, value) points, raw ones behind them where they were smoothed."""
+    """A drawn line: (step, value) points, raw ones behind them where they were smoothed."""
 
     label: str
     color: str
@@ -89,27 +89,27 @@ class Line:
 def lines_of(plot: Plot, history: list[dict[str, Any]]) -> list[Line]:
     """Training and held-out line of each metric that the history has."""
     lines = []
-    for what, metric, color in plot.lines:
-        found = curve(history, metric)
-        for held_out, points in ((False, found.training), (True, found.held_out)):
+    for name, metric, color in plot.lines:
+        logged = curve(history, metric)
+        for held_out, points in ((False, logged.training), (True, logged.held_out)):
             if points:
                 smooth = not held_out and metric not in ONLY_AS_LOGGED and len(points) >= 20
-                label = f"{what} {'held-out' if held_out else 'training'}".strip()
+                label = f"{name} {'held-out' if held_out else 'training'}".strip()
                 line, raw = (smoothed(points), thinned(points)) if smooth else (points, [])
                 lines.append(Line(label, color, held_out, thinned(line), raw))
     return lines
 
 
 def turn_lines(history: list[dict[str, Any]]) -> list[Line]:
-    """Margins of the first turns over steps: of held-out pairs where they were evaluated twice, else training's."""
-    found = [(k, color, curve(history, f"margins/turn_{k}")) for k, color in enumerate(TURNS, start=1)]
-    held_out = any(len(of.held_out) > 1 for _, _, of in found)
-    points = [(k, color, of.held_out if held_out else smoothed(of.training)) for k, color, of in found]
-    return [Line(f"turn {k}", color, held_out, thinned(of)) for k, color, of in points if of]
+    """Margins of the first turns over steps: of held-out pairs if they were evaluated twice, else of training pairs."""
+    curves = [(k, color, curve(history, f"margins/turn_{k}")) for k, color in enumerate(TURNS, start=1)]
+    held_out = any(len(margins.held_out) > 1 for _, _, margins in curves)
+    drawn = [(k, color, margins.held_out if held_out else smoothed(margins.training)) for k, color, margins in curves]
+    return [Line(f"turn {k}", color, held_out, thinned(points)) for k, color, points in drawn if points]
 
 
 def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points: means of as many neighbors each as that takes."""
+    """At most `most` points, each the mean of as many neighbors as that takes."""
     each = -(-len(points) // most)
     groups = [points[i : i + each] for i in range(0, len(points), each)]
     return [tuple(sum(values) / len(values) for values in zip(*group, strict=True)) for group in groups]
@@ -141,20 +141,20 @@ def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, fl
         room = (max(values) - min(values)) * (0.3 if len(lines) > 2 else 0.06) or 0.1 * abs(values[0]) or 1
         axes.set_ylim(0 if min(values) >= 0 else min(values) - 0.2 * room, max(values) + room)
     if len(lines) > 1 or lines[0].held_out:
-        many = {"loc": "upper left", "ncols": 3 if len(lines) > 4 else 2} if len(lines) > 2 and not limits else {}
-        axes.legend(**{"loc": "best", **many})
+        above = {"loc": "upper left", "ncols": 3 if len(lines) > 4 else 2} if len(lines) > 2 and not limits else {}
+        axes.legend(**{"loc": "best", **above})
     return figure
 
 
 def _number(axes) -> None:
-    """Ticks as whole numbers in themselves: a common factor would stand where the title is."""
+    """Each tick label is a complete number: a common factor would be printed over the title."""
     axes.yaxis.set_major_formatter(
         lambda v, _: (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}").replace("e-0", "e-").replace("-", "−")
     )
 
 
 def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value: str) -> Figure:
-    """One bar for each row of `table`: its number `key`, its height `value`, and how many pairs it stands for."""
+    """One bar for each row of `table`: its number `key`, its height `value`, and its count of pairs."""
     figure, axes = _figure(title)
     heights = [row[value] for row in table]
     drawn = axes.bar([str(row[key]) for row in table], heights, color=BLUE, width=0.6)
@@ -174,14 +174,14 @@ def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value:
 
 def _figure(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=SIZE)
-    figure.subplots_adjust(left=0.18, right=0.97, bottom=0.16, top=0.89)  # a layout engine takes half of all the time
+    figure.subplots_adjust(left=0.18, right=0.97, bottom=0.16, top=0.89)  # a layout engine would take half of the time
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
 
 
 def draw(history: list[dict[str, Any]]) -> Iterable[tuple[str, str, Figure]]:
-    """(name, title, figure) of every plot that the history has data for."""
+    """(name, title, matplotlib figure) of every plot that the history has data for."""
     with matplotlib.rc_context(STYLE):
         for plot in PLOTS:
             if lines := lines_of(plot, history):
@@ -200,8 +200,8 @@ def draw(history: list[dict[str, Any]]) -> Iterable[tuple[str, str, Figure]]:
 
 
 def write_plots(folder: Path, history: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Draws every plot: `folder`/NAME.png, and name -> (title, SVG for a page). Those that an earlier run left there,
-    and this one has no data for, are removed."""
+    """Draws every plot: `folder`/NAME.png, and name -> (title, SVG for an HTML page). Plots of an earlier run that
+    this one has no data for are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, title, figure in draw(history):
@@ -214,12 +214,12 @@ def write_plots(folder: Path, history: list[dict[str, Any]]) -> dict[str, tuple[
 
 
 def page_svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element that takes ink, gray and line colors from the page, in its light and dark mode."""
+    """The figure as an SVG element that takes ink, gray and line colors from the page, in light and dark mode."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # of several plots in one page they would be the same
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids would repeat between the plots of one page
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
     svg = svg.replace(svg[: svg.index(">") + 1], f'<svg viewBox="0 0 {width} {height}" role="img">', 1)
     for color, variable in OF_THE_PAGE.items():

@@ -1,4 +1,4 @@
-"""How far a run is: time, speed and memory of its steps, and one line of it on the terminal."""
+"""Progress of a run: time, speed and memory of its steps, and one line on the terminal."""
 
 import atexit
 import resource
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-BETWEEN_LINES_S = 5  # where lines follow each other in a file or a pipe
+BETWEEN_LINES_S = 5  # between lines of text, in a file or a pipe
 TEXT_WIDTH = 74  # characters of the line beside the bar
 SHOWN = (("loss", "loss", ".4f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"))
 
@@ -24,16 +24,16 @@ def peak_memory_gb(device) -> float:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds between the begin and the end of optimizer steps: training alone, no evaluation, no saving. Adds
+    """Seconds from the beginning to the end of each optimizer step: training alone, no evaluation, no saving. Adds
     tokens_per_second (of all processes, since the last log) and peak_memory_gb (of this one) to training's logs."""
 
     def __init__(self):
         self.seconds, self.steps, self._began = 0.0, 0, None
         self._first_end = self._first_seconds = 0.0
-        self._logged = (0.0, 0)  # seconds and tokens up to the last log; None where these tokens took time unknown here
+        self._logged = (0.0, 0)  # seconds and tokens up to the last log; None where the tokens' seconds are not known
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """num_tokens goes on where a resumed run stopped, the seconds start anew."""
+        """After a resume num_tokens continues from the checkpoint, and the seconds start from 0."""
         if state.global_step:
             logged = [
                 log["num_tokens"]
@@ -54,13 +54,13 @@ class StepTimer(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not {"loss", "num_tokens"} <= set(logs or {}):
             return
-        found = {"peak_memory_gb": peak_memory_gb(args.device)}
+        metrics = {"peak_memory_gb": peak_memory_gb(args.device)}
         if self._logged and self.seconds > self._logged[0]:
             seconds, tokens = self._logged
-            found["tokens_per_second"] = (logs["num_tokens"] - tokens) / (self.seconds - seconds)
+            metrics["tokens_per_second"] = (logs["num_tokens"] - tokens) / (self.seconds - seconds)
         self._logged = (self.seconds, logs["num_tokens"])
-        logs.update(found)  # what trackers are given
-        state.log_history[-1].update(found)
+        logs.update(metrics)  # what trackers are given
+        state.log_history[-1].update(metrics)
 
     def remaining_seconds(self, state) -> float | None:
         """Until the last step, with evaluations and checkpoints as frequent as so far; None before the first step.
@@ -94,7 +94,7 @@ def figures_line(logs: dict[str, float], prefix: str = "") -> str:
 
 
 class ProgressLine(TrainerCallback):
-    """The main process's line: a bar that moves on a terminal, else lines of text, one a log, BETWEEN_LINES_S apart."""
+    """The main process's progress: a bar on a terminal, else lines of text, one a log, BETWEEN_LINES_S apart."""
 
     def __init__(self, timer: StepTimer, console: Console, bar: bool):
         self.timer, self.console, self.with_bar = timer, console, bar
@@ -167,10 +167,10 @@ class ProgressLine(TrainerCallback):
 
 
 def show_progress(trainer, timer: StepTimer, console: Console | None = None) -> None:
-    """Puts the timer before the trackers, so that they are given what it adds, and our line in the place of Trainer's
-    own bar and printed dicts. `disable_tqdm` asks for lines of text on a terminal too."""
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
+    """Puts the timer before the trackers, so that they log what it adds, and our line in place of Trainer's own bar and
+    printed dicts. `disable_tqdm` asks for lines of text on a terminal too."""
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
     callbacks = trainer.callback_handler.callbacks
     callbacks.remove(timer)
     callbacks.insert(0, timer)

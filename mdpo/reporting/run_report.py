@@ -1,4 +1,4 @@
-"""What a run leaves behind besides weights: its figures as JSON and as a table."""
+"""The metrics of a finished run: run_report.json, and the table on the terminal."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, la
 from mdpo.reporting.turn_tables import turn_tables
 
 REPORT, RESOLVED = "run_report.json", "recipe_resolved.yaml"
-# Row of the table: what it is called, and its metric.
+# Rows of the table: label, metric.
 SHOWN = (
     ("DPO loss", "eval_loss"),
     ("reward accuracy", "eval_rewards/accuracies"),
@@ -22,9 +22,9 @@ SHOWN = (
 
 
 def write_report(folder: str | Path, figures: dict, history: list[dict], data: dict, args) -> dict:
-    """Writes `run_report.json` into the output folder and returns it: figures, the evaluation before the first step if
-    there was one, the first loss, figures by turn, what became of chosen log-probs and of every row, versions, commit
-    and machine."""
+    """Writes `run_report.json` into the output folder and returns it: metrics, the evaluation before the first step if
+    there was one, the first loss, metrics by turn, how far chosen log-probs moved, row accounting, versions, commit and
+    machine."""
     losses, (pairs, turns) = curve(history, "loss").training, latest_turns(history)
     line, fell = chosen_logps(history, args.beta)
     report = {
@@ -43,7 +43,7 @@ def write_report(folder: str | Path, figures: dict, history: list[dict], data: d
 
 
 def show_result(report: dict) -> None:
-    """The table at the end of a run: held-out figures before and after, speed and memory."""
+    """The table at the end of a run: held-out metrics before and after, speed and memory."""
     console = Console(highlight=False)
     before, after = report["before"], report["after"]
     if after:

@@ -1,4 +1,4 @@
-"""Tokens as people look at them: their texts, what each is to the loss, and colors; on a terminal, in pictures, pages.
+"""The token view: text, kind (supervised, context, ...) and color of each token, on a terminal, in SVG and in HTML.
 
 What needs the tokenizer's libraries is imported late: they write to stdout, which a script may want for itself.
 """
@@ -17,7 +17,7 @@ COLORS = {  # text, two backgrounds that alternate from token to token (close in
     (END, "chosen"): ("#ffffff", "#00664b", "#00664b"),
     (END, "rejected"): ("#ffffff", "#a84300", "#a84300"),
 }
-LOOKED_AT = 200  # pairs among which those for a run's page are chosen
+LOOKED_AT = 200  # pairs among which those for the HTML report are chosen
 VISIBLE = {i: chr(0x2400 + i) for i in range(32)} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd") | {0x0A: "↵\n"}
 
 
@@ -43,7 +43,7 @@ def training_pairs(argv: list[str]):
 
 
 def special_ids(tokenizer) -> set[int]:
-    """Those of added tokens too: one that is not special may end a turn."""
+    """Ids of all added tokens: one that is not special may end a turn too."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
 
 
@@ -59,14 +59,14 @@ def to_json(row: dict, text_of, specials: set[int]) -> dict:
 
 
 def token_kinds(side: dict, shared_len: int) -> list[str]:
-    """SUPERVISED, END, SHARED or CONTEXT for each token; a supervised one may stand in the shared prefix as well."""
-    rest = [SHARED if t < shared_len else CONTEXT for t in range(len(side["mask"]))]
-    return [END if t in side["ends"] else SUPERVISED if bit else rest[t] for t, bit in enumerate(side["mask"])]
+    """SUPERVISED, END, SHARED or CONTEXT for each token; a supervised one may be in the shared prefix as well."""
+    unsupervised = [SHARED if t < shared_len else CONTEXT for t in range(len(side["mask"]))]
+    return [END if t in side["ends"] else SUPERVISED if bit else unsupervised[t] for t, bit in enumerate(side["mask"])]
 
 
 def sample_pairs(rows, tokenizer) -> list[dict]:
-    """Of a tokenized set, as `to_json` has them, with `kinds` on each side: the first two pairs with several
-    supervised turns on both sides among the first LOOKED_AT, filled up with the first ones."""
+    """Two pairs of a tokenized dataset as in `to_json`, with `kinds` on each side: the first with several supervised
+    turns on both sides among the first LOOKED_AT, filled up with the first ones."""
     from mdpo.masking.tokenizer import token_text
 
     first = [to_json(row, token_text(tokenizer), special_ids(tokenizer)) for row in rows.select(_places(rows))]

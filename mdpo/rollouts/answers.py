@@ -1,4 +1,4 @@
-"""Answers in \\boxed{}: where one stands in a text, and whether it is the right one."""
+"""Answers in \\boxed{}: finds one in a text, and judges whether it is right."""
 
 import re
 
@@ -13,7 +13,7 @@ TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{…} whose braces are balanced; None where there is none.
+    """The content of the last \\boxed{…} whose braces are balanced; None where there is none.
     Example: "\\boxed{1}, no: \\boxed{\\frac{1}{2}}" -> "\\frac{1}{2}"."""
     for box in reversed(list(BOX.finditer(text))):
         depth = 1

@@ -11,8 +11,8 @@ from mdpo.types import Message
 
 
 class Generator:
-    """Greedy at temperature 0. `max_new_tokens` is a turn's; a conversation that leaves less room than that in the
-    model's context is "too long", whatever the others of its batch are. Raises UserError."""
+    """Greedy at temperature 0. `max_new_tokens` limits a turn; a conversation that leaves less room than that in
+    the model's context is "too long", whatever else is in its batch. Raises UserError."""
 
     def __init__(self, model, tokenizer, template: ChatTemplate, max_new_tokens: int, temperature: float = 0.0):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template
@@ -24,7 +24,7 @@ class Generator:
         self.stops = stop_ids(model, template)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stops)
         sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
-        # In the model's own place, whose defaults `generate` would fill in: many ship a top_p or a repetition penalty.
+        # Replaces the model's own, whose defaults `generate` would fill in: many ship a top_p or a repetition penalty.
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=bool(temperature),
@@ -53,23 +53,23 @@ class Generator:
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]]) -> list[Reply]:
-        """Padded on the left, so that the new tokens of all rows stand in the same columns."""
+        """Padded on the left, so that the new tokens of all rows are in the same columns."""
         if not prompts:
             return []
         longest = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        new = self.model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
-        return [self._reply(row) for row in new]
+        replies = self.model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
+        return [self._reply(row) for row in replies]
 
-    def _reply(self, new: list[int]) -> Reply:
-        end = next((t for t, token in enumerate(new) if token in self.stops), None)
-        text = self.tokenizer.decode(new[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _reply(self, ids: list[int]) -> Reply:
+        end = next((t for t, token in enumerate(ids) if token in self.stops), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return Reply(text, "cut" if end is None else "turn")
 
 
 def stop_ids(model, template: ChatTemplate) -> set[int]:
-    """Tokens that end a turn: the template's own, by which masks end too, and those of the model's configuration."""
+    """Tokens that end a turn: the template's own, which end masks too, and those of the model's configuration."""
     ids = set(template.tokenizer.convert_tokens_to_ids(sorted(template.stops)))
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids |= set(configured if isinstance(configured, list) else [configured])
@@ -80,8 +80,8 @@ def refuse_hidden_tool_role(template: ChatTemplate, role: str) -> None:
     """Raises UserError where the template does not show a message of that role after the assistant's."""
     turns = [("user", "Qz0"), ("assistant", "Qz1"), (role, "Qz2")]
     try:
-        shown = template.render([{"role": r, "content": text} for r, text in turns], generation=True)
+        text = template.render([{"role": name, "content": content} for name, content in turns], generation=True)
     except DropPair as error:
         raise UserError(f"--tool_role: {role}: {error}") from error
-    if "Qz2" not in shown:
+    if "Qz2" not in text:
         raise UserError(f"--tool_role: the chat template leaves out messages of the role {role!r}. Take another one.")

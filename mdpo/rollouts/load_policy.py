@@ -1,4 +1,4 @@
-"""A checkpoint to be evaluated, a full model or an adapter folder, beside the recipe of its run."""
+"""Loads a checkpoint to be evaluated, a full model or an adapter folder, with the recipe of its run."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -32,10 +32,10 @@ def adapter_config(checkpoint: str) -> PeftConfig | None:
 
 
 def starting_policy(model, args, quantization_config=None):
-    """The policy as training begins: loaded, where `model` is a name or a folder. Raises UserError."""
+    """The policy at the start of training: loaded, where `model` is a name or a folder. Raises UserError."""
     if not isinstance(model, str):
-        for given, name in ((args.model_init_kwargs, "model_init_kwargs"), (quantization_config, "quantization")):
-            if given is not None:
+        for value, name in ((args.model_init_kwargs, "model_init_kwargs"), (quantization_config, "quantization")):
+            if value is not None:
                 raise UserError(f"{name} only takes effect where the model is given by name, not as an object.")
         return model
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -45,14 +45,14 @@ def starting_policy(model, args, quantization_config=None):
 
 
 def scoring_arguments(checkpoint: str, recipe: Recipe) -> dict[str, Any]:
-    """What DPOTrainer takes to score the checkpoint against the recipe's reference: the model that it names, else its
-    base. Changes the recipe's training arguments to that end. An adapter's weights are not loaded yet: the trainer
-    makes it as in training, where the reference is the model without it."""
+    """DPOTrainer's arguments to score the checkpoint against the recipe's reference: the model that it names, else its
+    base. Changes the recipe's training arguments accordingly. An adapter's weights are not loaded yet: the trainer
+    creates it as in training, where the reference is the model without it."""
     args, base = recipe.training, recipe.model.model_name_or_path
     kwargs, quantization = model_init_kwargs(recipe.model, args), get_quantization_config(recipe.model)
-    args.per_device_train_batch_size = args.per_device_eval_batch_size  # in the batches that evaluation has
+    args.per_device_train_batch_size = args.per_device_eval_batch_size  # batches of evaluation's size
     if args.sync_ref_model:
-        say("sync_ref_model: the run's reference moved; figures here are against the one that it began with.")
+        say("sync_ref_model: the run's reference moved; metrics here are against the one that it started with.")
         for field in fields(args):
             if field.name in ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"):
                 setattr(args, field.name, field.default)
@@ -72,13 +72,13 @@ def scoring_arguments(checkpoint: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def load_adapter_weights(model: PeftModel, checkpoint: str) -> None:
-    """Puts the checkpoint's weights into the adapter that the trainer made. Raises UserError where one is missing."""
+    """Loads the checkpoint's weights into the trainer's adapter. Raises UserError where one is missing."""
     missing = model.load_adapter(checkpoint, model.active_adapter).missing_keys
-    lost = [name for name in missing if f".{model.active_adapter}" in name]
+    absent = [name for name in missing if f".{model.active_adapter}" in name]
     if Path(checkpoint).is_dir():  # PEFT's loader misses some that are there (Laguna)
         load_adapters(checkpoint, model)
-    elif lost:
-        raise UserError(f"CHECKPOINT: {checkpoint} lacks {len(lost)} of the adapter's weights, such as {lost[0]}.")
+    elif absent:
+        raise UserError(f"CHECKPOINT: {checkpoint} lacks {len(absent)} of the adapter's weights, such as {absent[0]}.")
     model.eval()
 
 
@@ -98,7 +98,7 @@ def load_policy(checkpoint: str, recipe: Recipe) -> PreTrainedModel:
 
 
 def _loading(recipe: Recipe) -> dict[str, Any]:
-    """Arguments of from_pretrained for the recipe's base, as the trainer gives them."""
+    """Arguments of from_pretrained for the recipe's base, as the trainer passes them."""
     args, quantization = recipe.training, get_quantization_config(recipe.model)
     kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **model_init_kwargs(recipe.model, args)}
     return kwargs if quantization is None else {**kwargs, "quantization_config": quantization}

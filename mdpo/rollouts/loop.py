@@ -1,5 +1,5 @@
 """Questions → trajectories: the policy writes a turn, its Python code is run, the output comes back as the next turn,
-until an answer in \\boxed{} or an end of another kind. The form is M-DPO's (arXiv 2409.02392) and ToRA's."""
+until an answer in \\boxed{} or another end. The form is M-DPO's (arXiv 2409.02392) and ToRA's."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from mdpo.rollouts.sandbox import RunResult
 from mdpo.types import Message
 
 CODE = re.compile(r"```python[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
-OUTPUT_CHARACTERS = 2000  # of an output come back to the policy: the first and the last half
+OUTPUT_CHARACTERS = 2000  # of an output that are shown to the policy: the first and the last half
 ENDS = ("answered", "no answer", "cut", "too long", "max turns")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, as the messages before the first turn, and the right answer as text."""
+    """The messages before the first turn, and the right answer as text."""
 
     key: str
     messages: list[Message]
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """One turn of the policy. `ended`: "turn" where it ended its turn; "cut" where the limit of tokens did, in the
+    """One turn of the policy. `ended`: "turn" where it ended its turn; "cut" where the token limit cut it in the
     middle; "too long" where the conversation left no room for a turn (the text is then empty)."""
 
     text: str
@@ -45,7 +45,7 @@ class Reply:
 
 @dataclass
 class Trajectory:
-    """One conversation. `ended` is one of ENDS; `code` holds how each run of code ended (see RunResult)."""
+    """One conversation. `ended` is one of ENDS; `code` lists how each run of code ended (see RunResult)."""
 
     key: str
     sample: int
@@ -74,10 +74,10 @@ RunCode = Callable[[str], RunResult]
 
 def read_questions(path: str, instruction: str = "") -> list[Question]:
     """The rows of a JSON file: `question` (a text) or `prompt` (a text or messages), and `answer`. `instruction` goes
-    in front of texts, an empty line between. Raises UserError with the row's place."""
+    in front of texts, with an empty line between. Raises UserError with the row's place."""
     if not Path(path).is_file():
         raise UserError(f"rollouts: there is no file {path}.")
-    found, used = [], set()
+    questions, keys = [], set()
     for place, row in json_rows(path):
         where = f"{path}:{place}"
         asked = [name for name in ("question", "prompt") if row.get(name)]
@@ -87,15 +87,15 @@ def read_questions(path: str, instruction: str = "") -> list[Question]:
             )
         try:
             key = str(row.get("key") or row.get("id") or where)
-            found.append(Question(key, _prompt(row[asked[0]], instruction), gold_answer(row["answer"])))
+            questions.append(Question(key, _prompt(row[asked[0]], instruction), gold_answer(row["answer"])))
         except (DropPair, UserError) as error:
             raise UserError(f"{where}: {error}", error.key) from error
-        if key in used:
+        if key in keys:
             raise UserError(f"{where}: the key {key!r} comes twice.", "key")
-        used.add(key)
-    if not found:
+        keys.add(key)
+    if not questions:
         raise UserError(f"rollouts: no rows in {path}.")
-    return found
+    return questions
 
 
 def _prompt(asked: Any, instruction: str) -> list[Message]:
@@ -113,17 +113,17 @@ def _prompt(asked: Any, instruction: str) -> list[Message]:
 def roll_out(
     questions: list[Question], generate: Generate, run_code: RunCode, rules: RolloutConfig
 ) -> Iterator[Trajectory]:
-    """Yields trajectories as they end, each with its answer judged. A place in the batch that becomes free is filled
-    with the next question, so that long conversations hold nobody up. Programs of a batch run side by side."""
+    """Yields trajectories as they end, each with its answer judged. A slot of the batch that becomes free is filled
+    with the next question, so that long conversations block nothing. Programs of a batch run in parallel."""
     jobs = [(question, sample) for question in questions for sample in range(rules.samples)]
     waiting = deque(Trajectory(q.key, n, list(q.messages), q.gold) for q, n in jobs)
     active: list[Trajectory] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # more would meet the time limit while they wait
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # more would spend their time limit waiting
         while waiting or active:
             while waiting and len(active) < rules.batch_size:
                 active.append(waiting.popleft())
             replies = generate([trajectory.messages for trajectory in active])
-            programs = [take_turn(*both, rules) for both in zip(active, replies, strict=True)]
+            programs = [take_turn(*turn, rules) for turn in zip(active, replies, strict=True)]
             runs = pool.map(lambda code: None if code is None else run_code(code), programs)
             for trajectory, run in zip(active, runs, strict=True):
                 if run is not None:
@@ -136,7 +136,7 @@ def roll_out(
 
 
 def save_all(trajectories: Iterable[Trajectory], path: str | Path, total: int) -> list[Trajectory]:
-    """All of them, each written to a file of JSON Lines as it ends, with a progress bar where there is a terminal."""
+    """All trajectories as a list, each written to a JSON Lines file as it ends, with a progress bar on a terminal."""
     done: list[Trajectory] = []
     with Path(path).open("w", encoding="utf-8") as file, tqdm(total=total, desc="rollouts", disable=None) as bar:
         for trajectory in trajectories:
@@ -151,8 +151,8 @@ def save_all(trajectories: Iterable[Trajectory], path: str | Path, total: int) -
 def take_turn(trajectory: Trajectory, reply: Reply, rules: RolloutConfig) -> str | None:
     """Adds the policy's turn, and ends the trajectory or returns the program to run before the next one.
 
-    A box outside code is the answer, whatever code stands beside it: the policy did not wait for its output. A turn
-    without box and code is the end too, as nothing would come back. A turn that was cut may still hold a box; its
+    A box outside code is the answer, whatever code is beside it: the policy did not wait for its output. A turn
+    without box and code is the end too, as nothing would come back. A turn that was cut may still contain a box; its
     code is not run.
     """
     if reply.ended == "too long":
@@ -174,13 +174,13 @@ def take_turn(trajectory: Trajectory, reply: Reply, rules: RolloutConfig) -> str
 
 def code_of(text: str) -> str | None:
     """The Python blocks of a turn as one program; None where there is none. Earlier turns' variables are gone, as in
-    the data of recipes/. A last block that is not closed counts to the end."""
+    the data of recipes/. An unclosed last block extends to the end of the text."""
     blocks = CODE.findall(text)
     return "\n".join(blocks) if blocks else None
 
 
 def output_block(run: RunResult) -> str:
-    """The turn that answers code: what was printed, in an ```output block, and what else ended the program."""
+    """The turn after code: what was printed, in an ```output block, and which limit ended the program, if one did."""
     text, half = run.output, OUTPUT_CHARACTERS // 2
     if len(text) > 2 * half:
         text = f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"

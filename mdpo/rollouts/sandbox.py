@@ -1,13 +1,13 @@
-"""Runs a Python program that a model wrote, apart from everything else, and gives back what it printed.
+"""Runs a Python program that a model wrote, isolated from everything else, and returns what it printed.
 
     Sandbox().run("print(6 * 7)")  # RunResult(output="42\\n", ended="ok", seconds=0.07)
 
-What holds, on Linux with namespaces: the program is a separate `python -I -S` with its own session, user, process,
+Guaranteed, on Linux with namespaces: the program is a separate `python -I -S` with its own session, user, process,
 mount, network and IPC namespace. It sees Python, its packages and the system's libraries, read-only, and an empty /tmp
 in memory that vanishes; no other file, no process outside, no network (not even 127.0.0.1), no environment, no stdin.
 Time, memory a process, processes, size of files and of output are limited. All of its processes end with it.
 
-What does not hold: it is the same kernel, without a filter of system calls, so a hole in the kernel is a hole here.
+Not guaranteed: it is the same kernel, without a filter of system calls, so a hole in the kernel is a hole here.
 Memory is limited for each process, not for all of them together (`processes` × `memory_mb` at most).
 
 `namespaces=False` is for machines whose kernel refuses namespaces, such as containers: then the program is the same
@@ -30,13 +30,13 @@ from pathlib import Path
 from mdpo.errors import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}  # NumPy's threads would take up `processes`
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}  # NumPy's threads would use up `processes`
 CHUNK = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """For one run: seconds on the clock, MiB of address space a process, MiB a file and in /tmp, processes and threads,
+    """Of one run: wall-clock seconds, MiB of address space a process, MiB a file and in /tmp, processes and threads,
     bytes of output."""
 
     seconds: float = 10.0
@@ -50,7 +50,7 @@ class Limits:
 @dataclass(frozen=True)
 class RunResult:
     """`output` is stdout and stderr as they came. `ended` is ok, error (exit code not 0, or a signal), timeout, memory
-    or flood (more than `output_bytes`, of which the first are in `output`). `seconds` on the clock."""
+    or flood (more than `output_bytes`, of which the first are in `output`). `seconds` of wall-clock time."""
 
     output: str
     ended: str
@@ -58,7 +58,7 @@ class RunResult:
 
 
 class Sandbox:
-    """Programs may run side by side, from several threads. Raises UserError where the kernel gives no namespaces."""
+    """Programs may run in parallel, from several threads. Raises UserError where the kernel gives no namespaces."""
 
     def __init__(self, limits: Limits | None = None, namespaces: bool = True):
         self.limits, self.namespaces = limits or Limits(), namespaces
@@ -90,7 +90,7 @@ class Sandbox:
             finally:
                 os.close(write_status)
             with os.fdopen(read_status, "rb") as status:
-                return self._watched(process, status)
+                return self._watch(process, status)
 
     def _start(self, folder: str, status_fd: int) -> subprocess.Popen:
         order = {**self._order, "folder": folder, "status_fd": status_fd}
@@ -105,8 +105,8 @@ class Sandbox:
             pass_fds=[status_fd],
         )
 
-    def _watched(self, process: subprocess.Popen, status) -> RunResult:
-        """Waits for the launcher, not for the end of its output, which a child may hold open for ever."""
+    def _watch(self, process: subprocess.Popen, status) -> RunResult:
+        """Waits for the launcher, not for the end of its output, which a child may keep open forever."""
         began, most = time.monotonic(), self.limits.output_bytes
         output, stopped = bytearray(), None
         ended = os.pidfd_open(process.pid)
@@ -154,7 +154,7 @@ class Sandbox:
 
 
 def _read(source: int, output: bytearray, most: int) -> bool:
-    """Appends what is there, a little more than `most` bytes in all; False at the end, and where nothing is there."""
+    """Appends what can be read, at most one byte more than `most` in all; False at the end, or if nothing is ready."""
     try:
         chunk = os.read(source, min(CHUNK, most + 1 - len(output)))
     except BlockingIOError:

@@ -3,8 +3,8 @@
 launcher ── pid 1 of a process namespace ── the program     (namespaces)
 launcher ── the program                                      (without)
 
-The launcher builds the place, starts the program in it, waits, and writes one JSON object to `status_fd`: {"refused":
-why} where the kernel allows no such place, else {"status": the program's wait status}. The launcher and pid 1 run no
+The launcher builds the sandbox, starts the program in it, waits, and writes one JSON object to `status_fd`: {"refused":
+why} where the kernel does not allow it, else {"status": the program's wait status}. The launcher and pid 1 run no
 code of the program's, so that killing their process group always ends the namespace, and with it every process in it.
 """
 
@@ -26,7 +26,7 @@ DIE_WITH_PARENT, NO_NEW_PRIVILEGES = 1, 38  # of prctl
 # What a Python needs of a system; links stay links (/bin is one to /usr/bin on many).
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-INSIDE_ID = 1000  # user and group in a user namespace: not 0, so that starting Python gives its capabilities up
+INSIDE_ID = 1000  # user and group in a user namespace: not 0, so that starting Python drops its capabilities
 FIRST_ID = 1_900_000_000  # as root, each sandbox is a user of its own: RLIMIT_NPROC counts by user
 # Runs main.py, and shows a traceback without the frame of this text. sys.path gets the packages, but no .pth file runs.
 RUN = """import sys, traceback
@@ -39,10 +39,10 @@ except Exception as error:
     sys.exit(1)"""
 
 
-def checked(result: int, what: str) -> None:
+def checked(result: int, call: str) -> None:
     if result:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -104,12 +104,12 @@ def isolated(order: dict, say) -> int:
 
 def build_root(order: dict) -> None:
     """Makes the folder a file system of its own: Python, the system's libraries and four devices, all read-only with
-    what is mounted inside them, and a small /tmp in memory. No /home, no /proc, no sockets of services, and nothing of
-    what other folders hold."""
+    what is mounted inside them, and a small /tmp in memory. No /home, no /proc, no sockets of services, and nothing
+    from other folders."""
     root, private = order["folder"], NOSUID | NODEV
     mount("none", "/", None, REC | PRIVATE)  # nothing of this is seen outside
     mount("tmpfs", root, "tmpfs", private, "size=1m,mode=755")
-    os.mkdir(f"{root}/tmp")  # before what may lie below /tmp, such as a virtual environment
+    os.mkdir(f"{root}/tmp")  # before what may be below /tmp, such as a virtual environment
     mount("tmpfs", f"{root}/tmp", "tmpfs", private, f"size={order['folder_mb']}m,mode=1777")
     for path in dict.fromkeys([*SYSTEM, *DEVICES, *order["python"]]):
         target = root + path
@@ -133,12 +133,12 @@ def build_root(order: dict) -> None:
 
 def restrict(target: str, flags: int) -> None:
     """Puts flags on the topmost mount at `target`."""
-    held = os.statvfs(target).f_flag & (NOSUID | NODEV | NOEXEC)  # a user namespace may not take these off
-    mount("none", target, None, BIND | REMOUNT | flags | held)
+    locked = os.statvfs(target).f_flag & (NOSUID | NODEV | NOEXEC)  # a user namespace may not take these off
+    mount("none", target, None, BIND | REMOUNT | flags | locked)
 
 
 def mounts_below(folder: str) -> list[str]:
-    """Where this process has mounts inside a folder; of the kernel's list, which writes a blank as `\\040`."""
+    """Where this process has mounts inside a folder, from the kernel's list, which writes a blank as `\\040`."""
     with open("/proc/self/mountinfo", "rb") as file:
         points = [line.split()[4] for line in file]
     names = [os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), point)) for point in points]
@@ -153,9 +153,9 @@ def program(order: dict, say, own_id: int | None = None) -> None:
             os.setresgid(own_id, own_id, own_id)
             os.setresuid(own_id, own_id, own_id)
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-        cpu = int(order["seconds"]) + 2  # where the clock on the wall is not heard
+        cpu = int(order["seconds"]) + 2  # where the wall-clock limit does not take effect
         limits = {"CPU": cpu, "AS": order["memory_mb"] * MiB, "FSIZE": order["file_mb"] * MiB, "CORE": 0}
-        if order["namespaces"]:  # else it counts whatever the user runs, and does not hold for root
+        if order["namespaces"]:  # else it counts whatever the user runs, and does not apply to root
             limits["NPROC"] = order["processes"]
         for name, most in limits.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))

@@ -1,4 +1,4 @@
-"""Figures of a held-out set by number of turns, and of rollouts, with how sure they are, as tables."""
+"""Tables of held-out metrics by number of turns, and of rollouts, with confidence intervals."""
 
 import math
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ Z = 1.959964  # of the normal distribution, for 95 %
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share seen in n independent trials (Wilson 1927): (low, high); (0, 1) without trials.
+    """The 95 % interval of a share observed in n independent trials (Wilson 1927): (low, high); (0, 1) without trials.
     Example: 8 of 10 -> (0.4902, 0.9433)."""
     if n == 0:
         return 0.0, 1.0
@@ -30,10 +30,10 @@ def count_turns(mask: Sequence[int]) -> int:
 
 
 def by_turns(table: torch.Tensor, turns: Sequence[int]) -> dict[str, dict[str, float]]:
-    """{number of turns, and "all": pairs, accuracy, margin (in reward), loss} of a table of pairs (see
-    mdpo.loss.metrics, (B, columns)); `turns[row]` belongs to the pair of that row number."""
-    of_pair = torch.tensor([turns[row] for row in table[:, COLUMNS.index("row")].long().tolist()])
-    groups = {str(n): table[of_pair == n] for n in sorted(set(of_pair.tolist()))} | {"all": table}
+    """{number of turns, and "all": pairs, accuracy, margin (in reward), loss} of a table of per-pair
+    metrics (see mdpo.loss.metrics, (B, columns)); `turns[row]` belongs to the pair of that row number."""
+    turns_of_pair = torch.tensor([turns[row] for row in table[:, COLUMNS.index("row")].long().tolist()])
+    groups = {str(n): table[turns_of_pair == n] for n in sorted(set(turns_of_pair.tolist()))} | {"all": table}
     figures = {}
     for name, rows in groups.items():
         metrics = summarize(rows)
@@ -59,19 +59,19 @@ def held_out_table(figures: dict[str, dict[str, float]]) -> Table:
 
 
 def rollout_figures(trajectories: Iterable[Trajectory]) -> dict:
-    """Questions, conversations, the share of right ones, the share of questions with at least one right, how the
+    """Questions, conversations, the share of right answers, the share of questions with at least one, how the
     conversations and their runs of code ended, and (conversations, right) by number of turns."""
-    found, by_key, turns = list(trajectories), defaultdict(list), defaultdict(list)
-    for trajectory in found:
+    done, by_key, turns = list(trajectories), defaultdict(list), defaultdict(list)
+    for trajectory in done:
         by_key[trajectory.key].append(trajectory.correct)
         turns[trajectory.turns].append(trajectory.correct)
     return {
         "questions": len(by_key),
-        "conversations": len(found),
-        "accuracy": sum(t.correct for t in found) / len(found),
+        "conversations": len(done),
+        "accuracy": sum(t.correct for t in done) / len(done),
         "any_correct": sum(map(any, by_key.values())) / len(by_key),
-        "ended": {end: sum(t.ended == end for t in found) for end in ENDS},
-        "code": dict(Counter(ended for t in found for ended in t.code)),
+        "ended": {end: sum(t.ended == end for t in done) for end in ENDS},
+        "code": dict(Counter(ended for t in done for ended in t.code)),
         "by_turns": {n: (len(right), sum(right)) for n, right in sorted(turns.items())},
     }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks what `make` needs before it installs anything: Python 3.11 with venv, git, a C++ compiler. sh scripts/dev/check_tools.sh
+# Checks the tools that `make` needs before it installs anything: Python 3.11 with venv, git, a C++ compiler. sh scripts/dev/check_tools.sh
 missing=0
 need() { # message
     printf 'missing: %s\n' "$1" >&2

@@ -39,7 +39,7 @@ HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} %(height
 
 
 def main(argv: list[str]) -> None:
-    with contextlib.chdir(ROOT):  # where the paths in the recipe start
+    with contextlib.chdir(ROOT):  # the recipe's paths are relative to it
         pair = first_suitable(training_pairs([RECIPE, *argv]))
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(draw(pair), encoding="utf-8")
@@ -65,15 +65,15 @@ def draw(pair: dict) -> str:
         shapes.append(sans(left, TOP - 22, name, accent(name), size=15, weight=600))
         shapes.append(sans(left + LABELS + 4, TOP - 22, f"{sum(mask)} of {len(mask)} tokens supervised", GREY))
     y = TOP
-    for both in zip_longest(*(turns(pair, name) for name in SIDES), fillvalue=[]):
+    for sides in zip_longest(*(turns(pair, name) for name in SIDES), fillvalue=[]):
         shapes += [f'<path d="M{left:.1f} {y - 9}h{SIDE:.1f}" stroke="{LINE}"/>' for left in lefts.values()]
-        rows = [add_turn(shapes, turn, name, lefts[name], y) for name, turn in zip(SIDES, both, strict=True) if turn]
+        rows = [add_turn(shapes, turn, name, lefts[name], y) for name, turn in zip(SIDES, sides, strict=True) if turn]
         y += max(rows) * ROW + 15
     return "\n".join([HEAD % {"height": y + 2, "inner": y + 1, "title": escape(title)}, *shapes, "</svg>\n"])
 
 
 def turns(pair: dict, name: str) -> list[list[tuple[str, str, bool]]]:
-    """(text, kind, whether it stands in the shared prefix) of each token, turn by turn."""
+    """(text, kind, whether it is in the shared prefix) of each token, turn by turn."""
     texts, kinds = pair[name]["tokens"], token_kinds(pair[name], pair["shared_len"])
     tokens = [(text, kind, t < pair["shared_len"]) for t, (text, kind) in enumerate(zip(texts, kinds, strict=True))]
     starts = [t for t, text in enumerate(texts) if text == TURN_OPENS]

@@ -1,7 +1,7 @@
 """Write the tables of docs/recipe-keys.md: python -m scripts.dev.recipe_keys [--check]
 
 Each of our own keys with type, default and help, as `run_dpo.py --help` has them, between `<!-- keys: TITLE -->` and
-`<!-- keys end -->`. With --check nothing is written; exit code 1 where a table is not what it would be.
+`<!-- keys end -->`. With --check nothing is written; exit code 1 where a table would change.
 """
 
 import json
@@ -22,19 +22,19 @@ def main(argv: list[str]) -> None:
     if unknown := sorted(set(argv) - {"--check"}):
         raise UserError(f"{unknown[0]}: is not an option; there is --check.")
     text = PAGE.read_text(encoding="utf-8")
-    wanted = filled(text)
-    if wanted != text and "--check" in argv:
+    updated = filled(text)
+    if updated != text and "--check" in argv:
         raise UserError(f"{PAGE.name} is stale; python -m scripts.dev.recipe_keys writes it.", PAGE.name)
-    PAGE.write_text(wanted, encoding="utf-8")
-    say(f"{PAGE.name}: {'unchanged' if wanted == text else 'written'}")
+    PAGE.write_text(updated, encoding="utf-8")
+    say(f"{PAGE.name}: {'unchanged' if updated == text else 'written'}")
 
 
 def filled(text: str) -> str:
-    """The page with its tables made anew; one for each title of ours. Raises UserError where a table is missing."""
+    """The page with its tables rewritten, one for each title of ours. Raises UserError where a table is missing."""
     ours = [title for title in key_groups() if "ours" in title]
     if [title for _, title, _ in TABLE.findall(text)] != ours:
-        wanted = f"a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {ours}"
-        raise UserError(f"{PAGE.name} needs {wanted}.", PAGE.name)
+        markers = f"a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {ours}"
+        raise UserError(f"{PAGE.name} needs {markers}.", PAGE.name)
     return TABLE.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
 
 

@@ -1,8 +1,8 @@
 """Write the memory tables of recipes/*/README.md: python -m scripts.dev.recipe_memory [FAMILY ...] [--check]
 
-A table stands between `<!-- memory: RECIPE ACCELERATE_FILE -->` and `<!-- memory end -->`, and is what
-scripts/plan_memory.py says of dpo/RECIPE with the family's config.json; a line on its checkpoints follows. With --check
-nothing is written; exit code 1 where a table is not what it would be.
+A table is between `<!-- memory: RECIPE ACCELERATE_FILE -->` and `<!-- memory end -->`, as scripts/plan_memory.py prints
+it for dpo/RECIPE with the family's config.json; a line on its checkpoints follows. With --check nothing is written;
+exit code 1 where a table would change.
 """
 
 import re
@@ -37,14 +37,14 @@ def up_to_date(family: str, write: bool) -> bool:
         raise UserError(
             f"{path}: has no table; put <!-- memory: RECIPE FILE --> and <!-- memory end --> into it.", path.name
         )
-    wanted = TABLE.sub(lambda m: f"{m[1]}{table(family, m[2], m[3])}\n\n{m[4]}", text)
-    if write and wanted != text:
-        path.write_text(wanted, encoding="utf-8")
-    return wanted == text
+    updated = TABLE.sub(lambda m: f"{m[1]}{table(family, m[2], m[3])}\n\n{m[4]}", text)
+    if write and updated != text:
+        path.write_text(updated, encoding="utf-8")
+    return updated == text
 
 
 def table(family: str, recipe: str, accelerate: str) -> str:
-    """One plan, in Markdown; the recipe's paths are those of this repository wherever it is called."""
+    """One plan, in Markdown; the recipe's paths are those of this repository, whatever the working folder."""
     from mdpo.config.recipe import load_recipe
     from mdpo.memory.estimate import plan_memory
     from mdpo.memory.sharding import Sharding

@@ -43,7 +43,7 @@ def test_a_card_with_figures_and_recipe(tmp_path):
     folder = tmp_path / "dpo_trainer"
     trainer.create_model_card()
     assert (
-        "## Figures" not in (folder / "README.md").read_text() and "## Recipe" not in (folder / "README.md").read_text()
+        "## Metrics" not in (folder / "README.md").read_text() and "## Recipe" not in (folder / "README.md").read_text()
     )
     (folder / "recipe_resolved.yaml").write_text("beta: 0.05  # {{ beta }}\n")
     trainer.train()

@@ -217,7 +217,8 @@ def test_a_quantized_base_is_said_or_refused(trained, tmp_path, capsys):
     held = copy_of(adapter, tmp_path / "run")
     (held / "recipe_resolved.yaml").write_text("load_in_4bit: true\n")
     merge([str(held), str(tmp_path / "out")])
-    assert f"held {base} in 4 bits. The adapter is merged into its whole weights, in float32" in capsys.readouterr().out
+    line = f"had {base} in 4 bits. The adapter is merged into its unquantized weights, in float32"
+    assert line in capsys.readouterr().out
     saved = tmp_path / "saved in 4 bits"
     shutil.copytree(base, saved)
     config = json.loads((saved / "config.json").read_text())

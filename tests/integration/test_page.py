@@ -130,7 +130,7 @@ def test_in_a_browser(finished):
     texts = page["texts"]
     assert "0.2078" in texts["figures"] and "1.50 pairs/s over 200 steps" in texts["figures"]
     assert "Warning: Log-probs of the chosen side fell by 11.57 nats a pair" in texts["notes"]
-    assert "Values of grad_norm that are not finite: 1" in texts["notes"]
+    assert "Non-finite values of grad_norm: 1" in texts["notes"]
     assert "lengths tell <em>chosen</em> apart" in texts["notes"] and "<i>set" in texts["data"]
     assert "dropped 1: over-long (row:3)" in texts["data"] and "beta: 0.1 # <b>" in texts["recipe"]
     assert re.search(r"margin\s+0.482\s+0.964\s+1.446\s+1.929", texts["turns"])
@@ -189,7 +189,7 @@ def test_a_page_that_fails_costs_one_line(tmp_path, capsys):
     page.on_evaluate(args, state, None)
     page.finish(args, state, REPORT)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert "run_report.html could not be written, the run goes on: NotADirectoryError" in line
+    assert "run_report.html could not be written, the run continues: NotADirectoryError" in line
 
 
 def test_when_it_is_drawn(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
     python recipes/smollm2-135m/data/make_pairs.py [FOLDER]
 
-Every code block is run, and what it prints is what stands in the output block. The same seed gives the same bytes.
+Every code block is run, and the output block has what it printed. The same seed gives the same bytes.
 """
 
 import json
@@ -20,7 +20,7 @@ DATA = Path(__file__).resolve().parent
 SHORT = (T.SHORT, T.SHORT_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES)  # templates, words, number ranges, names
 LONG = (T.LONG, T.LONG_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES)
 HELDOUT = (T.HELDOUT, T.SHORT_WORDS, T.HELDOUT_RANGES, T.HELDOUT_NAMES)
-FILES = {  # name: (rows, source, form); no question of an earlier file comes again
+FILES = {  # name: (rows, source, form); no question of an earlier file is repeated
     "train_short": (96, SHORT, as_pair),
     "train_long": (240, LONG, as_pair),
     "heldout": (64, HELDOUT, as_pair),
@@ -31,7 +31,7 @@ FILES = {  # name: (rows, source, form); no question of an earlier file comes ag
 }
 KINDS = ["wrong_operator", "wrong_quantity", "ignores_output", "no_check"]
 WRONG_OPERATOR = {"*": "+", "-": "+", "//": "+", "%": "+"}  # one mistake: it adds where it must not
-SLIPS = [-20, -10, -9, -2, -1, 1, 2, 9, 10, 20]  # what is added to the truth where an answer is made up
+SLIPS = [-20, -10, -9, -2, -1, 1, 2, 9, 10, 20]  # added to the truth where an answer is made up
 # Runs a JSON list of snippets, each in a namespace of its own; prints what each printed, one JSON string a line.
 RUNNER = """import contextlib, io, json, sys
 for code in json.load(sys.stdin):
@@ -59,8 +59,8 @@ def demand(condition):
 
 
 def draw_sides(name, index, wrongs, asked, templates, words, ranges, names):
-    """[("right", messages), (kind of mistake, messages), ...], the outputs of their code not filled yet. `asked`
-    collects the questions, so that none comes twice."""
+    """[("right", messages), (kind of mistake, messages), ...], the outputs of their code not filled in yet. `asked`
+    collects the questions, so that none is repeated."""
     template, at = templates[index // len(KINDS) % len(templates)], index % len(KINDS)
     kinds = (KINDS * 2)[at : at + wrongs]
     rng = random.Random(f"{SEED}/{name}")
@@ -123,9 +123,9 @@ def draw_mistake(kind, numbers, blocks, truth, rng):
         step = rng.randrange(len(blocks[turn]))
         variable, formula, meaning = blocks[turn][step]
         spoilt = WRONG_OPERATOR if kind == "wrong_operator" else numbers
-        found = [word for word in re.finditer(r"\w+|(?<= )[-+*/%]+(?= )", formula) if word[0] in spoilt]
-        demand(found)
-        word = rng.choice(found)
+        candidates = [word for word in re.finditer(r"\w+|(?<= )[-+*/%]+(?= )", formula) if word[0] in spoilt]
+        demand(candidates)
+        word = rng.choice(candidates)
         wrong = WRONG_OPERATOR.get(word[0]) or rng.randrange(2, 10 ** len(str(numbers[word[0]])))
         demand(wrong not in numbers.values())
         blocks[turn][step] = (variable, f"{formula[: word.start()]}{wrong}{formula[word.end() :]}", meaning)
@@ -135,14 +135,14 @@ def draw_mistake(kind, numbers, blocks, truth, rng):
 
 
 def trajectory(question, numbers, blocks, answer, words, looks):
-    """Messages; an output message still holds (code, the value that it should print)."""
-    contents, say = [f"{T.INSTRUCTION}\n\n{question}"], {"answer": answer}
+    """Messages; the content of an output message is still (code, the value that it should print)."""
+    contents, fields = [f"{T.INSTRUCTION}\n\n{question}"], {"answer": answer}
     for turn, (block, solved) in enumerate(zip(blocks, solve(blocks, numbers), strict=True)):
-        say["next"] = ", then ".join(meaning for _, _, meaning in block if meaning)
-        text = pick(words[min(turn, 1)], looks[turn]) % say
+        fields["next"] = ", then ".join(meaning for _, _, meaning in block if meaning)
+        text = pick(words[min(turn, 1)], looks[turn]) % fields
         contents += [f"{text}\n```python\n{solved[0]}\n```".lstrip(), solved]
-        say["last"], say["value"] = block[-1][2], solved[1]
-    contents.append(pick(words[2], looks[len(blocks)]) % say)
+        fields["last"], fields["value"] = block[-1][2], solved[1]
+    contents.append(pick(words[2], looks[len(blocks)]) % fields)
     return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
 
 

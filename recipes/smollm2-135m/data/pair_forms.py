@@ -6,9 +6,9 @@ Each takes a row's id and its sides, [("right", messages), (kind of mistake, mes
 import json
 import re
 
-# What chosen has to win by, in units of reward: more where the wrong answer is not what any code had printed.
+# By how much chosen has to win, in units of reward: more where no code had printed the wrong answer.
 MARGINS = {"wrong_operator": 1.0, "wrong_quantity": 1.0, "ignores_output": 2.0, "no_check": 2.0}
-BEFORE, PARTING, AFTER = 0.0, 1.0, 0.25  # weights of turns: both sides share it, they part in it, it follows from that
+BEFORE, PARTING, AFTER = 0.0, 1.0, 0.25  # turn weights: shared by both sides, where they part, what follows from that
 TOOL = {
     "type": "function",
     "function": {
@@ -48,7 +48,7 @@ def as_trajectories(name, sides):
 
 
 def tool_messages(messages):
-    """A conversation whose code stands in fences and whose outputs are user turns, with calls and results instead."""
+    """A conversation with code in fences and outputs in user turns, rewritten with tool calls and results."""
     written = []
     for message in messages:
         code = re.fullmatch(r"(.*?)\n?```python\n(.*)\n```", message["content"], re.DOTALL)
