@@ -168,7 +168,7 @@ def out_of_memory():
 
 
 def disk():
-    mdpo.storage.sync = fails("disk", OSError(28, "No space left on device"))
+    mdpo.runs.checkpoints.sync = fails("disk", OSError(28, "No space left on device"))
 
 
 def collator():

@@ -1,5 +1,7 @@
 """Planned memory against what PyTorch and DeepSpeed really allocate, and against DeepSpeed's own estimates."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -58,7 +60,7 @@ def allocated(recipe, config) -> int:
     args, watch = recipe.training, SecondStep()
     args.max_steps = 2
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_config(config, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32),
         args=args,
         train_dataset=longest_pairs(4 * args.gradient_accumulation_steps),
         processing_class=tokenizer_for(CHATML),
