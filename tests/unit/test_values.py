@@ -47,7 +47,7 @@ def test_merge_keys_are_those_of_yaml_1_1(text):
 @pytest.mark.parametrize(
     ("text", "key", "details"),
     [
-        ("a: &a {<<: *a, x: 1}", "<<", ["line 1 ", "stands in"]),
+        ("a: &a {<<: *a, x: 1}", "<<", ["line 1 ", "that it is in"]),
         ("a: 1\nb: {<<: 3}", "<<", ["line 2 ", "*ANCHOR"]),
         ("a: &a {x: 1}\nb: {<<: [*a, 2]}", "<<", ["line 2 ", "*ANCHOR"]),
         ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "<<", ["line 2 ", "again on line 2."]),
