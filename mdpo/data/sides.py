@@ -148,7 +148,7 @@ SIDE_FORMS = (
     TRL,
     Form(("preferred_output", "non_preferred_output"), "OpenAI, Azure, Fireworks, Together",
          "chosen, rejected", named("preferred_output", "non_preferred_output")),
-    Form(("chosen_messages", "rejected_messages"), "sets of agents",
+    Form(("chosen_messages", "rejected_messages"), "agent datasets",
          "chosen, rejected", named("chosen_messages", "rejected_messages")),
     Form(("chosen_response", "rejected_response"), "NeMo-RL (with `prompt`), argilla and axolotl (with `instruction`)",
          "chosen, rejected", named("chosen_response", "rejected_response")),

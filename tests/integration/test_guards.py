@@ -87,7 +87,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint(tokenizer, 
     trainer, weights = trainer_of(
         tmp_path, tokenizer, dict.fromkeys((2, 6, 8, 10), math.nan), max_nonfinite_steps=3, **saved(1)
     )
-    with refused("step", "step 6: ", "row pair-10 ", "3. such step", "max_nonfinite_steps"):
+    with refused("step", "step 6: ", "row pair-10 ", "3 in a row", "max_nonfinite_steps"):
         trainer.train()
     assert weights.moved() == [True, False, True, False, False]  # step 6 never ended; 2 alone was no row of three
     last = torch.load(tmp_path / "out" / "checkpoint-5" / "optimizer.pt", weights_only=True)

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -421,10 +422,11 @@ def test_log_probs_that_are_not_finite_are_an_error(folders, tokenizer):
     assert not list((folders / "cache").glob("*/*.safetensors"))
 
 
-def test_a_plain_config_keeps_them_beside_the_hubs_models(folders, tokenizer, scored):
+def test_a_plain_config_keeps_them_beside_the_hubs_models(folders, tokenizer, scored, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(folders / "hub"))  # other tests fill the session's
     for _ in range(2):
         trainer_of(DPOTrainer, agent_rows(8), folders, tokenizer, precompute_ref_log_probs=True)
-    assert sum(scored) == 8
+    assert sum(scored) == 8 and list((folders / "hub" / "mdpo-reference").rglob("*.safetensors"))
 
 
 class Ranks:

@@ -97,7 +97,7 @@ BAD_YAML = [
     ("eval_dataset_mixer: {b: 0}", "eval_dataset_mixer", "0 for 'b' ", "(0, 1]"),
     ("eval_dataset_mixer: [b, b]", "eval_dataset_mixer", "'b' is listed twice"),
     ("dataset_splits: [test]", "dataset_splits", "r.yaml:4: ", "['test']", "'train'"),
-    ("dataset_configs: [x, y]", "dataset_configs", "2 names", "1 sets"),
+    ("dataset_configs: [x, y]", "dataset_configs", "2 names", "1 datasets"),
     ("chat_template: '{{ messages }}'", "chat_template", ".jinja"),
     # combinations that transformers or TRL refuse
     ("logging_steps: 0", "logging_steps", "r.yaml:4: logging_steps"),
@@ -608,7 +608,7 @@ def test_help_lists_every_key_once(capsys):
 def test_classes_check_themselves():
     """Also without a recipe, as in a script that builds them directly."""
     assert DataArguments(dataset_mixer=["a", "b"]).dataset_mixer == {"a": 1.0, "b": 1.0}
-    with refused("dataset_mixer", "no set"):
+    with refused("dataset_mixer", "no dataset"):
         DataArguments()
     for wrong in ({"beta": math.inf}, {"truncation_mode": "keep_end"}, {"max_length": 0}):
         with refused(next(iter(wrong)), "out of range"):
