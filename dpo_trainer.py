@@ -98,16 +98,13 @@ class DPOTrainer(ResumableTrainer):
         compiled = self._enable_scoring(base_model(model), args)
         self._positions = learned_positions(model)
         self.aux_loss_coef = self._aux_loss_coefficient(model, args.router_aux_loss_coef)
-        # TRL's names for both
-        self.aux_loss_enabled, self.router_aux_loss_coef = self.aux_loss_coef != 0.0, self.aux_loss_coef
+        self.aux_loss_enabled, self.router_aux_loss_coef = self.aux_loss_coef != 0.0, self.aux_loss_coef  # TRL's names
         self.loss_settings = LossSettings.of(args)
 
         ############## MODIFICATION 1: turn masks. Only tokens that the policy samples are supervised; TRL supervises
         # all that follows the prompt, tool output and role headers included.
         self.render_settings = RenderSettings(
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            mask_turns=args.mask_user_turns,
+            max_length=args.max_length, truncation_mode=args.truncation_mode, mask_turns=args.mask_user_turns
         )
         ############## MODIFICATION 1 END
         self.drop_counts: dict[str, DropCounts] = {}
@@ -126,14 +123,17 @@ class DPOTrainer(ResumableTrainer):
         self.layout = Layout(self.accelerator, processing_class.pad_token_id)
         self._set_up_reference(policy_name, ref_model, quantization_config, compiled)
         self._noise_checked, self._sampler = False, None
-        self.tables = PairTables(args.device)
-        ############## MODIFICATION 2: non-finite steps are skipped, and their rows are named; TRL logs NaN as 0 and
-        # continues with NaN weights.
-        self.nonfinite = NonfiniteGuard(args, self.tables)
-        ############## MODIFICATION 2 END
-        self.rank_parts |= {"tables": self.tables, "nonfinite": self.nonfinite}
+        self._set_up_tables()
 
     # ------------------------------------------------------------------------------------------------ set-up
+
+    def _set_up_tables(self) -> None:
+        self.tables = PairTables(self.args.device)
+        ############## MODIFICATION 2: non-finite steps are skipped, and their rows are named; TRL logs NaN as 0 and
+        # continues with NaN weights.
+        self.nonfinite = NonfiniteGuard(self.args, self.tables)
+        ############## MODIFICATION 2 END
+        self.rank_parts |= {"tables": self.tables, "nonfinite": self.nonfinite}
 
     @staticmethod
     def _default_args(model) -> DPOConfig:
@@ -474,7 +474,6 @@ class DPOTrainer(ResumableTrainer):
         if not self.is_world_process_zero():
             return
         name = model_name or (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).split("/")[-1]
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
         base = getattr(self.model.config, "_name_or_path", None)
-        tags = [*tags, *self._tag_names]
+        tags = [*([tags] if isinstance(tags, str) else tags or []), *self._tag_names]
         write_card(self.args.output_dir, name, base, dataset_name, tags, self.args, self.state.log_history)
