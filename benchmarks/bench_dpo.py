@@ -4,10 +4,10 @@ python benchmarks/bench_dpo.py                                  # all workloads 
 python benchmarks/bench_dpo.py --only "agent pairs" --steps 3
 python benchmarks/bench_dpo.py --grow                           # the cost as work grows, ours alone
 
-Both sides hold their own model in their own process and train on the same rows in the same order; a step of the one
-follows a step of the other, so that each ratio compares two neighbors in time. A step is a whole one: data, forward,
-backward, clipping, optimizer, logging. TRL runs with its best settings for these workloads: reference log-probs
-precomputed, scaled-dot-product attention, no gradient checkpointing, fused AdamW.
+Each side has its own model in its own process; both train on the same rows in the same order. A step of one side
+follows a step of the other, so that each ratio compares two neighbors in time. A step is a full training step: data,
+forward, backward, clipping, optimizer, logging. TRL runs with its best settings for these workloads: reference
+log-probs precomputed, scaled-dot-product attention, no gradient checkpointing, fused AdamW.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 PAUSE_S = 0.3  # the other process's threads spin for a while after their work
-WARM = 2  # steps of each side that are not counted: the first pairs are the longest, so memory has grown to its size
-# glibc gives freed memory back to the system and takes it again in each step, page by page; both sides keep it here.
+WARM = 2  # warm-up steps of each side, not counted: the first pairs are the longest, so memory reaches its peak in them
+# By default glibc returns freed memory to the system and takes it again in each step, page by page; here it keeps it.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 37, "MALLOC_TOP_PAD_": 1 << 26}
 
 
 def common_settings(options: dict, cuda: bool) -> dict:
-    """What both sides train with."""
+    """Training arguments of both sides."""
     return {
         "per_device_train_batch_size": options["pairs"],
         "max_steps": options["steps"] + WARM,
@@ -54,7 +54,7 @@ def common_settings(options: dict, cuda: bool) -> dict:
 
 
 def worker(pipe, side: str, options: dict) -> None:
-    """One trainer. For each "go" of the parent it trains one step and answers with seconds; at the end with memory."""
+    """One side's trainer. Trains a step for each "go" of the parent and sends its seconds; at the end, its metrics."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -66,16 +66,16 @@ def worker(pipe, side: str, options: dict) -> None:
     torch.set_num_threads(options["threads"])
     cuda = torch.cuda.is_available()
     settings = common_settings(options, cuda)
-    began = None
+    step_start = None
 
     class Turns(TrainerCallback):
         """A step lasts from its "go" until the next one could begin, so that fetching data counts."""
 
         def on_step_begin(self, *args, **kwargs):
-            nonlocal began
+            nonlocal step_start
             answer()
             pipe.recv()
-            began = time.perf_counter()
+            step_start = time.perf_counter()
 
         def on_train_end(self, *args, **kwargs):
             answer()
@@ -83,11 +83,11 @@ def worker(pipe, side: str, options: dict) -> None:
     def answer():
         if cuda:
             torch.cuda.synchronize()
-        pipe.send(None if began is None else time.perf_counter() - began)
+        pipe.send(None if step_start is None else time.perf_counter() - step_start)
 
     with tempfile.TemporaryDirectory() as folder:
         rows = Dataset.from_list(options["rows"])
-        ahead = time.perf_counter()
+        setup_start = time.perf_counter()
         if side == "trl":
             from trl import DPOTrainer as TheirTrainer
 
@@ -96,14 +96,14 @@ def worker(pipe, side: str, options: dict) -> None:
             cache = {"reference_cache_dir": options["cache"]}
             trainer = DPOTrainer(options["model"], args=MDPOConfig(folder, **settings, **cache), train_dataset=rows)
         trainer.add_callback(Turns())
-        figures = {"set-up": time.perf_counter() - ahead}
+        results = {"set-up": time.perf_counter() - setup_start}
         if side == "ours":
-            figures |= useful_work(trainer, options["pairs"])
+            results |= useful_work(trainer, options["pairs"])
         trainer.train()
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        figures |= {"losses": [log["loss"] for log in logs], "num_tokens": [log["num_tokens"] for log in logs]}
-    figures["memory"] = torch.cuda.max_memory_allocated() if cuda else 1024 * peak_kb()
-    pipe.send(figures)
+        results |= {"losses": [log["loss"] for log in logs], "num_tokens": [log["num_tokens"] for log in logs]}
+    results["memory"] = torch.cuda.max_memory_allocated() if cuda else 1024 * peak_kb()
+    pipe.send(results)
 
 
 def peak_kb() -> int:
@@ -115,24 +115,24 @@ def useful_work(trainer, pairs: int) -> dict[str, list[float]]:
     where a token is supervised, attention where a token sees another, two more for backward, nothing recomputed."""
     from mdpo.forward.packed_attention import Segments
 
-    config, tokens, both, flops = trainer.model.config, [], [], []
+    config, tokens, both_sides, flops = trainer.model.config, [], [], []
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embeddings = {id(p): p for p in (trainer.model.get_input_embeddings().weight, trainer.model.lm_head.weight)}
     weights = sum(p.numel() for p in trainer.model.parameters() if p.ndim == 2 and id(p) not in embeddings)
     for batch in trainer.get_train_dataloader():
         segments = Segments(batch.segments)
-        seen = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(segments.sizes, segments.key_sizes, strict=True))
+        attended = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(segments.sizes, segments.key_sizes, strict=True))
         n, scored = batch.input_ids.numel(), len(batch.logp_position)
         forward = 2 * n * weights + 2 * scored * config.hidden_size * config.vocab_size
-        forward += 4 * seen * config.num_attention_heads * head_dim * config.num_hidden_layers
+        forward += 4 * attended * config.num_attention_heads * head_dim * config.num_hidden_layers
         tokens.append(n)
-        both.append(int(segments.counts.sum()))
+        both_sides.append(int(segments.counts.sum()))
         flops.append(3 * forward)
-    return {"tokens": tokens, "both": both, "flops": flops}
+    return {"tokens": tokens, "both": both_sides, "flops": flops}
 
 
 def matmul_rate(threads: int, dtype: str) -> float:
-    """FLOP/s of a square matrix product, the best of several: what the machine itself reaches."""
+    """FLOP/s of a square matrix product, the best of several: the machine's own rate."""
     import torch
 
     torch.set_num_threads(threads)
@@ -150,16 +150,16 @@ def matmul_rate(threads: int, dtype: str) -> float:
 
 
 def compare(name: str, rows: list[dict], pairs: int, options, sides=("trl", "ours")) -> dict:
-    """Steps of the sides in turn, the first WARM of each not counted."""
+    """Runs the sides' steps in turn; the first WARM of each are not counted."""
     rows = sorted(rows, key=lambda row: -len(json.dumps(row)))
     rows = rows[: WARM * pairs] + random.Random(0).sample(rows[WARM * pairs :], len(rows) - WARM * pairs)
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache:
-        given = {"rows": rows, "pairs": pairs, "cache": cache, **options}
-        processes, pipes, seconds, figures = [], {}, {side: [] for side in sides}, {}
+        worker_options = {"rows": rows, "pairs": pairs, "cache": cache, **options}
+        processes, pipes, seconds, results = [], {}, {side: [] for side in sides}, {}
         for side in sides:
             pipes[side], end = spawn.Pipe()
-            process = spawn.Process(target=worker, args=(end, side, given), daemon=True)
+            process = spawn.Process(target=worker, args=(end, side, worker_options), daemon=True)
             process.start()
             processes.append(process)
             end.close()
@@ -170,12 +170,12 @@ def compare(name: str, rows: list[dict], pairs: int, options, sides=("trl", "our
                 pipes[side].send("go")
                 seconds[side].append(pipes[side].recv())
         for side in sides:
-            figures[side] = pipes[side].recv()
+            results[side] = pipes[side].recv()
         for process in processes:
             process.join()
-    if len({tuple(f["num_tokens"]) for f in figures.values()}) > 1:
-        raise SystemExit(f"{name}: the sides did not train on the same rows: {figures}")
-    return {"name": name, "pairs": pairs, "seconds": {s: x[WARM:] for s, x in seconds.items()}, **figures}
+    if len({tuple(f["num_tokens"]) for f in results.values()}) > 1:
+        raise SystemExit(f"{name}: the sides did not train on the same rows: {results}")
+    return {"name": name, "pairs": pairs, "seconds": {s: x[WARM:] for s, x in seconds.items()}, **results}
 
 
 def spread(values: list[float]) -> str:
@@ -191,15 +191,15 @@ def show(results: list[dict], rates: list[float]) -> None:
     for r in results:
         ours, trl = r["seconds"]["ours"], r["seconds"].get("trl")
         n, work = len(ours), r["ours"]
-        both, distinct, flops = (work[key][WARM : n + WARM] for key in ("both", "tokens", "flops"))
+        both_sides, distinct, flops = (work[key][WARM : n + WARM] for key in ("both", "tokens", "flops"))
         memory = {side: r[side]["memory"] / 1e9 for side in r["seconds"]}
         table.add_row(
             r["name"],
             str(r["pairs"]),
-            f"{sum(distinct) / n / r['pairs']:.0f} of {sum(both) / n / r['pairs']:.0f}",
+            f"{sum(distinct) / n / r['pairs']:.0f} of {sum(both_sides) / n / r['pairs']:.0f}",
             f"{r['pairs'] / statistics.median(trl):.3f}" if trl else "",
             f"{r['pairs'] / statistics.median(ours):.3f}",
-            f"{sum(both) / sum(ours):.0f}",
+            f"{sum(both_sides) / sum(ours):.0f}",
             spread([t / o for t, o in zip(trl, ours, strict=True)]) if trl else "",
             f"{memory['trl']:.1f}" if trl else "",
             f"{memory['ours']:.1f}",
@@ -213,11 +213,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(workloads.ROOT / "models/smollm2-135m-instruct"))
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each side and workload")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps for each side and workload")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=list(workloads.WORKLOADS), help="one workload")
-    parser.add_argument("--grow", action="store_true", help="tokens a pair 256 … 4096, then pairs a step 1 … 16")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--grow", action="store_true", help="256 … 4096 tokens a pair, then 1 … 16 pairs a step")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", **{name: str(size) for name, size in MALLOC.items()}}
     options = {"model": args.model, "dtype": args.dtype, "steps": args.steps, "threads": args.threads}

@@ -1,9 +1,9 @@
-"""What benchmarks/gpu_check.sh runs: numbers first, then speed, a line as soon as it is there, 8 minutes at most on an
-80 GB card. Random weights, generated pairs. What does not fit is an "out of memory" in its cell.
+"""Numerical agreement, then speed, on a GPU; benchmarks/gpu_check.sh runs it. Prints each line once it is measured; 8
+minutes at most on an 80 GB card. Random weights, generated pairs. A size that does not fit is "out of memory".
 
 python benchmarks/gpu_check.py                   # sizes that fit, bfloat16; on a CPU tiny ones
-python benchmarks/gpu_check.py --billions 1      # of the model whose steps are timed
-python benchmarks/gpu_check.py --minutes 20      # the time after which what is left is named and not begun
+python benchmarks/gpu_check.py --billions 1      # size of the model whose steps are timed
+python benchmarks/gpu_check.py --minutes 20      # parts that would end later are skipped by name
 """
 
 import argparse
@@ -49,50 +49,50 @@ PUBLIC_A800 = {4096: (2786, 1814), 1024: (1141, 905)}
 
 
 def attentions(dtype: torch.dtype) -> dict:
-    """Ways to attend by name: what `_varlen` is put to."""
-    found = {"by segment": lambda *_: None}
+    """Attention implementations by name: what `_varlen` is set to."""
+    kernel_by_name = {"by segment": lambda *_: None}
     if CUDA and dtype != torch.float32:
-        found |= {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels(DEVICE).items()}
-    return found
+        kernel_by_name |= {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels(DEVICE).items()}
+    return kernel_by_name
 
 
-def attending(kernel, function, *args):
-    before, mdpo.forward.packed_attention._varlen = mdpo.forward.packed_attention._varlen, kernel
+def attempt_with_kernel(kernel, function, *args):
+    previous, mdpo.forward.packed_attention._varlen = mdpo.forward.packed_attention._varlen, kernel
     try:
         return attempt(function, *args)
     finally:
-        mdpo.forward.packed_attention._varlen = before
+        mdpo.forward.packed_attention._varlen = previous
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
 def scored(model, batch) -> tuple[torch.Tensor, ...]:
-    """Log-probs, the loss of what the sides' mean log-probs differ by, and the first layer's gradients as one list."""
+    """(log-probs, loss of the difference of the sides' mean log-probs, gradients of the first layer as one vector)."""
     logps = score_tokens(model, batch).logps
     loss = -torch.nn.functional.logsigmoid(((1 - 2 * batch.side) * logps).mean())
     model.zero_grad()
     loss.backward()
-    found = torch.cat([p.grad.float().flatten() for p in model.model.layers[0].parameters()])
+    gradients = torch.cat([p.grad.float().flatten() for p in model.model.layers[0].parameters()])
     model.zero_grad()
-    return logps.detach(), loss.detach(), found
+    return logps.detach(), loss.detach(), gradients
 
 
 def numbers(billions: int, vocabulary: int) -> None:
-    """Packed against padded, and compiled against not, relative to the norm."""
+    """Packed against padded batches, compiled against uncompiled modules: differences relative to the norm."""
     title = "difference from padded batches and uncompiled modules, relative to the norm"
     lines = Lines(title, "dtype", "attention", "fused_ops", "log-probs", "loss", "gradients of layer 0")
     rows, settings = random_rows(3, 96, 64, vocabulary), config(billions, vocabulary)
     for dtype in (torch.float32, torch.bfloat16):
-        wanted = attempt(lambda dtype=dtype: scored(model_of(settings, dtype), collated("padded", rows)))
+        padded = attempt(lambda dtype=dtype: scored(model_of(settings, dtype), collated("padded", rows)))
         for name, kernel in attentions(dtype).items():
             for fused in (False, True):
-                ours = lambda d=dtype, f=fused: scored(model_of(settings, d, f), collated("packed", rows))  # noqa: E731
-                found = attending(kernel, ours)
-                if isinstance(found, str) or isinstance(wanted, str):
+                run_packed = lambda d=dtype, f=fused: scored(model_of(settings, d, f), collated("packed", rows))  # noqa: E731
+                packed = attempt_with_kernel(kernel, run_packed)
+                if isinstance(packed, str) or isinstance(padded, str):
                     cells = ["out of memory"] * 3
                 else:
-                    cells = [f"{((a - b).norm() / b.norm()).item():.1e}" for a, b in zip(found, wanted, strict=True)]
+                    cells = [f"{((a - b).norm() / b.norm()).item():.1e}" for a, b in zip(packed, padded, strict=True)]
                 lines.add(str(dtype).split(".")[1], name, fused, *cells)
 
 
@@ -100,22 +100,22 @@ def numbers(billions: int, vocabulary: int) -> None:
 
 
 def head_speed() -> None:
-    """The chunked head against whole float32 logits, forward and backward."""
-    tokens, hidden, words = (4096, 3584, 152064) if CUDA else (64, 64, 512)
-    lines = Lines(f"LM head: {tokens} tokens, {hidden} wide, {words} words", "head", "ms", "peak GB")
+    """The chunked LM head against full float32 logits, forward and backward."""
+    tokens, hidden, vocabulary = (4096, 3584, 152064) if CUDA else (64, 64, 512)
+    lines = Lines(f"LM head: {tokens} tokens, hidden size {hidden}, vocabulary {vocabulary}", "head", "ms", "peak GB")
     with DEVICE:
-        h, w = (torch.randn(shape, dtype=HALF).requires_grad_() for shape in ((tokens, hidden), (words, hidden)))
-        target = torch.randint(0, words, (tokens,))
-    chunk = max(64, (1 << 29) // (4 * words))
-    ways = {
+        h, w = (torch.randn(shape, dtype=HALF).requires_grad_() for shape in ((tokens, hidden), (vocabulary, hidden)))
+        target = torch.randint(0, vocabulary, (tokens,))
+    chunk = max(64, (1 << 29) // (4 * vocabulary))
+    heads = {
         "chunks, compiled": lambda: ChunkedLogProbs.apply(h, w, None, target, HeadTransform(), chunk, False, True)[0],
         "chunks": lambda: ChunkedLogProbs.apply(h, w, None, target, HeadTransform(), chunk)[0],
-        "whole logits": lambda: full_log_probs(h, w, None, target),
+        "full logits": lambda: full_log_probs(h, w, None, target),
     }
-    for name, way in ways.items():
-        once = lambda way=way: torch.autograd.grad(way().sum(), [h, w])  # noqa: E731
-        found = attempt(lambda once=once: (f"{milliseconds(once):.1f}", peak()))
-        lines.add(name, *(found if isinstance(found, tuple) else (found, "")))
+    for name, head in heads.items():
+        backward = lambda head=head: torch.autograd.grad(head().sum(), [h, w])  # noqa: E731
+        cells = attempt(lambda backward=backward: (f"{milliseconds(backward):.1f}", peak()))
+        lines.add(name, *(cells if isinstance(cells, tuple) else (cells, "")))
 
 
 def attention_speed() -> None:
@@ -127,29 +127,29 @@ def attention_speed() -> None:
         q, k, v = (torch.randn(1, x, n, 128, dtype=HALF).requires_grad_() for x in (heads, key_heads, key_heads))
     layer = torch.nn.Module()
 
-    def once():
+    def step():
         out = mdpo.forward.packed_attention.packed_attention(layer, q, k, v, None, segments=segments)[0]
         torch.autograd.grad(out.sum(), [q, k, v])
 
     for name, kernel in attentions(HALF).items():
-        found = attending(kernel, lambda: (f"{milliseconds(once):.2f}", peak()))
-        lines.add(name, *(found if isinstance(found, tuple) else (found, "")))
+        cells = attempt_with_kernel(kernel, lambda: (f"{milliseconds(step):.2f}", peak()))
+        lines.add(name, *(cells if isinstance(cells, tuple) else (cells, "")))
 
 
 def step_flops(settings, batch: PairBatch) -> float:
-    """Of forward and backward: each computed token once, the head where a token is scored, attention where it sees."""
+    """FLOPs of forward and backward: each computed token once, LM head at scored tokens, attention at visible keys."""
     if batch.is_packed:
         sizes = Segments(batch.segments)
-        seen = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(sizes.sizes, sizes.key_sizes, strict=True))
+        attended = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(sizes.sizes, sizes.key_sizes, strict=True))
     else:
-        seen = sum(n * (n + 1) / 2 for n in batch.lengths)
+        attended = sum(n * (n + 1) / 2 for n in batch.lengths)
     head = settings.vocab_size * settings.hidden_size * len(batch.logp_position)
-    attention = 2 * seen * settings.hidden_size * settings.num_hidden_layers
+    attention = 2 * attended * settings.hidden_size * settings.num_hidden_layers
     return 6 * (weights_of(settings)[0] * batch.input_ids.numel() + head + attention)
 
 
 def step_speed(billions: int, vocabulary: int, rate: float) -> None:
-    """Forward and backward of one batch, for each way to attend, with and without compiled modules."""
+    """Forward and backward of one batch, for each attention implementation, with and without compiled modules."""
     pairs, shared, own = (4, 1536, 512) if CUDA else (2, 96, 32)
     title = f"forward and backward, {billions}B weights: {pairs} pairs, {shared} shared and 2 × {own} own tokens"
     lines = Lines(title, "layout", "attention", "fused_ops", "ms", "pairs/s", "MFU", "peak GB")
@@ -160,14 +160,14 @@ def step_speed(billions: int, vocabulary: int, rate: float) -> None:
             cells = ["out of memory", "", "", ""]
             if not isinstance(model, str):
                 batch = collated(layout, rows)
-                found = attending(
+                measured = attempt_with_kernel(
                     kernel or (lambda *_: None),
                     lambda model=model, batch=batch: (milliseconds(lambda: scored(model, batch)), peak()),
                 )
-                if isinstance(found, tuple):
-                    ms = found[0]
+                if isinstance(measured, tuple):
+                    ms = measured[0]
                     cells = [f"{ms:.1f}", f"{1000 * pairs / ms:.2f}"]
-                    cells += [f"{1000 * step_flops(settings, batch) / ms / rate:.2f}", found[1]]
+                    cells += [f"{1000 * step_flops(settings, batch) / ms / rate:.2f}", measured[1]]
             lines.add(layout, name, fused, *cells)
         del model
         attempt(lambda: None)
@@ -186,13 +186,13 @@ def public_row() -> None:
     model.train().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     for prefix, (unshared, shared) in PUBLIC_A800.items():
         sizes = (prefix, 1024) if CUDA else (prefix // 64, 16)
-        rows, found = random_rows(1, *sizes, settings.vocab_size), []
+        rows, step_ms = random_rows(1, *sizes, settings.vocab_size), []
         for layout in ("padded", "packed"):
             batch = collated(layout, rows)
-            found.append(attempt(lambda batch=batch: milliseconds(lambda: scored(model, batch), times=3, warm=1)))
+            step_ms.append(attempt(lambda batch=batch: milliseconds(lambda: scored(model, batch), times=3, warm=1)))
             memory = peak()
-        times = [x if isinstance(x, str) else f"{x:.0f}" for x in found]
-        ratio = "" if any(isinstance(x, str) for x in found) else f"{found[0] / found[1]:.2f}"
+        times = [x if isinstance(x, str) else f"{x:.0f}" for x in step_ms]
+        ratio = "" if any(isinstance(x, str) for x in step_ms) else f"{step_ms[0] / step_ms[1]:.2f}"
         lines.add(sizes[0], *times, ratio, unshared, shared, f"{unshared / shared:.2f}", memory)
 
 
@@ -200,8 +200,8 @@ def public_row() -> None:
 
 
 def against_trl(billions: int, vocabulary: int) -> None:
-    """bench_dpo.py on a folder with a random model and a tokenizer of words. Float32 weights, which full fine-tuning
-    without DeepSpeed needs; on a GPU bfloat16 computes."""
+    """bench_dpo.py on a folder with a random model and a word-level tokenizer. Float32 weights, as full fine-tuning
+    without DeepSpeed needs them; on a GPU under bfloat16 autocast."""
     words = sorted({w for row in bench_dpo.workloads.chat_rows(4, 200, 1, 200) for m in row["chosen"]
                     for w in m["content"].split()})  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -216,11 +216,11 @@ def against_trl(billions: int, vocabulary: int) -> None:
         for side in ("trl", "ours"):
             try:
                 results.append(bench_dpo.compare("half shared", rows, pairs, options, sides=(side,)))
-            except Exception as error:  # the side's own process has ended, most likely for memory
-                print(f"{side}: out of memory, or {type(error).__name__}: its words are above", flush=True)
+            except Exception as error:  # the side's process has ended, most likely out of memory
+                print(f"{side}: out of memory, or {type(error).__name__}: its message is above", flush=True)
         if len(results) == 2:
-            both = {**results[1], **results[0], "seconds": {**results[0]["seconds"], **results[1]["seconds"]}}
-            bench_dpo.show([both], [bench_dpo.matmul_rate(options["threads"], "bfloat16" if CUDA else "float32")])
+            comparison = {**results[1], **results[0], "seconds": {**results[0]["seconds"], **results[1]["seconds"]}}
+            bench_dpo.show([comparison], [bench_dpo.matmul_rate(options["threads"], "bfloat16" if CUDA else "float32")])
 
 
 def main() -> None:
@@ -233,7 +233,7 @@ def main() -> None:
     billions = largest(free, vocabulary) if args.billions is None else args.billions
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}, {billions}B weights")
     rate = bench_dpo.matmul_rate(torch.get_num_threads(), "bfloat16" if CUDA else "float32")
-    parts = {  # seconds that each takes at most on an 80 GB card, guessed: none has run there yet
+    parts = {  # seconds of each at most on an 80 GB card, estimated: none has run there yet
         "numbers": (60, numbers, (min(billions, 1), vocabulary)),
         "LM head": (20, head_speed, ()),
         "attention": (20, attention_speed, ()),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call: the tests that need one, then benchmarks/gpu_check.py, numbers first, speed
+# All that needs a GPU, in one call: the tests marked gpu, then benchmarks/gpu_check.py, numerical agreement first, speed
 # after; 8 minutes on an 80 GB card.
-#   bash benchmarks/gpu_check.sh [PYTHON]      without a GPU it runs through on tiny models, and the tests are skipped
+#   bash benchmarks/gpu_check.sh [PYTHON]      without a GPU: tiny models, and the tests are skipped
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${1:-.venv/bin/python}"

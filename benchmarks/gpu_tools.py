@@ -1,4 +1,4 @@
-"""What gpu_check.py measures with: models and pairs by size, a clock, tables, and what fits in a card's memory."""
+"""Tools of gpu_check.py: models and pairs by size, a time budget, tables, and which sizes fit a card's memory."""
 
 import gc
 import statistics
@@ -21,7 +21,7 @@ MARGIN = 0.8  # of the free memory, for what the formula leaves out
 
 
 class Lines:
-    """A table that is printed line by line."""
+    """A table, printed line by line."""
 
     def __init__(self, title: str, *columns: str):
         self.widths = [max(len(column), 16) for column in columns]
@@ -34,7 +34,7 @@ class Lines:
 
 
 class Clock:
-    """The time that is left. What would begin too late is named."""
+    """A time budget. A part that would exceed it is skipped by name."""
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes
@@ -47,7 +47,7 @@ class Clock:
 
 
 def attempt(function, *args):
-    """What it returns, or "out of memory" where that is how it ends."""
+    """The function's result, or "out of memory" where it raises OutOfMemoryError."""
     try:
         return function(*args)
     except torch.OutOfMemoryError:
@@ -69,24 +69,24 @@ def config(billions: int, vocabulary: int) -> LlamaConfig:
 
 def qwen_7b() -> Qwen2Config:
     """Qwen2.5-7B's shape; on a CPU a hundredth of it."""
-    part = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
     if not CUDA:
-        part = {"hidden_size": 224, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
-    return Qwen2Config(num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=8192, **part)
+        sizes = {"hidden_size": 224, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+    return Qwen2Config(num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=8192, **sizes)
 
 
 def weights_of(settings) -> tuple[int, int]:
-    """Weights in layers, and of embeddings and head."""
+    """Numbers of weights: (in the layers, in embeddings and LM head)."""
     h, i, heads = settings.hidden_size, settings.intermediate_size, settings.num_attention_heads
     keys = h * settings.num_key_value_heads // heads
     return settings.num_hidden_layers * (2 * h * h + 2 * h * keys + 3 * h * i), 2 * settings.vocab_size * h
 
 
 def needed(settings, tokens: int) -> int:
-    """Bytes of a forward and a backward pass in half precision: weights and gradients, what layers keep (flash
-    attention, nothing recomputed: 17 numbers a token and hidden unit, 3 of its MLP), and the head's chunk."""
-    kept = settings.num_hidden_layers * tokens * 2 * (17 * settings.hidden_size + 3 * settings.intermediate_size)
-    return 4 * sum(weights_of(settings)) + kept + (2 << 30) + 4 * settings.vocab_size * settings.hidden_size
+    """Bytes of a forward and a backward pass in half precision: weights and gradients, activations (flash
+    attention, nothing recomputed: 17 numbers a token and hidden unit, 3 of its MLP), and the LM head's chunk."""
+    activations = settings.num_hidden_layers * tokens * 2 * (17 * settings.hidden_size + 3 * settings.intermediate_size)
+    return 4 * sum(weights_of(settings)) + activations + (2 << 30) + 4 * settings.vocab_size * settings.hidden_size
 
 
 def random_rows(pairs: int, shared: int, own: int, vocabulary: int) -> list[dict]:
@@ -122,14 +122,14 @@ def synchronize() -> None:
 
 
 def milliseconds(function, times: int = 5, warm: int = 2) -> float:
-    found = []
+    durations = []
     for _ in range(times + warm):
         synchronize()
         start = time.perf_counter()
         function()
         synchronize()
-        found.append(1000 * (time.perf_counter() - start))
-    return statistics.median(found[warm:])
+        durations.append(1000 * (time.perf_counter() - start))
+    return statistics.median(durations[warm:])
 
 
 def peak() -> str:
@@ -154,5 +154,5 @@ def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def largest(free: float, vocabulary: int) -> int:
-    """Of SIZES, in billions: what a padded batch of 4 pairs of 2048 tokens a side fits in `free` bytes with."""
+    """The largest of SIZES, in billions, whose step on a padded batch of 4 × 2 × 2048 tokens fits in `free` bytes."""
     return next(size for size in SIZES if not size or needed(config(size, vocabulary), 4 * 2 * 2048) <= MARGIN * free)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, ours alone: shares by part, from torch's profiler on the CPU.
+"""Where the time of our training step goes: seconds and shares by part, from torch's profiler on the CPU.
 
 python benchmarks/parts.py "long shared history"
 """
@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
 
-STEPS = 4  # the last one is looked at
-PARTS = {  # what an operator's name holds -> its part; the first that fits
+STEPS = 4  # the last one is profiled
+PARTS = {  # part -> substrings of its operators' names; the first match counts
     "attention": ("scaled_dot_product",),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "compiled elementwise": ("CompiledFxGraph",),
+    "compiled RMSNorm, SwiGLU, softmax": ("CompiledFxGraph",),
     "optimizer and clipping": ("_fused_adamw", "linalg_vector_norm", "Optimizer", "aten::stack"),
 }
 
@@ -41,10 +41,10 @@ class LastStep(TrainerCallback):
 
 
 def shares(profile) -> dict[str, float]:
-    """Seconds of each part, without what operators call."""
+    """Seconds of each part: self time of its operators, without the operators that they call."""
     seconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
     for event in profile.key_averages():
-        part = next((p for p, words in PARTS.items() if any(word in event.key for word in words)), "the rest")
+        part = next((p for p, substrings in PARTS.items() if any(word in event.key for word in substrings)), "the rest")
         seconds[part] += event.self_cpu_time_total / 1e6
     return seconds
 
@@ -69,16 +69,16 @@ def main(name: str) -> None:
         rows = Dataset.from_list(make(pairs * STEPS))
         model = str(workloads.ROOT / "models/smollm2-135m-instruct")
         trainer = DPOTrainer(model, args=MDPOConfig(folder, **settings), train_dataset=rows)
-        looked = LastStep()
-        trainer.add_callback(looked)
+        profiler = LastStep()
+        trainer.add_callback(profiler)
         trainer.train()
-    found = shares(looked.profile)
-    table = Table(title=f"a step of {name}, {sum(found.values()):.2f} s, {torch.get_num_threads()} threads")
+    seconds_of_part = shares(profiler.profile)
+    table = Table(title=f"a step of {name}, {sum(seconds_of_part.values()):.2f} s, {torch.get_num_threads()} threads")
     table.add_column("part")
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
-    for part, seconds in found.items():
-        table.add_row(part, f"{seconds:.2f}", f"{seconds / sum(found.values()):.0%}")
+    for part, seconds in seconds_of_part.items():
+        table.add_row(part, f"{seconds:.2f}", f"{seconds / sum(seconds_of_part.values()):.0%}")
     Console(width=80).print(table)
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# In a process of its own: the run as `run_dpo.py` does it, which ends when its first step begins.
+# Run in a process of its own: run_dpo.py's main, which exits when its first step begins.
 CHILD = """
 import os, sys, time
 import run_dpo
@@ -24,12 +24,12 @@ run_dpo.main(sys.argv[1:])
 
 
 def seconds_to_first_step(recipe: str, *options: str) -> float:
-    began = time.time()
-    done = subprocess.run([sys.executable, "-c", CHILD, recipe, *options], cwd=ROOT, capture_output=True, text=True)
-    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FIRST")]
-    if not found:
-        raise SystemExit(done.stdout + done.stderr)
-    return float(found[0]) - began
+    start = time.time()
+    result = subprocess.run([sys.executable, "-c", CHILD, recipe, *options], cwd=ROOT, capture_output=True, text=True)
+    timestamps = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("FIRST")]
+    if not timestamps:
+        raise SystemExit(result.stdout + result.stderr)
+    return float(timestamps[0]) - start
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
         options = [f"--max_training_samples={args.pairs}", "--eval_on_start=false", "--eval_dataset_mixer=null"]
         options += [f"--output_dir={folder}/run", f"--reference_cache_dir={folder}/cache"]
         for name in ("empty", "filled", "filled, another beta and learning rate"):
-            other = ["--beta=0.3", "--learning_rate=1e-6"] if "another" in name else []
-            print(f"{name:40} {seconds_to_first_step(args.recipe, *options, *other):6.1f} s", flush=True)
+            overrides = ["--beta=0.3", "--learning_rate=1e-6"] if "another" in name else []
+            print(f"{name:40} {seconds_to_first_step(args.recipe, *options, *overrides):6.1f} s", flush=True)
 
 
 if __name__ == "__main__":

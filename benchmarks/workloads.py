@@ -1,4 +1,4 @@
-"""The pairs that benchmarks train on: real or made, in messages, and rows of exact token lengths."""
+"""Pairs that the benchmarks train on, as messages: agent trajectories, or generated chats of given lengths."""
 
 import json
 import random
@@ -15,21 +15,21 @@ WORDS = (
 
 
 def agent_rows(n: int) -> list[dict]:
-    """Agent trajectories: GSM8K pairs where they are at hand, else the shipped ones; `n` of them."""
+    """`n` pairs of agent trajectories: GSM8K's where the file exists, else the recipe's held-out pairs."""
     path = GSM8K if GSM8K.exists() else SHIPPED
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(rows)
     return [{side: rows[i % len(rows)][side] for side in ("chosen", "rejected")} for i in range(n)]
 
 
-def _text(words: int, seed: int) -> str:
+def _text(n_words: int, seed: int) -> str:
     generator = random.Random(seed)
-    return " ".join(generator.choice(WORDS) for _ in range(words))
+    return " ".join(generator.choice(WORDS) for _ in range(n_words))
 
 
 def chat_rows(n: int, history: int, turns: int, answer: int) -> list[dict]:
-    """Pairs that share `turns` turns of user and assistant, `history` words together, and leave each other's path at
-    the last answer, of about `answer` words."""
+    """`n` pairs that share `turns` turns of user and assistant, `history` words in all, and branch at the last answer,
+    of about `answer` words."""
     rows = []
     for i in range(n):
         shared = []
@@ -44,7 +44,7 @@ def chat_rows(n: int, history: int, turns: int, answer: int) -> list[dict]:
     return rows
 
 
-# name -> (rows of a number of pairs, pairs a step)
+# name -> (function from a number of pairs to rows, pairs a step)
 WORKLOADS = {
     "agent pairs": (agent_rows, 4),
     "long shared history": (lambda n: chat_rows(n, history=800, turns=4, answer=110), 2),
@@ -54,13 +54,13 @@ WORKLOADS = {
 
 
 def explicit(rows: list[dict]) -> list[dict]:
-    """With the shared messages as a prompt, as a plain trl.DPOConfig and ours both read it."""
-    found = []
+    """Rows with the shared messages as an explicit `prompt`, which trl.DPOTrainer and ours both read."""
+    explicit_rows = []
     for row in rows:
-        both = zip(row["chosen"], row["rejected"], strict=False)
-        n = next((i for i, (a, b) in enumerate(both) if a != b), 1)
-        found.append({"prompt": row["chosen"][:n], **{side: row[side][n:] for side in ("chosen", "rejected")}})
-    return found
+        messages = zip(row["chosen"], row["rejected"], strict=False)
+        n = next((i for i, (a, b) in enumerate(messages) if a != b), 1)
+        explicit_rows.append({"prompt": row["chosen"][:n], **{side: row[side][n:] for side in ("chosen", "rejected")}})
+    return explicit_rows
 
 
 def dataset(name: str, n: int) -> Dataset:
@@ -68,5 +68,5 @@ def dataset(name: str, n: int) -> Dataset:
 
 
 def sized_rows(n: int, tokens: int) -> list[dict]:
-    """Pairs of about `tokens` words over both sides, half of them shared."""
+    """`n` pairs of about `tokens` words over both sides, half of them shared."""
     return chat_rows(n, history=tokens // 4, turns=1, answer=tokens // 4)
