@@ -31,7 +31,7 @@ from mdpo.runs.entrypoint import run
 
 COLORS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f", "#6b7a86", "#e06fa8")
 STATE = "trainer_state.json"
-OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no effect on training
+RUN_KEYS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # no effect on training
 CURVES = ("loss", "reward_accuracy", "margins", "logps")  # of PLOTS
 
 
@@ -46,7 +46,7 @@ class Run:
 def main(argv: list[str]) -> None:
     folders, out = parse(argv)
     runs = load(folders)
-    tables = [("Final metrics", final_figures(runs)), ("Recipe keys that differ", differing(runs))]
+    tables = [("Final metrics", final_metrics(runs)), ("Recipe keys that differ", differing(runs))]
     for title, rows in tables:
         Console().print(terminal_table(title, [r.name for r in runs], rows))
     out.write_text(html(runs, tables), encoding="utf-8")
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     if unknown:
-        raise UserError(f"{unknown[0]} is not known here; compare_runs.py takes output folders and --out.")
+        raise UserError(f"{unknown[0]} is not an option; compare_runs.py takes output folders and --out.")
     if not 2 <= len(args.runs) <= len(COLORS):
         raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLORS)} output folders of run_dpo.py.")
     if not args.out.absolute().parent.is_dir():
@@ -71,13 +71,15 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
 
 
 def load(folders: list[Path]) -> list[Run]:
-    """Raises UserError that names a folder without a run, and what it lacks."""
+    """Raises UserError that names a folder without a run, and the missing files."""
     states = [_state(folder) for folder in folders]
     for folder, state in zip(folders, states, strict=True):
         if lacking := [RESOLVED] * (not (folder / RESOLVED).is_file()) + [STATE] * (state is None):
-            raise UserError(f"{folder} holds no run: no {' and no '.join(lacking)}.")
-    short = [folder.resolve().name for folder in folders]
-    names = [str(folder) if short.count(name) > 1 else name for name, folder in zip(short, folders, strict=True)]
+            raise UserError(f"{folder} contains no run: no {' and no '.join(lacking)}.")
+    basenames = [folder.resolve().name for folder in folders]
+    names = [
+        str(folder) if basenames.count(name) > 1 else name for name, folder in zip(basenames, folders, strict=True)
+    ]
     return [
         Run(name, _parsed(state)["log_history"], _parsed(folder / RESOLVED), _parsed(folder / REPORT))
         for name, folder, state in zip(names, folders, states, strict=True)
@@ -101,12 +103,12 @@ def _state(folder: Path) -> Path | None:
 def differing(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of the keys whose values are not the same in all."""
     recipes = [r.recipe for r in runs]
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in OF_THE_RUN)
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in RUN_KEYS)
     rows = [(key, [json.dumps(recipe[key]) if key in recipe else "(default)" for recipe in recipes]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def final_figures(runs: list[Run]) -> list[tuple[str, list[str]]]:
+def final_metrics(runs: list[Run]) -> list[tuple[str, list[str]]]:
     after = [before_and_after(r.history)[1] for r in runs]
     rows = [(label, [f"{log[key]:.4f}" if key in log else "–" for log in after]) for label, key in SHOWN]
     loss = [curve(r.history, "loss").training for r in runs]
@@ -142,9 +144,9 @@ def plots(runs: list[Run]):
 
 def html(runs: list[Run], tables) -> str:
     with matplotlib.rc_context(STYLE):
-        drawn = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
+        svgs = [Markup(page_svg(over_steps(t, p.unit, lines, p.limits), t)) for t, p, lines in plots(runs)]
     names = list(zip((r.name for r in runs), COLORS, strict=False))
-    return template("compare.html").render(runs=names, tables=tables, plots=drawn)
+    return template("compare.html").render(runs=names, tables=tables, plots=svgs)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Scorer(DPOTrainer):
 def main(argv: list[str]) -> None:
     args, overrides = parse(argv)
     recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *overrides])
-    adapter_config(args.checkpoint)  # whether it is there
+    adapter_config(args.checkpoint)  # raises where there is no checkpoint
     if recipe.training.world_size > 1 or recipe.training.n_gpu > 1:
         raise UserError("evaluate.py runs in one process on one device. Choose one with CUDA_VISIBLE_DEVICES=0.")
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
@@ -98,8 +98,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = [name for name in [*ROLLOUTS, "allow_unisolated_code"] if getattr(args, name) is not None]
     if options and not args.rollouts:
         raise UserError(f"--{options[0]}: has no effect without --rollouts.")
-    if not args.temperature and (idle := [name for name in ("samples", "seed") if name in options]):
-        raise UserError(f"--{idle[0]}: has no effect at temperature 0; set --temperature.")
+    if not args.temperature and (unused := [name for name in ("samples", "seed") if name in options]):
+        raise UserError(f"--{unused[0]}: has no effect at temperature 0; set --temperature.")
     for name, (_, default, least, _) in ROLLOUTS.items():
         if name not in options:
             setattr(args, name, default)
@@ -117,7 +117,7 @@ def held_out(checkpoint: str, recipe, tokenizer) -> dict | None:
         return None
     model_args, args = scoring_arguments(checkpoint, recipe), recipe.training
     scorer = Scorer(args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer, **model_args)
-    if "peft_config" in model_args:  # the trainer has created it as for training, at random
+    if "peft_config" in model_args:  # the trainer has initialized a new one, as for training
         load_adapter_weights(scorer.model, checkpoint)
     scorer.evaluate()
     return by_turns(deduplicate(scorer.pair_tables), [count_turns(mask) for mask in pairs["chosen_mask"]])
@@ -141,9 +141,9 @@ def rollout(args: argparse.Namespace, recipe, tokenizer, questions, template, sa
     model = load_policy(args.checkpoint, recipe)
     generate = Generator(model, tokenizer, template, args.max_new_tokens, args.temperature)
     set_seed(args.seed)
-    rules = RolloutConfig(args.max_turns, args.batch_size, args.samples, args.tool_role)
-    done = save_all(roll_out(questions, generate, sandbox.run, rules), args.save, len(questions) * args.samples)
-    return rollout_figures(done)
+    config = RolloutConfig(args.max_turns, args.batch_size, args.samples, args.tool_role)
+    rows = save_all(roll_out(questions, generate, sandbox.run, config), args.save, len(questions) * args.samples)
+    return rollout_figures(rows)
 
 
 if __name__ == "__main__":

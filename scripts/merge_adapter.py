@@ -1,7 +1,7 @@
 """Merges an adapter that a run saved into its base model: python scripts/merge_adapter.py ADAPTER_FOLDER OUT_FOLDER
 
 Writes safetensors, generation config, tokenizer and chat template: a model as any other, without PEFT. It is loaded
-again and has to give the adapter's log-probs, else nothing is left behind. `--base`: the base model, if the adapter's
+again and has to give the adapter's log-probs, else nothing is written. `--base`: the base model, if the adapter's
 own entry does not name it. `--dtype`: of the weights written, else the base's. Takes 4 bytes of memory a parameter.
 """
 
@@ -48,14 +48,14 @@ def main(argv: list[str]) -> None:
     with model.disable_adapter():
         base = log_probs(model, tokenizer)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".merge-") as beside:
-        draft = Path(beside, "model")
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".merge-") as scratch:
+        draft = Path(scratch, "model")
         merged(model).to(getattr(torch, dtype)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         as_new_files(draft)
         del model
         check(draft, tokenizer, adapted, base, dtype)
-        draft.replace(args.out)  # an empty folder gives way
+        draft.replace(args.out)  # replaces an empty folder
     say(f"model   {args.out} ({dtype})")
 
 
@@ -97,13 +97,13 @@ def load(args) -> tuple[PeftModel, PreTrainedTokenizerBase, str]:
     if bits := quantized_bits(args.adapter):
         dtype = args.dtype or str(next(iter(saved.values())).dtype).removeprefix("torch.")
         say(f"The run had {name} in {bits} bits. The adapter is merged into its unquantized weights, in {dtype}.")
-    unfit = f"{adapter} does not fit {name}"
+    mismatch = f"{adapter} does not fit {name}"
     try:
         model = PeftModel.from_pretrained(base, adapter).eval()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{unfit}: {str(error).strip().splitlines()[-1].strip()}", "adapter") from error
-    if odd := set(saved) ^ set(get_peft_model_state_dict(model)):
-        raise UserError(f"{unfit}: {len(odd)} weights have no counterpart, such as {min(odd)}.", "adapter")
+        raise UserError(f"{mismatch}: {str(error).strip().splitlines()[-1].strip()}", "adapter") from error
+    if others := set(saved) ^ set(get_peft_model_state_dict(model)):
+        raise UserError(f"{mismatch}: {len(others)} weights have no counterpart, such as {min(others)}.", "adapter")
     load_adapters(adapter, model)  # PEFT leaves out what it renames wrongly
     return model, fast_tokenizer(adapter if (args.adapter / "tokenizer_config.json").is_file() else name), dtype
 
@@ -117,10 +117,10 @@ def quantized_bits(adapter: Path) -> int | None:
 
 def merged(model: PeftModel):
     """The base with the adapter merged into its weights. Raises UserError where PEFT cannot do that."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if model.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
-        # One matrix, changed at one of its two ends: it becomes two. PEFT would change both.
-        head = ends[1].get_base_layer() if isinstance(ends[1], BaseTunerLayer) else ends[1]
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in embeddings):
+        # Tied weights with an adapter on one of the two: they are untied. PEFT would merge into both.
+        head = embeddings[1].get_base_layer() if isinstance(embeddings[1], BaseTunerLayer) else embeddings[1]
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
     try:
@@ -140,18 +140,18 @@ def log_probs(model, tokenizer) -> torch.Tensor:
 def check(folder: Path, tokenizer, adapted: torch.Tensor, base: torch.Tensor, dtype: str) -> None:
     """Raises UserError unless the model in `folder` has the adapter's log-probs."""
     merged_logps = log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
-    off, moved = (merged_logps - adapted).abs(), (base - adapted).abs()
-    distance = f"{off.max():.1e} at most (allowed: {TOLERANCE[dtype]:.0e}) and {off.mean():.1e} on average"
+    gap, change = (merged_logps - adapted).abs(), (base - adapted).abs()
+    distance = f"{gap.max():.1e} at most (allowed: {TOLERANCE[dtype]:.0e}) and {gap.mean():.1e} on average"
     say(f"log-probs of {len(merged_logps)} tokens, in nats: merged and adapter differ by {distance}, "
-        f"base and adapter by {moved.mean():.1e} on average")  # fmt: skip
-    if moved.mean() <= NOISE:
+        f"base and adapter by {change.mean():.1e} on average")  # fmt: skip
+    if change.mean() <= NOISE:
         say("The adapter changes nothing: it has not been trained.")
-    elif dtype != "float32" and off.mean() > ROUNDED_AWAY * moved.mean():
+    elif dtype != "float32" and gap.mean() > ROUNDED_AWAY * change.mean():
         raise UserError(
             f"Rounded to {dtype}, most of what the adapter changes is lost. Write --dtype=float32.", "dtype"
         )
-    if not off.max() <= TOLERANCE[dtype]:
-        raise UserError(f"The merged model does not have the adapter's log-probs ({off.max():.1e} nats off): not kept.")
+    if not gap.max() <= TOLERANCE[dtype]:
+        raise UserError(f"The merged model does not have the adapter's log-probs ({gap.max():.1e} nats off): not kept.")
 
 
 if __name__ == "__main__":

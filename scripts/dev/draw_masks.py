@@ -23,11 +23,11 @@ WIDTH, PAD, GAP, LABELS = 900, 20, 18, 74  # pixels: picture, its border, betwee
 SIDE = (WIDTH - 2 * PAD - GAP) / 2
 CHAR, BOX, ROW = 7.2, 18, 21  # a monospace character at 12 px, a token's box, a row of them
 TOP = 164  # the first row of tokens
-INK, GREY, LINE = "#1f2328", "#57606a", "#d0d7de"
+INK, GRAY, LINE = "#1f2328", "#57606a", "#d0d7de"
 LOOKS = {  # text, fill; tokens of the shared prefix have an outline besides
     **{kind: colors[:2] for kind, colors in COLORS.items()},
-    SHARED: (GREY, "#f6f8fa"),
-    CONTEXT: (GREY, "#e4e8ec"),
+    SHARED: (GRAY, "#f6f8fa"),
+    CONTEXT: (GRAY, "#e4e8ec"),
 }
 HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} %(height)s" width="{WIDTH}" height="%(height)s"
  role="img" aria-label="%(title)s">
@@ -55,15 +55,15 @@ def draw(pair: dict) -> str:
     title = "What M-DPO trains on: only the tokens that the policy itself produced"
     shapes = [
         sans(PAD, 38, title, INK, size=19, weight=600),
-        sans(PAD, 61, "Two trajectories for one question, token by token. Only colored tokens enter the loss;", GREY),
-        sans(PAD, 78, "the user's text, the tool's output and the template's markers are only read.", GREY),
+        sans(PAD, 61, "Two trajectories for one question, token by token. Only colored tokens enter the loss;", GRAY),
+        sans(PAD, 78, "the user's text, the tool's output and the template's markers are only read.", GRAY),
         *legend(PAD, 94),
     ]
     lefts = {name: PAD + i * (SIDE + GAP) for i, name in enumerate(SIDES)}
     for name, left in lefts.items():
         mask = pair[name]["mask"]
         shapes.append(sans(left, TOP - 22, name, accent(name), size=15, weight=600))
-        shapes.append(sans(left + LABELS + 4, TOP - 22, f"{sum(mask)} of {len(mask)} tokens supervised", GREY))
+        shapes.append(sans(left + LABELS + 4, TOP - 22, f"{sum(mask)} of {len(mask)} tokens supervised", GRAY))
     y = TOP
     for sides in zip_longest(*(turns(pair, name) for name in SIDES), fillvalue=[]):
         shapes += [f'<path d="M{left:.1f} {y - 9}h{SIDE:.1f}" stroke="{LINE}"/>' for left in lefts.values()]
@@ -83,17 +83,17 @@ def turns(pair: dict, name: str) -> list[list[tuple[str, str, bool]]]:
 def add_turn(shapes: list[str], turn, name: str, left: float, top: float) -> int:
     """Adds one turn's label and boxes to `shapes`; returns how many rows it fills."""
     role, _, content = "".join(text for text, _, _ in turn).removeprefix(TURN_OPENS).partition("\n")
-    ours = any(kind == SUPERVISED for _, kind, _ in turn)
-    shapes.append(sans(left, top + 13, role, accent(name) if ours else GREY, weight=600 if ours else 400))
+    supervised = any(kind == SUPERVISED for _, kind, _ in turn)
+    shapes.append(sans(left, top + 13, role, accent(name) if supervised else GRAY, weight=600 if supervised else 400))
     if content.startswith("```output"):
-        shapes.append(sans(left, top + 28, "tool output", GREY, size=10.5))
+        shapes.append(sans(left, top + 28, "tool output", GRAY, size=10.5))
     x, row = left + LABELS, 0
     for text, kind, shared in turn:
-        shown = text.translate(VISIBLE).replace("\n", "")
-        if x + box_width(shown) > left + SIDE:
+        visible = text.translate(VISIBLE).replace("\n", "")
+        if x + box_width(visible) > left + SIDE:
             x, row = left + LABELS, row + 1
-        shapes.append(box(x, top + row * ROW, shown, kind, name, shared))
-        x += box_width(shown) + 2
+        shapes.append(box(x, top + row * ROW, visible, kind, name, shared))
+        x += box_width(visible) + 2
         if "\n" in text:
             x, row = left + LABELS, row + 1
     return row + (x > left + LABELS)
@@ -111,25 +111,25 @@ def box(x: float, y: float, text: str, kind: str, name: str, outlined: bool) -> 
     shape, word = f'<rect {frame} fill="{fill}"{stroke}/>', text.strip(" ")
     if not word:
         return shape
-    at = x + 2 + (len(text) - len(text.lstrip(" "))) * CHAR
+    text_x = x + 2 + (len(text) - len(text.lstrip(" "))) * CHAR
     fitted = f'textLength="{len(word) * CHAR:.1f}" lengthAdjust="spacingAndGlyphs"'
-    return shape + f'<text x="{at:.1f}" y="{y + 13:.1f}" fill="{ink}" {fitted}>{escape(word)}</text>'
+    return shape + f'<text x="{text_x:.1f}" y="{y + 13:.1f}" fill="{ink}" {fitted}>{escape(word)}</text>'
 
 
 def legend(x: float, y: float) -> list[str]:
     outlined = [(SHARED, "", True), *((SUPERVISED, name, True) for name in SIDES)]
-    entries = [  # words, where they begin and the boxes before them
+    entries = [  # label, samples before it, width of the label
         ("supervised", [(SUPERVISED, name, False) for name in SIDES], 84),
         ("end of turn, supervised too", [(END, name, False) for name in SIDES], 190),
         ("context, not trained on", [(CONTEXT, "", False)], 164),
         ("outlined: in the shared prefix", outlined, 0),
     ]
     shapes = []
-    for words, samples, width in entries:
+    for label, samples, width in entries:
         for sample in samples:
             shapes.append(box(x, y, "  ", *sample))
             x += box_width("  ") + 3
-        shapes.append(sans(x + 3, y + 13, words, INK))
+        shapes.append(sans(x + 3, y + 13, label, INK))
         x += width + 8
     return shapes
 

@@ -30,10 +30,10 @@ def main(argv: list[str]) -> None:
 
 
 def filled(text: str) -> str:
-    """The page with its tables rewritten, one for each title of ours. Raises UserError where a table is missing."""
-    ours = [title for title in key_groups() if "ours" in title]
-    if [title for _, title, _ in TABLE.findall(text)] != ours:
-        markers = f"a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {ours}"
+    """The page with its tables rewritten, one for each group of our keys. Raises UserError where one is missing."""
+    titles = [title for title in key_groups() if "ours" in title]
+    if [title for _, title, _ in TABLE.findall(text)] != titles:
+        markers = f"a `<!-- keys: TITLE -->` and a `<!-- keys end -->` for each of {titles}"
         raise UserError(f"{PAGE.name} needs {markers}.", PAGE.name)
     return TABLE.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
 

@@ -38,7 +38,7 @@ def test_what_differs(folders):
     runs = compare_runs.load([Path(folder) for folder in folders])
     assert [of.name for of in runs] == ["a", "b<i>"]
     assert compare_runs.differing(runs) == [("beta", ["0.1", "0.2"]), ("loss_type", ["(default)", '["hinge"]'])]
-    figures = dict(compare_runs.final_figures(runs))
+    figures = dict(compare_runs.final_metrics(runs))
     assert figures["DPO loss"] == ["0.5000", "0.2500"] and figures["log-probs chosen"] == ["-54.0000"] * 2
     assert figures["last training loss"] == ["0.6000", "0.1250"] and figures["steps"] == ["2", "2"]
     assert figures["pairs/s"] == ["1.50", "–"] and figures["peak memory (GB)"] == ["3.25", "–"]
@@ -77,13 +77,13 @@ def test_what_is_refused(folders, tmp_path, capsys):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "recipe_resolved.yaml").write_text("beta: 0.1\n")
     cases = {
-        f"{tmp_path}/empty holds no run: no recipe_resolved.yaml and no trainer_state.json.": [
+        f"{tmp_path}/empty contains no run: no recipe_resolved.yaml and no trainer_state.json.": [
             folders[0],
             f"{tmp_path}/empty",
         ],
-        f"{tmp_path}/half holds no run: no trainer_state.json.": [f"{tmp_path}/half", folders[0]],
+        f"{tmp_path}/half contains no run: no trainer_state.json.": [f"{tmp_path}/half", folders[0]],
         "1 runs given; name 2 to 8": folders[:1],
-        "--nothing is not known here": [*folders, "--nothing"],
+        "--nothing is not an option": [*folders, "--nothing"],
         f"--out: there is no folder {tmp_path}/nowhere.": [*folders, "--out", f"{tmp_path}/nowhere/c.html"],
         "broken/trainer_state.json cannot be read: Expecting value": [
             *folders[:1],

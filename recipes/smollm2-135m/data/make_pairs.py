@@ -43,10 +43,10 @@ for code in json.load(sys.stdin):
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DATA
     folder.mkdir(parents=True, exist_ok=True)
-    asked = set()
+    used_questions = set()
     for name, (n, source, form) in FILES.items():
         wrongs = 2 if form is as_trajectories else 1
-        drawn = [draw_sides(f"{name}-{index:03d}", index, wrongs, asked, *source) for index in range(n)]
+        drawn = [draw_sides(f"{name}-{index:03d}", index, wrongs, used_questions, *source) for index in range(n)]
         fill_outputs([message for sides in drawn for _, messages in sides for message in messages])
         rows = [row for index, sides in enumerate(drawn) for row in form(f"{name}-{index:03d}", sides)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,26 +58,26 @@ def demand(condition):
         raise ArithmeticError("the numbers or the mistake do not suit")
 
 
-def draw_sides(name, index, wrongs, asked, templates, words, ranges, names):
-    """[("right", messages), (kind of mistake, messages), ...], the outputs of their code not filled in yet. `asked`
-    collects the questions, so that none is repeated."""
+def draw_sides(name, index, wrongs, used_questions, templates, wordings, ranges, names):
+    """[("right", messages), (kind of mistake, messages), ...], the outputs of their code not filled in yet. Adds to
+    `used_questions`, so that no question is repeated."""
     template, at = templates[index // len(KINDS) % len(templates)], index % len(KINDS)
     kinds = (KINDS * 2)[at : at + wrongs]
     rng = random.Random(f"{SEED}/{name}")
     while True:
         try:
             question, numbers, blocks, truth = draw_problem(*template, ranges, names, rng)
-            demand(question not in asked)
+            demand(question not in used_questions)
             mistakes = [draw_mistake(kind, numbers, blocks, truth, rng) for kind in kinds]
         except ArithmeticError:
             continue
-        asked.add(question)
-        # All sides say the same words, so that nothing but the mistake tells them apart.
-        looks = [rng.random() for _ in range(4)]
-        sides = [("right", trajectory(question, numbers, blocks, truth, words, looks))]
+        used_questions.add(question)
+        # All sides have the same wording, so that nothing but the mistake tells them apart.
+        draws = [rng.random() for _ in range(4)]
+        sides = [("right", trajectory(question, numbers, blocks, truth, wordings, draws))]
         for kind, mistake in zip(kinds, mistakes, strict=True):
-            wrong_words = (*words[:2], T.GUESSES) if kind == "no_check" else words
-            sides.append((kind, trajectory(question, numbers, *mistake, wrong_words, looks)))
+            side_wordings = (*wordings[:2], T.GUESSES) if kind == "no_check" else wordings
+            sides.append((kind, trajectory(question, numbers, *mistake, side_wordings, draws)))
         return sides
 
 
@@ -88,8 +88,8 @@ def draw_problem(question, steps, closed_form, ranges, names, rng):
     question = re.sub(r":\w\}", "}", question).format(**people, **numbers)
     steps = [re.fullmatch(r"(\w+) = (.+?)(?: # (.+))?", step).groups() for step in steps.format(**people).split("; ")]
     # A long pair (its steps have meanings) has up to a block a step; a short one two if its question is short.
-    most = len(steps) if steps[0][2] or len(question) < 74 else 1
-    cuts = sorted(rng.sample(range(1, len(steps)), rng.randrange(most)))
+    max_blocks = len(steps) if steps[0][2] or len(question) < 74 else 1
+    cuts = sorted(rng.sample(range(1, len(steps)), rng.randrange(max_blocks)))
     blocks = [steps[start:end] for start, end in zip([0, *cuts], [*cuts, len(steps)], strict=True)]
     truth = eval(closed_form, dict(numbers))
     demand(truth == round(truth) and len({*numbers.values(), truth}) > len(numbers))
@@ -122,8 +122,8 @@ def draw_mistake(kind, numbers, blocks, truth, rng):
         blocks = [list(block) for block in blocks]
         step = rng.randrange(len(blocks[turn]))
         variable, formula, meaning = blocks[turn][step]
-        spoilt = WRONG_OPERATOR if kind == "wrong_operator" else numbers
-        candidates = [word for word in re.finditer(r"\w+|(?<= )[-+*/%]+(?= )", formula) if word[0] in spoilt]
+        replaceable = WRONG_OPERATOR if kind == "wrong_operator" else numbers
+        candidates = [word for word in re.finditer(r"\w+|(?<= )[-+*/%]+(?= )", formula) if word[0] in replaceable]
         demand(candidates)
         word = rng.choice(candidates)
         wrong = WRONG_OPERATOR.get(word[0]) or rng.randrange(2, 10 ** len(str(numbers[word[0]])))
@@ -134,28 +134,28 @@ def draw_mistake(kind, numbers, blocks, truth, rng):
     return blocks, answer
 
 
-def trajectory(question, numbers, blocks, answer, words, looks):
+def trajectory(question, numbers, blocks, answer, wordings, draws):
     """Messages; the content of an output message is still (code, the value that it should print)."""
     contents, fields = [f"{T.INSTRUCTION}\n\n{question}"], {"answer": answer}
     for turn, (block, solved) in enumerate(zip(blocks, solve(blocks, numbers), strict=True)):
         fields["next"] = ", then ".join(meaning for _, _, meaning in block if meaning)
-        text = pick(words[min(turn, 1)], looks[turn]) % fields
+        text = pick(wordings[min(turn, 1)], draws[turn]) % fields
         contents += [f"{text}\n```python\n{solved[0]}\n```".lstrip(), solved]
         fields["last"], fields["value"] = block[-1][2], solved[1]
-    contents.append(pick(words[2], looks[len(blocks)]) % fields)
+    contents.append(pick(wordings[2], draws[len(blocks)]) % fields)
     return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
 
 
-def pick(options, look):
-    return options[int(look * len(options))]
+def pick(options, draw):
+    return options[int(draw * len(options))]
 
 
 def fill_outputs(messages):
     """Run every code block in one subprocess and put what it really printed into its output message."""
     waiting = [message for message in messages if isinstance(message["content"], tuple)]
     codes = json.dumps([message["content"][0] for message in waiting])
-    done = run([sys.executable, "-I", "-c", RUNNER], input=codes, stdout=PIPE, text=True, timeout=60, check=True)
-    for message, line in zip(waiting, done.stdout.splitlines(), strict=True):
+    result = run([sys.executable, "-I", "-c", RUNNER], input=codes, stdout=PIPE, text=True, timeout=60, check=True)
+    for message, line in zip(waiting, result.stdout.splitlines(), strict=True):
         (code, value), printed = message["content"], json.loads(line)
         assert printed == f"{value}\n", f"{code} printed {printed}"
         message["content"] = f"```output\n{printed}```"
