@@ -421,7 +421,7 @@ def test_the_readme_s_checkpoints(family):
         assert share == pytest.approx(100 * gb / (gb + every * seconds), abs=0.06) and share <= 5.05
         if name == "full":
             assert gb == pytest.approx(16 * BILLIONS[family], rel=2e-3)
-            room = re.search(r"needs room for ([\d.]+) GB: two, and the next", text)
+            room = re.search(r"needs room for ([\d.]+) GB: two checkpoints and the next", text)
             assert float(room[1]) == pytest.approx(gb * (recipe.training.save_total_limit + 1), abs=0.2)
 
 
