@@ -55,7 +55,7 @@ def forge(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def undisturbed(forge, workshop):
-    """A run of one process that nothing happened to: 40 steps, checkpoints 39 and 40."""
+    """A run of one process, not interrupted: 40 steps, checkpoints 39 and 40."""
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={workshop}/undisturbed")
     assert run.end() == 0, run.log[-3000:]
     return workshop / "undisturbed"
@@ -63,7 +63,7 @@ def undisturbed(forge, workshop):
 
 @pytest.fixture
 def launched(workshop, extensions, tmp_path):
-    """Starts a launch; whatever is left of it at the end of the test is killed."""
+    """Starts a launch; what still runs of it at the end of the test is killed."""
     runs = []
 
     def launch(config: str, *argv: str, env: dict[str, str] | None = None) -> LaunchedRun:

@@ -1,4 +1,4 @@
-"""Starts of run_dpo.py without the ten seconds of its imports: a process that has them behind it and forks.
+"""Starts of run_dpo.py without the ten seconds of its imports: a process that has imported them and forks.
 
 Reads a line of JSON for each start, {"argv", "out", "env"}, and answers with the number of the new process, which is a
 real one: it leads a session of its own, takes signals, and is killed like any other. When it ends its exit code is

@@ -1,5 +1,5 @@
-"""Under a ZeRO launch, two processes: row 5, which rank 1 alone sees, has reference log-probs that are no numbers, and
-later a gradient of rank 0 is none. Writes what became of the weights."""
+"""Under a ZeRO launch, two processes: row 5, which rank 1 alone sees, has NaN as reference log-probs, and later a
+gradient of rank 0 is NaN. Writes which steps moved the weights, and whether they stayed finite."""
 
 import json
 import math
@@ -20,12 +20,12 @@ from mdpo.reference.model import whole
 
 class Weights(TrainerCallback):
     def __init__(self):
-        self.seen = []
+        self.history = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         weight = model.model.layers[0].mlp.up_proj.weight
         with whole(weight):
-            self.seen.append(weight.detach().float().clone())
+            self.history.append(weight.detach().float().clone())
 
     on_step_end = on_train_begin
 
@@ -51,10 +51,10 @@ def main(folder: Path, precision: str) -> None:
         lambda row, i: {name: [math.nan] * len(row[name]) if i == 5 else row[name]},
         with_indices=True, features=trainer.train_dataset.features,
     )  # fmt: skip
-    own = trainer.nonfinite.loss
+    loss_guard = trainer.nonfinite.loss
 
     def guarded(loss):  # the fifth and sixth step: the loss is finite, its gradient on rank 0 is not
-        loss = own(loss)
+        loss = loss_guard(loss)
         if trainer.state.global_step >= 4 and args.process_index == 0:
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
@@ -66,8 +66,8 @@ def main(folder: Path, precision: str) -> None:
     except UserError as e:
         error = str(e)
     if args.process_index == 0:
-        moved = [not torch.equal(a, b) for a, b in zip(weights.seen, weights.seen[1:], strict=False)]
-        finite = all(bool(weight.isfinite().all()) for weight in weights.seen)
+        moved = [not torch.equal(a, b) for a, b in zip(weights.history, weights.history[1:], strict=False)]
+        finite = all(bool(weight.isfinite().all()) for weight in weights.history)
         (folder / "found.json").write_text(json.dumps({"moved": moved, "finite": finite, "error": error}))
 
 

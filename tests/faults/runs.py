@@ -1,4 +1,4 @@
-"""Runs that are killed, signalled and looked at: started by the forge, or by a real launcher."""
+"""Runs that tests kill, signal and inspect: started by the forge, or by a real launcher."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from repository import ROOT
 from safetensors.torch import load_file
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-MARK = "MDPO_TEST_RUN"  # by this variable everything that a run has started is found
+MARK = "MDPO_TEST_RUN"  # identifies all processes that a run has started
 PASSING = {
     "epoch",
     "peak_memory_gb",
@@ -31,13 +31,13 @@ def environment(mark: str, env: dict[str, str] | None = None) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", MARK: mark, **(env or {})}
 
 
-def wait(condition: Callable[[], object], what: str, text: Callable[[], str] = str, every: float = 0.01):
-    """What `condition` returns, as soon as that is true."""
+def wait(condition: Callable[[], object], description: str, text: Callable[[], str] = str, every: float = 0.01):
+    """The result of `condition`, as soon as it is true."""
     end = time.monotonic() + WAIT_S
-    while not (found := condition()):
-        assert time.monotonic() < end, f"{what} never came\n{text()[-3000:]}"
+    while not (result := condition()):
+        assert time.monotonic() < end, f"{description} never came\n{text()[-3000:]}"
         time.sleep(every)
-    return found
+    return result
 
 
 class Run:
@@ -50,31 +50,31 @@ class Run:
     def log(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
-    def until(self, condition: Callable[[], object], what: str):
+    def until(self, condition: Callable[[], object], description: str):
         """Waits for the condition, or fails where the run ends before it."""
 
-        def found():
+        def condition_or_end():
             over = self.ended()  # first: what the condition asks for may come with the end
-            return condition() or (over and AssertionError(f"{what}: the run ended first\n{self.log[-3000:]}"))
+            return condition() or (over and AssertionError(f"{description}: the run ended first\n{self.log[-3000:]}"))
 
-        if isinstance(outcome := wait(found, what, lambda: self.log, 0.002), AssertionError):
+        if isinstance(outcome := wait(condition_or_end, description, lambda: self.log, 0.002), AssertionError):
             raise outcome
         return outcome
 
-    def until_log(self, words: str):
-        return self.until(lambda: words in self.log, words)
+    def until_log(self, text: str):
+        return self.until(lambda: text in self.log, text)
 
     def processes(self) -> list[int]:
-        """Everything that this start has started and that still runs."""
-        found = []
+        """All running processes of this start."""
+        processes = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 alive = (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
                 if alive and f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
+                    processes.append(int(process.name))
             except OSError:
                 continue
-        return found
+        return processes
 
     def kill(self) -> None:
         """SIGKILL to everything at once."""
@@ -87,7 +87,7 @@ class Run:
             time.sleep(0.01)
 
     def end(self) -> int:
-        """Its exit code, when it and all that it has started are gone."""
+        """Its exit code, once it and all processes that it started have ended."""
         try:
             wait(lambda: self.ended() and not self.processes(), "the end", lambda: self.log)
         finally:
@@ -103,15 +103,15 @@ class ForgedRun(Run):
 
     def processes(self) -> list[int]:
         """The environment of a fork is not in /proc: its session is."""
-        found = []
+        processes = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self.process and state != "Z":
-                    found.append(int(process.name))
+                    processes.append(int(process.name))
             except OSError:
                 continue
-        return found
+        return processes
 
     def ended(self) -> bool:
         if (file := self.folder / f"{self.process}.code").exists():
@@ -138,17 +138,17 @@ class LaunchedRun(Run):
 
     def trainers(self) -> dict[int, int]:
         """rank -> process."""
-        found = {}
+        trainers = {}
         for process in self.processes():
             try:  # a short-lived one, a compiler say, may be gone by now
-                words = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+                variables = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
                 parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            ranks = [int(word.removeprefix("RANK=")) for word in words if word.startswith("RANK=")]
+            ranks = [int(variable.removeprefix("RANK=")) for variable in variables if variable.startswith("RANK=")]
             if ranks and parent == self.launcher.pid:
-                found[ranks[0]] = process
-        return found
+                trainers[ranks[0]] = process
+        return trainers
 
 
 class Forge:
@@ -181,8 +181,8 @@ class Forge:
         self.process.wait(60)
 
 
-def seen(folder: Path, pattern: str) -> list[Path]:
-    """What is there now; folders may vanish while they are looked through."""
+def existing(folder: Path, pattern: str) -> list[Path]:
+    """The paths that exist now; folders may vanish during the search."""
     while True:
         try:
             return list(folder.glob(pattern))
@@ -191,12 +191,12 @@ def seen(folder: Path, pattern: str) -> list[Path]:
 
 
 def steps(out: Path) -> list[int]:
-    """Of the complete checkpoints, in order."""
-    return sorted(int(path.parent.name.split("-")[1]) for path in seen(out, "checkpoint-*/manifest.json"))
+    """Steps of the complete checkpoints, in order."""
+    return sorted(int(path.parent.name.split("-")[1]) for path in existing(out, "checkpoint-*/manifest.json"))
 
 
 def history(out: Path) -> list[dict]:
-    """What was logged, without what no two runs share."""
+    """The log history, without times, speed and memory."""
     logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
     return [
         {k: v for k, v in log.items() if k not in PASSING and "runtime" not in k and "per_second" not in k}
@@ -205,15 +205,19 @@ def history(out: Path) -> list[dict]:
 
 
 def differing(out: Path, undisturbed: Path, tolerance: float = 0.0) -> list[str]:
-    """What two finished runs do not share, by name: weights and everything logged. Without tolerance, to the bit."""
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, undisturbed))
-    found = [name for name in set(ours) | set(theirs) if name not in ours or name not in theirs]
-    found += [n for n, w in theirs.items() if n in ours and (ours[n] - w).norm() > tolerance * w.norm()]
+    """Names of weights and logged values that differ between two finished runs; bit by bit, unless with a tolerance."""
+    weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (out, undisturbed))
+    differences = [
+        name for name in set(weights) | set(expected_weights) if name not in weights or name not in expected_weights
+    ]
+    differences += [
+        n for n, w in expected_weights.items() if n in weights and (weights[n] - w).norm() > tolerance * w.norm()
+    ]
     a, b = history(out), history(undisturbed)
-    found += [f"{len(a)} logs, not {len(b)}"] if len(a) != len(b) else []
-    for mine, other in zip(a, b, strict=False):
-        for key, value in other.items():
-            pair = (torch.tensor(float(mine.get(key, "inf"))), torch.tensor(float(value)))
+    differences += [f"{len(a)} logs, not {len(b)}"] if len(a) != len(b) else []
+    for log, expected_log in zip(a, b, strict=False):
+        for key, value in expected_log.items():
+            pair = (torch.tensor(float(log.get(key, "inf"))), torch.tensor(float(value)))
             if not torch.isclose(*pair, rtol=tolerance, atol=tolerance, equal_nan=True):
-                found.append(f"step {other['step']}: {key} {mine.get(key)}, not {value}")
-    return found
+                differences.append(f"step {expected_log['step']}: {key} {log.get(key)}, not {value}")
+    return differences

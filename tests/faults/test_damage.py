@@ -39,13 +39,13 @@ DAMAGES = {
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(forge, workshop, undisturbed, tmp_path):
     """All damages in turn, each on the newest checkpoint of the same finished run; then on all of them."""
-    for name, (damage, words) in DAMAGES.items():
+    for name, (damage, reason) in DAMAGES.items():
         out = tmp_path / name
         shutil.copytree(undisturbed, out)
         damage(out / "checkpoint-40" / name)
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
         assert run.end() == 0, run.log[-3000:]
-        assert f"skipped {out}/checkpoint-40: {words}" in run.log
+        assert f"skipped {out}/checkpoint-40: {reason}" in run.log
         assert f"resuming from {out}/checkpoint-39" in run.log
         assert differing(out, undisturbed) == []
     cut(out / "checkpoint-39" / "model.safetensors")
@@ -70,7 +70,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_a_disk_that_cannot_be_written(trouble, forge, workshop, undisturbed, small_disk, tmp_path):
-    """The run ends with a message, the checkpoint before stays whole, and the same command goes on from it."""
+    """The run ends with a message, the checkpoint before stays complete, and the same command resumes from it."""
     out, flags = small_disk / "out", ["--save_total_limit=20"]
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
     if trouble == "read-only":
@@ -92,7 +92,7 @@ def test_a_disk_that_cannot_be_written(trouble, forge, workshop, undisturbed, sm
     assert differing(out, undisturbed) == []
 
 
-def test_another_recipe_never_goes_on_and_another_interval_does(forge, workshop, undisturbed, tmp_path):
+def test_another_recipe_never_resumes_and_another_interval_does(forge, workshop, undisturbed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / "checkpoint-40")
@@ -100,7 +100,7 @@ def test_another_recipe_never_goes_on_and_another_interval_does(forge, workshop,
     (tmp_path / "fewer.jsonl").write_text("\n".join(rows[1:]))
     shutil.copytree(workshop / "model", tmp_path / "model")
     one_byte_changed(tmp_path / "model" / "model.safetensors")
-    for flag, words in (
+    for flag, difference in (
         ("--beta=0.2", "beta: 0.1 → 0.2"),
         ("--learning_rate=2e-3", "learning_rate: 0.001 → 0.002"),
         ("--lr_scheduler_type=linear", "lr_scheduler_type: cosine → linear"),
@@ -113,7 +113,7 @@ def test_another_recipe_never_goes_on_and_another_interval_does(forge, workshop,
     ):
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", flag)
         assert run.end() == 1, flag
-        assert "checkpoint-39 is of another run:" in run.log and words in run.log, run.log[-2000:]
+        assert "checkpoint-39 is of another run:" in run.log and difference in run.log, run.log[-2000:]
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", "--save_steps=10", "--logging_steps=1")
     assert run.end() == 0, run.log[-3000:]
     assert steps(out) == [39, 40]

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments; the run that goes on ends with the numbers of one that nothing happened to."""
+"""SIGKILL at random moments; the resumed run ends with the numbers of an undisturbed one."""
 
 import os
 import random
@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from faults.runs import differing, seen, steps
+from faults.runs import differing, existing, steps
 
 from mdpo.runs.checkpoints import SAVING
 
@@ -17,7 +17,7 @@ KILLS = 24
 
 
 def last_step(run) -> int:
-    """The last one that the run has said anything of."""
+    """The last step that the run has logged."""
     return max((int(step) for step in re.findall(r"^step (\d+)", run.log, re.MULTILINE)), default=0)
 
 
@@ -29,7 +29,7 @@ def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_pat
         before = steps(out)
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
         if kills % 3 == 0:  # while a checkpoint is written
-            run.until(lambda r=run: r.ended() or seen(out / SAVING, "*"), "a checkpoint in the making")
+            run.until(lambda r=run: r.ended() or existing(out / SAVING, "*"), "a checkpoint in the making")
             time.sleep(chance.uniform(0, 0.02))
         elif kills % 3 == 1:  # anywhere
             time.sleep(chance.uniform(0, 4))
@@ -37,7 +37,7 @@ def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_pat
             run.until(lambda r=run, b=before: r.ended() or steps(out) > b, "one more checkpoint")
             time.sleep(chance.uniform(0, 0.5))
         run.kill()
-        if run.ended() and run.code == 0:  # it was done before: once more from the start
+        if run.ended() and run.code == 0:  # it had finished before the kill: start over
             assert differing(out, undisturbed) == []
             shutil.rmtree(out)
             finished += 1
@@ -49,7 +49,7 @@ def test_killed_again_and_again_on_one_cpu(forge, workshop, undisturbed, tmp_pat
     assert run.end() == 0, run.log[-3000:]
     wrong = differing(out, undisturbed)
     with capsys.disabled():
-        print(f"\n{kills} kills, {resumes + 1} resumes, {finished + 1} runs to their end, {lost} steps made again, "
+        print(f"\n{kills} kills, {resumes + 1} resumes, {finished + 1} runs to their end, {lost} steps repeated, "
               f"{len(wrong)} differing numbers")  # fmt: skip
     assert wrong == []
     assert resumes >= KILLS // 4
@@ -90,7 +90,7 @@ def test_killed_while_the_operator_is_built(launched, tmp_path):
     folder = tmp_path / "extensions"
     for compilers in (False, True):
         run = launched("zero2_cpu", *flags, env={"TORCH_EXTENSIONS_DIR": str(folder)})
-        locks = run.until(lambda r=run: [lock for lock in seen(folder, "**/lock") if holders(r, lock)], "the build")
+        locks = run.until(lambda r=run: [lock for lock in existing(folder, "**/lock") if holders(r, lock)], "the build")
         if compilers:
             run.kill()
         else:
@@ -101,16 +101,18 @@ def test_killed_while_the_operator_is_built(launched, tmp_path):
     run = launched("zero2_cpu", *flags, env={"TORCH_EXTENSIONS_DIR": str(folder)})
     assert run.end() == 0, run.log[-3000:]
     assert f"Removed {folder}" in run.log
-    assert not seen(folder, "**/lock")
+    assert not existing(folder, "**/lock")
 
 
 def holders(run, lock) -> list[int]:
-    found = []
+    descriptors = []
     for process in run.trainers().values():
         try:
-            found += [
-                p for p in os.listdir(f"/proc/{process}/fd") if os.readlink(f"/proc/{process}/fd/{p}") == str(lock)
+            descriptors += [
+                descriptor
+                for descriptor in os.listdir(f"/proc/{process}/fd")
+                if os.readlink(f"/proc/{process}/fd/{descriptor}") == str(lock)
             ]
         except OSError:
             continue
-    return found
+    return descriptors

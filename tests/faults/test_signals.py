@@ -1,4 +1,4 @@
-"""Asked to leave, in every phase and by every signal: a checkpoint of all ranks, the marker, no final model."""
+"""Preemption in every phase and by every signal: a checkpoint of all ranks, the marker, no final model."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from mdpo.runs.preemption import EXIT_CODE, MARKER
 pytestmark = pytest.mark.slow
 
 
-def left(run, out) -> None:
-    """The run ended because it was asked to, and left nothing but what the next start needs."""
+def assert_preempted(run, out) -> None:
+    """The run ended as preempted, and left only what the next start needs."""
     assert run.end() == EXIT_CODE, run.log[-3000:]
     assert (out / MARKER).exists()
     assert not (out / "model.safetensors").exists()
@@ -27,7 +27,7 @@ def test_in_training(name, forge, workshop, undisturbed, tmp_path):
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
     run.until(lambda: steps(out), "a checkpoint")
     run.signal(getattr(signal, name))
-    left(run, out)
+    assert_preempted(run, out)
     step = steps(out)[-1]
     assert f"preempted at step {step}" in run.log and (out / MARKER).read_text() == f"{name}\n"
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}")
@@ -38,33 +38,33 @@ def test_in_training(name, forge, workshop, undisturbed, tmp_path):
 
 
 def test_in_every_phase(forge, workshop, undisturbed, tmp_path):
-    """Asked to leave a little later each time, from the first line on, through pairs, model, evaluations and training:
+    """Preempted a little later each time, from the first line on, through pairs, model, evaluations and training:
     each start gets further or is at the same place, and the numbers at the end are the undisturbed run's. A run that is
     being finished is finished."""
     out, flags = tmp_path / "out", ["--eval_on_start=true", "--per_device_eval_batch_size=1"]
-    wanted = tmp_path / "wanted"
-    run = forge.run(workshop / "recipe.yaml", f"--output_dir={wanted}", *flags)
+    expected = tmp_path / "wanted"
+    run = forge.run(workshop / "recipe.yaml", f"--output_dir={expected}", *flags)
     assert run.end() == 0, run.log[-3000:]
     phases = ["resuming from|global batch", "pairs ┃|training pairs", "8 ranks of", "held-out pairs: loss"]
     for phase in phases * 2:
         run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
-        run.until(lambda phase=phase, run=run: any(words in run.log for words in phase.split("|")), phase)
+        run.until(lambda phase=phase, run=run: any(text in run.log for text in phase.split("|")), phase)
         run.signal(signal.SIGTERM)
-        left(run, out)
+        assert_preempted(run, out)
     run = forge.run(workshop / "recipe.yaml", f"--output_dir={out}", *flags)
     assert run.end() == 0, run.log[-3000:]
-    assert differing(out, wanted) == []
+    assert differing(out, expected) == []
 
 
 def test_in_the_reference_pass(forge, workshop, tmp_path):
-    """What was scored is kept."""
+    """Scored log-probs are cached."""
     out, cache = tmp_path / "out", tmp_path / "cache"
     flags = [f"--output_dir={out}", "--precompute_ref_log_probs", f"--reference_cache_dir={cache}"]
     flags += ["--precompute_ref_batch_size=1", "--disable_tqdm=false"]
     run = forge.run(workshop / "recipe.yaml", *flags)
     run.until(lambda: re.search(r"reference log-probs of train: +[1-9]\d*%", run.log), "a scored batch")
     run.signal(signal.SIGTERM)
-    left(run, out)
+    assert_preempted(run, out)
     assert list(cache.glob("*/*.safetensors"))
     run = forge.run(workshop / "recipe.yaml", *flags)
     assert run.end() == 0, run.log[-3000:]
@@ -74,7 +74,7 @@ def test_in_the_reference_pass(forge, workshop, tmp_path):
 @pytest.mark.parametrize("config", ["zero2_cpu", "zero3_cpu", "cpu"])
 def test_launchers(config, launched, tmp_path):
     """TERM to a ZeRO launcher, which forwards it. TERM to one without DeepSpeed, which dies and forwards nothing. USR1
-    to one rank of two: both leave together."""
+    to one rank of two: both stop together."""
     out = tmp_path / "out"
     run = launched(config, "--num_train_epochs=50", "--per_device_train_batch_size=1", f"--output_dir={out}")
     run.until(lambda: steps(out), "a checkpoint")

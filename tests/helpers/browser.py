@@ -1,4 +1,4 @@
-"""Pages as a real browser shows them."""
+"""HTML reports as a real browser renders them."""
 
 import json
 import re
@@ -14,7 +14,7 @@ QUIET = [
 
 
 def seen(page, width=1280):
-    """What a browser of that width has: sections, figures with their sizes, texts; and what it said on its console."""
+    """(what a browser of that width shows: sections, plots with sizes, texts and more; its console messages)."""
     folder = page.parent
     measure = """<script>
     const size = e => { const r = e.getBoundingClientRect(); return [r.width, r.height]; };
@@ -36,7 +36,7 @@ def seen(page, width=1280):
     )
     command = [BROWSER, *QUIET, f"--user-data-dir={folder}/browser", "--enable-logging=stderr", "--dump-dom"]
     command += ["--window-size=1400,900", f"file://{folder}/frame.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(unquote(re.search(r'id="found">([^<]+)<', done.stdout)[1])), console
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(unquote(re.search(r'id="found">([^<]+)<', result.stdout)[1])), console

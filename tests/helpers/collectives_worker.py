@@ -1,6 +1,6 @@
-"""Run by test_collectives.py on two ranks: run_dpo.main, then again from its first checkpoint, with every collective
-that Python makes noted. Arguments: an output folder for notes, then run_dpo.py's. With SKIP in the environment rank 1
-leaves one gather out."""
+"""Run by test_collectives.py on two ranks: run_dpo.main, then again from its first checkpoint, recording every
+collective that Python calls. Arguments: a folder for the records, then run_dpo.py's. With SKIP in the environment rank
+1 skips one gather."""
 
 import json
 import os
@@ -19,7 +19,7 @@ notes: list = []
 
 
 def shape(value):
-    """Of the tensors in an argument."""
+    """Shapes and dtypes of the tensors in an argument."""
     if isinstance(value, torch.Tensor):
         return [list(value.shape), str(value.dtype)]
     return [shape(v) for v in value] if isinstance(value, list | tuple) else None
@@ -27,9 +27,9 @@ def shape(value):
 
 def noted(name, function):
     def call(*args, **kwargs):
-        # How long pickled objects are differs from rank to rank; tensors may not.
+        # Pickled objects differ in length from rank to rank; tensors may not.
         notes.append([name, None if "object" in name else shape([*args, *kwargs.values()])])
-        if SKIP:  # it will not come to its end
+        if SKIP:  # the run will hang
             with open(Path(sys.argv[1], f"{os.environ['RANK']}.txt"), "a") as file:
                 file.write(json.dumps(notes[-1]) + "\n")
         return function(*args, **kwargs)
@@ -50,19 +50,19 @@ from mdpo.runs.entrypoint import run  # noqa: E402
 copies: list = []
 
 
-def made() -> int:
-    """How many collectives the process group has seen, DDP's own in C++ too."""
+def collectives() -> int:
+    """How many collectives the process group has run, DDP's in C++ included."""
     return dist.group.WORLD._get_sequence_number_for_group()
 
 
 def watched(kind, method):
-    """Notes where a part of a run begins and ends."""
+    """Records where a phase of a run begins and ends."""
 
     def call(*args, **kwargs):
-        notes.append([f"begin {kind}", made()])
-        found = method(*args, **kwargs)
-        notes.append([f"end {kind}", made()])
-        return found
+        notes.append([f"begin {kind}", collectives()])
+        result = method(*args, **kwargs)
+        notes.append([f"end {kind}", collectives()])
+        return result
 
     return call
 
@@ -72,13 +72,13 @@ def main(argv: list[str]) -> None:
     trainer = dpo_trainer.DPOTrainer
     for kind, method in (("step", "training_step"), ("evaluation", "evaluation_loop"), ("saving", "_save_checkpoint")):
         setattr(trainer, method, watched(kind, getattr(trainer, method)))
-    own, talk = mdpo.runs.resumable_trainer.copied, ranks.gathered_tensor
-    mdpo.runs.resumable_trainer.copied = lambda model: copies.append(1) or own(model)
+    copied, gathered_tensor = mdpo.runs.resumable_trainer.copied, ranks.gathered_tensor
+    mdpo.runs.resumable_trainer.copied = lambda model: copies.append(1) or copied(model)
 
     def silent(values):
         return values[None].expand(2, *values.shape)
 
-    mdpo.loss.metrics.gathered_tensor = silent if SKIP and rank == 1 else talk
+    mdpo.loss.metrics.gathered_tensor = silent if SKIP and rank == 1 else gathered_tensor
     run_dpo.main(argv[1:])
     out = Path(next(a for a in argv if a.startswith("--output_dir=")).partition("=")[2])
     if rank == 0:
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
     dist.barrier()
     notes.append(["begin resuming", None])
     run_dpo.main(argv[1:])
-    found = {"notes": notes, "turns": next(ranks._turns), "copies": len(copies)}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    record = {"notes": notes, "turns": next(ranks._turns), "copies": len(copies)}
+    (folder / f"{rank}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

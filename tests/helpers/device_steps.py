@@ -1,6 +1,5 @@
-"""The whole step of training on a GPU that is not there (fake_gpu.py): forward, head, sums, loss, backward, table,
-turns, reference. A tensor on the wrong device, two dtypes in one operator, or a question that waits for the GPU
-fails."""
+"""A full training step on a fake GPU (fake_gpu.py): forward, LM head, pair sums, loss, backward, per-pair metrics, turn
+metrics, reference. A tensor on the wrong device, two dtypes in one operator, or a synchronization fails."""
 
 import contextlib
 from types import SimpleNamespace
@@ -35,20 +34,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def trainer_on(gpu: FakeGpu, family: str, dtype, lora=False, checkpointing=None, **args):
-    """A DPOTrainer as far as `compute_loss` looks at it, with a policy and a reference of fake weights."""
+    """A DPOTrainer with the attributes that `compute_loss` uses, its policy and reference with fake weights."""
 
-    def made():
+    def build_model():
         name = "Gemma3Text" if family == "Gemma3" else family
         config = getattr(transformers, f"{name}Config")(**{**SIZES, **FAMILIES[family]})
         config._attn_implementation = "eager" if family == "Gemma2" else "sdpa"
         with torch.device("meta"):
             model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
         if family == "Mixtral":
-            model.set_experts_implementation("batched_mm")  # the other one asks which experts are in use
+            model.set_experts_implementation("batched_mm")  # the other one synchronizes: which experts are in use?
         enable_scoring(model)
         return model
 
-    policy = made()
+    policy = build_model()
     if lora:
         with torch.device("meta"):
             adapter = LoraConfig(r=4, target_modules=["q_proj", "o_proj"] if family != "Phi3" else ["qkv_proj"])
@@ -59,7 +58,7 @@ def trainer_on(gpu: FakeGpu, family: str, dtype, lora=False, checkpointing=None,
         policy.gradient_checkpointing_enable(options)
         policy.enable_input_require_grads()
     trainer = object.__new__(DPOTrainer)
-    trainer.model, reference = policy, None if lora else gpu.model(made()).requires_grad_(False).eval()
+    trainer.model, reference = policy, None if lora else gpu.model(build_model()).requires_grad_(False).eval()
     trainer.args = SimpleNamespace(**{
         "use_weighting": True, "ld_alpha": 0.5, "precompute_ref_log_probs": False, "max_nonfinite_steps": 3,
         "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing, "preserve_rng_state": False},
@@ -84,7 +83,7 @@ def trainer_on(gpu: FakeGpu, family: str, dtype, lora=False, checkpointing=None,
 
 
 def step(gpu: FakeGpu, trainer, batch) -> None:
-    """A micro-batch, and what its tensors must be."""
+    """Runs a micro-batch and checks devices, dtypes and shapes."""
     with gpu:
         batch = gpu.batch(batch)
         loss, logps = trainer.compute_loss(trainer.model, batch, return_outputs=True)
@@ -119,7 +118,7 @@ SLOW = [
 def test_a_step(family, dtype, lora, checkpointing, layout):
     gpu = FakeGpu()
     step(gpu, trainer_on(gpu, family, DTYPES[dtype], lora, checkpointing), COLLATORS[layout](ROWS))
-    assert gpu.strict.asked == 1  # which tokens have a gradient, once in the head's backward
+    assert gpu.strict.nonzero_calls == 1  # which tokens have a gradient, once in the head's backward
 
 
 def test_a_packed_batch_that_a_model_takes_padded():
@@ -129,7 +128,7 @@ def test_a_packed_batch_that_a_model_takes_padded():
     step(gpu, trainer, PackedCollator()(ROWS))
 
 
-def test_log_probs_computed_ahead_and_plain_dpo():
+def test_precomputed_log_probs_and_plain_dpo():
     """Without what only some recipes ask for: weights, margins, WPO, LD-DPO, NLL."""
     gpu, rows = FakeGpu(), [{k: v for k, v in row.items() if "weights" not in k and k != "margin"} for row in ROWS]
     for row in rows:
@@ -153,14 +152,14 @@ def test_varlen_kernels_get_tensors_of_one_device(family, monkeypatch):
     step(gpu, trainer_on(gpu, family, torch.bfloat16), PackedCollator()(ROWS))
 
 
-# --------------------------------------------------------------------------------------------------------- wrong twins
+# --------------------------------------------------------------------------------------------------- negative controls
 
 
-def fails_on(monkeypatch, name, wrong, error, words, module=mdpo.forward.pair_logps):
+def fails_on(monkeypatch, name, wrong, error, message, module=mdpo.forward.pair_logps):
     monkeypatch.setattr(module, name, wrong)
     gpu = FakeGpu()
     trainer = trainer_on(gpu, "Llama", torch.bfloat16)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         step(gpu, trainer, PackedCollator()(ROWS))
 
 

@@ -1,4 +1,4 @@
-"""What an error is about, in place of how it says so. Whole messages, as a user reads them, stand in tests/cases."""
+"""What an error is about, in place of how it says so. Full messages, as a user reads them, are in tests/cases."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
-"""A GPU that is not there, for tests: fake tensors (shape, dtype and device without data) of a device beside the CPU.
+"""A fake GPU for tests: fake tensors (shape, dtype and device without data) of a device beside the CPU.
 
 torch's build for CPUs has no autograd for "cuda", so the device is torch's slot for backends from outside. On it an
-operator whose tensors are on two devices fails, as does every question for a value (`item`, `tolist`, `nonzero`, an
-index by a mask, `bincount`): on a GPU those wait for it. What fake tensors let pass, products and sums of two dtypes,
+operator whose tensors are on two devices fails, as does every operator that needs a value (`item`, `tolist`, `nonzero`,
+an index by a mask, `bincount`): on a GPU those synchronize. Products and sums of two dtypes, which fake tensors accept,
 `Strict` refuses.
 """
 
@@ -32,12 +32,12 @@ class BlockingCopy(Exception):
 
 
 class Strict(TorchDispatchMode):
-    """Refuses what a GPU would, one operator of two dtypes, and a copy from the CPU that waits for it. `asked` counts
-    the questions for places that are not 0, which the head's backward may put."""
+    """Refuses what a GPU would, one operator of two dtypes, and a blocking copy from the CPU. `nonzero_calls` counts
+    calls of `nonzero`, which the LM head's backward may make."""
 
     def __init__(self):
         super().__init__()
-        self.asked = 0
+        self.nonzero_calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._opname
@@ -47,7 +47,7 @@ class Strict(TorchDispatchMode):
                 raise BlockingCopy(f"a tensor of {tuple(out.shape)} waits for the GPU on its way to it")
             return out
         if name == "nonzero":
-            self.asked += 1
+            self.nonzero_calls += 1
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         if name in ONE_DTYPE or ATTENTION in name:
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -58,7 +58,7 @@ class Strict(TorchDispatchMode):
 
 
 class FakeGpu:
-    """Within it tensors are fake; `strict` counts and refuses."""
+    """Inside this context tensors are fake; `strict` counts and refuses."""
 
     def __init__(self):
         self.device, self.mode, self.strict = device(), FakeTensorMode(), Strict()
@@ -77,16 +77,16 @@ class FakeGpu:
 
     def model(self, model: nn.Module) -> nn.Module:
         """A meta model with its weights and buffers on the device."""
-        made: dict[int, torch.Tensor] = {}
+        converted: dict[int, torch.Tensor] = {}
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None and id(tensor) not in made:
+                    if tensor is not None and id(tensor) not in converted:
                         with self.mode:
                             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
                         is_weight = tensors is module._parameters
-                        made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
-                    tensors[name] = tensor if tensor is None else made[id(tensor)]
+                        converted[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                    tensors[name] = tensor if tensor is None else converted[id(tensor)]
         return model
 
     def batch(self, batch: PairBatch) -> PairBatch:

@@ -109,16 +109,16 @@ def tiny_config(family: str, vocabulary: int):
 def _small(plain, also: dict) -> dict:
     fields = {field.name for field in dataclasses.fields(plain)}
     fields -= set(plain.per_layer_attributes or ()) if hasattr(plain, "per_layer_attributes") else set()
-    wanted = {name: size for name, size in SIZES.items() if name in fields and _is_size(plain, name)}
+    sizes = {name: size for name, size in SIZES.items() if name in fields and _is_size(plain, name)}
     if "kv_lora_rank" in fields:  # latent attention has as many of them as heads
-        wanted["num_key_value_heads"] = 4
+        sizes["num_key_value_heads"] = 4
     for name in {"layer_types", "mlp_layer_types", "layers_block_type"} & fields:
         if isinstance(kinds := getattr(plain, name, None), list):
-            wanted[name] = list(dict.fromkeys(reversed(kinds)))[-2:] if len(set(kinds)) > 1 else kinds[:2]
+            sizes[name] = list(dict.fromkeys(reversed(kinds)))[-2:] if len(set(kinds)) > 1 else kinds[:2]
     for name in plain.sub_configs:
         if hasattr(sub := getattr(plain, name, None), "sub_configs"):
-            wanted[name] = type(sub)(**_small(sub, {key: also[key] for key in also if hasattr(sub, key)}))
-    return {**wanted, **{key: value for key, value in also.items() if key in fields}}
+            sizes[name] = type(sub)(**_small(sub, {key: also[key] for key in also if hasattr(sub, key)}))
+    return {**sizes, **{key: value for key, value in also.items() if key in fields}}
 
 
 def _is_size(config, name: str) -> bool:

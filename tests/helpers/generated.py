@@ -1,6 +1,6 @@
 """Generated conversations, and what each of their turns has to be by the tables of the mask tests.
 
-They hold tool calls, thoughts, and text that breaks naive masks: markers of the template itself, exchanges played
+They contain tool calls, thoughts, and text that breaks naive masks: markers of the template itself, exchanges played
 inside a message, combining and right-to-left characters, emoji, nothing at all, white space at both edges.
 """
 
@@ -48,7 +48,7 @@ def knows(name: str, conversation: str) -> bool:
 
 @cache
 def texts(name: str):
-    """Any text, most of it awkward. U+2581 is a space to Metaspace tokenizers, and stands for one afterwards."""
+    """Any text, most of it awkward. U+2581 is a space to Metaspace tokenizers, and decodes to one."""
     row = ROWS[name]
     own = [row.header, as_stop(name), row.user[0], as_stop(name) + row.after + row.user[0], row.lead, row.block]
     free = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=6)
@@ -58,7 +58,7 @@ def texts(name: str):
 
 @st.composite
 def spoken(draw, name: str):
-    """What an assistant may say: words, and now and then nothing. Reasoning has a field of its own here."""
+    """An assistant's content: text, and sometimes none. Reasoning has a field of its own here."""
     text = draw(texts(name)).replace("think>", "thinks>")
     return text if draw(st.integers(0, 9)) == 9 else f"{text}It is so.{text}"
 
@@ -78,16 +78,16 @@ def turns(draw, name: str, tools: bool = True):
     """An assistant's turn: an answer, or with `tools` also calls with their outputs and what follows them."""
     messages = []
     if tools and ROWS[name].tools and ROWS[name].tools.call and draw(st.booleans()):
-        said = draw(spoken(name)).strip() if knows(name, "call with text") and draw(st.booleans()) else ""
-        made = draw(calls(name))
-        messages = [assistant(said, *made), *(tool(draw(texts(name)), function) for function, _ in made)]
-        messages[0] |= draw(reasoning(name, said))
+        content = draw(spoken(name)).strip() if knows(name, "call with text") and draw(st.booleans()) else ""
+        tool_calls = draw(calls(name))
+        messages = [assistant(content, *tool_calls), *(tool(draw(texts(name)), function) for function, _ in tool_calls)]
+        messages[0] |= draw(reasoning(name, content))
     elif tools and knows(name, "tool text") and draw(st.integers(0, 4)) == 0:
         messages = [assistant(draw(spoken(name))), tool(draw(texts(name)), "python")]
     return [*messages, assistant(draw(spoken(name))) | draw(reasoning(name))]
 
 
-def reasoning(name: str, said: str = ""):
+def reasoning(name: str, content: str = ""):
     """gpt-oss writes none beside calls that an answer follows."""
     thought = st.one_of(st.just("Tea.\n"), spoken(name).map(lambda text: f"{text}Hm.{text}"))
     none = st.just({})
@@ -96,7 +96,7 @@ def reasoning(name: str, said: str = ""):
 
 @st.composite
 def pairs(draw, name: str):
-    """Two sides that go on from one prompt; the first one may go on for several turns."""
+    """Two sides that continue one prompt; chosen may have several turns."""
     question = texts(name).filter(lambda text: not text.strip().startswith("<tool_response>"))
     prompt = [user(draw(question))]
     if knows(name, "hostile system") and draw(st.booleans()):
@@ -151,8 +151,8 @@ def segments_of(name: str, messages, text: str):
 
 
 def ours(name: str, template, pair: Pair):
-    got = tokenize_pair(pair, template, SETTINGS)
-    return [(got.chosen_ids, got.chosen_mask), (got.rejected_ids, got.rejected_mask)]
+    tokenized = tokenize_pair(pair, template, SETTINGS)
+    return [(tokenized.chosen_ids, tokenized.chosen_mask), (tokenized.rejected_ids, tokenized.rejected_mask)]
 
 
 def normal(tokenizer, text: str) -> str:
@@ -165,8 +165,8 @@ def holds(name: str, template, pair: Pair, make_masks=ours) -> bool:
     """The property of one pair; `template` is a ChatTemplate of the named one. False where a character is composed over
     a turn's edge, which belongs to neither side. Raises DropPair where the pair is dropped."""
     tokenizer = template.tokenizer
-    made = make_masks(name, template, pair)
-    for messages, (ids, mask) in zip((pair.chosen, pair.rejected), made, strict=True):
+    sides = make_masks(name, template, pair)
+    for messages, (ids, mask) in zip((pair.chosen, pair.rejected), sides, strict=True):
         text = tokenizer.apply_chat_template(native(name, messages), tools=pair.tools, tokenize=False)
         segments = segments_of(name, messages, text)
         assert "".join(part for part, _ in segments) == text
@@ -176,23 +176,23 @@ def holds(name: str, template, pair: Pair, make_masks=ours) -> bool:
         flags = b"".join(bytes([flag]) * len(part.encode()) for part, flag in segments)
         for (start, end), supervised in zip(byte_ranges(tokenizer, ids, text), mask, strict=True):
             assert flags[start:end] == bytes([supervised]) * (end - start)
-        said = "".join(part for part, supervised in segments if supervised)
+        supervised_text = "".join(part for part, supervised in segments if supervised)
         if byte_level_tokens(tokenizer):  # a Metaspace decoder drops a space at the start
-            assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == said
+            assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == supervised_text
     return True
 
 
 def features(pair: Pair) -> set[str]:
     messages = [*pair.chosen, *pair.rejected]
-    said = [m["content"] for m in messages]
+    contents = [m["content"] for m in messages]
     return {
         *({"call"} if pair.tools else ()),
         *({"thought"} if any("reasoning_content" in m for m in messages) else ()),
         *({"several turns"} if sum(m["role"] == "user" for m in pair.chosen) > 1 else ()),
-        *({"white space at an edge"} if any(text != text.strip() for text in said) else ()),
-        *({"nothing"} if "" in said else ()),
-        *({"markers"} if any(marker in text for text in said for marker in ("<|", "</", "<｜")) else ()),
-        *({"no ASCII"} if any(not text.isascii() for text in said) else ()),
+        *({"white space at an edge"} if any(text != text.strip() for text in contents) else ()),
+        *({"nothing"} if "" in contents else ()),
+        *({"markers"} if any(marker in text for text in contents for marker in ("<|", "</", "<｜")) else ()),
+        *({"no ASCII"} if any(not text.isascii() for text in contents) else ()),
     }
 
 

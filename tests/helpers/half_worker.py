@@ -20,7 +20,7 @@ prepare = DPOTrainer._prepare_for_training
 
 
 def tell_dtypes(self, *args, **kwargs):
-    """Prints what a run's tensors really are, once DeepSpeed has them."""
+    """Prints the real dtypes of a run's tensors, once DeepSpeed has them."""
     prepared = prepare(self, *args, **kwargs)
     if not self.is_deepspeed_enabled:
         return prepared
@@ -37,9 +37,9 @@ DPOTrainer._prepare_for_training = tell_dtypes
 
 
 def main(argv: list[str]) -> None:
-    own = DPOTrainer._prepare_input
+    prepare_input = DPOTrainer._prepare_input
     for name, arguments in json.loads(Path(argv[0]).read_text()):
-        DPOTrainer._prepare_input = Trainer._prepare_input if name.startswith("wrong") else own
+        DPOTrainer._prepare_input = Trainer._prepare_input if name.startswith("wrong") else prepare_input
         run_dpo.main(arguments)
         AcceleratorState._reset_state()  # the next run has another batch: "auto" values of DeepSpeed are made anew
 

@@ -1,4 +1,4 @@
-"""Real launches: their command, environment and outcome."""
+"""Real launches: command, environment, results."""
 
 import json
 import os
@@ -22,12 +22,12 @@ def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="
 
 
 def environment_of(extensions, env=None):
-    own = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own, **(env or {})}
+    variables = {"TORCH_EXTENSIONS_DIR": str(extensions), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **variables, **(env or {})}
 
 
 def launch(config, workshop, extensions, out, *flags, env=None, **options):
-    done = subprocess.run(
+    result = subprocess.run(
         command_of(config, workshop, out, *flags, **options),
         cwd=ROOT,
         env=environment_of(extensions, env),
@@ -35,7 +35,7 @@ def launch(config, workshop, extensions, out, *flags, env=None, **options):
         text=True,
         timeout=TIMEOUT_S,
     )
-    return done.returncode, done.stdout + done.stderr
+    return result.returncode, result.stdout + result.stderr
 
 
 def losses(out):
@@ -44,13 +44,13 @@ def losses(out):
 
 
 def compare(out, one, workshop, tokens=True):
-    got, wanted = load_file(out / "model.safetensors"), load_file(one / "model.safetensors")
+    weights, expected = load_file(out / "model.safetensors"), load_file(one / "model.safetensors")
     base = load_file(workshop / "model" / "model.safetensors")
-    assert set(got) == set(wanted)
-    for name in wanted:
-        moved = (wanted[name] - base[name]).norm()
+    assert set(weights) == set(expected)
+    for name in expected:
+        moved = (expected[name] - base[name]).norm()
         assert moved > 0, f"{name} was not trained"
-        assert (got[name] - wanted[name]).norm() <= 1e-3 * moved, name
+        assert (weights[name] - expected[name]).norm() <= 1e-3 * moved, name
     for a, b in zip(losses(out), losses(one), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-3)
@@ -58,7 +58,7 @@ def compare(out, one, workshop, tokens=True):
 
 
 def on_two_cpus(config, folder) -> Path:
-    """A file that is meant for GPUs, for two processes without any. The launcher's flag --cpu would start one process
+    """An accelerate file for GPUs, changed to two CPU processes. The launcher's flag --cpu would start one process
     without DeepSpeed."""
     raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
     path = folder / f"{config}_on_cpu.yaml"

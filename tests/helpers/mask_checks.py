@@ -1,4 +1,4 @@
-"""Masks and tokens by hand: whose bytes a token is, what is supervised, what is refused."""
+"""Masks and tokens by hand: the bytes of a token, the supervised text, the errors."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def byte_ranges(tokenizer, ids, text):
         piece = table[i]
         if not data.startswith(piece, position) and piece.startswith(b" "):
             piece = piece[1:]
-        assert data.startswith(piece, position), f"{piece!r} does not stand at {position} of {text!r}"
+        assert data.startswith(piece, position), f"{piece!r} is not at {position} of {text!r}"
         ranges.append((position, position + len(piece)))
         position += len(piece)
     assert position == len(data)
@@ -60,7 +60,7 @@ def byte_ranges(tokenizer, ids, text):
 # With a token a character, [user("a?"), assistant("bc")] is in ChatML
 #   0 <|im_start|>   1-5 user\n        6-7 a?     8 <|im_end|>    9 \n
 #  10 <|im_start|>  11-20 assistant\n  21-22 bc  23 <|im_end|>  24 \n
-# and a second round of one character each goes on with
+# and a second round of one character each continues with
 #  25 <|im_start|>  26-30 user\n       31 e      32 <|im_end|>  33 \n
 #  34 <|im_start|>  35-44 assistant\n  45 f      46 <|im_end|>  47 \n
 LETTERS = ChatTemplate(tokenizer_for(CHATML, "letters"))

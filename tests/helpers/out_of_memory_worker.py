@@ -1,4 +1,4 @@
-"""A training step under a limit of addresses that it cannot keep to: prints the error's type and text as JSON."""
+"""A training step under a limit of address space that is too low for it: prints the error's type and text as JSON."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""run_dpo.py with small buckets, and notes of what ZeRO-2's optimizer really does: overlap_worker.py NOTES ARGUMENTS"""
+"""run_dpo.py with small buckets, and a record of what ZeRO-2's optimizer does: overlap_worker.py RECORD ARGUMENTS"""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import run_dpo
 from dpo_trainer import DPOTrainer
 
 BUCKET = 3000  # elements: fewer than the model's, more than most of its weights
-seen = {"buffers": set(), "used": set()}
+record = {"buffers": set(), "used": set()}
 
 
 class Trainer(DPOTrainer):
@@ -22,15 +22,15 @@ class Trainer(DPOTrainer):
 reduce = DeepSpeedZeroOptimizer.reduce_ipg_grads
 
 
-def noted(self, *args, **kwargs):
+def recording(self, *args, **kwargs):
     for bucket in self.ipg_buckets.values():
-        seen["buffers"].add(tuple(buffer.numel() for buffer in bucket.buffer))
-        seen["used"].add(bucket.index)
-    seen["overlap_comm"] = self.overlap_comm
+        record["buffers"].add(tuple(buffer.numel() for buffer in bucket.buffer))
+        record["used"].add(bucket.index)
+    record["overlap_comm"] = self.overlap_comm
     return reduce(self, *args, **kwargs)
 
 
-DeepSpeedZeroOptimizer.reduce_ipg_grads = noted
+DeepSpeedZeroOptimizer.reduce_ipg_grads = recording
 run_dpo.DPOTrainer = Trainer
 run_dpo.main(sys.argv[2:])
-Path(sys.argv[1]).write_text(json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in seen.items()}))
+Path(sys.argv[1]).write_text(json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in record.items()}))

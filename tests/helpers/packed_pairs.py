@@ -60,10 +60,10 @@ def pair(shared: int, chosen: int, rejected: int, seed: int = 0, supervised_from
     if min(chosen, rejected) and shared < min(map(len, sides)):
         sides[1][shared] = sides[0][shared] + 1
     masks = [[int(t >= supervised_from and (t % 4 < 2 or t == len(s) - 1)) for t in range(len(s))] for s in sides]
-    both = [list(zip(s, m, strict=True)) for s, m in zip(sides, masks, strict=True)]
+    tokens = [list(zip(s, m, strict=True)) for s, m in zip(sides, masks, strict=True)]
     return {
         **{"chosen_ids": sides[0], "chosen_mask": masks[0], "rejected_ids": sides[1], "rejected_mask": masks[1]},
-        "shared_len": common_prefix(*both),
+        "shared_len": common_prefix(*tokens),
         "row": seed,
     }
 

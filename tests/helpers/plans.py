@@ -1,4 +1,4 @@
-"""Recipes of small configurations, to plan the memory of."""
+"""Recipes of small configurations, for memory plans."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Run by test_ranks.py: two processes for each case, forked from one that has its imports behind it, with no launcher
+"""Run by test_ranks.py: two processes for each case, forked from one that has done its imports, with no launcher
 that would end one for the other. Arguments: a folder, then JSON: a list of [name, case, arguments]. Writes
 NAME.json: for each rank [exit code, seconds from the cause on, output]."""
 
@@ -29,7 +29,7 @@ CLONE_NEWNS = 0x20000
 
 
 def now(cause: str) -> None:
-    """Notes when a cause came about."""
+    """Records when the cause occurred."""
     Path(f"cause-{os.environ['RANK']}").write_text(str(time.time()))
     print(f"cause: {cause}", flush=True)
 
@@ -43,16 +43,16 @@ def group(seconds: float = 60) -> int:
 
 
 def talk(argv):
-    """Everything there is to say, over a group whose collectives wait a second at most."""
+    """Every function of ranks.py, over a group whose collectives wait a second at most."""
     rank = group(1)
 
     def slow():
         time.sleep(3)
         return {"from": rank}
 
-    found = [ranks.agreed(slow)]
-    found.append(ranks.gathered({"rank": rank, "tensor": torch.full((2,), float(rank))})[1]["tensor"].tolist())
-    found.append(ranks.gathered_tensor(torch.tensor([[rank, 7]])).tolist())
+    results = [ranks.agreed(slow)]
+    results.append(ranks.gathered({"rank": rank, "tensor": torch.full((2,), float(rank))})[1]["tensor"].tolist())
+    results.append(ranks.gathered_tensor(torch.tensor([[rank, 7]])).tolist())
     order = Path("order")
     with ranks.first_of_node():
         if rank == 0:
@@ -60,15 +60,15 @@ def talk(argv):
         with open(order, "a") as file:
             file.write(str(rank))
     ranks.wait_for_all()
-    found.append(order.read_text())
-    for error in (UserError("mend it"), ValueError("a bug")):
+    results.append(order.read_text())
+    for error in (UserError("fix it"), ValueError("a bug")):
         for how in ("agreed", "first"):
-            found.append(failing(error, how))
+            results.append(failing(error, how))
     try:
         ranks.gathered([{"deep": torch.zeros(1, device="meta")}])
     except TypeError as error:
-        found.append(str(error))
-    print(json.dumps(found))
+        results.append(str(error))
+    print(json.dumps(results))
 
 
 def failing(error: Exception, how: str) -> str:
@@ -83,13 +83,13 @@ def failing(error: Exception, how: str) -> str:
         else:
             with ranks.first_of_node():
                 fails()
-    except Exception as seen:
-        return f"{type(seen).__name__}: {seen}"
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
     return "nothing"
 
 
 def plain_wait(argv):
-    """The control of `talk`: a collective's own wait has an end."""
+    """The negative control of `talk`: a collective's own wait has an end."""
     if group(1) == 0:
         time.sleep(4)
     dist.barrier()
@@ -98,11 +98,11 @@ def plain_wait(argv):
 def alone(argv):
     """The error of one rank while the other waits in a collective, or computes, or at the store."""
     rank = group(600)
-    who, where = int(argv[0]), argv[1]
-    if rank == who:
+    failing_rank, where = int(argv[0]), argv[1]
+    if rank == failing_rank:
         time.sleep(1)
         now("alone")
-        raise UserError("only here.\nMend it.") if argv[2] == "user" else ValueError("only here")
+        raise UserError("only here.\nFix it.") if argv[2] == "user" else ValueError("only here")
     if where == "collective":
         dist.all_reduce(torch.zeros(1))
     if where == "computing":
@@ -149,8 +149,8 @@ def unshared(argv):
 
 def training(argv):
     """run_dpo.main, with the trouble argv[0] on the rank argv[1]."""
-    trouble, who, *rest = argv
-    if os.environ["RANK"] == who:
+    trouble, failing_rank, *rest = argv
+    if os.environ["RANK"] == failing_rank:
         TROUBLES[trouble]()
     run_dpo.main(rest)
 
@@ -180,9 +180,9 @@ def reference():
 
     def nowhere(*args, **kwargs):
         now("reference")
-        found = score(*args, **kwargs)
-        found.logps.fill_(torch.nan)
-        return found
+        scores = score(*args, **kwargs)
+        scores.logps.fill_(torch.nan)
+        return scores
 
     mdpo.reference.frozen.score_reference = nowhere
 
@@ -223,30 +223,30 @@ def child(case: str, argv: list[str], rank: int, port: int, folder: Path) -> int
 
 
 def wait(processes: dict[int, int]) -> dict[int, tuple[int, float]]:
-    """rank -> (exit code, when); a process that is still there after minutes is killed."""
-    found, limit = {}, time.time() + 240
-    while len(found) < len(processes):
+    """rank -> (exit code, time); a process that still runs after four minutes is killed."""
+    outcomes, limit = {}, time.time() + 240
+    while len(outcomes) < len(processes):
         for process, rank in processes.items():
-            if rank not in found:
-                gone, status = os.waitpid(process, os.WNOHANG)
-                if gone:
-                    found[rank] = (os.waitstatus_to_exitcode(status), time.time())
+            if rank not in outcomes:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    outcomes[rank] = (os.waitstatus_to_exitcode(status), time.time())
                 elif time.time() > limit:
                     os.kill(process, 9)
         time.sleep(0.05)
-    return found
+    return outcomes
 
 
 def main(folder: Path, cases: list) -> None:
     for name, case, argv in cases:
         (folder / name).mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        found = wait({child(case, argv, rank, port, folder / name): rank for rank in range(2)})
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        outcomes = wait({child(case, argv, rank, port, folder / name): rank for rank in range(2)})
         causes = [float(path.read_text()) for path in (folder / name).glob("cause-*")]
         cause = min(causes, default=time.time())
-        outcome = [[found[r][0], found[r][1] - cause, (folder / name / f"{r}.txt").read_text()] for r in range(2)]
+        outcome = [[outcomes[r][0], outcomes[r][1] - cause, (folder / name / f"{r}.txt").read_text()] for r in range(2)]
         (folder / f"{name}.json").write_text(json.dumps(outcome))
 
 

@@ -33,7 +33,7 @@ CONVERSATIONS = {
     "4 turns": lambda name: text_turns(4),
     "hostile user": lambda name: text_turns(2, lambda k: hostile(name, f"User {k}")),
     "hostile system": lambda name: [{**SYSTEM, "content": hostile(name, "System")}, *text_turns(2)],
-    "own markers": lambda name: [  # the assistant's content holds them: it stays content up to the last end of turn
+    "own markers": lambda name: [  # the assistant's content contains them: it stays content up to the last end of turn
         user("Which marker ends a turn?"),
         assistant(f"It is {ROWS[name].header}{as_stop(name)} or <|im_end|>, <|eot_id|>, </s> and"),
         user("Again?"),
@@ -83,7 +83,7 @@ def as_stop(name):
 
 def expected_segments(row, messages, text, turns=None):
     """[(text, supervised)] of a conversation. Everything before the first user content is taken from `text`. `turns`,
-    where given, says of each assistant message what stands between its header and its stop: (supplied, sampled)."""
+    where given, has for each assistant message what is between its header and its stop: (supplied, sampled)."""
     messages, turns = [m for m in messages if m["role"] != "system"], iter(turns or ())
     roles = [m["role"] for m in messages]
     last_user = max(i for i, role in enumerate(roles) if role == "user")
@@ -164,16 +164,18 @@ def check(name, templates, messages, tools=None, row=None, turns=None):
         ids = render(return_dict=False)
         mask = mask_of(tokenizer, ids, segments)
         assert None not in mask, "a token straddles two segments: choose another text"
-        got = tokenize_pair(pair_of(messages, tools=tools), template, SETTINGS)
-        assert got.chosen_ids == ids
-        if got.chosen_mask != mask:
-            assert as_text(tokenizer, ids, got.chosen_mask) == as_text(tokenizer, ids, mask), tokenizer.name_or_path
-        assert got.chosen_mask == mask
+        tokenized = tokenize_pair(pair_of(messages, tools=tools), template, SETTINGS)
+        assert tokenized.chosen_ids == ids
+        if tokenized.chosen_mask != mask:
+            assert as_text(tokenizer, ids, tokenized.chosen_mask) == as_text(tokenizer, ids, mask), (
+                tokenizer.name_or_path
+            )
+        assert tokenized.chosen_mask == mask
 
 
 def searched(text, header, stop):
     """Supervised characters by search: from behind each header to the next end of turn."""
     flags = [0] * len(text)
-    for found in re.finditer(re.escape(header) + "(.*?" + re.escape(stop) + ")", text, re.DOTALL):
-        flags[found.start(1) : found.end(1)] = [1] * (found.end(1) - found.start(1))
+    for match in re.finditer(re.escape(header) + "(.*?" + re.escape(stop) + ")", text, re.DOTALL):
+        flags[match.start(1) : match.end(1)] = [1] * (match.end(1) - match.start(1))
     return flags

@@ -1,4 +1,4 @@
-"""scripts/launch.slurm with stand-ins for Slurm's commands, the launcher and the trainer. Each does as the real one:
+"""scripts/launch.slurm with stand-ins for Slurm's commands, the launcher and the trainer. Each acts as the real one:
 Slurm signals the first process of each node's step, or all of them, and kills what the first one leaves behind; the
 launcher dies of USR1 and turns every code into 1; trainers checkpoint together, then rank 0 leaves a marker.
 """
@@ -133,16 +133,16 @@ def real_launcher(cluster):
 
 
 def free_port() -> int:
-    """One of those that the script takes."""
+    """A free port of the range that the script uses."""
     while True:
         port = random.randrange(10001, 30000)
-        with socket.socket() as found:
-            if found.connect_ex(("127.0.0.1", port)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
                 return port
 
 
 def until(cluster, job, pattern, count=2, text=""):
-    """Waits for so many files with `text` in them, or for one file, while the job runs."""
+    """Waits for `count` files that contain `text`, or for one file, while the job runs."""
     deadline = time.monotonic() + TIMEOUT_S
     files = (lambda: [pattern]) if isinstance(pattern, Path) else (lambda: (cluster / "fake").glob(pattern))
     while sum(text in path.read_text() for path in files()) < count:

@@ -173,11 +173,11 @@ def with_functions(entry: dict) -> dict:
 
 
 def resolved(name: str, entries: dict[str, dict]) -> dict:
-    """An entry with what it does not say itself taken from the one that it is `like`, key by key; so with its tools."""
-    own = dict(entries[name])
-    base = resolved(own.pop("like"), entries) if "like" in own else {}
-    tools = {**(base.get("tools") or {}), **(own.get("tools") or {})}
-    return {**base, **own, "tools": tools or None}
+    """An entry; fields that it lacks come from the entry that it is `like`, and so do those of its tools."""
+    fields = dict(entries[name])
+    base = resolved(fields.pop("like"), entries) if "like" in fields else {}
+    tools = {**(base.get("tools") or {}), **(fields.get("tools") or {})}
+    return {**base, **fields, "tools": tools or None}
 
 
 def read_rows(texts: Iterable[str]) -> dict[str, Row]:

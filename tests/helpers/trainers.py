@@ -1,4 +1,4 @@
-"""Trainers of tiny models, and what two of them are compared by."""
+"""Trainers of tiny models, and comparisons of two of them."""
 
 import pytest
 from datasets import Dataset
@@ -46,8 +46,8 @@ def explicit(rows):
     return [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
 
 
-def close(got, wanted, name=""):
-    assert (got - wanted).norm() <= 1e-5 * wanted.norm() + 1e-12, name
+def close(actual, expected, name=""):
+    assert (actual - expected).norm() <= 1e-5 * expected.norm() + 1e-12, name
 
 
 def loss_and_gradients(trainer, batch):
@@ -63,15 +63,15 @@ def loss_and_gradients(trainer, batch):
 SMOOTHED = {"exo_pair": 0.01, "robust": 0.1, "aot": 0.1, "aot_unpaired": 0.1}
 
 
-def compare_metrics(got, wanted, prefix=""):
-    scale = abs(wanted[f"{prefix}logps/chosen"]) + abs(wanted[f"{prefix}logps/rejected"])
-    for key, value in wanted.items():
+def compare_metrics(actual, expected, prefix=""):
+    scale = abs(expected[f"{prefix}logps/chosen"]) + abs(expected[f"{prefix}logps/rejected"])
+    for key, value in expected.items():
         if any(word in key for word in ("runtime", "per_second")):
             continue
         absolute = 1e-5 * scale * (BETA if "reward" in key or "loss" in key else 1.0)
-        if "accuracies" in key and abs(wanted[f"{prefix}rewards/margins"]) <= absolute:
+        if "accuracies" in key and abs(expected[f"{prefix}rewards/margins"]) <= absolute:
             continue  # policy = reference: the sign of a rounding error
-        assert got[key] == pytest.approx(value, rel=1e-4, abs=max(absolute, 1e-6)), key
+        assert actual[key] == pytest.approx(value, rel=1e-4, abs=max(absolute, 1e-6)), key
 
 
 def mdpo_trainer(tmp_path, tokenizer, rows=None, **options):

@@ -44,9 +44,9 @@ def pair(n: int) -> dict:
 def branching(n: int, length: int) -> dict:
     """A pair that shares `n` tokens, of `length` a side; on rank 1 (n = 0, length 12) it is a short one."""
     ids = [(7 * i) % 90 + 5 for i in range(length)]
-    other = ids[:n] + [(t + 3) % 90 + 5 for t in ids[n:]]
+    rejected = ids[:n] + [(t + 3) % 90 + 5 for t in ids[n:]]
     mask = [0] + [1] * (length - 1)
-    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": other, "rejected_mask": mask, "shared_len": n}
+    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": rejected, "rejected_mask": mask, "shared_len": n}
 
 
 def packed_and_fused(rank: int) -> dict[str, float]:
@@ -64,9 +64,9 @@ def packed_and_fused(rank: int) -> dict[str, float]:
     for row in rows:
         (-score_tokens(plain, PairCollator(0)([row])).logps.sum() / 2).backward()  # ZeRO takes the mean of ranks
     errors = []
-    for weight, wanted in zip(model.parameters(), plain.parameters(), strict=True):
-        got = safe_get_full_grad(weight)
-        errors.append(((got - wanted.grad).norm() / wanted.grad.norm()).item())
+    for weight, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        gradient = safe_get_full_grad(weight)
+        errors.append(((gradient - reference.grad).norm() / reference.grad.norm()).item())
     return {"fused": fused == (True, None), "tokens": batch["input_ids"].numel(), "error": max(errors)}
 
 
@@ -88,14 +88,14 @@ def main(argv: list[str]) -> None:
         return gather(self, params, forward)
 
     setattr(PartitionedParameterCoordinator, name, counted)
-    found = []
+    steps = []
     for counts in ((39, 0), (39, 5), (0, 0)):  # supervised tokens a side on rank 0 and rank 1: 78 are two chunks
         gathers.clear()
         batch = PairCollator(0)([pair(counts[rank])])
         logps = score_tokens(engine, batch).logps
         engine.backward(-logps.sum())
         gradient = safe_get_full_grad(head)
-        found.append(
+        steps.append(
             {
                 "tokens": len(logps),
                 "gathers": list(gathers),
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         engine.step()
     everyone = [None, None]
     setattr(PartitionedParameterCoordinator, name, gather)
-    dist.all_gather_object(everyone, {"steps": found, "packed": packed_and_fused(rank)})
+    dist.all_gather_object(everyone, {"steps": steps, "packed": packed_and_fused(rank)})
     if rank == 0:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(everyone, file)

@@ -54,8 +54,8 @@ def test_ranks_talk_and_wait_longer_than_their_group(talks):
     first, second = (json.loads(rank[2].splitlines()[-1]) for rank in talks["talk"])
     said = [{"from": 0}, [1.0, 1.0], [[[0, 7]], [[1, 7]]], "01"]
     assert first[:4] == second[:4] == said
-    assert first[4:8] == ["UserError: mend it"] * 2 + ["ValueError: a bug"] * 2
-    assert second[4:8] == ["UserError: mend it"] * 2 + ["RankFailed: rank 0 failed: a bug"] * 2
+    assert first[4:8] == ["UserError: fix it"] * 2 + ["ValueError: a bug"] * 2
+    assert second[4:8] == ["UserError: fix it"] * 2 + ["RankFailed: rank 0 failed: a bug"] * 2
     assert "a tensor on meta" in first[8] and first[8] == second[8]
     assert all(rank[0] for rank in talks["plain"])
 
@@ -67,7 +67,7 @@ def test_the_error_of_one_rank_ends_all_with_its_message(case, talks):
     assert mine[0] == other[0] == 1
     assert max(mine[1], other[1]) < SECONDS
     name = " [rank 1]" if who == "1" else ""
-    told = f"\nerror{name}: only here.\nMend it.\n" if kind == "user" else f"\nerror{name}: ValueError('only here')\n"
+    told = f"\nerror{name}: only here.\nFix it.\n" if kind == "user" else f"\nerror{name}: ValueError('only here')\n"
     assert told in mine[2] and ("Traceback" in mine[2]) == (kind == "bug"), mine[2]
     assert "only here" not in other[2] and "Traceback" not in other[2], other[2]
     assert f"[rank {1 - int(who)}] ended: rank {who} on " in other[2]

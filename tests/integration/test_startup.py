@@ -79,13 +79,13 @@ def test_only_one_process_of_a_machine_removes(extensions, monkeypatch):
 
 
 def fail(argv):
-    raise UserError("data.jsonl: line 3 is broken.\nMend it.")
+    raise UserError("data.jsonl: line 3 is broken.\nFix it.")
 
 
 def test_user_errors_are_short_and_exit_1(capsys):
     assert run(fail, []) == 1
     err = capsys.readouterr().err
-    assert err == "\nerror: data.jsonl: line 3 is broken.\nMend it.\n"
+    assert err == "\nerror: data.jsonl: line 3 is broken.\nFix it.\n"
     assert run(fail, ["--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -102,7 +102,7 @@ def test_the_main_process_speaks_first(capsys, monkeypatch):
         run(fail, [])
     assert waited == [(failures.WITHOUT_GROUP_S, "")]
     assert left == [(1, failures.LEAVE_S)]
-    assert capsys.readouterr().err == "\nerror [rank 3]: data.jsonl: line 3 is broken.\nMend it.\n"
+    assert capsys.readouterr().err == "\nerror [rank 3]: data.jsonl: line 3 is broken.\nFix it.\n"
 
 
 def test_other_errors_keep_their_traceback():
