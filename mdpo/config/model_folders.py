@@ -63,7 +63,7 @@ def refuse_adapter(name: str, key: str = "model", revision: str | None = None, s
     folder = Path(adapter_file).parent if Path(name).is_dir() else None
     if folder and _weights(folder):
         raise UserError(
-            f"{key}: {name} holds both a model and an adapter (adapter_config.json), and the adapter would be put on "
+            f"{key}: {name} contains both a model and an adapter (adapter_config.json), and the adapter would go on "
             "top of the model. Give each a folder of its own, and name the model's."
         )
     raise UserError(f"{message}. {_merging(name, folder, settings, key)}")
@@ -102,7 +102,7 @@ def refuse_without_weights(name: str, key: str, subfolder: str = "") -> None:
         return
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if any(path.startswith("adapter_model") for path in names):
-        raise UserError(f"{key}: {folder} holds an adapter's weights, but no adapter_config.json. Copy that too.")
+        raise UserError(f"{key}: {folder} contains an adapter's weights, but no adapter_config.json. Copy that too.")
     parts = sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name))  # checkpoint-12 behind checkpoint-7
     hints = [f"{path.name} in it does hold some" for path in parts if path.is_dir() and _weights(path)]
     hints = hints or [f"{path.name} in it is an adapter" for path in parts if (path / ADAPTER).is_file()]

@@ -61,7 +61,9 @@ def read_yaml(path: Path) -> list[Setting]:
         loader = Loader(path.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode) or not root.value:
-            raise UserError(f"{path}: holds no `key: value` lines; a recipe is a mapping of keys to values.", "recipe")
+            raise UserError(
+                f"{path}: contains no `key: value` lines; a recipe is a mapping of keys to values.", "recipe"
+            )
         prepare(root, str(path))
         return [
             _setting(str(key.value), node, loader, f"{path}:{key.start_mark.line + 1}: {key.value}")

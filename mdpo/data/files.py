@@ -72,7 +72,9 @@ def _refuse_unreadable(path: str, kind: str | None) -> None:
         except DAMAGED as error:
             raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
         if len(names) != 1:
-            raise UserError(f"dataset file {path}: holds {len(names)} files, not one. Unpack it and name the folder.")
+            raise UserError(
+                f"dataset file {path}: contains {len(names)} files, not one. Unpack it and name the folder."
+            )
 
 
 def whole_row(row: dict[str, Any], index: int = 0) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
             )
         [document] = arrays.values()
     if not isinstance(document, dict | list):
-        raise UserError(f"dataset file {path}: holds {type(document).__name__}, no rows.")
+        raise UserError(f"dataset file {path}: contains {type(document).__name__}, no rows.")
     for place, row in enumerate([document] if isinstance(document, dict) else document, start=1):
         if not isinstance(row, dict):
             raise UserError(f"dataset file {path}: entry {place} is not a JSON object.")

@@ -97,19 +97,19 @@ def refuse_long_rows(rows, name: str, limit: int | None, args) -> None:
         )
 
 
-def check_lengths(config, sets: dict[str, Any], args) -> None:
+def check_lengths(config, datasets: dict[str, Any], args) -> None:
     """Before weights are loaded: raises UserError as above, and says where rows are longer than a rotary model was
     trained with. `config` None is unknown."""
     if config is None:
         return
-    limit, sets = (
+    limit, datasets = (
         positions_of(config, args.trust_remote_code),
-        {n: rows for n, rows in sets.items() if rows is not None},
+        {n: rows for n, rows in datasets.items() if rows is not None},
     )
-    for name, rows in sets.items():
+    for name, rows in datasets.items():
         refuse_long_rows(rows, name, limit, args)
     trained = _trained_length(config.get_text_config())
-    longest = max((int(side_lengths(rows).max(initial=0)) for rows in sets.values()), default=0)
+    longest = max((int(side_lengths(rows).max(initial=0)) for rows in datasets.values()), default=0)
     if limit is None and trained is not None and longest > trained:
         say(
             f"max_length: the longest side has {longest} tokens, the model's configuration names {trained} positions. "

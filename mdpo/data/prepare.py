@@ -13,7 +13,7 @@ from mdpo.data.files import whole_row
 from mdpo.data.forms import look
 from mdpo.data.report import DataReport, describe
 from mdpo.data.rows import refuse_missing_margins
-from mdpo.data.sources import DatasetSplit, hold_out, load_sets, mix
+from mdpo.data.sources import DatasetSplit, hold_out, load_datasets, mix
 from mdpo.data.tokenize import DropCounts, rank_imbalance, tokenize_dataset
 from mdpo.errors import UserError
 from mdpo.masking.dates import fix_day
@@ -32,11 +32,11 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     say(*fix_day(recipe, tokenizer))
     refuse_unwritable()
     with first_of_node(), keeping_rows():
-        parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
+        parts = load_datasets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
         train = _tokenized([p for p in parts if "train" in p.split], "train", recipe, tokenizer, report)
         evals = [p for p in parts if "train" not in p.split]
         if data.eval_dataset_mixer:
-            evals += load_sets(data.eval_dataset_mixer, splits=None)
+            evals += load_datasets(data.eval_dataset_mixer, splits=None)
         evals = _tokenized(evals, "eval", recipe, tokenizer, report)
     if not train:
         raise UserError(f"dataset_splits: no dataset has a split to train on among {data.dataset_splits}.")

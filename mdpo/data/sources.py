@@ -32,7 +32,7 @@ class DatasetSplit:
     columns: list[str]
 
 
-def load_sets(
+def load_datasets(
     mixer: dict[str, float], splits: list[str] | None, configs: list[str] | None = None
 ) -> list[DatasetSplit]:
     """Every dataset in the mix: the first `fraction` of the rows of splits to train on, and all rows of the others.
@@ -126,15 +126,15 @@ def hold_out(rows: Dataset, size: int | float, seed: int) -> tuple[Dataset, Data
     """
     wanted = size if size >= 1 else max(1, round(size * len(rows)))
     prompts = Counter(rows["prompt_key"])
-    held, count = set(), 0
+    held_prompts, count = set(), 0
     for prompt in Dataset.from_dict({"p": sorted(prompts)}).shuffle(seed=seed)["p"]:
         if count >= wanted:
             break
-        held.add(prompt)
+        held_prompts.add(prompt)
         count += prompts[prompt]
     if count == len(rows):
         raise UserError(f"test_split_size: {size} leaves no row of {len(rows)} to train on.")
-    is_held_out = [prompt in held for prompt in rows["prompt_key"]]
+    is_held_out = [prompt in held_prompts for prompt in rows["prompt_key"]]
     return (
         rows.select([i for i, out in enumerate(is_held_out) if not out]),
         rows.select([i for i, out in enumerate(is_held_out) if out]),

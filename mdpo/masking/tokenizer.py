@@ -45,7 +45,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     )
     files = {path.name for path in Path(name).glob("t*")}
     if "tekken.json" in files and not {"tokenizer.json", "tokenizer.model"} & files:
-        raise UserError(f"{name} holds its tokenizer as tekken.json alone, for mistral-common. {advice}", "tokenizer")
+        raise UserError(f"{name} has its tokenizer as tekken.json alone, for mistral-common. {advice}", "tokenizer")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, mistral_format=False, **options)
     if type(tokenizer).__name__.startswith("MistralCommon"):  # by its own tokenizer_config.json
@@ -53,7 +53,7 @@ def fast_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"The tokenizer of {name!r} is a {type(tokenizer).__name__}, not a fast one: it cannot report where tokens "
-            f"stand in their text. {advice}"
+            f"are in their text. {advice}"
         )
     return tokenizer
 

@@ -103,13 +103,15 @@ def _model_config(name: str, recipe):
     options = {key: options[key] for key in ("revision", "subfolder") if key in options}
     refuse_missing_folder("model_name_or_path", name)
     if Path(name, "adapter_config.json").is_file():
-        raise UserError(f"model_name_or_path: {name} holds an adapter; plan with the folder or name of its base model.")
+        raise UserError(
+            f"model_name_or_path: {name} contains an adapter; plan with the folder or name of its base model."
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=recipe.training.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"model_name_or_path: the configuration of {name!r} cannot be loaded: {first_line(error)}\n"
-            "Where the hub cannot be reached, give a local folder that holds its config.json, no weights are needed: "
+            "Where the hub cannot be reached, give a local folder with its config.json, no weights are needed: "
             "--model_name_or_path=FOLDER"
         ) from error
 

@@ -198,7 +198,7 @@ def whole(parameter, writes: bool = False):
 
 
 def save_moved(reference, accelerator, folder: str) -> None:
-    """The moved reference as safetensors inside a checkpoint. All ranks call it together."""
+    """The synced reference as safetensors inside a checkpoint. All ranks call it together."""
     state = accelerator.get_state_dict(reference)
     if accelerator.is_main_process:
         accelerator.unwrap_model(reference).save_pretrained(Path(folder, MOVED), state_dict=state)

@@ -11,7 +11,7 @@ from typing import Any
 from mdpo.data.files import whole_row
 from mdpo.data.prepare import prepare_pairs, render_settings
 from mdpo.data.rows import row_to_pair
-from mdpo.data.sources import load_sets
+from mdpo.data.sources import load_datasets
 from mdpo.data.template_fit import fit
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
@@ -44,8 +44,8 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
         raise UserError(f"{error}\nThere is nothing to show.") from error
     order = list(kept) + [key for key in reasons if key not in kept]
     data = recipe.data
-    parts = load_sets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
-    parts += load_sets(data.eval_dataset_mixer, splits=None) if data.eval_dataset_mixer else []
+    parts = load_datasets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
+    parts += load_datasets(data.eval_dataset_mixer, splits=None) if data.eval_dataset_mixer else []
     raw = {}
     for part in parts:
         places = {key: i for i, key in enumerate(part.rows["key"])}

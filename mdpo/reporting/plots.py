@@ -21,14 +21,14 @@ from mdpo.reporting.turn_tables import turn_tables
 SIZE, DPI = (4.8, 3.0), 160  # inches, dots an inch
 BLUE, GREEN, ORANGE = "#3b82d6", "#2a9d6f", "#d9730d"
 TURNS = ("#3b82d6", "#d9730d", "#2a9d6f", "#b45bd0", "#c9433f", "#8a7a1f")  # curves of the first turns
-INK, GREY, LINE = "#1f2328", "#57606a", "#d0d7de"
-OF_THE_PAGE = {INK: "var(--ink)", GREY: "var(--gray)", LINE: "var(--line)"}
+INK, GRAY, LINE = "#1f2328", "#57606a", "#d0d7de"
+OF_THE_PAGE = {INK: "var(--ink)", GRAY: "var(--gray)", LINE: "var(--line)"}
 MOST_POINTS = 400  # of a curve: as many as a plot of this size has columns for
 STYLE = {
     **{"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y"},
-    **{"axes.edgecolor": GREY, "axes.labelcolor": GREY, "text.color": INK, "axes.titlecolor": INK, "grid.color": LINE},
-    **{"xtick.color": GREY, "ytick.color": GREY, "axes.axisbelow": True, "legend.frameon": False},
+    **{"axes.edgecolor": GRAY, "axes.labelcolor": GRAY, "text.color": INK, "axes.titlecolor": INK, "grid.color": LINE},
+    **{"xtick.color": GRAY, "ytick.color": GRAY, "axes.axisbelow": True, "legend.frameon": False},
     **{"svg.fonttype": "none", "svg.hashsalt": "mdpo", "legend.fontsize": 9, "axes.unicode_minus": True},
 }
 
@@ -161,7 +161,7 @@ def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value:
     numbers = [f"{row[value]:.2f}\n{row['pairs']:,.0f} pairs" for row in table]
     if len(table) <= 6:
         axes.bar_label(drawn, numbers, fontsize=9, padding=2, color=INK)
-    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axhline(0, color=GRAY, linewidth=0.8)
     axes.margins(y=0.28)
     axes.set_xlim(-0.6, max(len(table), 4) - 0.4)
     if value == "accuracies":

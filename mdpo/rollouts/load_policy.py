@@ -24,7 +24,7 @@ def adapter_config(checkpoint: str) -> PeftConfig | None:
     """An adapter's configuration; None for a full model. Raises UserError where there is neither."""
     refuse_missing_folder("CHECKPOINT", checkpoint)
     if Path(checkpoint).is_dir() and not any(Path(checkpoint).glob("*.safetensors")):
-        raise UserError(f"CHECKPOINT: {checkpoint} holds no *.safetensors. Give a run's output_dir or a checkpoint.")
+        raise UserError(f"CHECKPOINT: {checkpoint} contains no *.safetensors. Give a run's output_dir or a checkpoint.")
     try:
         return PeftConfig.from_pretrained(checkpoint) if find_adapter_config_file(checkpoint) else None
     except (OSError, ValueError) as error:

@@ -188,7 +188,7 @@ def reference():
 
 
 def tokenizing():
-    mdpo.data.prepare.load_sets = fails("tokenizing", ValueError("a bug"))
+    mdpo.data.prepare.load_datasets = fails("tokenizing", ValueError("a bug"))
 
 
 def digests():

@@ -127,7 +127,7 @@ def test_rollouts_from_the_command_line(workshop, capsys, tmp_path):
 
 MISTAKES = {
     "no folder": (["{folder}/nothing"], "CHECKPOINT: there is no folder"),
-    "no weights": (["{folder}"], "CHECKPOINT: .* holds no "),
+    "no weights": (["{folder}"], "CHECKPOINT: .* contains no "),
     "no recipe": (["{folder}/model", "--recipe"], "expected one argument"),
     "key": (["{folder}/model", "--betta=1"], "--betta is not a key; did you mean --beta?"),
     "option without rollouts": (["{folder}/model", "--max_turns=2"], "--max_turns: has no effect without --rollouts"),

@@ -131,7 +131,7 @@ def test_both_keys_subfolders_and_a_model_beside(base):
     with refused(REFERENCE, "repository/sft is an adapter"):
         refuse_unloadable(*arguments(base, reference="repository/sft"))
     tiny_llama(TOKENIZER).save_pretrained("repository/sft")
-    with refused(POLICY, "repository/sft holds both", "adapter_config.json"):
+    with refused(POLICY, "repository/sft contains both", "adapter_config.json"):
         refuse_unloadable(*arguments("repository/sft"))
     refuse_unloadable(*arguments(base, reference=base))
 

@@ -19,7 +19,7 @@ from mdpo.data import files as files_module
 from mdpo.data.files import ROW, whole_row, without_nulls
 from mdpo.data.messages import normalize_messages
 from mdpo.data.rows import COLUMNS, row_to_pair
-from mdpo.data.sources import hold_out, load_sets, mix
+from mdpo.data.sources import hold_out, load_datasets, mix
 from mdpo.data.tokenize import PlainText, tokenize_dataset, tokenize_row
 from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
@@ -231,7 +231,7 @@ LOCAL = ["pairs.parquet", "saved", "saved.arrow", "tables", "pairs.json", "pairs
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_local_sets_hold_the_same_rows(name, files):
-    [part] = load_sets({str(files / name): 1.0}, ["train", "test"])
+    [part] = load_datasets({str(files / name): 1.0}, ["train", "test"])
     assert (part.name, part.split) == (str(files / name), "train")
     assert whole_row(part.rows[3])["chosen"] == agent_rows(10)[3]["chosen"]
     assert set(part.columns) == {"chosen", "rejected"}
@@ -240,7 +240,7 @@ def test_local_sets_hold_the_same_rows(name, files):
 
 def test_a_folder_with_splits_and_fractions(files):
     mixer = {str(files / "folder"): 0.5, str(files / "pairs.jsonl"): 0.3}
-    parts = load_sets(mixer, ["train", "test"])
+    parts = load_datasets(mixer, ["train", "test"])
     # The share of each set's training rows; rows to evaluate on are not shared out.
     assert [(part.split, len(part.rows)) for part in parts] == [("train", 3), ("test", 3), ("train", 3)]
     assert parts[0].name == f"{files / 'folder'}[train]"
@@ -248,21 +248,21 @@ def test_a_folder_with_splits_and_fractions(files):
 
 
 def test_several_files_by_a_pattern(files):
-    [part] = load_sets({str(files / "folder" / "t*.jsonl"): 1.0}, ["train"])
+    [part] = load_datasets({str(files / "folder" / "t*.jsonl"): 1.0}, ["train"])
     assert [key.rpartition("/")[2] for key in part.rows["key"]] == [
         *(f"test.jsonl:{n}" for n in (1, 2, 3)),
         *(f"train.jsonl:{n}" for n in range(1, 8)),
     ]
     with refused("dataset files", "*.nothing"):
-        load_sets({str(files / "*.nothing"): 1.0}, ["train"])
+        load_datasets({str(files / "*.nothing"): 1.0}, ["train"])
     with refused("dataset files", "pairs.json", "parquet", "json"):
-        load_sets({str(files / "pairs.[jp]*[nt]"): 1.0}, ["train"])
+        load_datasets({str(files / "pairs.[jp]*[nt]"): 1.0}, ["train"])
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
     row = json.dumps({"chosen": "a", "rejected": "b"})
     (tmp_path / "a.jsonl").write_text(f"\ufeff{row}\n\n{row}\n")
-    [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+    [part] = load_datasets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
     assert list(part.rows["key"]) == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 3)]
 
 
@@ -277,7 +277,7 @@ def test_rows_of_other_keys_and_types_keep_their_own(tmp_path):
         for a in calls
     ] + [{"chosen": "text", "rejected": ["b"], "id": 1}, {"chosen": "text", "rejected": "b", "id": "two"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+    [part] = load_datasets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
     assert [
         row["chosen"][0]["tool_calls"][0]["function"]["arguments"]
         for row in map(whole_row, part.rows)
@@ -297,7 +297,7 @@ def test_texts_that_look_like_json_stay_texts(tmp_path):
         {"margin": 0.123456789012345, "chosen": "\ud83d"},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"rejected": "b", **row}) + "\n" for row in rows))
-    [part] = load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+    [part] = load_datasets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
     found = [{k: v for k, v in whole_row(row).items() if k != "key"} for row in part.rows]
     assert found == [{"rejected": "b", **row} for row in rows]
     assert math.isnan(whole_row({ROW: '{"margin": NaN}', "key": "a:1"})["margin"])
@@ -308,20 +308,20 @@ def test_an_archive_of_several_files_is_refused(tmp_path):
         packed.writestr("a.jsonl", "{}")
         packed.writestr("b.jsonl", "{}")
     with refused("dataset file", "a.jsonl.zip", "2 files"):
-        load_sets({str(tmp_path / "a.jsonl.zip"): 1.0}, ["train"])
+        load_datasets({str(tmp_path / "a.jsonl.zip"): 1.0}, ["train"])
 
 
 def test_brackets_in_the_name_of_a_file_that_is_there(tmp_path):
     for name in ("pairs[12].jsonl", "pairs1.jsonl"):
         (tmp_path / name).write_text(json.dumps({"chosen": name, "rejected": "b"}) + "\n")
-    [part] = load_sets({str(tmp_path / "pairs[12].jsonl"): 1.0}, ["train"])
+    [part] = load_datasets({str(tmp_path / "pairs[12].jsonl"): 1.0}, ["train"])
     assert [whole_row(row)["chosen"] for row in part.rows] == ["pairs[12].jsonl"]
 
 
 def test_rows_with_images_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": "a", "rejected": "b", "images": ["x.png"]}) + "\n")
     with refused("dataset", "a.jsonl", "images", "trl.DPOTrainer"):
-        load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+        load_datasets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
 
 
 def test_a_prompt_that_sides_repeat_is_written_once():
@@ -399,7 +399,7 @@ def test_a_json_file_is_read_to_its_end_once(tmp_path, monkeypatch):
     path.write_text(json.dumps({"chosen": "a", "rejected": "b", "id": 1}) + "\n")
     monkeypatch.setattr(files_module, "json_rows", lambda path: (reads.append(path), read(path))[1])
     for expected in (2, 2):  # once for mistakes and columns, once for the rows
-        [part] = load_sets({str(path): 1.0}, ["train"])
+        [part] = load_datasets({str(path): 1.0}, ["train"])
         assert (part.columns, whole_row(part.rows[0])["chosen"]) == (["chosen", "rejected", "id"], "a")
         assert len(reads) == expected
 
@@ -409,7 +409,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
     for text in ("one", "two"):
         path.write_text(json.dumps({"chosen": text, "rejected": "b"}) + "\n")
         os.utime(path, ns=(0, len(text) if text == "one" else 99))
-        [part] = load_sets({str(path): 1.0}, ["train"])
+        [part] = load_datasets({str(path): 1.0}, ["train"])
         assert whole_row(part.rows[0])["chosen"] == text
 
 
@@ -427,7 +427,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
         ("numbers.json", "[1, 2]", "entry 1 "),
         ("nothing.json", "[]", "no rows"),
         ("two.json", '{"train": [], "test": []}', "2 arrays (train, test)"),
-        ("number.json", "5", "holds int"),
+        ("number.json", "5", "contains int"),
         ("deep.jsonl", '{"a": ' + "[" * 100_000 + "\n", ": line 1 "),
         ("digits.jsonl", '{"a": ' + "1" * 5000 + "}\n", ": line 1 "),
         ("cut.arrow", b"ARROW1\0\0" + b"x" * 50, "Arrow"),
@@ -443,7 +443,7 @@ def test_unreadable_files_are_named_with_their_line(name, text, message, tmp_pat
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with refused("dataset" if name == "columns.jsonl" else "dataset file", name, message):
-        load_sets({str(tmp_path / name): 1.0}, ["train"])
+        load_datasets({str(tmp_path / name): 1.0}, ["train"])
 
 
 def tokenized(n, prompts):

@@ -18,7 +18,7 @@ from mdpo.data.forms import FORMS, LOOKED_AT, as_preference, look
 from mdpo.data.questions import LISTS, TEXTS
 from mdpo.data.rows import FROM_JSON, NO_USER, OTHER_SYSTEM, SPACED, TRAILING, row_to_pair
 from mdpo.data.sides import SIDE_FORMS
-from mdpo.data.sources import load_sets
+from mdpo.data.sources import load_datasets
 from mdpo.data.tokenize import tokenize_dataset, tokenize_row, tokenize_stream
 from mdpo.data.unread import NO_QUESTION, Unread
 from mdpo.errors import DropPair
@@ -431,7 +431,7 @@ def test_the_trainer_reads_forms_in_raw_rows(config, tokenizer, tmp_path):
 def refusal(tmp_path, rows, *columns: str) -> str:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with refused("dataset", tmp_path / "a.jsonl", *columns) as error:
-        load_sets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
+        load_datasets({str(tmp_path / "a.jsonl"): 1.0}, ["train"])
     return str(error.value)
 
 
