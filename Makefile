@@ -2,8 +2,11 @@
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
 PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
-# A worker for each core, at most 8; tests of one file stay together, as they share what they have trained.
-PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=15
+# A worker for each core, at most 8, and where processes are started one more, as some only wait; tests of one file
+# stay together (tests/conftest.py), as they share what they have trained.
+CORES := $(shell python3 -c 'import os; print(min(8, os.cpu_count()))')
+PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations=15
+MORE := $(shell expr $(CORES) + 1)
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
 
 .PHONY: help venv model quickstart quick test test-slow test-all style quality clean
@@ -26,13 +29,13 @@ quickstart: model
 	$(BIN)/python run_dpo.py recipes/smollm2-135m/dpo/config_quickstart.yaml
 
 quick: .venv/.complete
-	$(PYTEST) -m "not slow" tests/unit
+	$(PYTEST) -n $(CORES) -m "not slow" tests/unit
 
 test: model
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -n $(MORE) -m "not slow" tests
 
 test-slow: model
-	$(PYTEST) -m slow tests
+	$(PYTEST) -n $(MORE) -m slow tests
 
 test-all: test test-slow
 

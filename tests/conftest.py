@@ -3,6 +3,7 @@
 import ast
 import atexit
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ pytest.register_assert_rewrite(
     "generated", "launches", "mask_checks", "packed_pairs", "segments", "slurm_job", "trainers", "varlen_stand_ins"
 )
 TESTS = Path(__file__).parent
+PRETRAINED = re.compile(r"test_expected\.py|test_own_trajectories\.py|_with_a_pretrained_model\b")
 
 if "MDPO_TEST_HF_HOME" not in os.environ:  # set by a parent: a test that starts processes, or the first of pytest -n
     os.environ["MDPO_TEST_HF_HOME"] = tempfile.mkdtemp(prefix="mdpo-tests-")
@@ -51,13 +53,26 @@ def tokenizer():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that need a GPU are skipped by name where there is none."""
+    """Tests that need a GPU are skipped by name where there is none. The longest group of tests begins first."""
+    items.sort(key=lambda item: not PRETRAINED.search(item.nodeid))
     import torch  # after HF_HOME is set
 
     needs = [item for item in items if item.get_closest_marker("gpu")]
     if needs and not torch.cuda.is_available():
         for item in needs:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU (bash benchmarks/gpu_check.sh runs it)"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay with one worker, and all that train a pretrained model with the same one: gigabytes each."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "pretrained" if PRETRAINED.search(nodeid) else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 def functions(folder: str) -> int:

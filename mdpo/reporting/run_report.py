@@ -13,7 +13,7 @@ from mdpo.reporting.turn_tables import turn_tables
 REPORT, RESOLVED = "run_report.json", "recipe_resolved.yaml"
 # Rows of the table: label, metric.
 SHOWN = (
-    ("DPO loss", "eval_loss"),
+    ("loss", "eval_loss"),
     ("reward accuracy", "eval_rewards/accuracies"),
     ("mean reward margin", "eval_rewards/margins"),
     ("log-probs chosen", "eval_logps/chosen"),

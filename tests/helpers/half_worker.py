@@ -1,17 +1,15 @@
-"""Several runs of run_dpo.py in the processes of one launch: accelerate launch … half_worker.py RUNS.json
+"""Runs of several_runs.py in half precision: accelerate launch … half_worker.py RUNS.json
 
-RUNS.json: [[name, [argument, …]], …]. Of a run called wrong-… the batch goes through Trainer's own `_prepare_input`,
+Each tells the dtypes of its tensors. Of a run called wrong-… the batch goes through Trainer's own `_prepare_input`,
 which casts it to DeepSpeed's dtype: the negative control. A CPU without float16 units is told that it has them."""
 
-import json
 import sys
-from pathlib import Path
+from functools import partial
 
-from accelerate.state import AcceleratorState
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from several_runs import main
 from transformers import Trainer
 
-import run_dpo
 from dpo_trainer import DPOTrainer
 from mdpo.runs.entrypoint import run
 
@@ -36,13 +34,12 @@ def tell_dtypes(self, *args, **kwargs):
 DPOTrainer._prepare_for_training = tell_dtypes
 
 
-def main(argv: list[str]) -> None:
-    prepare_input = DPOTrainer._prepare_input
-    for name, arguments in json.loads(Path(argv[0]).read_text()):
-        DPOTrainer._prepare_input = Trainer._prepare_input if name.startswith("wrong") else prepare_input
-        run_dpo.main(arguments)
-        AcceleratorState._reset_state()  # the next run has another batch: "auto" values of DeepSpeed are made anew
+prepare_input = DPOTrainer._prepare_input
+
+
+def choose(name: str) -> None:
+    DPOTrainer._prepare_input = Trainer._prepare_input if name.startswith("wrong") else prepare_input
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(run(partial(main, before=choose), sys.argv[1:]))

@@ -15,10 +15,20 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 TIMEOUT_S = 400  # the first start compiles DeepSpeed's operator
 
 
-def command_of(config, workshop, out, *flags, port="0", of_launcher=(), recipe="recipe.yaml"):
+def launcher_of(config, port="0", more=()):
     file = config if isinstance(config, Path) else f"training_configs/{config}.yaml"
-    command = [*LAUNCHER, "--config_file", str(file), "--main_process_port", port, *of_launcher]
-    return [*command, "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
+    return [*LAUNCHER, "--config_file", str(file), "--main_process_port", port, *more]
+
+
+def command_of(config, workshop, out, *flags, recipe="recipe.yaml"):
+    return [*launcher_of(config), "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
+
+
+def command_of_several(config, runs: dict[str, list[str]], workshop, folder, **launcher):
+    """Runs in the processes of one launch, name -> [recipe, flag, …]; their outputs are folder/name."""
+    commands = [[n, [str(workshop / run[0]), *run[1:], f"--output_dir={folder / n}"]] for n, run in runs.items()]
+    (folder / "runs.json").write_text(json.dumps(commands))
+    return [*launcher_of(config, **launcher), "tests/helpers/several_runs.py", str(folder / "runs.json")]
 
 
 def environment_of(extensions, env=None):
@@ -27,14 +37,16 @@ def environment_of(extensions, env=None):
 
 
 def launch(config, workshop, extensions, out, *flags, env=None, **options):
-    result = subprocess.run(
-        command_of(config, workshop, out, *flags, **options),
-        cwd=ROOT,
-        env=environment_of(extensions, env),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    return finished(command_of(config, workshop, out, *flags, **options), environment_of(extensions, env))
+
+
+def launch_several(config, runs, workshop, extensions, folder):
+    command = command_of_several(config, runs, workshop, folder)
+    return finished(command, environment_of(extensions, {"PYTHONPATH": str(ROOT)}))
+
+
+def finished(command, env) -> tuple[int, str]:
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     return result.returncode, result.stdout + result.stderr
 
 

@@ -15,7 +15,7 @@ def test_figures():
     assert text.splitlines() == [
         "| 8 held-out pairs | before | after 4 steps |",
         "|---|---:|---:|",
-        "| DPO loss | 0.5000 | 0.5000 |",
+        "| loss | 0.5000 | 0.5000 |",
         "| reward accuracy | 0.7500 | 0.7500 |",
         "| mean reward margin | 1.2500 | 1.2500 |",
         "| log-probs chosen | -50.0000 | -54.0000 |",
@@ -51,4 +51,4 @@ def test_a_card_with_figures_and_recipe(tmp_path):
     trainer.create_model_card()
     card = (folder / "README.md").read_text()
     assert "```yaml\nbeta: 0.05  # {{ beta }}\n```" in card
-    assert f"| DPO loss | {trainer.state.log_history[-1]['eval_loss']:.4f} |" in card and "| 8 held-out pairs |" in card
+    assert f"| loss | {trainer.state.log_history[-1]['eval_loss']:.4f} |" in card and "| 8 held-out pairs |" in card

@@ -39,7 +39,7 @@ def test_what_differs(folders):
     assert [of.name for of in runs] == ["a", "b<i>"]
     assert compare_runs.differing(runs) == [("beta", ["0.1", "0.2"]), ("loss_type", ["(default)", '["hinge"]'])]
     figures = dict(compare_runs.final_metrics(runs))
-    assert figures["DPO loss"] == ["0.5000", "0.2500"] and figures["log-probs chosen"] == ["-54.0000"] * 2
+    assert figures["loss"] == ["0.5000", "0.2500"] and figures["log-probs chosen"] == ["-54.0000"] * 2
     assert figures["last training loss"] == ["0.6000", "0.1250"] and figures["steps"] == ["2", "2"]
     assert figures["pairs/s"] == ["1.50", "–"] and figures["peak memory (GB)"] == ["3.25", "–"]
     drawn = {title: lines for title, _, lines in compare_runs.plots(runs)}

@@ -35,7 +35,7 @@ def test_every_figure_of_every_laptop_recipe_is_there():
         assert (FAMILY / "dpo" / name).is_file()
         assert figures["reward accuracy"][0] == figures["mean reward margin"][0] == 0
         assert all(off > 0 for _, _, off in figures.values())
-    before = {name: figures["DPO loss"][0] for name, figures in found.items()}
+    before = {name: figures["loss"][0] for name, figures in found.items()}
     assert before["config_quickstart.yaml"] == before["config_turn_weights.yaml"] == round(math.log(2), 4)
     towards = [math.log1p(math.exp(margin)) for margin in (1, 2)]  # -log sigmoid(0 - margin), half of the pairs each
     assert before["config_margin.yaml"] == pytest.approx(sum(towards) / 2, abs=1e-4)
@@ -44,7 +44,7 @@ def test_every_figure_of_every_laptop_recipe_is_there():
 def test_the_quickstart_s_figures_are_those_of_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     figures = expected()["config_quickstart.yaml"]
-    assert figures["DPO loss"][1] == 0.1541 and figures["reward accuracy"][1] == 0.9844
+    assert figures["loss"][1] == 0.1541 and figures["reward accuracy"][1] == 0.9844
     for name, (before, after, _) in figures.items():
         assert re.search(rf"│ {name} +│ +{before:.4f} │ +{after:.4f} │", readme), name
 
@@ -58,7 +58,7 @@ def test_headers_say_the_same(name):
         re.MULTILINE,
     )
     figures = expected()[f"config_{name}.yaml"]
-    assert (float(before), float(after)) == figures["DPO loss"][:2] and float(accuracy) == figures["reward accuracy"][1]
+    assert (float(before), float(after)) == figures["loss"][:2] and float(accuracy) == figures["reward accuracy"][1]
 
 
 @pytest.mark.slow

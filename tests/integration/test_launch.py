@@ -15,7 +15,16 @@ import sys
 
 import pytest
 import torch
-from launches import TIMEOUT_S, command_of, compare, environment_of, launch, losses, on_two_cpus
+from launches import (
+    TIMEOUT_S,
+    command_of_several,
+    compare,
+    environment_of,
+    launch,
+    launch_several,
+    losses,
+    on_two_cpus,
+)
 from repository import ROOT
 from safetensors.torch import load_file
 from slurm_job import end, real_launcher, start, until
@@ -61,71 +70,88 @@ def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_p
     assert report["after"]["eval_logps/chosen"] == pytest.approx(own_log_probs(out, workshop), rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("ahead", ["false", "true"])
-def test_lora_under_zero(stage, ahead, workshop, extensions, tmp_path):
-    flags = [f"--precompute_ref_log_probs={ahead}"]
-    flags += ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj", "--lora_dropout=0.0"]
-    recipe = (workshop / "recipe.yaml").read_text().replace("ref_model_name_or_path", "# ref_model_name_or_path")
-    (workshop / "lora.yaml").write_text(recipe)
-    outs = {}
-    for config, pairs in (("cpu", 4), (f"zero{stage}_cpu", 2)):
-        outs[config] = tmp_path / config
-        cache = [f"--reference_cache_dir={tmp_path}/cache-{config}"] if ahead == "true" else []
-        code, text = launch(
-            config, workshop, extensions, outs[config], *flags, *cache, f"--per_device_train_batch_size={pairs}",
-            recipe="lora.yaml",
-        )  # fmt: skip
-        assert code == 0, text[-4000:]
-    one, two = (load_file(out / "adapter_model.safetensors") for out in outs.values())
-    assert set(one) == set(two) and len(one) == 8
-    for name, wanted in one.items():
-        assert (two[name] - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, name
-    assert losses(outs["cpu"])[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+MOVE = ["--sync_ref_model", "--ref_model_sync_steps=1", "--ref_model_mixup_alpha=0.3", "--save_strategy=steps"]
+LORA = ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj", "--lora_dropout=0.0"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_accumulation_and_checkpointing_under_zero(stage, workshop, extensions, one_process, tmp_path):
-    out = tmp_path / "out"
-    flags = ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=2", "--gradient_checkpointing=true"]
-    code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
+def several_of(folder, workshop, pairs: int) -> dict[str, list[str]]:
+    """Runs that one process and ZeRO must agree on: LoRA with the reference in the step or ahead, a moving one."""
+    (workshop / "lora.yaml").write_text(
+        (workshop / "recipe.yaml").read_text().replace("ref_model_name_or_path", "# ref_model_name_or_path")
+    )
+    size = f"--per_device_train_batch_size={pairs}"
+    ahead = ["--precompute_ref_log_probs=true", f"--reference_cache_dir={folder}/cache-lora"]
+    return {
+        "lora": ["lora.yaml", *LORA, size],
+        "lora-ahead": ["lora.yaml", *LORA, size, *ahead],
+        "moving": ["recipe.yaml", *MOVE, "--save_steps=2", size],
+    }
+
+
+@pytest.fixture(scope="module")
+def in_one_process(workshop, extensions, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one-several")
+    code, text = launch_several("cpu", several_of(folder, workshop, pairs=4), workshop, extensions, folder)
     assert code == 0, text[-4000:]
-    compare(out, one_process, workshop)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def under_zero(request, workshop, extensions, tmp_path_factory):
+    """(folder, text of the first launch, of the second). Between them a shard of the reference cache is damaged."""
+    folder = tmp_path_factory.mktemp(f"zero-{request.param}")
+    accumulation = ["--gradient_accumulation_steps=2", "--gradient_checkpointing=true"]
+    ahead = ["--per_device_train_batch_size=2", "--precompute_ref_log_probs", "--precompute_ref_batch_size=3"]
+    ahead += [f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}", f"--reference_cache_dir={folder}/cache"]
+    runs = several_of(folder, workshop, pairs=2) | {
+        "accumulation": ["recipe.yaml", "--per_device_train_batch_size=1", *accumulation],
+        "ahead": ["recipe.yaml", *ahead],
+    }
+    again = {
+        "ahead-again": runs["ahead"],
+        "moving-again": [*runs["moving"], f"--resume_from_checkpoint={folder}/moving/checkpoint-2"],
+    }
+    texts = []
+    for launched in (runs, again):
+        code, text = launch_several(f"zero{request.param}_cpu", launched, workshop, extensions, folder)
+        assert code == 0, text[-4000:]
+        texts.append(text)
+        shards = {path.name.split("-")[1]: path for path in (folder / "cache").glob("*/*.safetensors")}
+        os.truncate(shards["0"], 100)  # of rank 0: batches 0, 2 and 4 of 3, 3, 3, 3, 3 and 1 pairs
+    return folder, *texts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_precomputed_reference_under_zero(stage, workshop, extensions, one_process, tmp_path):
+@pytest.mark.parametrize("name", ["lora", "lora-ahead"])
+def test_lora_under_zero(name, under_zero, in_one_process):
+    two, one = (load_file(folder / name / "adapter_model.safetensors") for folder in (under_zero[0], in_one_process))
+    assert set(one) == set(two) and len(one) == 8
+    for key, wanted in one.items():
+        assert (two[key] - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, key
+    assert losses(in_one_process / name)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_accumulation_and_checkpointing_under_zero(under_zero, one_process, workshop):
+    compare(under_zero[0] / "accumulation", one_process, workshop)
+
+
+@pytest.mark.slow
+def test_precomputed_reference_under_zero(under_zero, one_process, workshop):
     """The same weights as with the reference in memory. Both ranks write shards; with one of them damaged a second run
     computes its pairs alone, and again ends with the same weights."""
-    flags = ["--per_device_train_batch_size=2", "--precompute_ref_log_probs", "--precompute_ref_batch_size=3"]
-    flags.append(f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}")
-    flags.append(f"--reference_cache_dir={tmp_path}/cache")
-    for run, known in (("first", 0), ("second", 7)):
-        out = tmp_path / run
-        code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
-        assert code == 0, text[-4000:]
-        assert f"reference log-probs of train: {known} of 16 from {tmp_path}/cache" in text
+    folder, *texts = under_zero
+    for run, text, known in zip(("ahead", "ahead-again"), texts, (0, 7), strict=True):
+        assert f"reference log-probs of train: {known} of 16 from {folder}/cache/" in text
         assert "reference log-probs of eval: 16 of 16" in text
-        compare(out, one_process, workshop)
-        assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
-        shards = {path.name.split("-")[1]: path for path in (tmp_path / "cache").glob("*/*.safetensors")}
-        os.truncate(shards["0"], 100)  # of rank 0: batches 0, 2 and 4 of 3, 3, 3, 3, 3 and 1 pairs
+        compare(folder / run, one_process, workshop)
+        assert json.loads((folder / run / "run_report.json").read_text())["after"]["eval_pairs"] == 16
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
+def test_a_moving_reference_under_zero(under_zero, in_one_process, workshop, tmp_path):
     """The reference moves after every step, whole or partitioned; a resumed run from a checkpoint has it back."""
-    move = ["--sync_ref_model", "--ref_model_sync_steps=1", "--ref_model_mixup_alpha=0.3", "--save_strategy=steps"]
-    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    code, text = launch("cpu", workshop, extensions, one, *move, "--save_steps=2", "--per_device_train_batch_size=4")
-    assert code == 0, text[-4000:]
-    flags = [*move, "--save_steps=2", "--per_device_train_batch_size=2"]
-    code, text = launch(f"zero{stage}_cpu", workshop, extensions, two, *flags)
-    assert code == 0, text[-4000:]
+    one, two, again = in_one_process / "moving", under_zero[0] / "moving", under_zero[0] / "moving-again"
     compare(two, one, workshop)
     base = load_file(workshop / "reference" / "model.safetensors")
     moved, wanted = (load_file(out / "checkpoint-2" / "reference" / "model.safetensors") for out in (two, one))
@@ -134,9 +160,6 @@ def test_a_moving_reference_under_zero(stage, workshop, extensions, tmp_path):
     tmp_path.joinpath("new").touch()  # what every rank wrote has the mode of a new file, but that it may be a program
     modes = {path.stat().st_mode & ~0o111 for path in two.rglob("*") if path.is_file()}
     assert modes == {tmp_path.joinpath("new").stat().st_mode}
-    flags.append(f"--resume_from_checkpoint={two / 'checkpoint-2'}")
-    code, text = launch(f"zero{stage}_cpu", workshop, extensions, again, *flags)
-    assert code == 0, text[-4000:]
     compare(again, one, workshop, tokens=False)  # num_tokens begins anew, as in TRL
 
 
@@ -146,43 +169,43 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def launch_two_nodes(workshop, extensions, out, logs, *flags):
+def launch_two_nodes(runs, workshop, extensions, folder):
     """A launcher for each of two "machines", as a job of two nodes has; they share the home and the output folder."""
-    nodes, port, config = [], free_port(), on_two_cpus("zero3_two_nodes", logs)
+    nodes, port, config = [], free_port(), on_two_cpus("zero3_two_nodes", folder)
     for rank in range(2):
         where = ["--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
-        command = command_of(config, workshop, out, *flags, port=port, of_launcher=where)
-        with open(logs / f"node-{rank}.txt", "w") as log:
+        command = command_of_several(config, runs, workshop, folder, port=port, more=where)
+        with open(folder / f"node-{rank}.txt", "w") as log:
             output = {"stdout": log, "stderr": subprocess.STDOUT}
-            nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment_of(extensions), **output))
+            env = environment_of(extensions, {"PYTHONPATH": str(ROOT)})
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=env, **output))
     try:
         codes = [node.wait(timeout=TIMEOUT_S) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
             node.wait()
-    return codes, [(logs / f"node-{rank}.txt").read_text() for rank in range(2)]
+    return codes, [(folder / f"node-{rank}.txt").read_text() for rank in range(2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ahead", ["false", "true"])
-def test_two_nodes_equal_one_process(ahead, workshop, extensions, one_process, tmp_path):
+def test_two_nodes_equal_one_process(workshop, extensions, one_process, tmp_path):
     """Both have a process of LOCAL_RANK 0, and only the first node's may speak and write into the shared folder."""
-    flags = ["--per_device_train_batch_size=2", f"--precompute_ref_log_probs={ahead}"]
-    flags += [f"--reference_cache_dir={tmp_path}/cache"] if ahead == "true" else []
-    flags += [f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}", "--save_strategy=steps", "--save_steps=2"]
-    out = tmp_path / "out"
-    codes, (first, second) = launch_two_nodes(workshop, extensions, out, tmp_path, *flags)
+    flags = ["--per_device_train_batch_size=2", f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}"]
+    flags += ["--save_strategy=steps", "--save_steps=2"]
+    ahead = ["--precompute_ref_log_probs=true", f"--reference_cache_dir={tmp_path}/cache"]
+    runs = {"in-the-step": ["recipe.yaml", *flags], "ahead": ["recipe.yaml", *flags, *ahead]}
+    codes, (first, second) = launch_two_nodes(runs, workshop, extensions, tmp_path)
     assert codes == [0, 0], first[-4000:] + second[-4000:]
     line = "global batch 4 = 2 pairs per device × 1 accumulation × 2 processes"
-    assert line in first and line not in second
-    compare(out, one_process, workshop)
-    assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
-    states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
-    assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimizer
-    if ahead == "true":
-        shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
-        assert shards == {"0", "1"}
+    assert first.count(line) == 2 and line not in second
+    for out in (tmp_path / name for name in runs):
+        compare(out, one_process, workshop)
+        assert json.loads((out / "run_report.json").read_text())["after"]["eval_pairs"] == 16
+        states = sorted(path.name for path in (out / "checkpoint-2").glob("**/*_optim_states.pt"))
+        assert [name.split("_")[3] for name in states] == ["0", "1"], states  # each node's part of the optimizer
+    shards = {path.name.split("-")[1] for path in (tmp_path / "cache").glob("*/*.safetensors")}
+    assert shards == {"0", "1"}
 
 
 @pytest.mark.slow

@@ -36,14 +36,14 @@ TEMPLATES = {  # name -> the kind of tokenizer that it is tried with in the fast
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_supervised_is_what_the_policy_said(name):
-    check_many(name, chat_template(name, TEMPLATES[name]), 40)
+    check_many(name, chat_template(name, TEMPLATES[name]), 15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte", "letters", "metaspace", "always"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_supervised_is_what_the_policy_said_many_times(name, kind):
-    check_many(name, chat_template(name, kind), 300)
+    check_many(name, chat_template(name, kind), 100)
 
 
 # ---- negative controls: wrong mask makers
