@@ -55,12 +55,12 @@ OF_TRL_WITHOUT_A_RECIPE = {
     "pad_to_multiple_of": "test_trl_parity: test_options",
     "router_aux_loss_coef": "test_trl_parity: test_mixture_of_experts",
     "disable_dropout": "test_dropout: test_every_rate_is_off",
-    "pad_token": "test_trainer: test_what_no_run_could_honor_is_refused",
+    "pad_token": "test_trainer: test_what_only_the_trainer_refuses",
     "model_init_kwargs": "test_late_values: test_model_init_kwargs_of_no_model",
     "trust_remote_code": "test_startup: test_a_configuration_is_looked_for_where_the_model_is",
     "dataset_num_proc": "test_config: test_handbook_recipe_works",
-    "padding_free": "test_trainer: test_what_no_run_could_honor_is_refused",
-    "activation_offloading": "test_trainer: test_what_no_run_could_honor_is_refused",
+    "padding_free": "test_effects: test_what_is_not_offered_is_refused",
+    "activation_offloading": "test_effects: test_what_is_not_offered_is_refused",
 }
 # Losses that no recipe minimizes: TRL's are compared with TRL, those of M-DPO's code with their formulas.
 LOSSES_WITHOUT_A_RECIPE = {

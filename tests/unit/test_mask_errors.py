@@ -230,13 +230,6 @@ def test_the_completion_rule_supervises_tool_output_and_ours_does_not():
 # ---- what is refused altogether
 
 
-def test_a_tokenizer_without_a_chat_template():
-    tokenizer = copy.deepcopy(LETTERS.tokenizer)
-    tokenizer.chat_template = None
-    with errors.refused("chat_template", ".jinja"):
-        ChatTemplate(tokenizer)
-
-
 def test_an_end_of_turn_that_is_no_special_token():
     template = CHATML.replace("<|im_start|>", "### ").replace("<|im_end|>", " END")
     with errors.refused("chat_template", r" END\n"):
