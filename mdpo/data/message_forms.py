@@ -167,4 +167,4 @@ def refuse_broken(value: Any, column: str) -> None:
         return
     if mark == "'":
         raise DropPair(f"{column} is messages as Python writes them, not JSON: write it with json.dumps")
-    raise DropPair(f"{column} begins as messages in JSON and is not JSON")
+    raise DropPair(f"{column} begins as messages in JSON and is not JSON", column)

@@ -23,7 +23,8 @@ def turn_weight(fields: dict[str, Any], role: str, unread: dict[str, None]) -> f
         return None
     weights = {**({"weight": float(weight)} if weight is not None else {}), **switches}
     if len({value > 0 for value in weights.values()}) > 1 or len(set(switches.values())) > 1:
-        raise DropPair(f"{' and '.join(weights)} of one message contradict each other")
+        both = " and ".join(weights)
+        raise DropPair(f"{both} of one message contradict each other", both)
     return next(iter(weights.values()), None)
 
 

@@ -48,14 +48,15 @@ WITH_CALLS = (
 )  # fmt: skip
 
 
-def drops(row) -> dict[str, str]:
-    """Conversation -> the reason for which its pair is dropped. `calls` stands for all that have calls."""
-    own = dict(row.drops or {})
-    return {**dict.fromkeys(WITH_CALLS if "calls" in own else (), own.pop("calls", "")), **own}
+def drops(row) -> dict[str, tuple[str, ...]]:
+    """Conversation -> what `errors.dropped` takes: the key of its pair's DropPair, and details of the reason that tell
+    it from another of that key. `calls` stands for all that have calls."""
+    own = {name: (reason,) if isinstance(reason, str) else tuple(reason) for name, reason in (row.drops or {}).items()}
+    return {**dict.fromkeys(WITH_CALLS if "calls" in own else (), own.pop("calls", ())), **own}
 
 
-NO_TOOLS = {name: row.drops["calls"] for name, row in ROWS.items() if "calls" in (row.drops or {})}
-EXCLUDED: dict[str, dict[str, str]] = {}
+NO_TOOLS = {name for name, row in ROWS.items() if "calls" in (row.drops or {})}
+EXCLUDED: dict[str, dict[str, tuple[str, ...]]] = {}
 for name, row in ROWS.items():
     for conversation, reason in drops(row).items():
         EXCLUDED.setdefault(conversation, {})[name] = reason

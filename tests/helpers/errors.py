@@ -24,3 +24,9 @@ def refused(key: str, *details, kind: type[Exception] = UserError) -> Iterator[p
 def dropped(key: str, *details):
     """`refused` for the reason of a DropPair."""
     return refused(key, *details, kind=DropPair)
+
+
+def is_reason(reason: str, key: str, *details) -> None:
+    """The reason under which a row is counted as dropped is of this key, and has each detail in it."""
+    with dropped(key, *details):
+        raise DropPair(reason)

@@ -22,8 +22,8 @@ from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE
 from mdpo.masking.spans import STRADDLE
 from mdpo.types import Pair
 
-REASONS = (LEFT_OUT, "template refuses the conversation", NOT_DERIVABLE, NO_STOP, STRADDLE, "a turn without words")
-REASONS += ("chosen equals rejected", "diverges only in user or tool text", "no assistant turn")
+KEYS = {LEFT_OUT, "template refuses the conversation", NOT_DERIVABLE, NO_STOP, STRADDLE, "a turn without words"}
+KEYS |= {"chosen equals rejected", "diverges only in user or tool text", "no assistant turn"}
 WORDS = [
     "Twelve.", "e\u0301te\u0301", "\u0301", "שלום, עולם", "\u202eabc\u202c", "مرحبا", "👩\u200d👩\u200d👧", "日本",
     "🙂", "a\u200d", "\u00a0", "\u2028", "\x1c", " ", "\n", "\n\n", "\t", "\r\n", "```python\nprint(3 * 4)\n```",
@@ -215,8 +215,8 @@ def run(name: str, template, n: int, make_masks=ours, phases=tuple(Phase)) -> Co
         try:
             same = holds(name, template, pair, make_masks)
         except DropPair as reason:
-            assert str(reason).startswith(REASONS)
-            counts[str(reason).partition(":")[0].partition(" (")[0]] += 1
+            assert reason.key in KEYS
+            counts[reason.key] += 1
         else:
             counts.update({"kept", *features(pair)} if same else {"composed over an edge"})
 

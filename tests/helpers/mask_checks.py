@@ -5,7 +5,6 @@ import json
 import re
 from functools import cache
 
-import pytest
 from conversations import assistant, user
 from tiny import CHATML, tokenizer_for
 from tokenizers import Tokenizer, decoders, processors
@@ -72,12 +71,6 @@ def rounds(*texts):
 
 def ones(mask):
     return [t for t, m in enumerate(mask) if m]
-
-
-def refused(exception, action, *args, **kwargs):
-    with pytest.raises(exception) as error:
-        action(*args, **kwargs)
-    return str(error.value)
 
 
 def byte_level(*merges, trim_offsets=False):

@@ -49,7 +49,8 @@ class Row:
     end: str = ""  # behind everything
     text_parts: bool = False  # content is a list of parts
     json_arguments: bool = False  # arguments are concatenated as strings
-    drops: dict[str, str] | None = None  # conversation of the mask tests -> the reason for which its pair is dropped
+    drops: dict[str, str | list[str]] | None = None  # conversation of the mask tests -> the key of its pair's DropPair,
+    # or [key, what else tells its reason]
 
 
 def as_json(value):

@@ -18,7 +18,7 @@ from mdpo.runs.entrypoint import run
 
 CASES = ROOT / "tests/cases"
 NAMES = sorted(path.name for path in CASES.iterdir() if path.is_dir())
-THROUGH_THE_COMMAND_LINE = ["data_line_broken", pytest.param("recipe_beta_negative", marks=pytest.mark.slow)]
+THROUGH_THE_COMMAND_LINE = ["data_line_broken", pytest.param("recipe_beta_out_of_range", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -341,13 +341,6 @@ def test_deepspeed_does_not_compute_in_float32_with_half_precision_weights(monke
         refuse_two_precisions({"dtype": "bfloat16"}, arguments("no", 2))
 
 
-@pytest.mark.parametrize("key", ["bf16_full_eval", "fp16_full_eval"])
-def test_evaluation_has_the_precision_of_training(key, tmp_path):
-    args = MDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **{key: True})
-    with refused(key, "not supported"):
-        check_options(args)
-
-
 def test_mixing_in_half_precision_is_told():
     """Of a step of one unit of precision α = 0.3 makes nothing and α = 0.6 all of it."""
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)

@@ -158,11 +158,9 @@ def test_seed_decides_the_order_and_what_is_held_out(prepare):
     assert len({frozenset(rows["key"]) for rows in held_out}) > 1
 
 
-def test_a_share_is_not_rounded_down_by_float_error_and_never_empty(prepare):
+def test_a_share_is_not_rounded_down_by_float_error(prepare):
     pairs(100).to_json("hundred.jsonl")
     assert len(prepare("--dataset_mixer={hundred.jsonl: 0.29}")[0]) == 29
-    with refused("dataset", "'a.jsonl'", "0.1 of its 8 rows"):
-        prepare("--dataset_mixer={a.jsonl: 0.1}")
 
 
 def test_every_split_of_an_evaluation_set_is_taken(prepare):

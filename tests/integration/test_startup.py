@@ -128,27 +128,6 @@ def recipe(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--model_name_or_path=models/nothing", "model_name_or_path: there is no folder models/nothing"),
-        ("--ref_model_name_or_path=./nothing", "ref_model_name_or_path: there is no folder"),
-        ("--dataset_mixer={nothing.jsonl: 1.0}", "dataset file nothing.jsonl does not exist"),
-        ("--chat_template=nothing.jinja", "chat_template: nothing.jinja does not exist"),
-        ("--chat_template=.", "chat_template: . is a folder"),
-        ("--max_length=20", "no pair is left"),
-        ("--test_split_size=8", "leaves no row of 8 to train on"),
-        ("--resume_from_checkpoint=true", "holds no checkpoint"),
-        ("--loss_type=hinge2", "loss_type"),
-    ],
-)
-def test_errors_of_a_run_before_the_weights(recipe, flag, message, capsys):
-    assert run(run_dpo.main, [str(recipe), flag]) == 1
-    err = capsys.readouterr().err
-    assert message in err
-    assert "Traceback" not in err
-
-
 def test_a_run_in_one_process_and_a_used_folder(recipe, capsys, tmp_path):
     assert run(run_dpo.main, [str(recipe), "--test_split_size=2", "--eval_on_start=true"]) == 0
     out = capsys.readouterr().out

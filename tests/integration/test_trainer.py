@@ -82,8 +82,6 @@ def test_shared_prefix_off_where_it_cannot_be(tmp_path, tokenizer, capsys):
     trainer = own(tmp_path, tokenizer, tiny_llama(tokenizer), peft_config=tuning, learning_rate=1e-2)
     assert "shared_prefix: off for PeftModelForCausalLM: prompt-learning PEFT" in capsys.readouterr().out
     assert not next(iter(trainer.get_train_dataloader())).is_packed
-    with refused("pad_to_multiple_of", "no effect", "shared_prefix"):
-        mdpo_trainer(tmp_path, tokenizer, pad_to_multiple_of=8)
 
 
 def test_a_hybrid_model_trains_on_padded_batches_by_itself(tmp_path, tokenizer, capsys):
@@ -242,52 +240,26 @@ def test_incomplete_checkpoint_is_noticed(tmp_path, tokenizer):
         check_saved(tmp_path, model)
 
 
-# Options that no run could honor, and those that would do nothing: the options, the error's key, what it names.
+# Checks that the trainer calls by itself, for those who start it without run_dpo.py; those of `check_options` are in
+# tests/unit/test_effects.py.
 REFUSED = [
-    ({"loss_type": ["sigmod"]}, "loss_type", "'sigmod'"),
-    ({"loss_type": ["sigmoid", "sigmoid"]}, "loss_type", "twice"),
-    ({"f_divergence_type": "chi"}, "f_divergence_type", "'chi'"),
-    ({"f_divergence_type": "forward_kl", "loss_type": ["apo_zero"]}, "f_divergence_type", "apo_zero;"),
-    ({"use_weighting": True, "loss_type": ["aot"]}, "use_weighting", "aot"),
-    ({"label_smoothing": 0.5, "loss_type": ["robust"]}, "label_smoothing", "0.5 is out of range"),
-    ({"loss_type": ["exo_pair"]}, "label_smoothing", "exo_pair"),
-    ({"ld_alpha": 1.5}, "ld_alpha", "1.5 is out of range"),
-    ({"loss_type": ["kl"]}, "margin_scale", ": kl "),
-    ({"padding_free": True}, "padding_free", "not supported"),
-    ({"use_liger_kernel": True}, "use_liger_kernel", "not supported"),
-    ({"activation_offloading": True}, "activation_offloading", "not supported"),
-    ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "sync_ref_model", "precompute_ref_log_probs"),
     ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef", "llama"),
     ({"pad_token": "<nowhere>"}, "pad_token", "'<nowhere>'"),
-]
-WITHOUT_EFFECT = [
-    {"label_smoothing": 0.1},
-    {"discopop_tau": 0.1},
-    {"margin_scale": 1.0, "loss_type": ["ipo"]},
-    {"length_penalty": 0.1, "loss_type": ["hinge"]},
-    {"ld_alpha": 0.5, "loss_type": ["sft"]},
-    {"f_alpha_divergence_coef": 0.3},
-    {"ref_model_mixup_alpha": 0.5},
-    {"ref_model_sync_steps": 5},
-    {"precompute_ref_batch_size": 2},
 ]
 
 
 @pytest.mark.parametrize(("options", "key", "detail"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
-def test_what_no_run_could_honor_is_refused(options, key, detail, tmp_path, tokenizer):
+def test_what_only_the_trainer_refuses(options, key, detail, tmp_path, tokenizer):
     with refused(key, detail):
         mdpo_trainer(tmp_path, tokenizer, **options)
 
 
-@pytest.mark.parametrize("options", WITHOUT_EFFECT, ids=lambda options: next(iter(options)))
-def test_options_without_effect_are_refused_or_named(options, tmp_path, tokenizer, capsys):
-    """Refused under MDPOConfig, which recipes use; named under trl.DPOConfig, under which TRL's scripts run on."""
-    key = next(iter(options))
-    with refused(key, "no effect"):
-        mdpo_trainer(tmp_path, tokenizer, **options)
-    if key not in ("margin_scale", "length_penalty"):
-        trainer_of(DPOTrainer, agent_rows(4), tmp_path, tokenizer, **options)
-        assert f"{key}: has no effect" in capsys.readouterr().out
+def test_the_trainer_checks_its_options(tmp_path, tokenizer, capsys):
+    """One for all of `check_options`, whose lines it says."""
+    with refused("discopop_tau", "no effect"):
+        mdpo_trainer(tmp_path, tokenizer, discopop_tau=0.1)
+    trainer_of(DPOTrainer, agent_rows(4), tmp_path, tokenizer, discopop_tau=0.1)
+    assert "discopop_tau: has no effect" in capsys.readouterr().out
 
 
 def test_dropout_of_lora_without_effect_is_named(tmp_path, tokenizer, capsys):

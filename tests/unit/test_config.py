@@ -42,14 +42,12 @@ def load(tmp_path):
 # What is wrong, the key of its error, and what is named: the place, the value as it was written, what is wanted.
 BAD_YAML = [
     # misspelt and unknown keys
-    ("bta: 0.1", "bta", "r.yaml:4: bta ", "beta?"),
     ("bet: 0.1", "bet", "r.yaml:4: bet ", "beta?"),
     ("\n\nlearning-rate: 1", "learning-rate", "r.yaml:6: ", "learning_rate?"),
     ("batch_size: 4", "batch_size", "per_device_train_batch_size?"),
     ("qqqq: 1", "qqqq", "--help"),
     ("'<<': {beta: 0.1}", "<<", "r.yaml:4: << "),
     # types
-    ("beta: [1]", "beta", "r.yaml:4: beta: [1] ", "a number"),
     ("beta: true", "beta", "beta: true ", "a number"),
     ("beta: null", "beta", "beta: null ", "a number"),
     ("beta:", "beta", "beta: null ", "a number"),
@@ -57,7 +55,6 @@ BAD_YAML = [
     ("max_length: 5.5", "max_length", "max_length: 5.5 ", "a whole number"),
     ("max_length: true", "max_length", "max_length: true ", "a whole number"),
     ("max_length: .inf", "max_length", "max_length: .inf ", "a whole number"),
-    ("learning_rate: fast", "learning_rate", "learning_rate: fast ", "a number"),
     ("learning_rate: 4e-7x", "learning_rate", "learning_rate: 4e-7x ", "a number"),
     ("max_steps: 1_000", "max_steps", "max_steps: 1_000 ", "a whole number"),
     ("mask_user_turns: 1", "mask_user_turns", "mask_user_turns: 1 ", "true or false"),
@@ -74,14 +71,10 @@ BAD_YAML = [
     ("eval_strategy: off", "eval_strategy", "eval_strategy: off ", "no, steps, epoch"),
     ("eval_strategy: false", "eval_strategy", "eval_strategy: false ", "no, steps, epoch"),
     ("dtype: bf16", "dtype", "dtype: bf16 ", "auto, bfloat16, float16, float32 or null"),
-    ("truncation_mode: keep_end", "truncation_mode", "truncation_mode: keep_end ", "drop, keep_start"),
     ("optim: adamw", "optim", "optim: adamw ", "adamw_torch?"),
     # ranges
-    ("beta: 0", "beta", "r.yaml:4: beta: 0 is out of range", "> 0"),
-    ("beta: -0.1", "beta", "beta: -0.1 is out of range"),
     ("beta: .nan", "beta", "beta: nan is out of range"),
     ("learning_rate: -1e-6", "learning_rate", "r.yaml:4: learning_rate: -1e-06 is out of range", ">= 0"),
-    ("nll_coefficient: -1", "nll_coefficient", "-1 is out of range"),
     ("max_length: 1", "max_length", "max_length: 1 is out of range", ">= 2, or null"),
     ("num_train_epochs: 0", "num_train_epochs", "epochs: 0 is out of range"),
     ("per_device_train_batch_size: 0", "per_device_train_batch_size", "size: 0 is out of range"),
@@ -105,24 +98,20 @@ BAD_YAML = [
     ("loss_weights: [1, 2]", "loss_weights", "r.yaml:4: loss_weights"),
     ("load_in_4bit: true\nload_in_8bit: true", "load_in_8bit", "4 bit"),
     # duplicates
-    ("beta: 0.1\nseed: 1\nbeta: 0.2", "beta", "line 4 ", "line 6."),
-    ("beta: 0.1\n'beta': 0.2", "beta", "line 4 ", "line 5."),
+    ("seed: 1\n'seed': 2", "seed", "line 4 ", "line 5."),
     ("eval_dataset_mixer:\n  b: 1.0\n  b: 0.5", "b", "line 5 ", "line 6."),
     ("chat_template_kwargs: {x: [{y: 1, y: 2}]}", "y", "line 4 ", "line 4."),
     ("torch_dtype: float32\ndtype: float32", "dtype", "r.yaml:5: dtype ", "r.yaml:4: torch_dtype"),
     # syntax
-    ("beta: [1", "recipe", "r.yaml:", "YAML"),
     ("  beta: 1", "recipe", "r.yaml:4: ", "YAML"),
-    ("beta: 0.1\n---\nbeta: 0.2", "recipe", "r.yaml:5: ", "YAML", "another document"),
+    ("seed: 1\n---\nseed: 2", "recipe", "r.yaml:5: ", "YAML", "another document"),
     ("run_name: !!python/name:os.system x", "recipe", "r.yaml:4: ", "YAML"),
     ("run_name: *nowhere", "recipe", "r.yaml:4: ", "YAML", "undefined alias"),
     # older keys
-    ("max_prompt_length: 512", "max_prompt_length", "r.yaml:4: max_prompt_length ", "max_length"),
     ("warmup_ratio: 1", "warmup_ratio", "warmup_ratio: 1 ", "set warmup_steps"),
     ("warmup_ratio: true", "warmup_ratio", "warmup_ratio: True ", "warmup_steps"),
     ("use_flash_attention_2: sdpa", "use_flash_attention_2", "'sdpa'", "attn_implementation"),
     ("evaluation_strategy: step", "evaluation_strategy", "r.yaml:4: evaluation_strategy: step ", "steps?"),
-    ("train_dir: pairs.jsonl", "train_dir", "dataset_mixer"),
 ]
 
 
@@ -135,7 +124,6 @@ def test_bad_yaml_is_named(load, case):
 
 
 BAD_FLAGS = [
-    (["--bet=0.1"], "bet", "--bet ", "--beta?"),
     (["--bet", "0.1"], "bet", "--bet ", "--beta?"),
     (["--bet"], "bet", "--bet ", "--beta?"),
     (["--learning-rate=1"], "learning-rate", "--learning_rate?"),
@@ -143,13 +131,10 @@ BAD_FLAGS = [
     (["--beta"], "beta", "--beta=VALUE"),
     (["--beta", "--seed=1"], "beta", "--beta=VALUE"),
     (["--config"], "config", "--config=VALUE"),
-    (["--beta=fast"], "beta", "--beta: fast ", "a number."),
     (["--beta="], "beta", "--beta: null ", "a number."),
-    (["--beta=-1"], "beta", "--beta: -1 is out of range"),
     (["--max_length=5.5"], "max_length", "--max_length: 5.5 ", "a whole number or null."),
     (["--mask_user_turns=2"], "mask_user_turns", "--mask_user_turns: 2 ", "true or false."),
     (["--mask_user_turns", "2"], "argument", "'2' is not expected"),
-    (["--beta=0.1", "--beta=0.2"], "beta", "--beta is set twice"),
     (["--beta=0.1", "--beta=0.1"], "beta", "--beta is set twice"),
     (["--torch_dtype=float32", "--dtype=float32"], "dtype", "--dtype is set twice", "--torch_dtype"),
     (["--dataset_mixer={a: 1.0, a: 0.5}"], "a", "--dataset_mixer: ", "line 1 "),
@@ -162,10 +147,9 @@ BAD_FLAGS = [
     (["-b=1"], "argument", "'-b=1' is not expected"),
     (["--"], "argument", "'--' is not expected"),
     (["other.yaml"], "recipe", "two", "other.yaml"),
-    (["--config=other.yaml"], "recipe", "two", "other.yaml"),
+    (["--config=second.yaml"], "recipe", "two", "second.yaml"),
     (["--sanity_check", "other.yaml"], "recipe", "two", "other.yaml"),
     (["--resume_from_checkpoint", "other.yaml"], "recipe", "two", "other.yaml"),
-    (["--max_prompt_length=512"], "max_prompt_length", "is gone"),
     (["--len_penalty", "0.5"], "len_penalty", "is gone"),
 ]
 
@@ -283,14 +267,14 @@ def test_required_keys(load, missing):
         load(base=base)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "beta\n", "{}\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n", "beta\n", "{}\n"])
 def test_not_a_mapping(load, text):
     with refused("recipe", "r.yaml", "`key: value`"):
         load(base=text)
 
 
 def test_unreadable_files(tmp_path):
-    with refused("recipe", "No such file", "recipes/gemma-7b-it/dpo/config_full.yaml"):
+    with refused("recipe", "recipes/gemma-7b-it/dpo/config_full.yaml"):  # a near name is offered
         load_recipe(["recipes/gemma-7b-it/dpo/config_ful.yaml"])
     (tmp_path / "folder.yaml").mkdir()
     with refused("recipe", "folder.yaml", "Is a directory"):
@@ -382,7 +366,10 @@ def test_advice_names_only_live_keys():
             assert "_" not in word or word.isupper() or word in FIELDS or word in plain, (key, word)
 
 
-@pytest.mark.parametrize("key", [key for key, retired in RETIRED_KEYS.items() if retired.to is None])
+IN_CASES = {"max_prompt_length", "dataset_streaming"}  # tests/cases has them
+
+
+@pytest.mark.parametrize("key", [key for key, new in RETIRED_KEYS.items() if new.to is None and key not in IN_CASES])
 def test_refused_keys(load, key):
     with refused(key, f"r.yaml:4: {key} ", RETIRED_KEYS[key].advice):
         load(f"{key}: 1")
@@ -610,9 +597,11 @@ def test_classes_check_themselves():
     assert DataArguments(dataset_mixer=["a", "b"]).dataset_mixer == {"a": 1.0, "b": 1.0}
     with refused("dataset_mixer", "no dataset"):
         DataArguments()
-    for wrong in ({"beta": math.inf}, {"truncation_mode": "keep_end"}, {"max_length": 0}):
+    for wrong in ({"beta": math.inf}, {"truncation_mode": "keep_all"}):
         with refused(next(iter(wrong)), "out of range"):
             MDPOConfig(output_dir="out", use_cpu=True, **wrong)
+    with refused("on_bad_rows", "out of range"):
+        DataArguments(dataset_mixer=["a"], on_bad_rows="keep")
 
 
 def test_ours_is_on_only_in_mdpo_config():

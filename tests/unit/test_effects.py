@@ -115,12 +115,62 @@ def test_what_is_said_to_change_nothing_changes_nothing(tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(weights, twin, strict=True))
 
 
-@pytest.mark.parametrize("key", INSTEAD)
-def test_what_is_not_offered_is_refused(key):
-    args = MDPOConfig(**BASE)
+NOT_OFFERED = ["padding_free", "use_liger_kernel", "activation_offloading", "auto_find_batch_size", "ignore_data_skip",
+               "restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "bf16_full_eval", "fp16_full_eval",
+               "save_on_each_node"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NOT_OFFERED)
+@pytest.mark.parametrize("config", [MDPOConfig, DPOConfig])
+def test_what_is_not_offered_is_refused(config, key):
+    assert {*INSTEAD} == {*NOT_OFFERED, "torch_compile", "torch_compile_backend", "torch_compile_mode"}  # tests/cases
+    args = config(**BASE)
     setattr(args, key, True)
     with refused(key, "not supported"):
         check_options(args)
+
+
+# What no run could honor: the options, the error's key, what it names.
+CONTRADICTIONS = [
+    ({"loss_type": ["sigmoid", "sigmoid"]}, "loss_type", "twice"),
+    ({"f_divergence_type": "chi"}, "f_divergence_type", "'chi'"),
+    ({"f_divergence_type": "forward_kl", "loss_type": ["apo_zero"]}, "f_divergence_type", "apo_zero;"),
+    ({"use_weighting": True, "loss_type": ["aot"]}, "use_weighting", "aot"),
+    ({"label_smoothing": 0.5, "loss_type": ["robust"]}, "label_smoothing", "0.5 is out of range"),
+    ({"loss_type": ["exo_pair"]}, "label_smoothing", "exo_pair"),
+    ({"ld_alpha": 1.5}, "ld_alpha", "1.5 is out of range"),
+    ({"loss_type": ["kl"]}, "margin_scale", ": kl "),
+]
+
+
+@pytest.mark.parametrize(("options", "key", "detail"), CONTRADICTIONS, ids=[str(row[0]) for row in CONTRADICTIONS])
+def test_what_no_run_could_honor_is_refused(options, key, detail):
+    with refused(key, detail):
+        check_options(MDPOConfig(**BASE, **options))
+
+
+WITHOUT_EFFECT = [
+    {"margin_scale": 1.0, "loss_type": ["ipo"]},
+    {"length_penalty": 0.1, "loss_type": ["hinge"]},
+    {"pad_to_multiple_of": 8},
+    {"ld_alpha": 0.5, "loss_type": ["sft"]},
+    {"f_alpha_divergence_coef": 0.3},
+    {"ref_model_mixup_alpha": 0.5},
+    {"ref_model_sync_steps": 5},
+    {"precompute_ref_batch_size": 2},
+]
+OURS_ALONE = ("margin_scale", "length_penalty", "pad_to_multiple_of")  # under trl.DPOConfig no key, or one that works
+
+
+@pytest.mark.parametrize("options", WITHOUT_EFFECT, ids=lambda options: next(iter(options)))
+def test_options_without_effect_are_refused_or_named(options):
+    """Refused under MDPOConfig, which recipes use; named under trl.DPOConfig, under which TRL's scripts run on."""
+    key = next(iter(options))
+    with refused(key, "no effect"):
+        check_options(MDPOConfig(**BASE, **options))
+    if key not in OURS_ALONE:
+        [line] = check_options(DPOConfig(**BASE, **options))
+        assert line.startswith(f"{key}: has no effect")
 
 
 @pytest.mark.parametrize(("key", "values", "says"), CONDITIONS, ids=[key for key, *_ in CONDITIONS])
@@ -137,7 +187,6 @@ def test_defaults_are_silent():
 
 RUNS = [
     # (the recipe, the key of its error and what is in it; None where it is good)
-    ({"do_train": False}, ("do_train", "do_train: false", "run_dpo.py", "scripts/evaluate.py")),
     ({"do_train": True}, None),
     ({"do_eval": True}, None),  # the default splits hold `test`
     ({"do_eval": True, "dataset_splits": ["train"]}, ("do_eval", "nothing to evaluate on", "test_split_size")),

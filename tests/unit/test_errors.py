@@ -61,6 +61,7 @@ def test_errors_travel_between_processes_with_their_key(error):
 # ---- tests assert keys and data; sentences stand in tests/cases
 
 OURS = re.compile(r"\b(UserError|DropPair|Unread)\b")
+OF_ERROR = re.compile(r"str\(\w+\.value\)")
 MOST = 4  # words of prose: a name, a value or two of them beside a few words are data
 PROSE = re.compile(r"(?<![\w`'\"./\\-])[a-z]{2,}(?![\w`'\"./=:\\-])")
 
@@ -72,8 +73,13 @@ def text_of(node: ast.expr) -> str:
 
 
 def sentences(source: str) -> list[str]:
-    """The texts of more than MOST words of prose that assertions on our errors compare."""
+    """The texts of more than MOST words of prose that assertions on our errors compare, or on `str(error.value)`."""
     found = []
+    for node in ast.walk(ast.parse(source)):
+        whole = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        whole += [node.func.value, *node.args] if isinstance(node, ast.Call) and hasattr(node.func, "value") else []
+        if any(OF_ERROR.fullmatch(ast.unparse(part)) for part in whole):
+            found += map(text_of, whole)
     for call in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
         name = ast.unparse(call.func).rpartition(".")[2]
         if name == "raises" and OURS.search(" ".join(map(ast.unparse, call.args))):
@@ -96,6 +102,9 @@ def test_tests_compare_keys_and_data_not_sentences():
         ("with raises((KeyError, errors.DropPair), match=f'a {x} that is not what we want'): f()", 1),
         ("with refused('weights', folder, 'the weights were not written as a whole'): f()", 1),
         ("with errors.dropped('tools', f'the {name} are not text but something else'): f()", 1),
+        ("assert str(error.value) == 'no pair is left of all those rows'", 1),
+        ("assert str(error.value).startswith(f'{x}: there is none of them in it')", 1),
+        ("assert 'no pair is left' in str(error.value) and error.value != 'of another kind in all its own words'", 0),
         ("with pytest.raises(UserError, match='^beta: -0.1 is out of range'): f()", 0),
         ("with pytest.raises(KeyError, match='of another library, in all its own words'): f()", 0),
         ("with refused('data_collator', 'input_ids, attention_mask and completion_mask'): f()", 0),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
-from errors import dropped, refused
+from errors import dropped, is_reason, refused
 from odd_values import ODD
 from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
@@ -27,6 +27,7 @@ from mdpo.masking.left_out import TOOLS as NO_TOOLS
 from mdpo.masking.loss_mask import RenderSettings
 
 DOCS = (ROOT / "docs" / "rows.md").read_text(encoding="utf-8")
+NO_PROMPT = "plain texts without a prompt"
 Q, G, B = "Which river runs through Lyon?", "The Rhone does.", "The Danube does."
 EARLIER, SAID = "Which hill stands over Athens?", "Lycabettus does."
 ASK = [("user", Q)]
@@ -241,27 +242,26 @@ def test_plain_texts_of_trl_stay_plain_texts():
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("row", "key", "detail"),
     [
-        ({**BOTH, "passage": Q}, "plain texts without a prompt: rename the column passage, which nothing reads, to "
-         "prompt, or take it out"),
-        ({**BOTH, "dialogue": "Lyon?"}, "plain texts without a prompt: rename the column dialogue, which"),
-        ({**BOTH, "turns": USER}, "plain texts without a prompt: rename the column turns, which"),
-        ({**BOTH, "a": {"b": [Q]}}, "rename the column a, which"),
-        ({"chosen": GOOD, "rejected": BAD, "passage": Q}, f"{NO_QUESTION}: rename the column passage, which"),
-        ({"chosen": GOOD, "rejected": BAD}, NO_QUESTION),
-        ({"chosen": GOOD[0], "rejected": BAD[0], "source": "a set of sums"}, NO_QUESTION),
-        ({"chosen": messages(("system", Q)) + GOOD, "rejected": messages(("system", Q)) + BAD}, NO_QUESTION),
+        ({**BOTH, "passage": Q}, NO_PROMPT, "column passage,"),
+        ({**BOTH, "dialogue": "Lyon?"}, NO_PROMPT, "column dialogue,"),
+        ({**BOTH, "turns": USER}, NO_PROMPT, "column turns,"),
+        ({**BOTH, "a": {"b": [Q]}}, NO_PROMPT, "column a,"),
+        ({"chosen": GOOD, "rejected": BAD, "passage": Q}, NO_QUESTION, "column passage,"),
+        ({"chosen": GOOD, "rejected": BAD}, NO_QUESTION, ""),
+        ({"chosen": GOOD[0], "rejected": BAD[0], "source": "a set of sums"}, NO_QUESTION, ""),
+        ({"chosen": messages(("system", Q)) + GOOD, "rejected": messages(("system", Q)) + BAD}, NO_QUESTION, ""),
     ],
-)  # fmt: skip
-def test_sides_without_a_question_are_dropped_by_name(row, reason, tokenizer):
-    assert read(row, tokenizer)[0].startswith(reason) or reason in read(row, tokenizer)[0]
+)
+def test_sides_without_a_question_are_dropped_by_name(row, key, detail, tokenizer):
+    is_reason(read(row, tokenizer)[0], key, detail)
     # TRL trains on them where there is a prompt at all: then they are kept, and counted.
     reason, _, out = read(row, tokenizer, RenderSettings(None, mask_turns=False))
     if isinstance(row["chosen"], str) or len(row["chosen"]) == 2 and isinstance(row["chosen"], list):
         assert reason == "" and out["remarks"][0] == NO_QUESTION
     else:
-        assert reason == "the prompt is empty: the sides begin with no message in common"
+        is_reason(reason, "the prompt")
 
 
 @pytest.mark.parametrize("name", ["source", "id", "category", "model", "chosen_model", "prompt_id", "language"])
@@ -362,7 +362,7 @@ def test_a_template_that_wants_the_user_first_says_so_itself():
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
     row = {"chosen": messages(HELLO, *ASK) + GOOD, "rejected": messages(HELLO, *ASK) + BAD}
     reason, _, _ = read(row, tokenizer_for(strict, "letters", eos="<|im_end|>"))
-    assert reason == "template refuses the conversation: the user begins"
+    is_reason(reason, "template refuses the conversation", "the user begins")
 
 
 def test_what_follows_the_last_answer_is_left_out_and_counted(tokenizer):
@@ -489,7 +489,7 @@ def test_lines_in_the_docs_pair_trajectories(tmp_path, monkeypatch, tokenizer):
     ],
 )
 def test_a_question_in_a_script_without_spaces_or_under_a_name_that_is_about_rows(column, text):
-    with refused("plain texts without a prompt", f"column {column},", kind=Unread):
+    with refused(NO_PROMPT, f"column {column},", kind=Unread):
         as_preference({column: text, "chosen": "It is A.", "rejected": "It is B."})
 
 

@@ -20,7 +20,6 @@ OF_DPO = [key for key in DPOConfig.__annotations__ if key not in OURS]
 # Keys of ours that every recipe leaves at their defaults, and the test of what they do when set.
 WITHOUT_A_RECIPE = {
     "dataset_configs": "test_pairs: test_dataset_configs",
-    "max_eval_samples": "test_pairs: test_max_training_samples_and_max_eval_samples",
     "tokenizer_name_or_path": "test_pairs: test_tokenizer_name_or_path",
     "chat_template": "test_pairs: test_chat_template_and_its_kwargs",
     "allow_different_prompts": "test_data_report: test_prompts_that_differ_are_kept_where_the_recipe_allows_it",
@@ -55,12 +54,12 @@ OF_TRL_WITHOUT_A_RECIPE = {
     "pad_to_multiple_of": "test_trl_parity: test_options",
     "router_aux_loss_coef": "test_trl_parity: test_mixture_of_experts",
     "disable_dropout": "test_dropout: test_every_rate_is_off",
-    "pad_token": "test_trainer: test_what_no_run_could_honor_is_refused",
+    "pad_token": "test_trainer: test_what_only_the_trainer_refuses",
     "model_init_kwargs": "test_late_values: test_model_init_kwargs_of_no_model",
     "trust_remote_code": "test_startup: test_a_configuration_is_looked_for_where_the_model_is",
     "dataset_num_proc": "test_config: test_handbook_recipe_works",
-    "padding_free": "test_trainer: test_what_no_run_could_honor_is_refused",
-    "activation_offloading": "test_trainer: test_what_no_run_could_honor_is_refused",
+    "padding_free": "test_effects: test_what_is_not_offered_is_refused",
+    "activation_offloading": "test_effects: test_what_is_not_offered_is_refused",
 }
 # Losses that no recipe minimizes: TRL's are compared with TRL, those of M-DPO's code with their formulas.
 LOSSES_WITHOUT_A_RECIPE = {

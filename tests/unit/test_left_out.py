@@ -18,7 +18,7 @@ from conversations import (
     tool,
     user,
 )
-from errors import dropped
+from errors import dropped, is_reason
 from mask_checks import said
 from templates import ROWS, chat_template
 from tiny import CHATML, tokenizer_for
@@ -94,7 +94,7 @@ def test_an_empty_thought_is_none():
 # ---- tools
 
 
-@pytest.mark.parametrize("name", sorted(set(ROWS) - set(NO_TOOLS)))
+@pytest.mark.parametrize("name", sorted(set(ROWS) - NO_TOOLS))
 def test_tools_that_are_not_written(name):
     """A template writes them if it writes another text without them."""
     template, messages = chat_template(name), one_call(WEATHER, CLOCK) if name not in ONE else one_call(WEATHER)
@@ -107,7 +107,7 @@ ONE = {*EXCLUDED["two calls"]}
 
 
 def test_both_kinds_of_templates_are_among_them():
-    names = sorted(set(ROWS) - set(NO_TOOLS))
+    names = sorted(set(ROWS) - NO_TOOLS)
     shown = {name: "Looks it up." in chat_template(name).render(text_turns(1), TOOLS) for name in names}
     assert len(set(shown.values())) == 2
 
@@ -188,7 +188,7 @@ def test_reasoning_that_no_template_reads():
 def test_a_system_message_that_is_not_shown():
     system = {"role": "system", "content": "Answer briefly."}
     reason, *_ = row_of(SYSTEM_LAST, *([system, ASK, assistant(text)] for text in ("Rhone.", "Danube.")))
-    assert reason == "template leaves out content: the system text (message 1); another chat_template may write it"
+    is_reason(reason, "template leaves out content", "the system text (message 1)", "chat_template")
 
 
 def test_a_last_turn_left_open():
@@ -212,15 +212,13 @@ def test_another_header_than_the_generation_prompt_s_names_the_message():
     other = loop("{% if m.role == 'assistant' %}{{ 'NB <|im_start|>assistant\n' }}{% else %}" + HEAD + "}}{% endif %}"
                  "{{ m.content + '" + END + "' }}")  # fmt: skip
     reason, *_ = row_of(other, [ASK, assistant("Rhone.")], [ASK, assistant("Danube.")])
-    assert reason == "mask not derivable: the header of message 2 is not its generation prompt's"
+    is_reason(reason, "mask not derivable", "the header of message 2 ")
 
 
 def test_text_beside_a_call():
     sides = [[ASK, assistant("I say this.", WEATHER), tool("x"), assistant(t)] for t in ("Rhone.", "Danube.")]
     reason, *_ = row_of(CALL_ALONE, *sides)
-    assert reason == (
-        "template leaves out content: the text beside a tool call (message 2); another chat_template may write it"
-    )
+    is_reason(reason, "template leaves out content", "beside a tool call (message 2)", "chat_template")
 
 
 @pytest.mark.parametrize("thought", ["Let me see.\n</think>", "<think>\nLet me see.\n</think>\n"])
@@ -228,15 +226,15 @@ def test_a_turn_of_thoughts_alone(thought):
     """Also where the template writes all of it: an answer that was cut inside its thoughts has no end to be learned."""
     for template in (ChatTemplate(tokenizer_for(CHATML)), LAST_ONLY):
         sides = [ASK, assistant(thought), user("On."), assistant("Rhone.")], [ASK, assistant("Seine.")]
-        assert row_of(template, *sides)[0] == "chosen, message 2: an assistant turn of thoughts alone"
+        is_reason(row_of(template, *sides)[0], "an assistant turn of thoughts alone", "chosen, message 2: ")
 
 
 def test_an_empty_block_alone():
     reason, *_ = row_of(LAST_ONLY, [ASK, assistant("<think>\n</think>")], [ASK, assistant("Seine.")])
-    assert reason == "chosen, message 2: an empty assistant turn"
+    is_reason(reason, "an empty assistant turn", "chosen, message 2: ")
 
 
 def test_a_template_that_rewrites_one_message_names_it():
     template = loop(HEAD + "+ (m.content | upper if m.content[:2] == 'Rh' else m.content) + '" + END + "' }}")
     reason, *_ = row_of(template, [ASK, assistant("Rhone.")], [ASK, assistant("Danube.")])
-    assert reason == "mask not derivable: the template rewrites message 2"
+    is_reason(reason, "mask not derivable", "rewrites message 2")

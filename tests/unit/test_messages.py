@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from errors import refused
+from errors import dropped
 from tiny import CHATML, tokenizer_for, trl_template
 
 from mdpo.data.messages import conversation, normalize_messages, read_messages, role_of
@@ -23,7 +23,8 @@ U, A, B = (
     {"role": "assistant", "content": "B."},
 )
 SETTINGS = RenderSettings(None)
-PYTHONS = "chosen is messages as Python writes them, not JSON: write it with json.dumps"
+BEGINS = ("chosen", "begins as messages")
+PYTHONS = ("chosen", "Python", "json.dumps")
 # As Mistral's: refuses ids that are not nine long, and writes them.
 NINE = (
     "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}"
@@ -52,10 +53,9 @@ def tool(content, call_id=None, **fields):
     return {"role": "tool", "content": content, **({"tool_call_id": call_id} if call_id else {}), **fields}
 
 
-def dropped(*messages) -> str:
-    with pytest.raises(DropPair) as reason:
-        normalize_messages(list(messages))
-    return str(reason.value)
+def drops(key: str, *details, of: list) -> None:
+    with dropped(key, *details):
+        normalize_messages(of)
 
 
 def chat(template: str) -> ChatTemplate:
@@ -121,29 +121,28 @@ def test_answers_in_json_stay_texts(answer):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (json.dumps([U, A])[:-9], "chosen begins as messages in JSON and is not JSON"),
-        ('[{"content": "Q?", "role": "user"}, {', "chosen begins as messages in JSON and is not JSON"),
-        (json.dumps(json.dumps([U, A]))[:-9], "chosen begins as messages in JSON and is not JSON"),
-        (json.dumps(A)[:-1], "chosen begins as messages in JSON and is not JSON"),
+        (json.dumps([U, A])[:-9], BEGINS),
+        ('[{"content": "Q?", "role": "user"}, {', BEGINS),
+        (json.dumps(json.dumps([U, A]))[:-9], BEGINS),
+        (json.dumps(A)[:-1], BEGINS),
         (repr([U, A]), PYTHONS),
         (repr([{"content": "Q?", "role": "User"}]), PYTHONS),
-        (json.dumps([U, {"role": "robot", "content": "x"}]), "chosen, message 2: unknown role: robot"),
-        (json.dumps([U, None]), "chosen, message 2: null in place of a message"),
+        (json.dumps([U, {"role": "robot", "content": "x"}]), ("unknown role", "chosen, message 2: ", ": robot")),
+        (json.dumps([U, None]), ("null in place of a message", "chosen, message 2: ")),
     ],
-)  # fmt: skip
+)
 def test_texts_that_are_nearly_messages_are_not_trained_on(text, reason):
-    template = chat(CHATML)
-    for rejected in ("B.", text):
-        row = {"prompt": [U], "chosen": text, "rejected": rejected}
-        assert tokenize_row(row, 0, template, SETTINGS)["drop_reason"] == reason
-    row = {"chosen": text, "rejected": text}
-    assert tokenize_row(row, 0, template, SETTINGS)["drop_reason"] == reason
+    prompted = [{"prompt": [U], "chosen": text, "rejected": rejected} for rejected in ("B.", text)]
+    for row in (*prompted, {"chosen": text, "rejected": text}):
+        with dropped(*reason):
+            row_to_pair(row)
 
 
 def test_a_question_in_a_column_of_its_own_is_looked_at_too():
     """And a column that nothing reads may hold what it likes."""
     row = {"question": repr([U]), "chosen": "A.", "rejected": "B."}
-    assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["drop_reason"] == PYTHONS.replace("chosen", "question")
+    with dropped("question", *PYTHONS[1:]):
+        row_to_pair(row)
     row = {"prompt": [U], "chosen": "A.", "rejected": "B.", "log": repr([U])}
     assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["drop_reason"] == ""
 
@@ -156,8 +155,7 @@ def test_content_parts_that_came_as_json():
     assert told.remarks == ["content parts that were JSON texts"]
     seen = tool(json.dumps(parts))  # what the policy read in its context
     assert read_messages([seen]).messages == [seen]
-    with refused("content", "message 1: ", "JSON", kind=DropPair):
-        normalize_messages([{"role": "user", "content": repr(parts)}])
+    drops("content", "message 1: ", "JSON", of=[{"role": "user", "content": repr(parts)}])
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
@@ -186,8 +184,8 @@ def test_responses_items_of_one_answer_are_one_turn():
     assert read_messages(items).messages == found.messages
     assert normalize_messages([U, items[3], items[4]])[1] == calls(*both)
     assert normalize_messages([U, A, B]) == [U, A, B]  # two answers stay two
-    assert dropped(U, {"type": "web_search_call"}) == "message 2: unknown role: None (an item {type: web_search_call})"
-    assert dropped(U, items[1], U) == "message 2: an assistant turn of thoughts alone"
+    drops("unknown role", "message 2: ", "{type: web_search_call}", of=[U, {"type": "web_search_call"}])
+    drops("an assistant turn of thoughts alone", "message 2: ", of=[U, items[1], U])
 
 
 def test_anthropic_blocks():
@@ -216,12 +214,10 @@ def test_anthropic_blocks():
     }
     found = read_messages([U, hidden])
     assert (found.messages, list(found.unread)) == ([U, A], ["redacted_thinking"])
-    with refused("a text behind a call", "message 2: ", kind=DropPair):
-        normalize_messages([U, {"role": "assistant", "content": [use, said]}])
-    assert dropped({"role": "user", "content": [use]}) == "message 1: a call in a user message"
-    assert dropped(U, {"role": "assistant", "content": [{"type": "server_tool_use"}]}) == (
-        "message 2: content part {type: server_tool_use}"
-    )
+    drops("a text behind a call", "message 2: ", of=[U, {"role": "assistant", "content": [use, said]}])
+    drops("a call in a user message", "message 1: ", of=[{"role": "user", "content": [use]}])
+    part = {"type": "server_tool_use"}
+    drops("content part", "message 2: ", "{type: server_tool_use}", of=[U, {"role": "assistant", "content": [part]}])
 
 
 def test_langchain():
@@ -266,7 +262,7 @@ def test_gemini_and_bedrock():
     ]
     wanted = [U, calls(call("f", x=1), content="Let me look."), tool('{"sum": 12}', name="f"), A]
     assert normalize_messages(gemini) == wanted
-    assert dropped({"role": "user", "parts": [{"inlineData": {}}]}) == "message 1: content part {inlineData}"
+    drops("content part", "message 1: ", "{inlineData}", of=[{"role": "user", "parts": [{"inlineData": {}}]}])
     bedrock = [
         {"role": "user", "content": [{"text": "Q?"}]},
         {"role": "assistant", "content": [{"text": "Let me look."},
@@ -334,17 +330,17 @@ def test_what_a_tool_gave_is_written_as_json(output, text):
         ({"x": '{"y": 1}'}, {"x": '{"y": 1}'}),  # a text that is an argument stays one
         ("", {}),
         (None, {}),
-        ("[1]", "are a list, not an object"),
-        ([1], "are a list, not an object"),
-        ("5", "are a number, not an object"),
-        ('"Paris"', "are not JSON"),
-        ("{'x': 1}", "are not JSON"),
+        ("[1]", ("tool call arguments", "a list")),
+        ([1], ("tool call arguments", "a list")),
+        ("5", ("tool call arguments", "a number")),
+        ('"Paris"', ("tool call arguments", "JSON")),
+        ("{'x': 1}", ("tool call arguments", "JSON")),
     ],
 )
 def test_arguments_become_one_object(arguments, found):
     message = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
-    if isinstance(found, str):
-        assert dropped(U, message) == f"message 2: tool call arguments {found}"
+    if isinstance(found, tuple):
+        drops(*found, "message 2: ", of=[U, message])
     else:
         assert normalize_messages([message]) == [calls({**call(), "function": {"name": "f", "arguments": found}})]
     many = {"role": "assistant", "tool_calls": json.dumps(json.dumps(message["tool_calls"]))}
@@ -381,12 +377,8 @@ def test_tools_are_wrapped_functions(tools):
 def test_tools_that_are_none():
     assert [read_tools(value) for value in (None, [], "", "null", "[]")] == [None] * 5
     assert read_tools([{"type": "code_interpreter"}]) == [{"type": "code_interpreter"}]
-    for value, reason in (
-        (["f"], "JSON"),
-        ([5], "a list of objects"),
-        ("{", "JSON"),
-    ):
-        with refused("tools", reason, kind=DropPair):
+    for value, detail in ((["f"], "JSON"), ([5], "a list of objects"), ("{", "JSON")):
+        with dropped("tools", detail):
             read_tools(value)
 
 
@@ -487,17 +479,16 @@ def test_fields_that_nothing_reads_are_named():
      ({"loss": 0.5}, 0.5), ({"loss": "False"}, 0), ({"loss": "true"}, 1), ({"train": False}, 0),
      ({"training": False}, 0), ({"trainable": False}, 0), ({"weight": 0, "loss": False}, 0),
      ({"weight": 0.5, "train": True}, 0.5),
-     ({"loss": "maybe"}, 'loss is "maybe", neither true nor false'),
-     ({"loss": [1]}, "loss is [1], neither true nor false"),
-     ({"weight": 2, "loss": False}, "weight and loss of one message contradict each other"),
-     ({"loss": True, "train": False}, "loss and train of one message contradict each other")],
+     ({"loss": "maybe"}, ("loss", '"maybe"')),
+     ({"loss": [1]}, ("loss", "[1]")),
+     ({"weight": 2, "loss": False}, ("weight and loss",)),
+     ({"loss": True, "train": False}, ("loss and train",))],
     ids=str,
 )  # fmt: skip
 def test_what_says_that_a_turn_is_not_learned(fields, weight):
     messages = [{**U, "loss": False}, {**A, **fields}, U, {**B, "loss": True}]
-    if isinstance(weight, str):
-        assert dropped(*messages) == f"message 2: {weight}"
-        return
+    if isinstance(weight, tuple):
+        return drops(*weight, "message 2: ", of=messages)
     found = read_messages(messages)
     assert (found.messages, found.unread) == ([U, A, U, B], {})
     assert found.weights == ([1, weight, 1, 1] if weight != 1 else [])
@@ -565,11 +556,11 @@ def test_a_prompt_may_say_what_it_is_not_learned_anyway():
     ],
 )
 def test_reasons_name_the_message(message, key, detail):
-    assert dropped(U, message).startswith("message 2: ")
+    drops(key, "message 2: ", of=[U, message])
     for name in ("chosen", "rejected", "prompt"):
         row = {"prompt": [U], "chosen": [A], "rejected": [B]}
         row[name] = [*(row[name] if name == "prompt" else []), message]
-        with refused(key, f"{name}, message {len(row[name])}: ", detail, kind=DropPair):
+        with dropped(key, f"{name}, message {len(row[name])}: ", detail):
             row_to_pair(row)
 
 
@@ -580,7 +571,9 @@ def test_reasons_hold_no_long_values():
                     {"role": "user", "content": [{"type": long}]},
                     {"role": "assistant", "content": "x", "loss": long}, {"role": "user", "content": [{long: 1}]}):
         # fmt: on
-        assert len(dropped(message)) < 150
+        with pytest.raises(DropPair) as caught:
+            normalize_messages([message])
+        assert len(str(caught.value)) < 150
 
 
 USE = {"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}
@@ -672,7 +665,7 @@ def test_ids_of_calls_are_no_words_of_a_prompt():
     pair = row_to_pair({"prompt": asked, "chosen": [*again, A], "rejected": [B]})
     assert pair.chosen == [*asked, A] and pair.n_prompt == 3
     other = [U, calls(call("f", "c1", x=2)), tool("T", "c1")]
-    with refused("prompt mismatch", kind=DropPair):
+    with dropped("prompt mismatch"):
         row_to_pair({"prompt": asked, "chosen": [*other, A], "rejected": [B]})
 
 

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from errors import refused
 
 from mdpo.data.sampler import LongestFirst, longest_first
 from mdpo.runs import checkpoints
@@ -164,14 +163,3 @@ def test_a_save_that_the_disk_refuses_is_told_from_a_bug():
     assert checkpoints.is_write_failure(OSError(28, "No space left on device"))
     assert checkpoints.is_write_failure(RuntimeError("[enforce fail] . unexpected pos 5120 vs 5012"))
     assert not checkpoints.is_write_failure(RuntimeError("shape mismatch"))
-
-
-def test_options_that_would_break_the_guarantees_are_refused(tmp_path):
-    from trl import DPOConfig
-
-    from mdpo.config.validation import check_options
-
-    for key in ("save_on_each_node", "ignore_data_skip", "enable_jit_checkpoint", "auto_find_batch_size"):
-        args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{key: True})
-        with refused(key, "not supported"):
-            check_options(args)

@@ -93,7 +93,6 @@ def test_variables_and_home_in_every_path(load, monkeypatch, key, part):
         assert getattr(getattr(recipe, part), key) == recipe.values[key] == wanted
     monkeypatch.setenv("EMPTY", "")
     for text, *details in (
-        ("${STOR_}/x", "r.yaml:", "variable STOR_ is not set"),
         ("$(pwd)/x", "$(pwd)/x", "$NAME and ${NAME}"),
         ("${STORE:-/tmp}/x", "${STORE:-/tmp}/x", "$NAME and ${NAME}"),
         ("$EMPTY/x", "variable EMPTY is empty"),
