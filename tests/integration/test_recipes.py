@@ -484,6 +484,17 @@ def test_memory_tables_are_what_the_planner_says():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(BILLIONS) - {"smollm2-135m", "mistral-7b-v0.3"}))
+def test_memory_tables_of_full_recipes_are_what_the_planner_says(family):
+    memory = script("dev/recipe_memory")
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    tables = [match for match in memory.TABLE.finditer(text) if match[2] == "config_full.yaml"]
+    assert tables
+    for match in tables:
+        assert memory.table(family, match[2], match[3]) in match[0]
+
+
+@pytest.mark.slow
 def test_the_readme_s_rollouts_run(twins, tmp_path, monkeypatch):
     """The command of a family without pairs yet, on its small twin, with two samples of eight tokens."""
     monkeypatch.chdir(ROOT)
