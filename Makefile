@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/nu
 BIN := .venv/bin
 # A worker for each core, at most 8, and where processes are started one more, as some only wait; tests of one file
 # stay together (tests/conftest.py), as they share what they have trained.
-CORES := $(shell python3 -c 'import os; print(min(8, os.cpu_count()))')
+CORES := $(shell "$(PYTHON)" -c 'import os; print(min(8, os.cpu_count()))')
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations=15
 MORE := $(shell expr $(CORES) + 1)
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
