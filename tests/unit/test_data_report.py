@@ -127,6 +127,13 @@ def test_length_alone_is_warned_about(wins, words):
     assert (words is None and not warnings) or words in warnings[0]
 
 
+def test_a_penalty_on_length_is_advised_where_longer_sides_win_alone():
+    """a = length_penalty · (|y_w| − |y_l|) is added to x: with a shorter chosen side it asks for more margin still."""
+    for wins, advised in ((0.9, True), (0.1, False)):
+        (line,) = DataReport({}, None, training={"longer_wins": wins}).warnings()
+        assert ("length_penalty" in line) == advised and "sigmoid_norm" in line
+
+
 def test_rows_that_max_length_costs_count_the_dropped_ones(recipe):
     """Sides of 24 tokens and the answer, 28 and 27 in the good row; limits of 60, 120 and 240."""
     _, _, report = prepared(recipe("--max_length=120"))
