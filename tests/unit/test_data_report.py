@@ -200,6 +200,12 @@ def test_check_data_ends_as_the_run_would(recipe, flags, code, words, capsys, tm
     assert not Path("out").exists() and not list(Path("model").glob("*.safetensors"))
 
 
+def test_a_report_in_the_place_of_a_file_is_refused(recipe, capsys):
+    Path("found").write_text("kept")
+    assert run(check_data.main, ["recipe.yaml", "--report=found"]) == 1
+    assert "--report: found" in capsys.readouterr().err and Path("found").read_text() == "kept"
+
+
 def test_good_data_pass_with_any_bad_row_refused(recipe, capsys):
     write("a.jsonl", agent_rows(4))
     assert run(check_data.main, ["recipe.yaml", "--on_bad_rows=error", "--max_length=500"]) == 0
