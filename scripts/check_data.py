@@ -30,9 +30,12 @@ def main(argv: list[str]) -> None:
 
     recipe = load_recipe(overrides)
     say(f"recipe {recipe.path}", *recipe.notes)
+    try:
+        if args.report:
+            args.report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--report: {args.report} cannot be made: {error.strerror}. Name a folder.") from error
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
-    if args.report:
-        args.report.mkdir(parents=True, exist_ok=True)
     _, _, report = prepare_pairs(recipe, tokenizer, args.report)
     report.refuse_bad_rows(recipe.data.on_bad_rows, recipe.data.max_bad_fraction)
     say("The data can be trained on.")

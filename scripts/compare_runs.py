@@ -67,6 +67,8 @@ def parse(argv: list[str]) -> tuple[list[Path], Path]:
         raise UserError(f"{len(args.runs)} runs given; name 2 to {len(COLORS)} output folders of run_dpo.py.")
     if not args.out.absolute().parent.is_dir():
         raise UserError(f"--out: there is no folder {args.out.absolute().parent}.")
+    if args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a folder; name a file in it.")
     return args.runs, args.out
 
 

@@ -46,9 +46,11 @@ class DataReport:
         accuracy = self.training.get("longer_wins")
         if accuracy is not None and not SUSPICIOUS[0] <= accuracy <= SUSPICIOUS[1]:
             which = "longer" if accuracy > 0.5 else "shorter"
+            # R-DPO's penalty is against length: where shorter sides win it would widen the shortcut.
+            ways = "length_penalty or " * (which == "longer") + "a length-normalized loss (ipo, sigmoid_norm)"
             lines.append(
                 f"the side that the policy wrote more on wins in {accuracy:.0%} of the pairs: preferring the {which} "
-                "side is a shortcut. Balance lengths, or use a length-normalized loss or length_penalty."
+                f"side is a shortcut. Balance lengths, or use {ways}."
             )
         return lines
 

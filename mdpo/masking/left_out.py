@@ -9,7 +9,7 @@ THOUGHTS = "thoughts that the template leaves out of trained turns"
 EARLIER_THOUGHTS = "thoughts that the template leaves out of the prompt's turns"
 EARLIER_TURN = "text or calls that the template leaves out of the prompt's turns"
 TOOLS = "tools that the template does not write"
-UNCLOSED = "a last turn that the template writes no end of: where to stop is not learnt from it"
+UNCLOSED = "a last turn that the template writes no end of: where to stop is not learned from it"
 SPACE = "a turn's header behind other white space than its generation prompt's"
 FIELDS = (
     "reasoning_content",

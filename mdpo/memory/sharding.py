@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from mdpo.config.parsing import ROOT
 from mdpo.errors import UserError
 
 STAGES = {0: "no sharding", 2: "ZeRO-2", 3: "ZeRO-3"}
@@ -117,7 +118,7 @@ def _mapping(path: str | Path) -> dict:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        files = ", ".join(sorted(str(p) for p in Path("training_configs").glob("*.yaml")))
+        files = ", ".join(sorted(os.path.relpath(p) for p in (ROOT / "training_configs").glob("*.yaml")))
         message = f"{path}: cannot be read ({error.strerror}). Accelerate files here: {files}."
         raise UserError(message, "accelerate file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -100,7 +100,7 @@ def chosen_logps(history: list[dict[str, Any]], beta: float) -> tuple[str, bool]
         tails = [points[-tail:] for points in rewards]
         change, rejected = (sum(value for _, value in points) / len(points) / beta for points in tails)
         was = curve(history, "logps/chosen").training[-1][1] - change
-        where = f"training pairs, mean of the last {tail} logs"
+        where = f"training pairs, mean of the last {tail} logs" if tail > 1 else "training pairs, the last log"
         text = f"log-probs of the chosen side less the reference's: {change:+.2f} nats ({where})"
         text += f", rejected {rejected:+.2f}"
     fell = change < -FALL * abs(was)

@@ -30,6 +30,8 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     each. Raises UserError."""
     if not path.absolute().parent.is_dir():
         raise UserError(f"--html: there is no folder {path.absolute().parent}.")
+    if path.is_dir():
+        raise UserError(f"--html: {path} is a folder; name a file in it.")
     try:
         rows, _, report = prepare_pairs(recipe, tokenizer)
         first = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)[:pairs]

@@ -147,6 +147,8 @@ def _checkpoint(folder: Path, requested: str | bool | None, overwrite: bool) -> 
 def _named(checkpoint: Path, folder: Path) -> Path:
     if not agreed(checkpoint.is_dir):
         raise UserError(f"resume_from_checkpoint: {checkpoint} is not a folder.")
+    if step_of(checkpoint) is None and (inside := agreed(lambda: by_step(checkpoint))):
+        raise UserError(f"resume_from_checkpoint: {checkpoint} holds checkpoints. Name one of them, as {inside[0]}.")
     if wrong := why_not_resumable(checkpoint):
         raise UserError(f"resume_from_checkpoint: {checkpoint} cannot be resumed from: {'; '.join(wrong[:8])}.")
     step = step_of(checkpoint)

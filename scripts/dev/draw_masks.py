@@ -10,6 +10,7 @@ from html import escape
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
+from mdpo.console import say
 from mdpo.reporting.token_view import COLORS, CONTEXT, END, SHARED, SUPERVISED, VISIBLE, token_kinds, training_pairs
 from mdpo.runs.entrypoint import run
 from mdpo.types import SIDES
@@ -39,6 +40,8 @@ HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} %(height
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return say(str(__doc__).strip())
     with contextlib.chdir(ROOT):  # the recipe's paths are relative to it
         pair = first_suitable(training_pairs([RECIPE, *argv]))
     PICTURE.parent.mkdir(exist_ok=True)

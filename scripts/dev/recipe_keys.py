@@ -19,6 +19,8 @@ TABLE = re.compile(r"(<!-- keys: (.+?) -->\n).*?(<!-- keys end -->)", re.DOTALL)
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return say(str(__doc__).strip())
     if unknown := sorted(set(argv) - {"--check"}):
         raise UserError(f"{unknown[0]}: is not an option; there is --check.")
     text = PAGE.read_text(encoding="utf-8")

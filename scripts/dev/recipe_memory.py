@@ -18,6 +18,8 @@ TABLE = re.compile(r"(<!-- memory: (\S+) (\S+) -->\n).*?(<!-- memory end -->)", 
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return say(str(__doc__).strip())
     known = sorted(path.parent.name for path in (ROOT / "recipes").glob("*/config.json"))
     families = [word for word in argv if word != "--check"] or known
     if unknown := sorted(set(families) - set(known)):

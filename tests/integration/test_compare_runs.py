@@ -85,6 +85,7 @@ def test_what_is_refused(folders, tmp_path, capsys):
         "1 runs given; name 2 to 8": folders[:1],
         "--nothing is not an option": [*folders, "--nothing"],
         f"--out: there is no folder {tmp_path}/nowhere.": [*folders, "--out", f"{tmp_path}/nowhere/c.html"],
+        f"--out: {tmp_path} is a folder": [*folders, "--out", f"{tmp_path}"],
         "broken/trainer_state.json cannot be read: Expecting value": [
             *folders[:1],
             make_run(tmp_path / "broken", "beta: 0.1\n"),

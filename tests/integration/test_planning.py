@@ -275,6 +275,12 @@ def test_a_recipe_in_place_of_an_accelerate_file():
         Sharding.read(ROOT / "recipes/gemma-7b-it/dpo/config_full.yaml")
 
 
+def test_a_missing_accelerate_file_is_answered_with_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # from any folder
+    with refused("accelerate file", "nothing.yaml", "training_configs/zero3_for_dpo.yaml"):
+        Sharding.read("nothing.yaml")
+
+
 # ------------------------------------------------------------------------------------------------------------- script
 
 

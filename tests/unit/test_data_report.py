@@ -127,6 +127,13 @@ def test_length_alone_is_warned_about(wins, words):
     assert (words is None and not warnings) or words in warnings[0]
 
 
+def test_a_penalty_on_length_is_advised_where_longer_sides_win_alone():
+    """a = length_penalty · (|y_w| − |y_l|) is added to x: with a shorter chosen side it asks for more margin still."""
+    for wins, advised in ((0.9, True), (0.1, False)):
+        (line,) = DataReport({}, None, training={"longer_wins": wins}).warnings()
+        assert ("length_penalty" in line) == advised and "sigmoid_norm" in line
+
+
 def test_rows_that_max_length_costs_count_the_dropped_ones(recipe):
     """Sides of 24 tokens and the answer, 28 and 27 in the good row; limits of 60, 120 and 240."""
     _, _, report = prepared(recipe("--max_length=120"))
@@ -191,6 +198,12 @@ def test_check_data_ends_as_the_run_would(recipe, flags, code, words, capsys, tm
     assert words in out + err
     assert json.loads(Path("found/data_report.json").read_text())["training"]["pairs"] == 2
     assert not Path("out").exists() and not list(Path("model").glob("*.safetensors"))
+
+
+def test_a_report_in_the_place_of_a_file_is_refused(recipe, capsys):
+    Path("found").write_text("kept")
+    assert run(check_data.main, ["recipe.yaml", "--report=found"]) == 1
+    assert "--report: found" in capsys.readouterr().err and Path("found").read_text() == "kept"
 
 
 def test_good_data_pass_with_any_bad_row_refused(recipe, capsys):

@@ -80,13 +80,13 @@ def test_chosen_logps_of_held_out_pairs():
 
 
 def test_chosen_logps_of_training_alone():
-    """Rewards over β are the distance to the reference: −0.4 / 0.1 = −4 nats below, mean of the last of 10 logs."""
+    """Rewards over β are the distance to the reference: −0.4 / 0.1 = −4 nats below, the last of 10 logs."""
     logs = [
         {"loss": 0.6, "rewards/chosen": -0.04 * i, "rewards/rejected": -0.1 * i, "logps/chosen": -50.0, "step": i}
         for i in range(1, 11)
     ]
     line, fell = chosen_logps(logs, 0.1)
-    assert fell and "-4.00 nats (training pairs, mean of the last 1 logs), rejected -10.00" in line
+    assert fell and "-4.00 nats (training pairs, the last log), rejected -10.00" in line
     assert chosen_logps([{"loss": 1.0, "step": 1}], 0.1) == ("", False)
     assert chosen_logps([evaluation(0, -50.0, -60.0)], 0.1) == ("", False)  # one evaluation tells of no change
 

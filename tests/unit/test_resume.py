@@ -12,6 +12,7 @@ from mdpo.data.sampler import LongestFirst, longest_first
 from mdpo.runs import checkpoints
 from mdpo.runs import run_fingerprint as run_identity
 from mdpo.runs.checkpoints import SAVING, commit, faults, newest_complete, remove_older, sealed
+from mdpo.runs.output_dir import _named
 from mdpo.runs.run_fingerprint import differences
 from mdpo.storage import MANIFEST
 
@@ -54,6 +55,16 @@ def test_the_newest_complete_one_by_number_and_what_was_skipped(tmp_path):
         f"{tmp_path}/checkpoint-100: optimizer.pt has 0 bytes of 6.",
     ]
     assert newest_complete(tmp_path / "nothing") == (None, [])
+
+
+def test_a_run_s_folder_in_the_place_of_its_checkpoint(tmp_path):
+    """The newest one of it is named; one of its checkpoints is taken, and a folder without any is as damaged."""
+    older, newer = saved(tmp_path / "run", 5), saved(tmp_path / "run", 10)
+    with refused("resume_from_checkpoint", newer):
+        _named(tmp_path / "run", tmp_path / "out")
+    assert _named(older, tmp_path / "out") == older
+    with refused("resume_from_checkpoint", MANIFEST):
+        _named(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("module", "name"), [(os, "rename"), (os, "fsync"), (shutil, "rmtree"), (json, "dump")])

@@ -285,6 +285,11 @@ def test_check_data_and_show_masks_say_so(folder, capsys):
     assert "«  b0⟦<|im_end|>⟧»" in out
 
 
+def test_a_page_of_masks_in_the_place_of_a_folder_is_refused(folder, capsys):
+    assert run(show_masks.main, ["recipe.yaml", "--html=model"]) == 1
+    assert "--html: model" in capsys.readouterr().err
+
+
 def test_the_page_of_masks_shows_the_same_tokens(folder, capsys):
     assert run(show_masks.main, ["recipe.yaml", "--html", "masks.html"]) == 0
     text = (folder / "masks.html").read_text(encoding="utf-8")
