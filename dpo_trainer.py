@@ -83,7 +83,7 @@ class DPOTrainer(ResumableTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = MDPOConfig.with_trl_behavior(self._default_args(model) if args is None else args)
+        args = MDPOConfig.with_trl_behaviour(self._default_args(model) if args is None else args)
         refuse_inputs(model, ref_model, args, train_dataset, processing_class)
         refuse_objects(model, ref_model)
         say(*check_options(args, peft_config))

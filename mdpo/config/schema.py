@@ -197,7 +197,7 @@ class MDPOConfig(DPOConfig):
     )
 
     @classmethod
-    def with_trl_behavior(cls, args: DPOConfig) -> "MDPOConfig":
+    def with_trl_behaviour(cls, args: DPOConfig) -> "MDPOConfig":
         """An MDPOConfig as it is; a plain trl.DPOConfig as one with its values and every departure from TRL off."""
         if isinstance(args, MDPOConfig):
             return args

@@ -56,7 +56,7 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
     """Raises UserError for what no run could honor. Options that ask for something else than what happens are errors
     under MDPOConfig, which recipes use; under a plain trl.DPOConfig, where TRL lets them pass, they are returned, a
     line each, as are other options without effect. `recipe` has the keys that were set and their values."""
-    args = MDPOConfig.with_trl_behavior(args)
+    args = MDPOConfig.with_trl_behaviour(args)
     own = not args.of_trl
     for switch, keys in ONLY_BESIDE.items():
         for key in (key for key in keys if key in (recipe or {}) and not recipe.get(switch)):
