@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from errors import refused
 
 from mdpo.data.sampler import LongestFirst, longest_first
 from mdpo.runs import checkpoints
