@@ -11,6 +11,7 @@ from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, la
 from mdpo.reporting.turn_tables import turn_tables
 
 REPORT, RESOLVED = "run_report.json", "recipe_resolved.yaml"
+OF_TRAINING = ("train", "steps", "train_seconds", "pairs_per_second", "peak_memory_gb")
 # Rows of the table: label, metric.
 SHOWN = (
     ("loss", "eval_loss"),
@@ -21,14 +22,15 @@ SHOWN = (
 )
 
 
-def write_report(folder: str | Path, figures: dict, history: list[dict], data: dict, args) -> dict:
+def write_report(folder: str | Path, metrics: dict, history: list[dict], data: dict, args) -> dict:
     """Writes `run_report.json` into the output folder and returns it: metrics, the evaluation before the first step if
     there was one, the first loss, metrics by turn, how far chosen log-probs moved, row accounting, versions, commit and
     machine."""
+    metrics = {**metrics, **of_the_training(Path(folder, REPORT), metrics["steps"])}
     losses, (pairs, turns) = curve(history, "loss").training, latest_turns(history)
     line, fell = chosen_logps(history, args.beta)
     report = {
-        **figures,
+        **metrics,
         "before": before_and_after(history)[0],
         "first_loss": losses[0][1] if losses else None,
         "turns": {"of": pairs, **turn_tables(turns)},
@@ -40,6 +42,17 @@ def write_report(folder: str | Path, figures: dict, history: list[dict], data: d
     }
     Path(folder, REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def of_the_training(path: Path, steps: int) -> dict:
+    """What a start that trained nothing, as of a finished run, leaves as the report of the training has it."""
+    if steps or not path.exists():
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        return {key: earlier[key] for key in OF_TRAINING}
+    except (ValueError, TypeError, KeyError):  # damaged, or of another program
+        return {}
 
 
 def show_result(report: dict) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from faults.runs import differing, steps
 
+from mdpo.reporting.run_report import OF_TRAINING, REPORT
+
 pytestmark = pytest.mark.slow
 
 
@@ -124,7 +126,7 @@ def test_another_recipe_never_resumes_and_another_interval_does(forge, workshop,
 
 
 def test_a_run_at_its_last_step_makes_no_further_one(forge, workshop, tmp_path):
-    """In the middle of an epoch, where Trainer makes one more before it looks."""
+    """In the middle of an epoch, where Trainer makes one more before it looks. The report keeps what training took."""
     out, flags = tmp_path / "out", ["--max_steps=7", f"--output_dir={tmp_path}/out"]
     run = forge.run(workshop / "recipe.yaml", *flags)
     assert run.end() == 0, run.log[-3000:]
@@ -132,8 +134,10 @@ def test_a_run_at_its_last_step_makes_no_further_one(forge, workshop, tmp_path):
     (out / "model.safetensors").unlink()
     run = forge.run(workshop / "recipe.yaml", *flags)
     assert run.end() == 0, run.log[-3000:]
-    assert f"resuming from {out}/checkpoint-7" in run.log and "over 0 steps" in run.log
+    assert f"resuming from {out}/checkpoint-7" in run.log and "step 8" not in run.log
     assert differing(out, tmp_path / "whole") == []
+    again, whole = (json.loads((folder / REPORT).read_text()) for folder in (out, tmp_path / "whole"))
+    assert {key: again[key] for key in OF_TRAINING} == {key: whole[key] for key in OF_TRAINING} and again["steps"] == 7
 
 
 def test_the_second_run_in_one_folder_is_refused(forge, workshop, tmp_path):

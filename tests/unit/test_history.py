@@ -1,5 +1,6 @@
 """What is read out of a log history, by hand: curves, smoothing, figures before and after, chosen log-probs."""
 
+import json
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from repository import ROOT
 
 from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
 from mdpo.reporting.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
-from mdpo.reporting.run_report import show_result
+from mdpo.reporting.run_report import REPORT, of_the_training, show_result
 
 
 def test_curves():
@@ -120,6 +121,20 @@ def test_the_end_s_table_and_line_agree(last, word, capsys):
     screen = capsys.readouterr().out
     assert agrees_with_itself(screen) and f"side {word} by" in screen
     assert not agrees_with_itself(screen.replace(f"{last:.4f}", "-57.5000"))
+
+
+def test_what_training_took_is_kept_by_a_start_that_trains_nothing(tmp_path):
+    path = tmp_path / REPORT
+    took = {"train": {"train_loss": 0.5}, "steps": 7, "train_seconds": 3.0, "pairs_per_second": 9.0}
+    assert of_the_training(path, steps=0) == {}  # there is none
+    for text, kept in (
+        (json.dumps({**took, "peak_memory_gb": 2.0, "after": {}}), {**took, "peak_memory_gb": 2.0}),
+        (json.dumps(took), {}),
+        ("[]", {}),
+        ("{", {}),
+    ):
+        path.write_text(text)
+        assert of_the_training(path, steps=0) == kept and of_the_training(path, steps=1) == {}
 
 
 def test_readme_s_first_screen_agrees_with_itself():
