@@ -146,7 +146,9 @@ def _checkpoint(folder: Path, requested: str | bool | None, overwrite: bool) -> 
 
 def _named(checkpoint: Path, folder: Path) -> Path:
     if not agreed(checkpoint.is_dir):
-        raise UserError(f"resume_from_checkpoint: {checkpoint} is not a folder.")
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} is not a folder. Name a checkpoint's; true is the newest one."
+        )
     if step_of(checkpoint) is None and (inside := agreed(lambda: by_step(checkpoint))):
         raise UserError(f"resume_from_checkpoint: {checkpoint} holds checkpoints. Name one of them, as {inside[0]}.")
     if wrong := why_not_resumable(checkpoint):

@@ -1,5 +1,5 @@
 """What only a GPU can show: kernels against attention by segment, half precision packed against padded, compiled
-modules and the head's float32 sums, and ln 2 where nothing is learnt. `bash benchmarks/gpu_check.sh` runs them."""
+modules and the head's float32 sums, and ln 2 where nothing is learned. `bash benchmarks/gpu_check.sh` runs them."""
 
 import math
 
@@ -94,7 +94,7 @@ def test_float32_sums_of_half_precision_products(dtype):
     assert total.dtype == torch.float32 and (total.double() - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-def test_nothing_learnt_is_ln_2_in_bfloat16(tmp_path):
+def test_nothing_learned_is_ln_2_in_bfloat16(tmp_path):
     """Reference and policy are one model: in the step, and precomputed."""
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     for ahead in (False, True):

@@ -1,6 +1,6 @@
 """The regime that users run: half precision under real ZeRO-2 and ZeRO-3, two processes, from the accelerate files for
-8 GPUs. Where policy and reference are the same model and nothing is learnt, the loss is ln 2 at every step, to the last
-bit, whatever the weights' precision."""
+8 GPUs. Where policy and reference are the same model and nothing is learned, the loss is ln 2 at every step, to the
+last bit, whatever the weights' precision."""
 
 import json
 import math
@@ -99,7 +99,7 @@ def launch_runs(config, precision, runs: dict[str, list[str]], shop, operators, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_nothing_learnt_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
+def test_nothing_learned_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
     """Precomputed or in the step, full or LoRA, 1 or 4 pairs, weights loaded in bfloat16 or left in float32."""
     runs = {
         f"{ahead}-{kind}-{pairs}": [
@@ -130,7 +130,7 @@ def test_nothing_learnt_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_learnt_is_ln_2_in_float16(shop, extensions, tmp_path):
+def test_nothing_learned_is_ln_2_in_float16(shop, extensions, tmp_path):
     """With DeepSpeed's loss scale, which begins so high that the first steps are left out."""
     half = ["--fp16=true", "--bf16=false", "--dtype=float16"]
     runs = {ahead: [*half, f"--precompute_ref_log_probs={ahead}"] for ahead in ("true", "false")}
@@ -141,7 +141,7 @@ def test_nothing_learnt_is_ln_2_in_float16(shop, extensions, tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_learnt_is_ln_2_in_one_process(shop, tmp_path):
+def test_nothing_learned_is_ln_2_in_one_process(shop, tmp_path):
     """Without DeepSpeed: float32 weights, or an adapter's on bfloat16 or float32 ones, and products in bfloat16."""
     kinds = {"full": ["--dtype=float32"], "lora": LORA, "lora32": ["--dtype=null", *LORA]}
     runs = {
@@ -158,7 +158,7 @@ def test_nothing_learnt_is_ln_2_in_one_process(shop, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_nothing_learnt_is_ln_2_with_a_pretrained_model(stage, shop, extensions, tmp_path):
+def test_nothing_learned_is_ln_2_with_a_pretrained_model(stage, shop, extensions, tmp_path):
     """SmolLM2-135M. A CPU without bfloat16 units takes one step of short pairs, others four of long ones."""
     steps = 4 if cpu_has_bf16() else 1
     run = [str(SMOLLM2), "--dtype=bfloat16", "--bf16=true", "--learning_rate=0.0", f"--max_steps={steps}"]
@@ -181,7 +181,7 @@ def test_a_bfloat16_run_learns_what_a_float32_run_learns(shop, extensions, tmp_p
         logs, _ = launch_runs("zero2_for_dpo", precision, {"run": run + more}, shop, extensions, tmp_path / precision)
         found[precision] = logs["run"]
     noise = rounding_of_rewards(shop, tmp_path / "no" / "run")
-    assert max(abs(log["rewards/margins"]) for log in found["no"]) > 10 * noise  # something was learnt
+    assert max(abs(log["rewards/margins"]) for log in found["no"]) > 10 * noise  # something was learned
     for half, whole in zip(found["bf16"], found["no"], strict=True):
         for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
             assert half[name] == pytest.approx(whole[name], abs=3 * noise), (half["step"], name)

@@ -330,14 +330,14 @@ def test_texts(form, asked, system):
         same(talk, form(talk), CHATML, given=True)
 
 
-def test_the_oracle_notices_a_question_that_is_left_out_and_a_turn_of_the_user_that_is_learnt():
+def test_the_oracle_notices_a_question_that_is_left_out_and_a_turn_of_the_user_that_is_learned():
     talk = Drawn(0, calls=False).talk(asked=1, answered=3, system=True)
     row, given = both_whole(talk, openai)
     without = {name: [m for m in side if m["role"] != "user"] for name, side in row.items()}
     with pytest.raises(AssertionError):
         same(talk, {"prompt": [{"role": "user", "content": "Go on."}], **without}, CHATML, given)
-    learnt = {
+    learned = {
         name: [{**m, "role": "assistant"} if n > 2 else m for n, m in enumerate(side)] for name, side in row.items()
     }
     with pytest.raises(AssertionError):
-        same(talk, learnt, CHATML, given)
+        same(talk, learned, CHATML, given)
