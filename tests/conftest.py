@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,8 @@ os.environ.setdefault("MDPO_TEST_EXTENSIONS", os.path.join(os.environ["MDPO_TEST
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; and several threads add up in any order
 
 
-@pytest.fixture(scope="session")
-def extensions() -> Path:
-    """Where DeepSpeed's operator is built before the first launch; no lock of a user's build can be met there."""
+def build_operator() -> Path:
+    """Builds DeepSpeed's operator where it is not there yet, and waits for another process that builds it."""
     from filelock import FileLock
 
     folder = Path(os.environ["MDPO_TEST_EXTENSIONS"])
@@ -42,6 +42,19 @@ def extensions() -> Path:
             own = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
             subprocess.run([sys.executable, "-c", build], env={**os.environ, **own}, check=True, capture_output=True)
     return folder
+
+
+def pytest_sessionstart(session):
+    """A minute of one core, which the workers of a whole tier do not wait for."""
+    workers = getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput")
+    if workers and [Path(argument).resolve() for argument in session.config.args] == [TESTS]:
+        threading.Thread(target=build_operator, daemon=True).start()
+
+
+@pytest.fixture(scope="session")
+def extensions() -> Path:
+    """Where DeepSpeed's operator is built before the first launch; no lock of a user's build can be met there."""
+    return build_operator()
 
 
 @pytest.fixture
