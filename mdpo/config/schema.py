@@ -10,6 +10,8 @@ from trl import DPOConfig
 from mdpo.config.ranges import COUNTS, NOT_NEGATIVE, at_least_one, check_ranges, not_negative, positive
 from mdpo.errors import UserError
 
+PAIRINGS = ("best_worst", "all", "adjacent", "random")  # of a row with several answers
+
 
 @dataclass
 class DataArguments:
@@ -47,6 +49,20 @@ class DataArguments:
     allow_different_prompts: bool = field(
         default=False, metadata={"help": "Keep pairs whose two sides begin with different prompts."}
     )
+    pairs: str = field(
+        default="best_worst",
+        metadata={
+            "help": "Of a row with several answers: best_worst makes one pair, all each pair that differs in reward, "
+            "adjacent each reward with the next lower one, random one pair or max_pairs_per_prompt.",
+            "choices": list(PAIRINGS),
+        },
+    )
+    min_reward_gap: float = field(
+        default=0.0, metadata={"help": "Of a row with several answers: compare those that differ by at least this."}
+    )
+    max_pairs_per_prompt: int | None = field(
+        default=None, metadata={"help": "Of a row with several answers: at most this many pairs, widest gaps first."}
+    )
     on_bad_rows: str = field(
         default="drop",
         metadata={
@@ -79,6 +95,9 @@ class DataArguments:
             {
                 "max_training_samples": (at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
                 "max_eval_samples": (at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
+                "pairs": (lambda way: way in PAIRINGS, f"one of {', '.join(PAIRINGS)}"),
+                "min_reward_gap": (not_negative, "a number >= 0"),
+                "max_pairs_per_prompt": (at_least_one, "a whole number >= 1, or leave it out for all"),
                 "on_bad_rows": (lambda choice: choice in ("drop", "error"), "drop or error"),
                 "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
                 "test_split_size": (

@@ -17,13 +17,15 @@ HOLDS = ("messages", "conversations", "conversation")  # of an object around mes
 @dataclass(frozen=True)
 class Form:
     """One documented way to write a part of a pair: the columns that a row of this form has, further ones that it
-    reads, where it is documented and how it is read (lines of docs/rows.md), and `read`, row → the part."""
+    reads, where it is documented and how it is read (lines of docs/rows.md), and `read`, row → the part. Of a form
+    that has several answers, a list in each of its columns, `rewards` gives one of each answer, or None."""
 
     columns: tuple[str, ...]
     source: str
     rule: str
     read: Callable[[Row], Any]
     also: tuple[str, ...] = ()
+    rewards: Callable[[Row], list[float | None]] | None = None
 
 
 def number(row: Row, name: str) -> float:

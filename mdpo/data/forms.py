@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mdpo.data.columns import Row, role_of, structured, unwrapped
+from mdpo.data.groups import AnswerPairs, rows_of_two
 from mdpo.data.messages import normalize_messages, same_message
 from mdpo.data.questions import QUESTIONS, begins, history, messages_in, question, text_in
 from mdpo.data.sides import SIDE_FORMS, TRL, sides_form
@@ -181,7 +182,7 @@ def look(rows: Iterable[Row], name: str, mask_turns: bool = True) -> tuple[set[s
     for seen, row in enumerate(rows, 1):
         preference, formed = row, formed or sides_form(row) is not None
         try:
-            preference = as_preference(row, mask_turns)
+            preference = as_preference(rows_of_two(row, AnswerPairs())[0][0], mask_turns)
             used |= preference["used"]
         except Unread as reason:
             unread.append(str(reason))

@@ -11,6 +11,7 @@ from mdpo.config.recipe import model_init_kwargs
 from mdpo.console import is_main_process, say
 from mdpo.data.files import whole_row
 from mdpo.data.forms import look
+from mdpo.data.groups import SEVERAL, TIE, AnswerPairs
 from mdpo.data.report import DataReport, describe
 from mdpo.data.rows import refuse_missing_margins
 from mdpo.data.sources import DatasetSplit, hold_out, load_datasets, mix
@@ -38,6 +39,7 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
         if data.eval_dataset_mixer:
             evals += load_datasets(data.eval_dataset_mixer, splits=None)
         evals = _tokenized(evals, "eval", recipe, tokenizer, report)
+    _refuse_idle(answer_pairs(recipe), report)
     if not train:
         raise UserError(f"dataset_splits: no dataset has a split to train on among {data.dataset_splits}.")
     train, held_out = mix(train, args.seed), mix(evals, args.seed) if evals else None
@@ -67,7 +69,7 @@ def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: 
         if unused := sorted(set(part.columns) - read):
             report.unused[name] = unused
         workers = args.dataset_num_proc or len(os.sched_getaffinity(0))
-        rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers)
+        rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers, answer_pairs(recipe))
         refuse_missing_margins(args, rows, name)
         rows = without_repeated(rows, counts, seen)
         report.counts[name] = counts
@@ -99,6 +101,20 @@ def _tell(report: DataReport, train: Dataset, held_out: Dataset | None, folder: 
     report.show()
     if folder:
         report.write(folder)
+
+
+def answer_pairs(recipe) -> AnswerPairs:
+    data = recipe.data
+    return AnswerPairs(data.pairs, data.min_reward_gap, data.max_pairs_per_prompt)
+
+
+def _refuse_idle(answers: AnswerPairs, report: DataReport) -> None:
+    """Raises UserError where the recipe says which answers are compared and no row has several."""
+    set_keys = [key for key, default in vars(AnswerPairs()).items() if getattr(answers, key) != default]
+    several = any(SEVERAL in counts.kept_with or any(r.startswith(TIE) for r in counts.reasons)
+                  for counts in report.counts.values())  # fmt: skip
+    if set_keys and not several:
+        raise UserError(f"{set_keys[0]}: has no effect: no row has several answers (docs/rows.md).")
 
 
 def render_settings(recipe) -> RenderSettings:

@@ -93,15 +93,24 @@ def after_last_user(row: Row) -> Row:
     return {"prompt": messages[: last + 1], "chosen": messages[last + 1 :], "rejected": rejected}
 
 
-def completions(row: Row) -> Row:
-    """The best against the worst of `completions`: by rank (NeMo-RL, 0 is best) or by score (UltraFeedback)."""
+def completion_rewards(row: Row) -> list[float | None]:
+    """Of `completions`: less its rank (NeMo-RL, 0 is best), or its score (UltraFeedback)."""
     candidates = row["completions"]
     if not isinstance(candidates, list) or not all(isinstance(c, dict) for c in candidates):
         raise DropPair("completions is not a list of objects")
-    if candidates and all("rank" in c for c in candidates):
-        return {k: v for k, v in extremes([(-number(c, "rank"), c.get("completion")) for c in candidates]).items()
-                if k != "margin"}  # fmt: skip
-    return extremes([(_score(c), c.get("response", c.get("completion"))) for c in candidates])
+    return [-number(c, "rank") if _ranked(candidates) else _score(c) for c in candidates]
+
+
+def completions(row: Row) -> Row:
+    """The best against the worst of `completions`; ranks make no margin."""
+    rewards, candidates = completion_rewards(row), row["completions"]
+    texts = [c.get("completion") if _ranked(candidates) else c.get("response", c.get("completion")) for c in candidates]
+    best = extremes(list(zip(rewards, texts, strict=True)))
+    return {k: v for k, v in best.items() if k != "margin"} if _ranked(candidates) else best
+
+
+def _ranked(candidates: list[Row]) -> bool:
+    return bool(candidates) and all("rank" in c for c in candidates)
 
 
 def _score(completion: Row) -> float:
@@ -118,17 +127,26 @@ def _score(completion: Row) -> float:
         raise DropPair(reason, "completions") from None
 
 
-def generations(row: Row) -> Row:
-    """distilabel: texts in one column, their ratings in another."""
-    texts, ratings = row["generations"], row["ratings"]
-    if not isinstance(texts, list) or not isinstance(ratings, list) or len(texts) != len(ratings):
-        raise DropPair("generations and ratings are not lists of one length")
-    rated = [(number({"ratings": r}, "ratings"), t) for r, t in zip(ratings, texts, strict=True) if r is not None]
-    return extremes(rated)
+def listed_rewards(texts: str, rewards: str) -> Callable[[Row], list[float | None]]:
+    """Answers in one column, their rewards in another; null is none."""
+
+    def read(row: Row) -> list[float | None]:
+        lists = (row[texts], row[rewards])
+        if not all(isinstance(column, list) for column in lists) or len(lists[0]) != len(lists[1]):
+            raise DropPair(f"{texts} and {rewards} are not lists of one length")
+        return [None if r is None else number({rewards: r}, rewards) for r in lists[1]]
+
+    return read
 
 
-def extremes(scored: list[tuple[float, Any]]) -> Row:
-    """The first of the best and the first of the worst; the margin is the difference of their scores."""
+def best_and_worst(texts: str, rewards: str) -> Callable[[Row], Row]:
+    read = listed_rewards(texts, rewards)
+    return lambda row: extremes(list(zip(read(row), row[texts], strict=True)))
+
+
+def extremes(answers: list[tuple[float | None, Any]]) -> Row:
+    """The first of the best and the first of the worst that have a score; the margin is the difference of both."""
+    scored = [(score, answer) for score, answer in answers if score is not None]
     if len(scored) < 2:
         raise DropPair("fewer than two completions with a score")
     best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
@@ -171,10 +189,13 @@ SIDE_FORMS = (
     Form(("completions",), "NeMo-RL (`rank`, `completion`); UltraFeedback (`overall_score`, else `fine-grained_score`, "
          "else the mean of the annotations' ratings; `response`)",
          "the first of the best against the first of the worst, all equal is a tie; the difference of scores is the "
-         "margin, ranks make none", completions),
+         "margin, ranks make none", completions, rewards=completion_rewards),
     Form(("generations", "ratings"), "distilabel",
          "the first of the best against the first of the worst, all equal is a tie; the difference is the margin",
-         generations),
+         best_and_worst("generations", "ratings"), rewards=listed_rewards("generations", "ratings")),
+    Form(("responses", "rewards"), "several answers sampled for one prompt, and the reward of each",
+         "the first of the best against the first of the worst, all equal is a tie; the difference is the margin",
+         best_and_worst("responses", "rewards"), rewards=listed_rewards("responses", "rewards")),
     Form(("conversation_a", "conversation_b", "winner"), "LMSYS Chatbot Arena, MT-Bench judgments",
          "the winner's conversation is chosen; ties are dropped", judged("conversation_a", "conversation_b", winner)),
     Form(("response_a", "response_b", "winner"), "Arena", "the winner's is chosen; ties are dropped",

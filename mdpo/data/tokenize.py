@@ -13,6 +13,7 @@ from mdpo.console import first_line
 from mdpo.data.counts import DropCounts
 from mdpo.data.files import whole_row
 from mdpo.data.forms import look
+from mdpo.data.groups import SEVERAL, AnswerPairs, rows_of_two
 from mdpo.data.rows import first_answer, row_to_pair
 from mdpo.data.template_fit import fit
 from mdpo.errors import DropPair, UserError
@@ -25,6 +26,7 @@ from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
 VERSION = 10
+BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in SIDES},
@@ -60,11 +62,41 @@ def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
         return PlainText(tokenizer)
 
 
-def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings) -> dict[str, Any]:
-    """One row as FEATURES has it. A row that cannot be trained on carries its reason and empty lists."""
+def tokenize_rows(
+    batch: dict[str, list[Any]], indices: list[int], template, settings: RenderSettings, answers: AnswerPairs
+) -> dict[str, list[Any]]:
+    """Rows as FEATURES has them, those with several answers as a row for each pair. A row that cannot be trained on
+    carries its reason and empty lists."""
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    tokenized = [
+        pair for row, i in zip(rows, indices, strict=True) for pair in _pairs(row, i, template, settings, answers)
+    ]
+    return {name: [pair[name] for pair in tokenized] for name in FEATURES}
+
+
+def _pairs(row, index: int, template, settings: RenderSettings, answers: AnswerPairs) -> list[dict[str, Any]]:
     row = whole_row(row, index)
+    try:
+        of_two, several = rows_of_two(row, answers)
+    except DropPair as reason:
+        return [{**_empty(row), "drop_reason": str(reason)}]
+    pairs = [_tokenized(pair, template, settings) for pair in of_two]
+    return [{**pair, "remarks": [*pair["remarks"], SEVERAL]} for pair in pairs] if several else pairs
+
+
+def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings) -> dict[str, Any]:
+    """One pair as FEATURES has it."""
+    [pair] = _pairs(row, index, template, settings, AnswerPairs())
+    return pair
+
+
+def _empty(row: dict[str, Any]) -> dict[str, Any]:
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
-    out |= {"margin": None, "digest": "", "unread": []}
+    return out | {"margin": None, "digest": "", "unread": [], "drop_reason": ""}
+
+
+def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[str, Any]:
+    out = _empty(row)
     try:
         pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
@@ -83,7 +115,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
         raise
     except Exception as e:  # one odd row does not end a run
         return {**out, "drop_reason": f"unexpected {type(e).__name__}: {first_line(e, innermost=False)[:80]}"}
-    return {**out, "drop_reason": ""}
+    return out
 
 
 def _question_of(pair) -> Any:
@@ -100,7 +132,12 @@ def _digest(value: Any) -> str:
 
 
 def tokenize_dataset(
-    rows: Dataset, tokenizer, settings: RenderSettings, name: str, num_proc: int | None = None
+    rows: Dataset,
+    tokenizer,
+    settings: RenderSettings,
+    name: str,
+    num_proc: int | None = None,
+    answers: AnswerPairs = AnswerPairs(),  # noqa: B008 it is frozen
 ) -> tuple[Dataset, DropCounts]:
     """The kept rows of `rows` as FEATURES (less `drop_reason`), and the counts.
 
@@ -112,13 +149,15 @@ def tokenize_dataset(
     specials = tokenizer.special_tokens_map  # templates write them
     identity = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, specials)
     tokenized = rows.map(
-        tokenize_row,
+        tokenize_rows,
         with_indices=True,
-        fn_kwargs={"template": template, "settings": settings},
+        batched=True,
+        batch_size=BATCH,
+        fn_kwargs={"template": template, "settings": settings, "answers": answers},
         remove_columns=rows.column_names,
         features=FEATURES,
         num_proc=num_proc if len(rows) > 1000 else None,
-        new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), VERSION)),
+        new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), astuple(answers), VERSION)),
         desc=f"Tokenizing {name}",
     )
     counts = DropCounts(name)
@@ -150,8 +189,9 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
         counts.add(row)
         return not reason
 
-    options = {"with_indices": True, "fn_kwargs": {"template": template, "settings": settings}}
-    tokenized = rows.map(tokenize_row, remove_columns=list(first), features=FEATURES, **options)
+    options = {"with_indices": True, "batched": True, "batch_size": 1, "remove_columns": list(first)}
+    given = {"template": template, "settings": settings, "answers": AnswerPairs()}
+    tokenized = rows.map(tokenize_rows, fn_kwargs=given, features=FEATURES, **options)
     return tokenized.filter(keep).remove_columns(NOT_TRAINED_ON), counts
 
 

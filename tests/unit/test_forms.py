@@ -95,6 +95,7 @@ SIDE_ROWS = [
         {"response": B, "annotations": {"honesty": {"Rating": "2"}, "helpfulness": {"Rating": "1"}}},
         {"response": G, "annotations": {"honesty": {"Rating": "4"}, "helpfulness": {"Rating": "5"}}}]}, ASK),
     ("generations ratings", {"input": Q, "generations": [B, G], "ratings": [1.0, 4.0]}, ASK),
+    ("responses rewards", {"prompt": Q, "responses": ["x", B, G], "rewards": [0.5, 0.0, 1.0]}, ASK),
     ("conversation_a conversation_b winner",
      {"conversation_a": USER + BAD, "conversation_b": USER + GOOD, "winner": "model_b", "turn": 1}, ASK),
     ("response_a response_b winner", {"question": Q, "response_a": G, "response_b": B, "winner": "model_a"}, ASK),
