@@ -51,18 +51,12 @@ class DataArguments:
     )
     pairs: str = field(
         default="best_worst",
-        metadata={
-            "help": "Of a row with several answers: best_worst makes one pair, all each pair that differs in reward, "
-            "adjacent each reward with the next lower one, random one pair or max_pairs_per_prompt.",
-            "choices": list(PAIRINGS),
-        },
+        metadata={"help": "Which answers of a row with several are compared, see rows.md.", "choices": [*PAIRINGS]},
     )
     min_reward_gap: float = field(
         default=0.0, metadata={"help": "Of a row with several answers: compare those that differ by at least this."}
     )
-    max_pairs_per_prompt: int | None = field(
-        default=None, metadata={"help": "Of a row with several answers: at most this many pairs, widest gaps first."}
-    )
+    max_pairs_per_prompt: int | None = field(default=None, metadata={"help": "At most this many pairs of such a row."})
     on_bad_rows: str = field(
         default="drop",
         metadata={

@@ -81,7 +81,8 @@ def _pairs(row, index: int, template, settings: RenderSettings, answers: AnswerP
     except DropPair as reason:
         return [{**_empty(row), "drop_reason": str(reason)}]
     pairs = [_tokenized(pair, template, settings) for pair in of_two]
-    return [{**pair, "remarks": [*pair["remarks"], SEVERAL]} for pair in pairs] if several else pairs
+    counted = several and (len(pairs) > 1 or answers != AnswerPairs())
+    return [{**pair, "remarks": [*pair["remarks"], SEVERAL]} for pair in pairs] if counted else pairs
 
 
 def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSettings) -> dict[str, Any]:

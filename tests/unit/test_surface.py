@@ -6,6 +6,8 @@ import inspect
 import pytest
 import trl
 
+from mdpo.data.groups import AnswerPairs
+
 REQUIRED = inspect.Parameter.empty
 SURFACE = {
     "dpo_trainer.DPOTrainer": {
@@ -29,6 +31,7 @@ SURFACE = {
         "settings": REQUIRED,
         "name": REQUIRED,
         "num_proc": None,
+        "answers": AnswerPairs(),
     },
     "mdpo.forward.collators.PairCollator": {"pad_token_id": REQUIRED, "pad_to_multiple_of": None},
     "mdpo.forward.token_logps.enable_scoring": {"model": REQUIRED, "fused": False},
