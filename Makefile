@@ -2,8 +2,8 @@
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
 PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
-# A worker for each core, at most 8, and where processes are started one more, as some only wait; tests of one file
-# stay together (tests/conftest.py), as they share what they have trained.
+# A worker for each core, at most 8, and one more in the slow tier, where many tests only wait for processes; tests of one
+# file stay together (tests/conftest.py), as they share what they have trained.
 CORES := $(shell "$(PYTHON)" -c 'import os; print(min(8, os.cpu_count()))')
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations=15
 MORE := $(shell expr $(CORES) + 1)
@@ -32,7 +32,7 @@ quick: .venv/.complete
 	$(PYTEST) -n $(CORES) -m "not slow" tests/unit
 
 test: model
-	$(PYTEST) -n $(MORE) -m "not slow" tests
+	$(PYTEST) -n $(CORES) -m "not slow" tests
 
 test-slow: model
 	$(PYTEST) -n $(MORE) -m slow tests
