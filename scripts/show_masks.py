@@ -1,4 +1,4 @@
-"""Show which tokens a recipe trains on: python scripts/show_masks.py RECIPE.yaml [--key=value ...] [--pairs N]
+"""Show which tokens a recipe trains on: python scripts/show_masks.py RECIPE.yaml [--key=value ...] [--first N]
 [--json | --html FILE]
 
 Tokenizes the training pairs as run_dpo.py does (same recipes, same keys), with the tokenizer alone: no weights, no
@@ -50,20 +50,20 @@ def main(argv: list[str]) -> None:
     if args.html:
         from mdpo.reporting.mask_page import write_page
 
-        counts = write_page(args.html, *recipe_and_tokenizer(overrides), args.pairs or 100)
+        counts = write_page(args.html, *recipe_and_tokenizer(overrides), args.first or 100)
         return say(f"{args.html}: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
     # The libraries write to stdout too, DeepSpeed's log already while it is imported.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         pairs = training_pairs(overrides)
     if not args.json:
-        return show(islice(pairs, args.pairs or 2), Console())
+        return show(islice(pairs, args.first or 2), Console())
     sys.stdout.writelines(json.dumps(pair) + "\n" for pair in pairs)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This script's options, and the recipe's arguments. Raises UserError."""
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--pairs", type=int, metavar="N", help="how many pairs to print")
+    parser.add_argument("--first", type=int, metavar="N", help="how many pairs to show")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="every training pair as JSON, one a line")
     form.add_argument("--html", type=Path, metavar="FILE", help="write a page that opens in a browser")
@@ -71,9 +71,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if args.pairs is not None and (args.json or args.pairs < 1):
-        reason = "has no effect with --json" if args.json else f"{args.pairs} is out of range; it has to be >= 1"
-        raise UserError(f"argument --pairs: {reason}.")
+    if args.first is not None and (args.json or args.first < 1):
+        reason = "has no effect with --json" if args.json else f"{args.first} is out of range; it has to be >= 1"
+        raise UserError(f"argument --first: {reason}.")
     return args, overrides
 
 

@@ -10,7 +10,7 @@ from mdpo.data.sides import TRL, sides_form
 from mdpo.errors import DropPair
 from mdpo.types import SIDES
 
-SEVERAL = "an answer of several"  # the remark on pairs that such rows make
+SEVERAL = "two of several answers"  # the remark on pairs that such rows make
 TIE = "a tie: no two answers of the row differ in reward"
 
 

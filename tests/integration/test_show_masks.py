@@ -166,7 +166,7 @@ def visible(text):
 
 
 def test_marks_stand_exactly_around_what_the_policy_wrote(recipe, capsys, in_process):
-    show_masks.main([str(recipe), "--pairs=1", "--max_length=1000"])
+    show_masks.main([str(recipe), "--first=1", "--max_length=1000"])
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "b.jsonl:1" in out and "a.jsonl:1," not in out
@@ -184,7 +184,7 @@ def test_marks_stand_exactly_around_what_the_policy_wrote(recipe, capsys, in_pro
 
 
 def test_without_turn_masks_the_tools_output_lies_within_the_marks(recipe, capsys, in_process):
-    show_masks.main([str(recipe), "--mask_user_turns=false", "--max_length", "1000", "--pairs", "1"])
+    show_masks.main([str(recipe), "--mask_user_turns=false", "--max_length", "1000", "--first", "1"])
     body = capsys.readouterr().out.partition("line break")[2]
     assert len(re.findall("«.*?»", body, re.DOTALL)) == 2 and "⟦" not in body
 
@@ -224,11 +224,11 @@ def test_token_text_keeps_the_spaces(kind):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--pairs=0"], "--pairs: 0 is out of range"),
-        (["--pairs=two"], "--pairs: invalid int value: 'two'"),
+        (["--first=0"], "--first: 0 is out of range"),
+        (["--first=two"], "--first: invalid int value: 'two'"),
         (["--pair=1"], "--pair is not a key"),
         (["nowhere.yaml", "--json"], "nowhere.yaml: cannot be read"),
-        (["--pairs=3", "--json"], "--pairs: has no effect with --json"),
+        (["--first=3", "--json"], "--first: has no effect with --json"),
         (["--json", "--html=masks.html"], "--html: not allowed with argument --json"),
     ],
 )

@@ -279,7 +279,7 @@ def test_check_data_and_show_masks_say_so(folder, capsys):
     assert said in capsys.readouterr().out
     [of_set] = json.loads((folder / "data_report.json").read_text())["sets"].values()
     assert of_set["kept_with"] == {APART: {"rows": 3, "first": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]}}
-    assert run(show_masks.main, ["recipe.yaml", "--pairs", "1"]) == 0
+    assert run(show_masks.main, ["recipe.yaml", "--first", "1"]) == 0
     out = capsys.readouterr().out
     assert said in out
     assert "«  b0⟦<|im_end|>⟧»" in out
