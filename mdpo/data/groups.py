@@ -1,6 +1,7 @@
 """A row with several answers to one prompt → a row for each two of them that are compared."""
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,11 @@ def rows_of_two(row: Row, answers: AnswerPairs) -> tuple[list[Row], bool]:
     chosen, rejected = (many or [row[side]] for many, side in zip(several, SIDES, strict=True))
     pairs = answers.first([(i, j) for i in range(len(chosen)) for j in range(len(rejected))], key)
     return list(_named(row, pairs, [dict(zip(SIDES, (chosen[i], rejected[j]), strict=True)) for i, j in pairs])), True
+
+
+def source_key(key: str) -> str:
+    """The key of the row that a pair comes from."""
+    return re.sub(r" \(answers \d+ and \d+\)$", "", key)
 
 
 def _named(row: Row, pairs: list[tuple[int, int]], made: list[Row]) -> Iterator[Row]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mdpo.data.files import whole_row
-from mdpo.data.prepare import prepare_pairs, render_settings
+from mdpo.data.groups import rows_of_two, source_key
+from mdpo.data.prepare import answer_pairs, prepare_pairs, render_settings
 from mdpo.data.rows import row_to_pair
 from mdpo.data.sources import load_datasets
 from mdpo.data.template_fit import fit
@@ -48,10 +49,10 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     data = recipe.data
     parts = load_datasets(data.dataset_mixer, data.dataset_splits, data.dataset_configs)
     parts += load_datasets(data.eval_dataset_mixer, splits=None) if data.eval_dataset_mixer else []
-    raw = {}
+    raw, sources = {}, {source_key(key) for key in order}
     for part in parts:
-        places = {key: i for i, key in enumerate(part.rows["key"])}
-        raw |= {key: whole_row(part.rows[places[key]]) for key in order if key in places}
+        wanted = (whole_row(part.rows[i]) for i, key in enumerate(part.rows["key"]) if key in sources)
+        raw |= {pair["key"]: pair for row in wanted for pair in _of_two(row, answer_pairs(recipe))}
     explain = Explainer(tokenizer, render_settings(recipe))
     shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in order if key in raw]
     content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
@@ -62,6 +63,13 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
     for pair in shown:
         counts[pair["reason"] or "kept"] = counts.get(pair["reason"] or "kept", 0) + 1
     return counts
+
+
+def _of_two(row: dict[str, Any], answers) -> list[dict[str, Any]]:
+    try:
+        return rows_of_two(row, answers)[0]
+    except DropPair:
+        return [row]
 
 
 class Explainer:

@@ -133,9 +133,11 @@ def test_a_dataset_counts_them():
     assert [row["margin"] for row in stream] == [1.0, None] and counts.reasons == {TIE: ["a.jsonl:4"]}
 
 
-def test_keys_without_a_row_of_several_answers_are_refused(tmp_path, monkeypatch):
+def test_a_recipe_of_several_answers(tmp_path):
+    """All three keys; they are refused where no row has several answers; the mask page shows each pair."""
     from mdpo.config.recipe import load_recipe
     from mdpo.data.prepare import prepare_pairs
+    from mdpo.reporting.mask_page import write_page
 
     pair = {"prompt": ASK, "chosen": answer("yes"), "rejected": answer("no")}
     (tmp_path / "two.jsonl").write_text(json.dumps(pair) + "\n")
@@ -144,12 +146,18 @@ def test_keys_without_a_row_of_several_answers_are_refused(tmp_path, monkeypatch
     (tmp_path / "r.yaml").write_text(f"model_name_or_path: x\noutput_dir: {tmp_path}/out\nbf16: false\nuse_cpu: true\n")
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
 
+    def recipe(file, *flags):
+        return load_recipe([str(tmp_path / "r.yaml"), f"--dataset_mixer={{{tmp_path}/{file}: 1.0}}", *flags])
+
     def prepared(file, *flags):
-        mixer = f"--dataset_mixer={{{tmp_path}/{file}: 1.0}}"
-        return prepare_pairs(load_recipe([str(tmp_path / "r.yaml"), mixer, *flags]), tokenizer)[0]
+        return prepare_pairs(recipe(file, *flags), tokenizer)[0]
 
     assert len(prepared("several.jsonl", "--pairs=all", "--max_pairs_per_prompt=4")) == 4
     for flag in ("--pairs=adjacent", "--min_reward_gap=0.5", "--max_pairs_per_prompt=2"):
         assert len(prepared("several.jsonl", flag)) >= 1
         with refused(flag[2:].partition("=")[0], "no effect"):
             prepared("two.jsonl", flag)
+    for flag, pairs in (("--pairs=adjacent", 2), ("--pairs=best_worst", 1)):  # the mask page shows each of them
+        assert write_page(tmp_path / "page.html", recipe("several.jsonl", flag), tokenizer, 100) == {"kept": pairs}
+    page = (tmp_path / "page.html").read_text()
+    assert f"{tmp_path}/several.jsonl:1" in page and "(answers" not in page
