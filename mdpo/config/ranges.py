@@ -31,3 +31,17 @@ def check_ranges(config: Any, ranges: dict[str, tuple[Callable[[Any], bool], str
         value = getattr(config, key)
         if value is not None and not test(value):
             raise UserError(f"{key}: {value!r} is out of range; give {advice}.")
+
+
+def as_mixer(key: str, mixer: dict[str, float] | list[str] | None) -> dict[str, float] | None:
+    """{name: share of rows} as floats in (0, 1]; a list of names means 1.0 each. Raises UserError."""
+    if mixer is None:
+        return None
+    if isinstance(mixer, list):
+        if repeated := sorted({name for name in mixer if mixer.count(name) > 1}):
+            raise UserError(f"{key}: {repeated[0]!r} is listed twice; list each dataset once.")
+        mixer = dict.fromkeys(mixer, 1.0)
+    for name, share in mixer.items():
+        if not 0 < share <= 1:
+            raise UserError(f"{key}: {share!r} for {name!r} is out of range; give the share of its rows, in (0, 1].")
+    return {name: float(share) for name, share in mixer.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from mdpo.config.ranges import COUNTS, NOT_NEGATIVE, at_least_one, check_ranges, not_negative, positive
+from mdpo.config.ranges import COUNTS, NOT_NEGATIVE, as_mixer, at_least_one, check_ranges, not_negative, positive
 from mdpo.errors import UserError
 
 PAIRINGS = ("best_worst", "all", "adjacent", "random")  # of a row with several answers
@@ -72,7 +72,7 @@ class DataArguments:
     def __post_init__(self):
         """Turn lists of datasets into shares of 1.0. Raises UserError for values that no run could use."""
         for key in ("dataset_mixer", "eval_dataset_mixer"):
-            setattr(self, key, _as_mixer(key, getattr(self, key)))
+            setattr(self, key, as_mixer(key, getattr(self, key)))
         if not self.dataset_mixer:
             raise UserError("dataset_mixer: names no dataset; give at least one, as {NAME_OR_PATH: 1.0}.")
         if not any("train" in split for split in self.dataset_splits):
@@ -100,20 +100,6 @@ class DataArguments:
                 ),
             },
         )
-
-
-def _as_mixer(key: str, mixer: dict[str, float] | list[str] | None) -> dict[str, float] | None:
-    """{name: share of rows} as floats in (0, 1]; a list of names means 1.0 each. Raises UserError."""
-    if mixer is None:
-        return None
-    if isinstance(mixer, list):
-        if repeated := sorted({name for name in mixer if mixer.count(name) > 1}):
-            raise UserError(f"{key}: {repeated[0]!r} is listed twice; list each dataset once.")
-        mixer = dict.fromkeys(mixer, 1.0)
-    for name, share in mixer.items():
-        if not 0 < share <= 1:
-            raise UserError(f"{key}: {share!r} for {name!r} is out of range; give the share of its rows, in (0, 1].")
-    return {name: float(share) for name, share in mixer.items()}
 
 
 # Our keys where a plain trl.DPOConfig is given.

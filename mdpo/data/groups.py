@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdpo.data.columns import HOLDS, Row, role_of, structured
-from mdpo.data.sides import TRL, sides_form
+from mdpo.data.sides import FEWER, TRL, sides_form
 from mdpo.errors import DropPair
 from mdpo.types import SIDES
 
@@ -61,6 +61,8 @@ def rows_of_two(row: Row, answers: AnswerPairs) -> tuple[list[Row], bool]:
         rewards = form.rewards(row)
         columns = {name: row[name] for name in form.columns}
         pairs = answers.of_rewards(rewards, key)
+        if sum(reward is not None for reward in rewards) < 2:
+            raise DropPair(FEWER)
         if not pairs:
             gap = f" by min_reward_gap {answers.min_reward_gap}" if answers.min_reward_gap else ""
             raise DropPair(TIE + gap)

@@ -7,6 +7,8 @@ from typing import Any
 from mdpo.data.columns import Form, Row, number, role_of
 from mdpo.errors import DropPair
 
+FEWER = "fewer than two completions with a score"
+
 
 def named(chosen: str, rejected: str) -> Callable[[Row], Row]:
     """The sides are two columns."""
@@ -148,7 +150,7 @@ def extremes(answers: list[tuple[float | None, Any]]) -> Row:
     """The first of the best and the first of the worst that have a score; the margin is the difference of both."""
     scored = [(score, answer) for score, answer in answers if score is not None]
     if len(scored) < 2:
-        raise DropPair("fewer than two completions with a score")
+        raise DropPair(FEWER)
     best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
     if best[0] == worst[0]:
         raise DropPair("a tie: all completions have one score or rank")

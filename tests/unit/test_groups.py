@@ -105,6 +105,8 @@ def test_rows_without_a_difference_are_dropped_by_name():
     for rewards, settings in (([1, 1, 1, 1], {}), (REWARDS, {"min_reward_gap": 2.0, "pairs": "all"})):
         with dropped("a tie"):
             rows_of_two(sampled(rewards=rewards), AnswerPairs(**settings))
+    with dropped("fewer than two completions with a score"):
+        rows_of_two(sampled(rewards=[None, 1.0, None, None]), AnswerPairs())
     with dropped("responses and rewards"):
         rows_of_two(sampled(rewards=[1.0]), AnswerPairs())
     with dropped("rewards"):
