@@ -262,7 +262,8 @@ class DPOTrainer(ResumableTrainer):
             self._sampler.set_epoch(epoch)
 
     def _set_signature_columns_if_needed(self):
-        sides = [f"{side}_{field}" for side in ("chosen", "rejected") for field in ("ids", "mask", "weights")]
+        fields = ("ids", "mask", "weights", "lengths")
+        sides = [f"{side}_{field}" for side in ("chosen", "rejected") for field in fields]
         self._signature_columns = [*sides, "shared_len", "margin", "row", *REFERENCE.values()]
 
     def _set_up_reference(self, policy_name, ref_model, quantization, compiled: bool) -> None:

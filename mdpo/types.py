@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -42,6 +43,10 @@ class TokenizedPair:
 
     `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens. `longest` is the longer
     side before any cut; `cut` says that a turn was cut in its middle.
+
+    A side is one sequence or more, each a text as the model saw it: of several, `ids`, `mask` and `weights` have one
+    behind the other, and `lengths` the tokens of each; it is empty where there is one. `distinct` counts the tokens of
+    both sides, those that sequences begin with alike once.
     Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
     """
 
@@ -52,6 +57,9 @@ class TokenizedPair:
     shared_len: int
     chosen_weights: list[float] = field(default_factory=list)
     rejected_weights: list[float] = field(default_factory=list)
+    chosen_lengths: list[int] = field(default_factory=list)
+    rejected_lengths: list[int] = field(default_factory=list)
+    distinct: int = 0
     longest: int = 0
     cut: bool = False
     remarks: list[str] = field(default_factory=list)  # as `Pair.remarks`
@@ -217,3 +225,21 @@ def turn_begins(mask: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarr
 def common_prefix(a: Sequence, b: Sequence) -> int:
     """Length of the longest common prefix of two sequences."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def sequence_lengths(row: Mapping[str, Any], side: str) -> list[int]:
+    """Tokens of each sequence of a side of a tokenized row."""
+    return row.get(f"{side}_lengths") or [len(row[f"{side}_ids"])]
+
+
+def split(values: Sequence, lengths: Sequence[int]) -> list[Sequence]:
+    """A side's ids, mask or weights by its sequences. Example: [5, 6, 7], [2, 1] -> [[5, 6], [7]]."""
+    ends = [0, *accumulate(lengths)]
+    return [values[start:end] for start, end in pairwise(ends)]
+
+
+def distinct_tokens(sequences: Iterable[list[int]]) -> int:
+    """How many tokens there are where those that sequences begin with alike count once: the nodes of their trie. In
+    lexical order each shares the most with the one before it. Example: [[5, 6, 7], [5, 8], [5, 6]] -> 4."""
+    ordered = sorted(sequences)
+    return sum(map(len, ordered)) - sum(common_prefix(a, b) for a, b in pairwise(ordered))

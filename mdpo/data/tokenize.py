@@ -25,14 +25,16 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 10
+VERSION = 11
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {
         **{f"{side}_ids": List(Value("int32")) for side in SIDES},
         **{f"{side}_mask": List(Value("uint8")) for side in SIDES},
         **{f"{side}_weights": List(Value("float32")) for side in SIDES},
+        **{f"{side}_lengths": List(Value("int32")) for side in SIDES},  # of its sequences; empty where it is one
         "shared_len": Value("int32"),
+        "distinct": Value("int32"),
         "margin": Value("float64"),
         "key": Value("string"),
         "prompt_key": Value("string"),

@@ -13,7 +13,7 @@ from mdpo.masking.chat_template import ChatTemplate, Rendered
 from mdpo.masking.plain_texts import plain_sides
 from mdpo.masking.sentinels import NOT_DERIVABLE, numbered
 from mdpo.masking.spans import APART, same_text, supervised, tokenize
-from mdpo.types import Message, Pair, TokenizedPair, common_prefix
+from mdpo.types import Message, Pair, TokenizedPair, common_prefix, distinct_tokens
 
 NO_STOP = "end-of-turn missing"
 ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
@@ -70,8 +70,9 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
         shared,
         chosen_weights,
         rejected_weights,
-        longest,
-        cut,
+        distinct=distinct_tokens([chosen_ids, rejected_ids]),
+        longest=longest,
+        cut=cut,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from dpo_trainer import DPOTrainer
 from mdpo.forward.collators import PackedCollator, PairCollator
-from mdpo.types import FIELDS, OPTIONAL, PairBatch
+from mdpo.types import FIELDS, OPTIONAL, PairBatch, distinct_tokens, sequence_lengths, split
 
 # Two pairs; the prefixes are [5, 6] and [3].
 ROWS = [
@@ -235,3 +235,26 @@ def test_torch_and_deepspeed_hand_it_on_as_a_dict(batch):
         object.__new__(DeepSpeedEngine), PairBatch(margin=batch.margin, row=batch.row)
     )
     assert (half["margin"].dtype, half["row"].dtype) == (torch.float16, torch.int64)
+
+
+@pytest.mark.parametrize(
+    "sequences, distinct",
+    [
+        ([[5, 6, 7], [5, 8], [5, 6]], 4),
+        ([[1, 2], [1, 2]], 2),
+        ([[1], [2]], 2),
+        ([[1, 2, 3]], 3),
+        ([[1, 2, 3], [4, 2, 3], [1, 2, 4]], 7),
+        ([[10, 2], [9, 1], [10]], 4),
+    ],
+)
+def test_distinct_tokens(sequences, distinct):
+    assert (
+        distinct_tokens(sequences) == distinct == len({tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)})
+    )
+
+
+def test_split_by_sequences():
+    assert split([5, 6, 7], [2, 1]) == [[5, 6], [7]]
+    row = {"chosen_ids": [5, 6, 7], "chosen_lengths": [2, 1], "rejected_ids": [5, 6], "rejected_lengths": []}
+    assert [sequence_lengths(row, side) for side in ("chosen", "rejected")] == [[2, 1], [2]]
