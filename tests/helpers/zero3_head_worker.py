@@ -46,7 +46,7 @@ def branching(n: int, length: int) -> dict:
     ids = [(7 * i) % 90 + 5 for i in range(length)]
     rejected = ids[:n] + [(t + 3) % 90 + 5 for t in ids[n:]]
     mask = [0] + [1] * (length - 1)
-    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": rejected, "rejected_mask": mask, "shared_len": n}
+    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": rejected, "rejected_mask": mask}
 
 
 def packed_and_fused(rank: int) -> dict[str, float]:
