@@ -154,9 +154,8 @@ def unpacked(batch: PairBatch, pad_token_id: int) -> PairBatch:
     for line, path in zip(index, paths, strict=True):
         line[: len(path)] = path
     places = torch.from_numpy(index).to(device, non_blocking=True)
-    unchanged = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "row")
-    unchanged += ("lengths", "sequences")
-    return PairBatch({name: batch[name] for name in unchanged if name in batch}) | {
+    kept = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "row")
+    return PairBatch({name: batch[name] for name in (*kept, "lengths", "sequences") if name in batch}) | {
         "input_ids": torch.where(places >= 0, batch.input_ids[0, places], pad_token_id),
         "attention_mask": (places >= 0).long(),
         "logp_position": batch.sequence * places.size(1) + batch.sequence_position,
@@ -174,12 +173,11 @@ def first_pairs(batch: PairBatch, n: int) -> PairBatch:
     places, sequences = (torch.as_tensor(x, device=device) for x in (index, kept))
     fields = {name: batch[name][selected] for name in ("pair", "side", "sequence_position")}
     fields |= {name: batch[name][:, places] for name in ("input_ids", "position_ids")}
-    counts = [count for side, count in enumerate(batch.sequences or []) if side % batch.n_pairs < n]
-    return PairBatch(fields) | {
-        "label": batch.label[used],
+    fields |= {"label": batch.label[used], "unique_index": unique_index}
+    fields |= {
         "logp_position": torch.searchsorted(places, batch.logp_position[used]),
-        "unique_index": unique_index,
         "sequence": torch.searchsorted(sequences, batch.sequence[selected]),
-        "lengths": [batch.lengths[i] for i in kept],
-        **{"sequences": counts, "runs": runs, "ends": ends},
     }
+    counts = [count for side, count in enumerate(batch["sequences"]) if side % batch.n_pairs < n]
+    lengths = [batch["lengths"][i] for i in kept]
+    return PairBatch(fields, runs=runs, ends=ends, lengths=lengths, sequences=counts)
