@@ -149,14 +149,19 @@ class Forest:
             [np.arange(depth, depth + size) for depth, size in zip(self.before, self.sizes, strict=True)]
         )
 
+    @cached_property
+    def keys(self) -> list[np.ndarray]:
+        """Of each run the tokens that its last one sees, as indices in the row, int64: ancestors, then its own."""
+        keys: list[np.ndarray] = []
+        for start, size, before, parent in zip(self.starts, self.sizes, self.before, self.parents, strict=True):
+            own = np.arange(start, start + size)
+            keys.append(np.concatenate([keys[self.run_of(parent)][:before], own]) if before else own)
+        return keys
+
     def path(self, index: int) -> np.ndarray:
-        """Indices of the tokens from a root to the one at `index`, int64."""
-        parts = []
-        while index >= 0:
-            run = self.run_of(index)
-            parts.append(np.arange(self.starts[run], index + 1))
-            index = self.parents[run]
-        return np.concatenate(parts[::-1])
+        """The tokens from a root to the one at `index`."""
+        run = self.run_of(index)
+        return self.keys[run][: self.before[run] + index - self.starts[run] + 1]
 
     @cached_property
     def paths(self) -> list[np.ndarray]:
@@ -171,13 +176,6 @@ class Forest:
     @property
     def key_sizes(self) -> list[int]:
         return [before + size for before, size in zip(self.before, self.sizes, strict=True)]
-
-    @property
-    def key_index(self) -> np.ndarray:
-        """The indices of the keys of one run after another: its ancestors, then its own tokens."""
-        return np.concatenate(
-            [self.path(start + size - 1) for start, size in zip(self.starts, self.sizes, strict=True)]
-        )
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -215,11 +213,11 @@ class Forest:
         return self._on[key]
 
     def on(self, device) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """key_index, None where it is the row itself, and where the runs' queries and keys begin (one more than runs,
-        int32), on a device."""
+        """On a device: the keys of all runs, None where they are the row itself, and where the runs' queries and keys
+        begin (one more than runs, int32)."""
         if device not in self._on:
             begins = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
-            index = torch.from_numpy(self.key_index) if any(self.before) else None
+            index = torch.from_numpy(np.concatenate(self.keys)) if any(self.before) else None
             parts = (index, *begins)
             self._on[device] = tuple(x if x is None else x.to(device, non_blocking=True) for x in parts)
         return self._on[device]

@@ -45,7 +45,7 @@ def test_three_pairs_over_one_prompt():
     assert (batch.n_pairs, batch.pair_lengths, batch.n_tokens, batch.n_distinct) == (3, [9, 7, 8], 24, 7)
     forest = Forest(batch.runs, batch.ends)
     assert forest.before == [0, 3, 2] and forest.key_sizes == [5, 4, 3]
-    assert forest.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 6]
+    assert [keys.tolist() for keys in forest.keys] == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1, 6]]
     assert forest.counts.tolist() == [[6, 6, 4, 2, 2, 2, 2]]
 
 
@@ -158,9 +158,9 @@ def check(texts) -> Forest:
     return forest
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_a_forest_is_the_trie_in_first_use_order(seed):
-    check(random_texts(seed))
+def test_a_forest_is_the_trie_in_first_use_order():
+    for seed in range(300):
+        check(random_texts(seed))
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -168,7 +168,7 @@ def test_forests_of_awkward_pairs(name):
     check([ids for ids, _ in sequences(AWKWARD[name])])
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_part_is_the_forest_of_its_sequences(seed):
     texts = random_texts(seed)
     row, kept = forest_of(*texts), sorted(random.Random(seed).sample(range(len(texts)), 1 + len(texts) // 2))
@@ -181,7 +181,7 @@ def test_a_part_is_the_forest_of_its_sequences(seed):
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_units_see_ancestors_and_themselves(seed, window):
     """The masks of all units, put into one matrix by the indices of their keys, are the trie's own relation."""
     texts = random_texts(seed)

@@ -2,6 +2,7 @@
 architectures and awkward lengths. Wrong twins (a boundary removed, positions continued) must differ."""
 
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from packed_pairs import (
 )
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CHATML, tokenizer_for
+from torch.utils._python_dispatch import TorchDispatchMode
 from varlen_stand_ins import flash_stand_in, torch_stand_in
 
 import mdpo.forward.packed_attention
@@ -96,7 +98,7 @@ def test_two_pairs_by_hand():
     assert batch["pair"].tolist() == [0, 1, 0, 1]
     forest = Forest(batch["runs"], batch["ends"])
     assert forest.sizes == [2, 1, 2, 3] and forest.key_sizes == [2, 2, 2, 3]
-    assert forest.key_index.tolist() == [0, 1, 0, 2, 3, 4, 5, 6, 7]
+    assert [keys.tolist() for keys in forest.keys] == [[0, 1], [0, 2], [3, 4], [5, 6, 7]]
     assert forest.counts.tolist() == [[2, 1, 1, 1, 1, 1, 1, 1]]
 
 
@@ -133,6 +135,19 @@ def test_weights_references_and_margins_reach_both_layouts():
         assert torch.equal(packed[key], padded[key]), key
 
 
+def test_padded_rows_are_sequences():
+    """Chosen of two sequences, 1 2 3 and 1 4; the ones at their starts have no predecessor."""
+    batch = PairCollator(0)([{
+        "chosen_ids": [1, 2, 3, 1, 4], "chosen_mask": [0, 0, 1, 1, 1], "chosen_lengths": [3, 2],
+        "rejected_ids": [1, 2], "rejected_mask": [1, 1], "rejected_lengths": None,
+    }])  # fmt: skip
+    assert batch.input_ids.tolist() == [[1, 2, 3], [1, 4, 0], [1, 2, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 0]]
+    assert batch.logp_position.tolist() == [1, 3, 6] and batch.label.tolist() == [3, 4, 2]
+    assert batch.pair.tolist() == [0, 0, 0] and batch.side.tolist() == [0, 0, 1]
+    assert (batch.lengths, batch.sequences, batch.n_pairs, batch.pair_lengths) == ([3, 2, 2], [2, 1], 1, [7])
+
+
 # ------------------------------------------------------------------------------------------- packed = padded, by family
 
 
@@ -146,6 +161,44 @@ def test_families(family):
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_lengths(name):
     compare(tiny("Llama"), AWKWARD[name])
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of kernels that attention may take."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.found[name.removesuffix("_for_cpu")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("runs", "calls"),
+    [
+        # Chosen's keys are a view; of rejected's 20 keys the first 15 are copied before its own.
+        ([[30, -1], [5, 14]], {"cat": 3, "_scaled_dot_product_flash_attention": 2}),
+        # Rejected's own part is the longer one: queries in its ancestors' place, no mask.
+        ([[30, -1], [20, 4]], {"cat": 3, "_scaled_dot_product_flash_attention": 2, "constant_pad_nd": 1}),
+        # Eight short answers of one prompt: the first one's run, and one call for seven.
+        ([[103, -1]] + [[3, 99]] * 7, {"cat": 3, "_scaled_dot_product_flash_attention": 2}),
+        # Eight long ones: a copy of the prompt's keys for each of seven.
+        ([[140, -1]] + [[40, 99]] * 7, {"cat": 15, "_scaled_dot_product_flash_attention": 8}),
+    ],
+    ids=["plain pair", "short prompt", "short answers", "long answers"],
+)
+def test_what_attention_calls(runs, calls):
+    """Keys, values and the output take a `cat` each; the first layer's masks serve all others."""
+    forest, watch, layer = Forest(runs), Calls(), torch.nn.Module().eval()
+    q, k, v = (torch.randn(1, 2, sum(forest.sizes), 8) for _ in range(3))
+    mdpo.forward.packed_attention.packed_attention(layer, q, k, v, None, forest=forest)
+    with watch:
+        mdpo.forward.packed_attention.packed_attention(layer, q, k, v, None, forest=forest)
+    names = ("cat", "_scaled_dot_product_flash_attention", "masked_fill_", "constant_pad_nd", "index_select")
+    assert {name: watch.found[name] for name in names if watch.found[name]} == calls
 
 
 @pytest.mark.parametrize(("coefficient", "shared_rows"), [(0.0, 0), (0.5, 4)], ids=["dpo", "with NLL"])
