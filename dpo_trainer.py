@@ -204,7 +204,7 @@ class DPOTrainer(ResumableTrainer):
 
     @staticmethod
     def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
-        ############## MODIFICATION 4: the tokens that both sides share are computed once, in rows without padding.
+        ############## MODIFICATION 4: what sequences begin with alike is computed once, in rows without padding.
         if args.shared_prefix:
             reason = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
             if reason is None:

@@ -18,9 +18,9 @@ import mdpo.forward.token_logps
 from mdpo.config.precision import cast_weights
 from mdpo.forward.compiled_ops import MIN_WIDTH, is_gated, is_norm
 from mdpo.forward.dropout import disable_dropout
+from mdpo.forward.forest import Forest
 from mdpo.forward.layout import packing_refused
 from mdpo.forward.modes import base_model
-from mdpo.forward.packed_attention import Segments
 from mdpo.memory.fake_tensors import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 
 
@@ -112,7 +112,7 @@ class FakeModel:
         inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "logp_position": scored, "label": scored}
         if self.packed:
             inputs["position_ids"] = torch.empty(row, dtype=torch.int64)
-            inputs["segments"] = Segments([[0, length, length]] * pairs)
+            inputs["forest"] = Forest([[length, -1]] * (2 * pairs))
         with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
             return model(**inputs, score_length=row[1]).logps
 
