@@ -45,7 +45,8 @@ class TokenizedPair:
     side before any cut; `cut` says that a turn was cut in its middle.
 
     A side is one sequence or more, each a text as the model saw it: of several, `ids`, `mask` and `weights` have one
-    behind the other, and `lengths` the tokens of each; it is empty where there is one. `distinct` counts the tokens of
+    behind the other, and `lengths` the tokens of each; it is empty where there is one. `breaks` says why each sequence
+    after the first one begins. `distinct` counts the tokens of
     both sides, those that sequences begin with alike once.
     Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
     """
@@ -59,6 +60,8 @@ class TokenizedPair:
     rejected_weights: list[float] = field(default_factory=list)
     chosen_lengths: list[int] = field(default_factory=list)
     rejected_lengths: list[int] = field(default_factory=list)
+    chosen_breaks: list[str] = field(default_factory=list)
+    rejected_breaks: list[str] = field(default_factory=list)
     distinct: int = 0
     longest: int = 0
     cut: bool = False

@@ -25,7 +25,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 11
+VERSION = 12
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {
@@ -33,6 +33,7 @@ FEATURES = Features(
         **{f"{side}_mask": List(Value("uint8")) for side in SIDES},
         **{f"{side}_weights": List(Value("float32")) for side in SIDES},
         **{f"{side}_lengths": List(Value("int32")) for side in SIDES},  # of its sequences; empty where it is one
+        **{f"{side}_breaks": List(Value("string")) for side in SIDES},  # why each sequence after the first one begins
         "shared_len": Value("int32"),
         "distinct": Value("int32"),
         "margin": Value("float64"),

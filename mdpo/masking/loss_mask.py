@@ -1,23 +1,39 @@
 """Pairs of messages → token ids and masks: which tokens the policy itself produced.
 
-`mask[t] == 1` if and only if the policy samples token t at inference time in this trajectory: the text of an assistant
-message after the prompt, tool calls included, and the end-of-turn token that closes it. Every mask is verified against
-the rendered text before it leaves this module.
+`mask[t] == 1` if and only if the policy samples token t at inference time in this trajectory, and what is before it in
+its sequence is what it was given then: the text of an assistant message after the prompt, thoughts and tool calls
+included, and the end-of-turn token that closes it. Every mask is verified against the rendered text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from mdpo.errors import DropPair
-from mdpo.masking.chat_template import ChatTemplate, Rendered
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.conversation import Conversation
 from mdpo.masking.plain_texts import plain_sides
-from mdpo.masking.sentinels import NOT_DERIVABLE, numbered
-from mdpo.masking.spans import APART, same_text, supervised, tokenize
-from mdpo.types import Message, Pair, TokenizedPair, common_prefix, distinct_tokens
+from mdpo.masking.sequences import NO_REASONING, RenderedSide, side_sequences
+from mdpo.masking.spans import tokenize
+from mdpo.types import SIDES, Message, Pair, TokenizedPair, common_prefix, distinct_tokens, split
 
-NO_STOP = "end-of-turn missing"
 ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
-Side = tuple[list[int], list[int], list[float]]  # ids, mask, weights: a number a token each
+
+
+@dataclass
+class Side:
+    """Sequences of one side: `ids`, `mask` and `weights` have them one behind the other, a number a token each, and
+    `lengths` the tokens of each. `breaks` says why each sequence after the first one begins."""
+
+    ids: list[int]
+    mask: list[int]
+    weights: list[float]
+    lengths: list[int]
+    breaks: list[str] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> list[tuple[list[int], list[int], list[float]]]:
+        return list(zip(*(split(x, self.lengths) for x in (self.ids, self.mask, self.weights)), strict=True))
 
 
 @dataclass
@@ -29,6 +45,7 @@ class RenderSettings:
     mask_turns: bool = True
     template_kwargs: dict = field(default_factory=dict)
     different_prompts: bool = False  # also pairs whose sides have a prompt each
+    turns_without_reasoning: str = "keep"  # where the generation prompt opens a think block: keep, mask, drop
 
 
 def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:
@@ -36,7 +53,8 @@ def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) 
     Raises DropPair with the reason when this pair cannot be trained on."""
     remarks: list[str] = []
     if isinstance(pair.chosen, str):
-        sides, remarks = plain_sides(pair, template, settings.mask_turns)
+        texts, remarks = plain_sides(pair, template, settings.mask_turns)
+        sides = [Side(ids, mask, weights, [len(ids)]) for ids, mask, weights in texts]
     elif not settings.mask_turns:
         sides = _completion_sides(pair, template)
     else:
@@ -44,7 +62,7 @@ def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) 
     try:
         trained = _trained(sides, settings)
     except DropPair as reason:
-        reason.longest = max(len(ids) for ids, *_ in sides)
+        reason.longest = max(length for side in sides for length in side.lengths)
         raise
     trained.remarks = list(dict.fromkeys(remarks))
     return trained
@@ -52,34 +70,36 @@ def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) 
 
 def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
     sides = _truncate(whole, settings)
-    for _, mask, weights in sides:
-        if not any(m and w for m, w in zip(mask, weights, strict=True)) and any(mask):
+    for side in sides:
+        if not any(m and w for m, w in zip(side.mask, side.weights, strict=True)) and any(side.mask):
             raise DropPair("every turn of a side has weight 0")
-    sides = [_without_unlearned(side) if 0 in side[2] else side for side in sides]
-    shared = common_prefix(*(list(zip(*side, strict=True)) for side in sides))
-    (chosen_ids, chosen_mask, *_), (rejected_ids, rejected_mask, *_) = sides
-    chosen_weights, rejected_weights = ([] if set(weights) <= {1.0} else weights for *_, weights in sides)
-    longest = max(len(ids) for ids, *_ in whole)
-    masks = [(mask, uncut) for (_, mask, _), (_, uncut, _) in zip(sides, whole, strict=True)]
-    cut = any(len(mask) < len(uncut) and mask[-1] and uncut[len(mask)] for mask, uncut in masks)
+    sides = [_without_unlearned(side) if 0 in side.weights else side for side in sides]
+    fields: dict[str, Any] = {}
+    for name, side in zip(SIDES, sides, strict=True):
+        several = len(side.lengths) > 1
+        fields |= {f"{name}_ids": side.ids, f"{name}_mask": side.mask}
+        fields |= {f"{name}_weights": [] if set(side.weights) <= {1.0} else side.weights}
+        fields |= {f"{name}_lengths": side.lengths if several else [], f"{name}_breaks": side.breaks}
+    first = [list(zip(*side.sequences[0], strict=True)) for side in sides]
+    pieces = [(new, old) for side, uncut in zip(sides, whole, strict=True) for new, old in _masks(side, uncut)]
     return TokenizedPair(
-        chosen_ids,
-        chosen_mask,
-        rejected_ids,
-        rejected_mask,
-        shared,
-        chosen_weights,
-        rejected_weights,
-        distinct=distinct_tokens([chosen_ids, rejected_ids]),
-        longest=longest,
-        cut=cut,
+        **fields,
+        shared_len=common_prefix(*first),
+        distinct=distinct_tokens([ids for side in sides for ids, *_ in side.sequences]),
+        longest=max(length for side in whole for length in side.lengths),
+        cut=any(len(new) < len(old) and new[-1] and old[len(new)] for new, old in pieces),
     )
+
+
+def _masks(side: Side, uncut: Side) -> zip:
+    """The mask of each sequence, and what it was before the cut."""
+    return zip(split(side.mask, side.lengths), split(uncut.mask, uncut.lengths), strict=True)
 
 
 def _without_unlearned(side: Side) -> Side:
     """A turn of weight 0 is context: nothing of it is supervised."""
-    ids, mask, weights = side
-    return ids, [m if w else 0 for m, w in zip(mask, weights, strict=True)], [w or 1.0 for w in weights]
+    mask = [m if w else 0 for m, w in zip(side.mask, side.weights, strict=True)]
+    return Side(side.ids, mask, [w or 1.0 for w in side.weights], side.lengths, side.breaks)
 
 
 def special_tokens_in_context(pair: Pair, template: ChatTemplate) -> int:
@@ -95,51 +115,60 @@ def _conversations(pair: Pair) -> tuple[list[Message], list[Message]]:
     return cast(tuple[list[Message], list[Message]], (pair.chosen, pair.rejected))  # no plain texts
 
 
-def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings):
+def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> tuple[list[Side], list[str]]:
     """Both sides, and remarks."""
-    both = _conversations(pair)
-    texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
-    encoded = [tokenize(text, template.tokenizer) for text in texts]
-    longest = max(len(ids) for ids, _ in encoded)
-    if settings.truncation_mode == "drop" and settings.max_length is not None and longest > settings.max_length:
-        reason = DropPair("over-long")  # before its turns are located: long conversations are the most work
+    sides, remarks = [], []
+    of_pair = pair.n_prompt, template, pair.tools, pair.template_kwargs
+    conversations = [Conversation(messages, *of_pair) for messages in _conversations(pair)]
+    _refuse_over_long(conversations, settings)
+    for conversation, turn_weights in zip(conversations, pair.weights, strict=True):
+        rendered = side_sequences(conversation)
+        if NO_REASONING in rendered.remarks and settings.turns_without_reasoning == "drop":
+            raise DropPair(NO_REASONING)
+        sides.append(_side(rendered, turn_weights, settings))
+        remarks += rendered.remarks + [ENDS] * _ends_inside(rendered, conversation)
+    return sides, remarks
+
+
+def _refuse_over_long(conversations: list[Conversation], settings: RenderSettings) -> None:
+    """Before turns are located, which is the most work for long conversations."""
+    if settings.truncation_mode != "drop" or settings.max_length is None:
+        return
+    # A character is a token at most, but for bytes.
+    texts = [c.text for c in conversations]
+    if max(len(text.encode()) for text in texts) <= settings.max_length:
+        return
+    longest = max(len(tokenize(text, conversations[0].template.tokenizer)[0]) for text in texts)
+    if longest > settings.max_length:
+        reason = DropPair("over-long")
         reason.longest = longest
         raise reason
-    rendered = zip(both, pair.weights, texts, encoded, strict=True)
-    sides, remarks = zip(*(_turn_side(*side, pair, template) for side in rendered), strict=True)
-    return list(sides), [remark for of_side in remarks for remark in of_side]
 
 
-def _turn_side(messages, turn_weights, text: str, encoded, pair: Pair, template: ChatTemplate) -> tuple[Side, list]:
-    rendered = template.locate(messages, pair.n_prompt, pair.tools, text, **pair.template_kwargs)
-    if not rendered.spans:
-        raise DropPair("no assistant turn")
-    spans = [(s.start, s.end) for s in rendered.spans]
-    ids, ranges, mask, apart = supervised(text, spans, encoded, template.tokenizer)
-    _verify(rendered, ids, ranges, template)
-    stops = {span.stop for span in rendered.spans} - {""}
-    stop_in_content = any(
-        stop in (messages[span.message].get("content") or "") for span in rendered.spans for stop in stops
-    )
-    weights = [1.0] * len(ids)
-    for span in rendered.spans if turn_weights else ():
-        for t, (start, end) in enumerate(ranges):
-            if span.start <= start and end <= span.end:
-                weights[t] = turn_weights[span.message]
-    return (ids, mask, weights), rendered.remarks + [APART] * apart + [ENDS] * stop_in_content
+def _side(rendered: RenderedSide, turn_weights: list[float], settings: RenderSettings) -> Side:
+    side = Side([], [], [], [], [sequence.why for sequence in rendered.sequences[1:]])
+    for sequence in rendered.sequences:
+        weights = [1.0] * len(sequence.ids)
+        for turn in sequence.turns:
+            weight = turn_weights[turn.message] if turn_weights else 1.0
+            if turn.opened and settings.turns_without_reasoning == "mask":
+                weight = 0.0
+            for t, (start, end) in enumerate(sequence.ranges) if weight != 1.0 else ():
+                if turn.start <= start and end <= turn.end and sequence.mask[t]:
+                    weights[t] = weight
+        side.ids += sequence.ids
+        side.mask += sequence.mask
+        side.weights += weights
+        side.lengths.append(len(sequence.ids))
+    return side
 
 
-def _verify(rendered: Rendered, ids, ranges, template: ChatTemplate) -> None:
-    """Each span's tokens decode to its text, the text is the message's own, and its last token is the end of turn."""
-    for span in rendered.spans:
-        span_ids = [t for t, (start, end) in zip(ids, ranges, strict=True) if span.start <= start and end <= span.end]
-        expected = rendered.text[span.start : span.end]
-        if not same_text(expected, span_ids, template.tokenizer):
-            raise DropPair(f"{NOT_DERIVABLE}: {numbered(span.message)} has other tokens than its text")
-        if span.stop and template.tokenizer.convert_ids_to_tokens(span_ids[-1]) != span.stop:
-            raise DropPair(f"{NO_STOP}: {span.stop} behind {numbered(span.message)} is not read as one token")
-        if not span.stop and rendered.text[span.end :].strip():
-            raise DropPair(f"{NO_STOP}: nothing closes {numbered(span.message)}")
+def _ends_inside(rendered: RenderedSide, conversation: Conversation) -> bool:
+    """Whether a trained answer has its end-of-turn token as text."""
+    turns = [turn for sequence in rendered.sequences for turn in sequence.turns]
+    stops = {turn.stop for turn in turns}
+    contents = [conversation.messages[turn.message].get("content") or "" for turn in turns]
+    return any(stop in content for content in contents for stop in stops)
 
 
 def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
@@ -152,31 +181,40 @@ def _completion_sides(pair: Pair, template: ChatTemplate) -> list[Side]:
         template.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (prompt, *texts)
     )
     start = min(common_prefix(prompt_ids, ids) for ids in whole)
-    return [(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids)) for ids in whole]
+    return [Side(ids, [0] * start + [1] * (len(ids) - start), [1.0] * len(ids), [len(ids)]) for ids in whole]
 
 
 def _truncate(sides: list[Side], settings: RenderSettings) -> list[Side]:
-    """Drops or cuts over-long pairs. Ours never trains a side without a supervised token, nor two equal sides;
-    TRL's rule (mask_turns False) only drops pairs whose prompt alone fills `max_length`."""
+    """Drops or cuts over-long pairs, each sequence by itself. Ours never trains a side without a supervised token, nor
+    two equal sides; TRL's rule (mask_turns False) only drops pairs whose prompt alone fills `max_length`."""
     limit = settings.max_length
-    too_long = limit is not None and max(len(ids) for ids, *_ in sides) > limit
+    too_long = limit is not None and max(length for side in sides for length in side.lengths) > limit
     if too_long and settings.truncation_mode == "drop":
         raise DropPair("over-long")
     if limit is not None and too_long:
-        if settings.mask_turns and any(_last_turn(mask) >= limit for _, mask, _ in sides):
+        masks = [mask for side in sides for mask in split(side.mask, side.lengths)]
+        if settings.mask_turns and any(_last_turn(mask) >= limit for mask in masks):
             raise DropPair("last turn lost")
-        sides = [(ids[:limit], mask[:limit], weights[:limit]) for ids, mask, weights in sides]
-    if any(sum(mask) == 0 for _, mask, _ in sides) and (settings.mask_turns or too_long):
+        sides = [_cut(side, limit) for side in sides]
+    if any(sum(side.mask) == 0 for side in sides) and (settings.mask_turns or too_long):
         raise DropPair("last turn lost" if too_long else "no assistant turn")
-    if settings.mask_turns and sides[0][:2] == sides[1][:2]:
+    if settings.mask_turns and all(getattr(sides[0], x) == getattr(sides[1], x) for x in ("ids", "mask", "lengths")):
         raise DropPair("equal after truncation" if too_long else "chosen equals rejected")
-    supervised_ids = [[t for t, m in zip(ids, mask, strict=True) if m] for ids, mask, _ in sides]
+    supervised_ids = [[t for t, m in zip(side.ids, side.mask, strict=True) if m] for side in sides]
     if settings.mask_turns and supervised_ids[0] == supervised_ids[1]:
         raise DropPair("diverges only in user or tool text")
     return sides
 
 
-def _last_turn(mask: list[int]) -> int:
+def _cut(side: Side, limit: int) -> Side:
+    """The first `limit` tokens of each sequence."""
+    parts = ([x[:limit] for x in sequence] for sequence in side.sequences)
+    ids, masks, weights = zip(*parts, strict=True)
+    lengths = [len(x) for x in ids]
+    return Side(sum(ids, []), sum(masks, []), sum(weights, []), lengths, side.breaks)
+
+
+def _last_turn(mask: Sequence[int]) -> int:
     """Index at which the last run of supervised tokens begins; 0 where there is none."""
     last = max((t for t, m in enumerate(mask) if m), default=0)
     return last - next((n for n in range(last + 1) if not mask[last - n]), last + 1) + 1 if any(mask) else 0
