@@ -67,14 +67,18 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
         raw |= {pair["key"]: pair for row in wanted for pair in _of_two(row, answer_pairs(recipe))}
     explain = Explainer(tokenizer, render_settings(recipe))
     shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in order if key in raw]
-    content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
-    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
-    page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
-    path.write_text(page.replace("/*DATA*/null", text), encoding="utf-8", errors="backslashreplace")
+    path.write_text(page_text(str(recipe.path), shown), encoding="utf-8", errors="backslashreplace")
     counts: dict[str, int] = {}
     for pair in shown:
         counts[pair["reason"] or "kept"] = counts.get(pair["reason"] or "kept", 0) + 1
     return counts
+
+
+def page_text(recipe: str, shown: list[dict[str, Any]]) -> str:
+    """The page's HTML with what `Explainer` makes of each row."""
+    content = json.dumps({"kinds": KINDS, "recipe": recipe, "pairs": shown}, ensure_ascii=False)
+    page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
+    return page.replace("/*DATA*/null", content.replace("<", "\\u003c"))  # no tag in it, so no end of the script
 
 
 def _of_two(row: dict[str, Any], answers) -> list[dict[str, Any]]:
