@@ -96,7 +96,8 @@ def show(pairs, console: Console) -> None:
             for view in views:
                 text = sequence_text(view, name, plain)
                 if several:
-                    console.print(Text(f"{name}, {view.title} ({view.counts})", "bold"), soft_wrap=True)
+                    line = "\n" * (view.number > 1) + f"{name}, {view.title} ({view.counts})"
+                    console.print(Text(line, "bold"), soft_wrap=True)
                 console.print(text, soft_wrap=True, end="\n" if several and text.plain[-1:] != "\n" else "")
     console.print()
 

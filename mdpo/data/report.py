@@ -129,15 +129,18 @@ def _lengths_table(name: str, summary: dict[str, Any]) -> Table:
     for side in SIDES:
         for stat in ("mean", "p50", "p95", "max"):
             table.add_column(f"{side}\n{stat}" if stat == "mean" else f"\n{stat}", justify="right")
-    for quantity in quantities(summary):
+    for quantity, label in quantities(summary).items():
         cells = [summary[quantity][side][stat] for side in SIDES for stat in ("mean", "p50", "p95", "max")]
-        table.add_row(quantity, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
+        table.add_row(label, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
     return table
 
 
-def quantities(summary: dict[str, Any]) -> tuple[str, ...]:
-    """Those of QUANTITIES that a table shows: sequences where a side has several."""
-    return QUANTITIES if summary["several_sequences"]["sides"] else QUANTITIES[1:]
+def quantities(summary: dict[str, Any]) -> dict[str, str]:
+    """Those of QUANTITIES that a table shows, and their names there. Where a side has several sequences, so are they;
+    the shared tokens are then more than those that both sides begin with, and may be more than a side has."""
+    if summary["several_sequences"]["sides"]:
+        return {name: name if name != "shared" else "shared, of both" for name in QUANTITIES}
+    return {name: name for name in QUANTITIES[1:]}
 
 
 def sequence_lines(summary: dict[str, Any]) -> list[str]:

@@ -116,7 +116,8 @@ def test_statistics_by_hand():
     assert (found["all_tokens"], found["distinct_tokens"]) == (16, 13)
     assert found["several_sequences"] == {"sides": 0, "reasons": {}}
     assert found["sequences"]["rejected"] == {"mean": 1.0, "p50": 1.0, "p95": 1.0, "max": 1}
-    assert quantities(found) == ("turns", "tokens", "supervised", "context", "shared")  # as before there were sequences
+    labels = ["turns", "tokens", "supervised", "context", "shared"]  # as before there were sequences
+    assert list(quantities(found).items()) == list(zip(labels, labels, strict=True))
     assert sequence_lines(found) == ["16 tokens in all sequences, 13 distinct: 0.81"]
 
 
@@ -146,7 +147,7 @@ def test_statistics_of_several_sequences_by_hand():
         "text rewritten at message N": {"sides": 2, "sequences": 3},
         "system message moved": {"sides": 1, "sequences": 1},
     }}  # fmt: skip
-    assert quantities(found)[0] == "sequences"
+    assert list(quantities(found)) == ["sequences", "turns", "tokens", "supervised", "context", "shared"]
     assert [line.split()[:2] for line in sequence_lines(found)] == [["13", "tokens"], ["3", "of"], ["3", "sequences"],
                                                                      ["1", "sequences"]]  # fmt: skip
 

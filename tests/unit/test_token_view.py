@@ -133,12 +133,14 @@ a.jsonl:1, 173 tokens in 4 sequences, 97 distinct
 chosen: 2 sequences, 87 tokens, 13 supervised
 chosen, sequence 1 of 2 (31 tokens, 8 supervised, 29 shared)
 {PLAIN_PROMPT}«<think>sum</think>1┊2⟦<|im_end|>⟧»
+
 chosen, sequence 2 of 2: earlier thoughts left out by the template (56 tokens, 5 supervised, 24 shared)
 {PLAIN_PROMPT}1┊2{PLAIN_NEXT}«Yes.⟦<|im_end|>⟧»
 
 rejected: 2 sequences, 86 tokens, 12 supervised
 rejected, sequence 1 of 2 (31 tokens, 8 supervised, 29 shared)
 {PLAIN_PROMPT}«<think>sum</think>1┊3⟦<|im_end|>⟧»
+
 rejected, sequence 2 of 2: text rewritten at message 3 (55 tokens, 4 supervised, 24 shared)
 {PLAIN_PROMPT}1┊3{PLAIN_NEXT}«No.⟦<|im_end|>⟧»
 
