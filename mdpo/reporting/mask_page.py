@@ -152,8 +152,9 @@ class Explainer:
     def _sequences(self, pair, name: str, kept) -> list[_Sequence]:
         """The sequences of a side as far as its row tells, with the masks that are trained on where it is kept."""
         messages = getattr(pair, name)
-        if getattr(pair, "recorded", None) or isinstance(messages, str):
-            return self._without_roles(messages, name, kept)
+        recorded = getattr(pair, "recorded", (None, None))[SIDES.index(name)]
+        if recorded or isinstance(messages, str):
+            return self._without_roles(messages, name, kept, recorded)
         if self.template is None:
             raise DropPair("no chat template")
         of_side = side_sequences if self.settings.mask_turns else whole_text
@@ -176,17 +177,20 @@ class Explainer:
                  for bit, (start, end) in zip(sequence.mask, ranges, strict=True)]  # fmt: skip
         return _Sequence(sequence.ids, texts, roles, sequence.mask, sequence.why)
 
-    def _without_roles(self, text, name: str, kept) -> list[_Sequence]:
-        """Of plain texts and recorded tokens: the tokens decoded."""
-        if not kept and not isinstance(text, str):
-            raise DropPair("recorded tokens of a row that is not trained on")
-        ids = kept[f"{name}_ids"] if kept else self.tokenizer(text)["input_ids"]
-        mask = kept[f"{name}_mask"] if kept else [0] * len(ids)
-        lengths = sequence_lengths(kept, name) if kept else [len(ids)]
-        reasons = ["", *((kept or {}).get(f"{name}_breaks") or []), *[""] * len(lengths)]
-        parts = zip(split(ids, lengths), split(mask, lengths), reasons, strict=False)
+    def _without_roles(self, text, name: str, kept, recorded=None) -> list[_Sequence]:
+        """The tokens decoded, of plain texts and of recorded sequences (ids and mask each)."""
+        if kept:
+            lengths = sequence_lengths(kept, name)
+            parts = list(zip(*(split(kept[f"{name}_{field}"], lengths) for field in ("ids", "mask")), strict=True))
+        elif recorded:
+            parts = recorded.sequences
+        else:
+            ids = self.tokenizer(text)["input_ids"]
+            parts = [(ids, [0] * len(ids))]
+        reasons = ["", *((kept or {}).get(f"{name}_breaks") or []), *[""] * len(parts)]
         return [
-            _Sequence(own, token_texts(own, self.text_of), ["text"] * len(own), bits, why) for own, bits, why in parts
+            _Sequence(ids, token_texts(ids, self.text_of), ["text"] * len(ids), mask, why)
+            for (ids, mask), why in zip(parts, reasons, strict=False)
         ]
 
     def _shown(self, sequence: _Sequence, i: int, side: list, shared: int) -> dict[str, Any]:

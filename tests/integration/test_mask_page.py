@@ -238,18 +238,18 @@ def test_a_dropped_row_shows_what_would_be_supervised(explain):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_recorded_tokens_have_no_roles(explain, monkeypatch, kept):
-    """Of ids and masks alone there is no text that a template wrote; a dropped row is shown as it is."""
-    monkeypatch.setattr(mask_page, "side_sequences", None)
-    monkeypatch.setattr(mask_page, "fit", lambda *_: SimpleNamespace(recorded=True, chosen=[], rejected=[]))
-    card = explain(ROW, tokenized_row(explain.tokenizer) if kept else None, "")
-    if not kept:
-        assert json.loads(card["raw"])["chosen"] == ROW["chosen"]
-        return
-    assert [s["title"] for s in card["sides"][1]] == ["sequence 1 of 2", f"sequence 2 of 2: {REWRITTEN}"]
-    assert [shown_texts(s, "text", 2) for s in card["sides"][1]] == [
+    """Ids and masks alone: there is no text that a template wrote. The other side is rendered as ever."""
+    sequences = [tokens_of(pieces, explain.tokenizer) for pieces in PIECES["rejected"]]
+    pair = SimpleNamespace(recorded=(None, SimpleNamespace(sequences=sequences)), chosen=ROW["chosen"], rejected=[])
+    monkeypatch.setattr(mask_page, "fit", lambda *_: pair)
+    chosen, rejected = explain(ROW, tokenized_row(explain.tokenizer) if kept else None, "" if kept else "x")["sides"]
+    assert [s["title"] for s in rejected] == ["sequence 1 of 2", "sequence 2 of 2" + f": {REWRITTEN}" * kept]
+    assert [shown_texts(s, "text", 2) for s in rejected] == [
         "".join(text for text, _ in pieces) for pieces in PIECES["rejected"]
     ]
-    assert [shown_texts(s, KINDS.index(SUPERVISED), 3) for s in card["sides"][1]] == list(SAID["rejected"])
+    assert [shown_texts(s, KINDS.index(SUPERVISED), 3) for s in rejected] == list(SAID["rejected"])
+    assert [s["shared"] for s in rejected] == SHARED["rejected"]
+    assert shown_texts(chosen[1], "user", 2) == "3*4?Sure?"
 
 
 def test_under_trls_rule_a_side_is_the_whole_text(explain, monkeypatch):
