@@ -27,7 +27,7 @@ from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_ste
 from mdpo.console import say
 from mdpo.data.positions import learned_positions, refuse_long_rows
 from mdpo.data.rows import refuse_missing_margins
-from mdpo.data.sampler import LongestFirst, pair_tokens
+from mdpo.data.sampler import LongestFirst
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError
 from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpacked
@@ -246,13 +246,11 @@ class DPOTrainer(ResumableTrainer):
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
-        ############## MODIFICATION 5: the longest pairs come first, so that memory runs out in the first minute.
+        ############## MODIFICATION 5: the longest pairs come first, so that memory runs out in the first minute, and
+        # pairs of one prompt in one micro-batch, which computes it once.
         if not self.args.of_trl and self.args.train_sampling_strategy == "random":
-            rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-            if isinstance(rows, Dataset):
-                pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                seed = args.seed if args.data_seed is None else args.data_seed
-                self._sampler = LongestFirst(*pair_tokens(rows), pairs, seed)
+            if isinstance(self.train_dataset, Dataset):  # with all columns; Trainer hands on those of a batch
+                self._sampler = LongestFirst.of(self.train_dataset, self.args)
                 return self._sampler
         ############## MODIFICATION 5 END
         return super()._get_train_sampler(train_dataset)
