@@ -376,7 +376,7 @@ class DPOTrainer(ResumableTrainer):
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
         ############## MODIFICATION 12 END
         table = pair_table(batch, scores, losses, terms, nll, turns)
-        self.tables.append(table, self.model.training, batch.n_tokens)
+        self.tables.append(table, self.model.training, batch)
         loss = self.nonfinite.loss(losses.mean().float())
         return (loss, policy) if return_outputs else loss
 
@@ -433,7 +433,7 @@ class DPOTrainer(ResumableTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         ############## MODIFICATION 13: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables, tokens = of_all_ranks([self.tables.take_eval()], self.tables.tokens, self.args.device)
+        tables, [tokens] = of_all_ranks([self.tables.take_eval()], [self.tables.tokens], self.args.device)
         table = deduplicate([table for [table] in tables])
         metrics = {**self._shown(summarize(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
         ############## MODIFICATION 13 END
@@ -444,8 +444,10 @@ class DPOTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log, gathered over ranks. All ranks call it together."""
         if "loss" in logs:
-            tables, tokens = of_all_ranks(self.tables.take_train(), self.tables.tokens, self.args.device)
+            counts = [self.tables.tokens, self.tables.distinct]
+            tables, [tokens, distinct] = of_all_ranks(self.tables.take_train(), counts, self.args.device)
             logs |= {**self._shown(mean_over_steps(tables)), "num_tokens": tokens}
+            logs |= {"num_distinct_tokens": distinct} if distinct else {}  # padded batches have none
         self.nonfinite.amend(logs, self.state.global_step)
         super().log(logs, start_time)
 
