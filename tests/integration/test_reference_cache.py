@@ -26,13 +26,16 @@ import mdpo.reference.frozen
 from dpo_trainer import DPOTrainer
 from mdpo.config.parsing import ROOT
 from mdpo.config.recipe import load_recipe
+from mdpo.forward.collators import PackedCollator, PairCollator
+from mdpo.forward.layout import Layout
+from mdpo.forward.token_logps import score_tokens
 from mdpo.reference import logp_cache as reference_cache
 from mdpo.reference import logp_columns as reference_columns
 from mdpo.reference.fingerprint import cached_length, named_digest, reference_identity, weights_digest
 from mdpo.reference.logp_cache import ReferenceCache, by_sequence, precompute, read_shard, write_shard
 from mdpo.reference.model import as_reference, keep_own_adapter
 from mdpo.reference.sequences import Sequences, batches, pair_keys
-from mdpo.types import PairBatch
+from mdpo.types import PairBatch, sequence_lengths, split
 
 OLD_KEY = "412383b12b114b070d61cb8102cf3368"
 KEYS = [bytes([i]) * 16 for i in range(4)]
@@ -193,6 +196,17 @@ def test_batches_by_hand():
         [0, 1, 2, 3],
         [4, 5],
     ]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20), st.integers(1, 4))
+def test_pairs_of_prompts_of_their_own_are_scored_as_before(lengths, pairs):
+    """By rows, those with the longest side first: the batches of the version that cached pairs, so that its numbers."""
+    n, longest = len(lengths), np.array(lengths).max(1)
+    sequences = sequences_of(np.array(lengths).reshape(-1), np.repeat(np.arange(n), 2))
+    order = np.argsort(-longest, kind="stable")
+    wanted = [order[i : i + pairs] for i in range(0, n, pairs)]
+    found = in_batches(sequences, np.arange(n), 2 * pairs)
+    assert found == [[number for row in rows for number in (2 * row, 2 * row + 1)] for rows in wanted]
 
 
 @given(
@@ -691,6 +705,60 @@ def test_columns_are_in_the_order_of_the_rows_whatever_the_order_of_coming(monke
     assert found[COLUMNS[1]][:] == [[], [0.5], [], [], [1.5, 1.25]]
     assert found.features[COLUMNS[0]] == List(Value("float32"))
     assert Path(columns.path).exists() and found.cache_files[-1]["filename"] == str(columns.path)  # mapped
+
+
+def thinking_rows():
+    """Three pairs of two prompts, by hand: a chosen side of two sequences that share a beginning, which the third pair
+    has too; and its rejected side is the first one's."""
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 40]]
+    first, second = [*prompts[0], 11, 12, 13], [*prompts[0], 14, 15, 16, 17]
+    other, rejected = [*prompts[1], 20, 21], [*prompts[0], 18]
+    rows = []
+    for i, (chosen, reject, prompt) in enumerate([([first, second], [rejected], 0), ([other], [[*prompts[1], 22]], 1),
+                                                  ([second], [rejected, first], 0)]):  # fmt: skip
+        row = {"row": i, "key": str(i), "prompt_key": str(prompt), "margin": None}
+        for side, parts in (("chosen", chosen), ("rejected", reject)):
+            masks = [[int(t >= len(prompts[prompt])) for t in range(len(part))] for part in parts]
+            row |= {f"{side}_ids": sum(parts, []), f"{side}_mask": sum(masks, []), f"{side}_weights": [],
+                    f"{side}_lengths": [*map(len, parts)] if len(parts) > 1 else []}  # fmt: skip
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("size", [1, 4])
+def test_log_probs_of_several_sequences_are_those_of_each_alone(size, packed, tmp_path):
+    """Against the model's own logits of one sequence at a time; from the cache the same bits again. A mask of one token
+    fewer has one number fewer."""
+    model, rows, accelerator, forwards = tiny("Llama"), thinking_rows(), Accelerator(cpu=True), []
+    collator = PackedCollator() if packed else PairCollator(0)
+    layout = Layout(accelerator, 0)
+
+    def score(batch):
+        forwards.append(batch.input_ids.numel())
+        with torch.no_grad():
+            return score_tokens(model, layout.fit(model, batch)).logps
+
+    def computed(rows):
+        cache = ReferenceCache(tmp_path)
+        return precompute(rows, score, collator, size, accelerator, cache, "train", "x")
+
+    found = computed(rows)
+    once = len(forwards)
+    for row in rows:
+        for side, column in zip(("chosen", "rejected"), COLUMNS, strict=True):
+            lengths, logps = sequence_lengths(row, side), []
+            for ids, mask in zip(*(split(row[f"{side}_{x}"], lengths) for x in ("ids", "mask")), strict=True):
+                logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                logps += [logits[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
+            torch.testing.assert_close(
+                torch.tensor(found[row["row"]][column]), torch.tensor(logps), rtol=1e-4, atol=1e-5
+            )
+    again = computed(rows)
+    assert len(forwards) == once and all(again[name][:] == found[name][:] for name in COLUMNS)
+    assert once == {1: 2 if packed else 3, 4: 1}[size]  # 5 sequences; packed, the three of a row in one batch
+    shorter = rows.map(lambda row: {"chosen_mask": [*row["chosen_mask"][:-1], 0]})
+    assert [len(x) for x in computed(shorter)[COLUMNS[0]]] == [len(x) - 1 for x in found[COLUMNS[0]]]
 
 
 def test_recipes_compute_the_reference_ahead():

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from mdpo.config.schema import MDPOConfig
 from mdpo.data.sampler import FIRST_STEPS, LongestFirst, filled, longest_first, pair_tokens, prompt_groups
-from mdpo.data.tokenize import side_lengths
+from mdpo.data.tokenize import side_lengths, token_totals
 from mdpo.types import distinct_tokens
 
 
@@ -221,5 +221,7 @@ def test_lengths_are_those_of_the_longest_sequence():
         [1, 2],
     ]
     assert side_lengths(rows.select([])).shape == (0, 2)
+    assert token_totals(rows) == (3 + 1 + 7 + 2 + 1 + 2, 12)
+    assert token_totals(rows.select([2, 0])) == (3 + 4, 6) and token_totals(rows.select([])) == (0, 0)
     distinct, side = pair_tokens(rows)
     assert distinct.tolist() == [3, 6, 3] and side.tolist() == [3, 4, 2]
