@@ -139,11 +139,11 @@ def test_accumulation_and_checkpointing_under_zero(under_zero, one_process, work
 @pytest.mark.slow
 def test_precomputed_reference_under_zero(under_zero, one_process, workshop):
     """The same weights as with the reference in memory. Both ranks write shards; with one of them damaged a second run
-    computes its pairs alone, and again ends with the same weights."""
+    computes its sequences alone, and again ends with the same weights."""
     folder, *texts = under_zero
-    for run, text, known in zip(("ahead", "ahead-again"), texts, (0, 7), strict=True):
-        assert f"reference log-probs of train: {known} of 16 from {folder}/cache/" in text
-        assert "reference log-probs of eval: 16 of 16" in text
+    for run, text, known in zip(("ahead", "ahead-again"), texts, (0, 14), strict=True):
+        assert f"reference log-probs of train: {known} of 32 sequences from {folder}/cache/" in text
+        assert "reference log-probs of eval: 32 of 32" in text
         compare(folder / run, one_process, workshop)
         assert json.loads((folder / run / "run_report.json").read_text())["after"]["eval_pairs"] == 16
 
