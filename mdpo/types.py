@@ -1,7 +1,7 @@
 """The containers that are passed between the stages."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, get_args, get_type_hints
 
@@ -28,12 +28,19 @@ class Pair:
     rejected: list[Message] | str
     n_prompt: int  # messages; for plain strings, characters
     tools: list[Any] | None = None
+    rejected_tools: list[Any] | None = None  # where the rejected side had other ones, [] where it had none
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     weights: tuple[list[float], list[float]] = ([], [])
     margin: float | None = None
+    weight: float | None = None  # multiplies the pair's loss; None: 1
     prompt_given: bool = True  # in plain strings; else the prompt is what both sides begin with
     remarks: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+
+    def side(self, name: str) -> "Pair":
+        """The pair with that side's tools as `tools`."""
+        other = name == "rejected" and self.rejected_tools is not None
+        return replace(self, tools=self.rejected_tools or None) if other else self
 
 
 @dataclass
@@ -88,6 +95,7 @@ class PairBatch(dict[str, Any]):
     reference_logp: Tensor | None  # (S,) float32, nats, the reference's log-prob, only where precomputed
     turn_tokens: Tensor | None  # (2B, K) the tokens of each turn; a turn of weight 0 is none
     margin: Tensor | None  # (B,) float32, only where all rows have one
+    pair_weight: Tensor | None  # (B,) float32, multiplies each pair's loss, only where one is not 1
     row: Tensor | None  # (B,) the pair's number in its dataset, -1 where it has none
     # padded alone
     attention_mask: Tensor  # (2B, T) 1 where a token is, 0 where padding

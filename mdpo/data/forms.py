@@ -15,8 +15,8 @@ from mdpo.errors import DropPair, UserError
 from mdpo.types import Message
 
 FORMS = (*SIDE_FORMS, *QUESTIONS)
-COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
-           "score_chosen", "score_rejected", "key")  # fmt: skip
+COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "rejected_tools",
+           "chat_template_kwargs", "margin", "score_chosen", "score_rejected", "weight", "key")  # fmt: skip
 SYSTEMS = ("system", "system_prompt")
 LOOKED_AT = 100  # rows of a dataset that tell its form
 PromptRow = tuple[Row, set[str]]  # what becomes of `prompt`, and the columns that it comes from
@@ -34,8 +34,7 @@ def as_preference(row: Row, mask_turns: bool = True) -> Row:
     if form is None:
         raise DropPair(f"not a pair: its columns are {', '.join(sorted(set(row) - {'key'}))}"[:200])
     read = form.read(row)
-    sides = _sides(read)
-    _refuse_other_tools(row.get("tools"), sides.get("tools"), "the sides")
+    sides = _sides(read, row)
     out = {name: row[name] for name in COLUMNS if name in row} | {"remarks": []} | sides
     out["margin"] = out.get("margin") if row.get("margin") is None else row["margin"]
     out |= _beside(row, out, SYSTEMS if mask_turns else SYSTEMS[:1])
@@ -51,12 +50,16 @@ def as_preference(row: Row, mask_turns: bool = True) -> Row:
     return {**out, **prompt_row, "used": used | columns}
 
 
-def _sides(read: Row) -> Row:
-    """The sides without an object around them, and the tools that both may bring."""
+def _sides(read: Row, row: Row) -> Row:
+    """The sides without an object around them; the tools of chosen, which are its own or the row's, and those of
+    rejected where they are other ones, [] for none."""
     (chosen, a), (rejected, b) = (unwrapped(structured(read[side])) for side in ("chosen", "rejected"))
-    if a != b:
-        raise DropPair("the sides have different tools")
-    return {**read, "chosen": chosen, "rejected": rejected, **({"tools": a} if a else {})}
+    given, other = row.get("tools"), row.get("rejected_tools")
+    _refuse_other_tools(given, a, "the sides")
+    _refuse_other_tools(other, b, "the sides", "rejected_tools")
+    a, b = (given if a is None else a), next((tools for tools in (b, other, given) if tools not in (None, "")), None)
+    tools = {"tools": a, "rejected_tools": None if a == b else b or []}
+    return {**read, "chosen": chosen, "rejected": rejected, **tools}
 
 
 def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
@@ -69,9 +72,9 @@ def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
     return {"system": texts[0] if texts else None, "tools": out.get("tools") or input_tools}
 
 
-def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:
+def _refuse_other_tools(own: Any, inside: Any, where: str, name: str = "tools") -> None:
     if own and inside and own != inside and (tools := read_tools(own)) and tools != read_tools(inside):
-        raise DropPair(f"both tools and tools in {where}, which differ")
+        raise DropPair(f"both {name} and tools in {where}, which differ")
 
 
 def _prompt(row: Row, sides: tuple, of_trl: bool, mask_turns: bool) -> tuple[Row | None, set[str]]:

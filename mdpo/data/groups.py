@@ -58,6 +58,8 @@ def rows_of_two(row: Row, answers: AnswerPairs) -> tuple[list[Row], bool]:
     if form is None:
         return [row], False
     if form.rewards is not None:
+        if row.get("rejected_tools") not in (None, ""):
+            raise DropPair("rejected_tools beside several answers: write {messages, tools} for each of them")
         rewards = form.rewards(row)
         columns = {name: row[name] for name in form.columns}
         pairs = answers.of_rewards(rewards, key)

@@ -36,6 +36,7 @@ FEATURES = Features(
         "shared_len": Value("int32"),
         "distinct": Value("int32"),
         "margin": Value("float64"),
+        "weight": Value("float64"),  # of the pair's loss; null: 1
         "key": Value("string"),
         "prompt_key": Value("string"),
         "digest": Value("string"),  # of ids, masks and weights
@@ -95,11 +96,11 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
 
 def _empty(row: dict[str, Any]) -> dict[str, Any]:
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
-    return out | {"margin": None, "digest": "", "unread": [], "drop_reason": ""}
+    return out | {"margin": None, "weight": None, "digest": "", "unread": [], "drop_reason": ""}
 
 
 def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[str, Any]:
-    out = _empty(row)
+    out, row = _empty(row), row if settings.pair_weights else {**row, "weight": None}
     try:
         pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
@@ -108,6 +109,7 @@ def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[
             **tokenized,
             "remarks": list(dict.fromkeys([*pair.remarks, *tokenized["remarks"]])),
             "margin": pair.margin,
+            "weight": pair.weight,
             "prompt_key": _digest(_question_of(pair)),
             "digest": _digest([tokenized[f"{side}_{part}"] for side in SIDES for part in ("ids", "mask", "weights")]),
             "special_in_context": special_tokens_in_context(pair, template),

@@ -117,6 +117,9 @@ def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         fields["reference_logp"] = torch.cat(logps)
     if all(row.get("margin") is not None for row in rows):
         fields["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+    if any(row.get("weight") not in (None, 1) for row in rows):
+        pair_weights = [1.0 if row.get("weight") is None else row["weight"] for row in rows]
+        fields["pair_weight"] = torch.tensor(pair_weights, dtype=torch.float32)
     return fields
 
 
@@ -148,7 +151,7 @@ def unpacked(batch: PairBatch, pad_token_id: int) -> PairBatch:
     lengths = [len(side) for side in chosen + rejected]
     ends = torch.tensor(lengths).to(ids.device, non_blocking=True)
     attention = (torch.arange(ids.size(1), device=ids.device)[None] < ends[:, None]).long()
-    unchanged = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "row")
+    unchanged = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "pair_weight", "row")
     return PairBatch({name: batch[name] for name in unchanged if name in batch}) | {
         "input_ids": ids,
         "attention_mask": attention,

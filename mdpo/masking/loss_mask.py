@@ -13,7 +13,7 @@ from mdpo.masking.chat_template import ChatTemplate, Rendered
 from mdpo.masking.plain_texts import plain_sides
 from mdpo.masking.sentinels import NOT_DERIVABLE, numbered
 from mdpo.masking.spans import APART, same_text, supervised, tokenize
-from mdpo.types import Message, Pair, TokenizedPair, common_prefix, distinct_tokens
+from mdpo.types import SIDES, Message, Pair, TokenizedPair, common_prefix, distinct_tokens
 
 NO_STOP = "end-of-turn missing"
 ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
@@ -29,6 +29,12 @@ class RenderSettings:
     mask_turns: bool = True
     template_kwargs: dict = field(default_factory=dict)
     different_prompts: bool = False  # also pairs whose sides have a prompt each
+    pair_weights: bool = True  # whether a row's `weight` is read; TRL has none
+
+    @classmethod
+    def of(cls, args) -> "RenderSettings":
+        """From an MDPOConfig."""
+        return cls(args.max_length, args.truncation_mode, args.mask_user_turns, pair_weights=not args.of_trl)
 
 
 def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:
@@ -98,15 +104,16 @@ def _conversations(pair: Pair) -> tuple[list[Message], list[Message]]:
 def _turn_sides(pair: Pair, template: ChatTemplate, settings: RenderSettings):
     """Both sides, and remarks."""
     both = _conversations(pair)
-    texts = [template.render(messages, pair.tools, **pair.template_kwargs) for messages in both]
+    pairs = [pair.side(name) for name in SIDES]
+    texts = [template.render(m, of.tools, **pair.template_kwargs) for m, of in zip(both, pairs, strict=True)]
     encoded = [tokenize(text, template.tokenizer) for text in texts]
     longest = max(len(ids) for ids, _ in encoded)
     if settings.truncation_mode == "drop" and settings.max_length is not None and longest > settings.max_length:
         reason = DropPair("over-long")  # before its turns are located: long conversations are the most work
         reason.longest = longest
         raise reason
-    rendered = zip(both, pair.weights, texts, encoded, strict=True)
-    sides, remarks = zip(*(_turn_side(*side, pair, template) for side in rendered), strict=True)
+    rendered = zip(both, pair.weights, texts, encoded, pairs, strict=True)
+    sides, remarks = zip(*(_turn_side(*side, template) for side in rendered), strict=True)
     return list(sides), [remark for of_side in remarks for remark in of_side]
 
 

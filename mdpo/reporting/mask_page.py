@@ -94,7 +94,7 @@ class Explainer:
         return {**out, "shared": shared, "sides": sides}
 
     def _side(self, pair, name: str, kept, shared: int) -> list[list]:
-        messages = getattr(pair, name)
+        messages, pair = getattr(pair, name), pair.side(name)
         if self.template is None and not isinstance(messages, str):
             raise DropPair("no chat template")
         if isinstance(messages, str):
