@@ -17,6 +17,7 @@ from mdpo.data.messages import (
     same_message,
 )
 from mdpo.data.questions import begins
+from mdpo.data.recorded import recorded_pair
 from mdpo.data.tool_calls import read_tools
 from mdpo.errors import DropPair, UserError
 from mdpo.loss.registry import refuse_weights
@@ -31,15 +32,23 @@ OTHER_SYSTEM = "a system column of other words than the conversation's own syste
 Sides = list[list[Message]]
 
 
-def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False) -> Pair:
+def row_to_pair(
+    row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False, sides: tuple | None = None
+) -> Pair:
     """One row in any form of docs/rows.md, messages or plain strings. Raises DropPair.
 
     With a prompt, its assistant turns are context. Without one the prompt is everything before the first answer, the
     first assistant turn behind a user turn, the same on both sides or, with `different_prompts`, each side's own; with
     `mask_turns` False it is TRL's: the turns (or characters) that both sides begin with. With `mask_turns`, messages
-    behind the last answer are left out.
+    behind the last answer are left out. `sides` take the place of the row's own.
     """
-    original, row = row, as_preference(row, mask_turns)
+    original, row = row, as_preference(row, mask_turns, sides)
+    if "recorded" in row:
+        if not mask_turns:
+            raise UserError("Recorded sequences say which tokens are supervised: they need mask_user_turns: true.",
+                            "sequences")  # fmt: skip
+        of_row = {"margin": _margin(row), "weight": _weight(row)}
+        return recorded_pair(row, lambda *both: row_to_pair(original, mask_turns, different_prompts, both), of_row)
     for name in (name for name in original if name in row["used"]):
         refuse_broken(original[name], name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]

@@ -25,7 +25,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 11
+VERSION = 12
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {
@@ -33,6 +33,7 @@ FEATURES = Features(
         **{f"{side}_mask": List(Value("uint8")) for side in SIDES},
         **{f"{side}_weights": List(Value("float32")) for side in SIDES},
         **{f"{side}_lengths": List(Value("int32")) for side in SIDES},  # of its sequences; empty where it is one
+        **{f"{side}_breaks": List(Value("string")) for side in SIDES},  # why each sequence after the first one begins
         "shared_len": Value("int32"),
         "distinct": Value("int32"),
         "margin": Value("float64"),
@@ -44,14 +45,15 @@ FEATURES = Features(
         "cut": Value("bool"),
         "special_in_context": Value("int32"),
         "remarks": List(Value("string")),
+        "retokenized": List(Value("int32")),  # tokens that differ of each recorded side whose messages say otherwise
         "unread": List(Value("string")),
         "drop_reason": Value("string"),
     }
 )
 
 
-COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut"]
-NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread"]
+COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut", "retokenized"]
+NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread", "retokenized"]
 
 
 def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
@@ -111,7 +113,7 @@ def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[
             "margin": pair.margin,
             "weight": pair.weight,
             "prompt_key": _digest(_question_of(pair)),
-            "digest": _digest([tokenized[f"{side}_{part}"] for side in SIDES for part in ("ids", "mask", "weights")]),
+            "digest": _digest(_trained_on(tokenized)),
             "special_in_context": special_tokens_in_context(pair, template),
         }
     except DropPair as e:
@@ -125,11 +127,20 @@ def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[
 
 def _question_of(pair) -> Any:
     """What is before the first answer: rows with the same one are held out together."""
+    if not pair.chosen:  # recorded, without a word of what was asked
+        ids, mask = pair.recorded[0].sequences[0]
+        return ids[: mask.index(1)]
     if isinstance(pair.chosen, str):
         start = pair.chosen[: pair.n_prompt]
         # Without a prompt the common start may run into the answers: it is cut where a line begins.
         return start if pair.prompt_given or "\n" not in start else start[: start.rindex("\n")]
     return pair.chosen[: first_answer(pair.chosen)]
+
+
+def _trained_on(tokenized: dict[str, Any]) -> list[list]:
+    lists = [tokenized[f"{side}_{part}"] for side in SIDES for part in ("ids", "mask", "weights")]
+    lengths = [tokenized[f"{side}_lengths"] for side in SIDES]
+    return lists + lengths if any(lengths) else lists
 
 
 def _digest(value: Any) -> str:

@@ -95,10 +95,12 @@ class Explainer:
 
     def _side(self, pair, name: str, kept, shared: int) -> list[list]:
         messages, pair = getattr(pair, name), pair.side(name)
-        if self.template is None and not isinstance(messages, str):
+        recorded = pair.recorded[SIDES.index(name)]
+        if self.template is None and not isinstance(messages, str) and not recorded:
             raise DropPair("no chat template")
-        if isinstance(messages, str):
-            ids = kept[f"{name}_ids"] if kept else self.tokenizer(messages)["input_ids"]
+        if isinstance(messages, str) or recorded:
+            whole = [t for ids, _ in recorded.sequences for t in ids] if recorded else None
+            ids = kept[f"{name}_ids"] if kept else whole or self.tokenizer(messages)["input_ids"]
             roles, mask = ["text"] * len(ids), [0] * len(ids)
             texts = [self.text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
         else:
