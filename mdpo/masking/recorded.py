@@ -55,7 +55,7 @@ def refuse_other_prompts(sides: list) -> None:
     if prompts[0] != prompts[1]:
         t = common_prefix(*prompts) + 1
         raise DropPair(
-            f"prompt mismatch: token {t} before the first supervised one differs, recorded; "
+            f"prompt mismatch: of the tokens before the first supervised one, token {t} differs; "
             "allow_different_prompts: true keeps both"
         )
 
