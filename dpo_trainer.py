@@ -26,7 +26,7 @@ from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_steps
 from mdpo.console import say
 from mdpo.data.positions import learned_positions, refuse_long_rows
-from mdpo.data.rows import refuse_missing_margins
+from mdpo.data.rows import refuse_by_loss
 from mdpo.data.sampler import LongestFirst
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError
@@ -40,7 +40,7 @@ from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.functions import nll_loss
 from mdpo.loss.metrics import deduplicate, mean_over_steps, of_all_ranks, pair_table, summarize
 from mdpo.loss.pair_tables import PairTables
-from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
+from mdpo.loss.registry import LossSettings, PairTerms, pair_losses, weighted
 from mdpo.loss.turn_metrics import turn_rewards
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.masking.tokenizer import fast_tokenizer, refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
@@ -52,7 +52,7 @@ from mdpo.rollouts.load_policy import starting_policy
 from mdpo.runs.checkpoints import writing
 from mdpo.runs.nonfinite_guard import NonfiniteGuard
 from mdpo.runs.resumable_trainer import ResumableTrainer
-from mdpo.types import PairBatch
+from mdpo.types import SIDES, PairBatch
 
 AnyDataset = Dataset | IterableDataset
 NOISE_BY_LENGTH = "neftune_noise_alpha's noise goes by the length of padded rows"
@@ -103,9 +103,7 @@ class DPOTrainer(ResumableTrainer):
 
         ############## MODIFICATION 1: turn masks. Only tokens that the policy samples are supervised; TRL supervises
         # all that follows the prompt, tool output and role headers included.
-        self.render_settings = RenderSettings(
-            max_length=args.max_length, truncation_mode=args.truncation_mode, mask_turns=args.mask_user_turns
-        )
+        self.render_settings = RenderSettings.of(args)
         ############## MODIFICATION 1 END
         self.drop_counts: dict[str, DropCounts] = {}
         args.accelerator_config.dispatch_batches = False  # of streams: batches of several ranks differ in length
@@ -239,7 +237,7 @@ class DPOTrainer(ResumableTrainer):
                     dataset, tokenizer, self.render_settings, name, args.dataset_num_proc
                 )
             say(*self.drop_counts[name].lines())
-        refuse_missing_margins(args, dataset, name)
+        refuse_by_loss(args, dataset, name)
         refuse_long_rows(dataset, name, self._positions, args)
         if "row" not in dataset.column_names:
             dataset = dataset.add_column("row", list(range(len(dataset))))
@@ -260,9 +258,8 @@ class DPOTrainer(ResumableTrainer):
             self._sampler.set_epoch(epoch)
 
     def _set_signature_columns_if_needed(self):
-        fields = ("ids", "mask", "weights", "lengths")
-        sides = [f"{side}_{field}" for side in ("chosen", "rejected") for field in fields]
-        self._signature_columns = [*sides, "shared_len", "margin", "row", *REFERENCE.values()]
+        sides = [f"{side}_{field}" for side in SIDES for field in ("ids", "mask", "weights", "lengths")]
+        self._signature_columns = [*sides, "shared_len", "margin", "weight", "row", *REFERENCE.values()]
 
     def _set_up_reference(self, policy_name, ref_model, quantization, compiled: bool) -> None:
         ############## MODIFICATION 6: a reference other than the starting policy, by name.
@@ -367,14 +364,17 @@ class DPOTrainer(ResumableTrainer):
         if self.loss_settings.nll_coefficient:
             losses = losses + self.loss_settings.nll_coefficient * nll
         ############## MODIFICATION 11 END
+        ############## MODIFICATION 12: pair weights from the data multiply all of a pair's loss.
+        losses = weighted(losses, batch.pair_weight, self.loss_settings)
+        ############## MODIFICATION 12 END
         if self.aux_loss_coef:
             losses = losses + self.aux_loss_coef * scores.aux_loss
 
         turns = None
-        ############## MODIFICATION 12: margins and accuracy by turn; TRL has those of whole sides.
+        ############## MODIFICATION 13: margins and accuracy by turn; TRL has those of whole sides.
         if self.render_settings.mask_turns and batch.turn is not None:
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
-        ############## MODIFICATION 12 END
+        ############## MODIFICATION 13 END
         table = pair_table(batch, scores, losses, terms, nll, turns)
         self.tables.append(table, self.model.training, batch)
         loss = self.nonfinite.loss(losses.mean().float())
@@ -431,12 +431,12 @@ class DPOTrainer(ResumableTrainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
         self.tables.eval.clear()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        ############## MODIFICATION 13: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
+        ############## MODIFICATION 14: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
         tables, [tokens] = of_all_ranks([self.tables.take_eval()], [self.tables.tokens], self.args.device)
         table = deduplicate([table for [table] in tables])
         metrics = {**self._shown(summarize(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
-        ############## MODIFICATION 13 END
+        ############## MODIFICATION 14 END
         metrics["num_tokens"] = tokens
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output

@@ -5,7 +5,7 @@ import re
 # `key: what is wrong`, after `FILE:LINE: ` where the key is in a file, and after `--` where it is a flag.
 _FILE = re.compile(r"\S+:\d+: ")
 _SUBJECT = re.compile(r"(?:--)?(?:[Tt]he |[Aa]n? )?([a-z]\w*(?: (?:file|files|model)\b)?|[A-Z][A-Z0-9_]+\b)")
-_PLACE = re.compile(r"(?:(?:chosen|rejected|prompt|completion)\w*(?:, |: ))?(?:message \d+[^:]*: )?")
+_PLACE = re.compile(r"(?:(?:chosen|rejected|prompt|completion)\w*(?:, |: ))?(?:(?:message|sequence) \d+[^:]*: )?")
 
 
 class UserError(ValueError):

@@ -1,17 +1,30 @@
 """The containers that are passed between the stages."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from torch import Tensor
 
 from mdpo.errors import UserError
+from mdpo.sequences import common_prefix as common_prefix
+from mdpo.sequences import distinct_tokens as distinct_tokens
+from mdpo.sequences import sequence_lengths as sequence_lengths
+from mdpo.sequences import split as split
+from mdpo.sequences import turn_begins as turn_begins
 
 SIDES = ("chosen", "rejected")
 Message = dict[str, Any]  # role, content, and for tool use: tool_calls, name, tool_call_id
+
+
+@dataclass
+class RecordedSide:
+    """A side as it was sampled: `sequences` are (ids, mask), a number a token each. `compared` says that the pair has
+    this side's messages too, whose rendering should be the same."""
+
+    sequences: list[tuple[list[int], list[int]]]
+    compared: bool = False
 
 
 @dataclass
@@ -21,19 +34,28 @@ class Pair:
     `chosen` and `rejected` are whole conversations: the prompt's messages first. `n_prompt` messages of them are
     context on both sides; their assistant turns are not supervised. `weights` has a number for each message of
     chosen and of rejected, empty lists where all are 1. `margin` is the row's, in units of reward. `remarks` name what
-    the report counts of rows that are kept, `unread` the fields of messages that nothing reads.
+    the report counts of rows that are kept, `unread` the fields of messages that nothing reads. A side that is
+    `recorded` is trained on as it is; its messages only say what it was, and may be those of the prompt alone, or none.
     """
 
     chosen: list[Message] | str
     rejected: list[Message] | str
     n_prompt: int  # messages; for plain strings, characters
     tools: list[Any] | None = None
+    rejected_tools: list[Any] | None = None  # where the rejected side had other ones, [] where it had none
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     weights: tuple[list[float], list[float]] = ([], [])
     margin: float | None = None
+    weight: float | None = None  # multiplies the pair's loss; None: 1
     prompt_given: bool = True  # in plain strings; else the prompt is what both sides begin with
     remarks: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+    recorded: tuple[RecordedSide | None, RecordedSide | None] = (None, None)
+
+    def side(self, name: str) -> "Pair":
+        """The pair with that side's tools as `tools`."""
+        other = name == "rejected" and self.rejected_tools is not None
+        return replace(self, tools=self.rejected_tools or None) if other else self
 
 
 @dataclass
@@ -42,7 +64,8 @@ class TokenizedPair:
     ratio, and the whole list is empty where all are 1.
 
     `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens. `longest` is the longer
-    side before any cut; `cut` says that a turn was cut in its middle.
+    side before any cut; `cut` says that a turn was cut in its middle. `retokenized` has a number for each recorded side
+    whose messages are rendered otherwise: how many tokens differ.
 
     A side is one sequence or more, each a text as the model saw it: of several, `ids`, `mask` and `weights` have one
     behind the other, and `lengths` the tokens of each; it is empty where there is one. `breaks` says why each sequence
@@ -66,6 +89,7 @@ class TokenizedPair:
     longest: int = 0
     cut: bool = False
     remarks: list[str] = field(default_factory=list)  # as `Pair.remarks`
+    retokenized: list[int] = field(default_factory=list)
 
 
 class PairBatch(dict[str, Any]):
@@ -91,6 +115,7 @@ class PairBatch(dict[str, Any]):
     reference_logp: Tensor | None  # (S,) float32, nats, the reference's log-prob, only where precomputed
     turn_tokens: Tensor | None  # (2B, K) the tokens of each turn; a turn of weight 0 is none
     margin: Tensor | None  # (B,) float32, only where all rows have one
+    pair_weight: Tensor | None  # (B,) float32, multiplies each pair's loss, only where one is not 1
     row: Tensor | None  # (B,) the pair's number in its dataset, -1 where it has none
     lengths: list[int] | None  # the tokens of each sequence, M numbers
     sequences: list[int] | None  # of each side, 2B numbers; a foreign collator's have one each
@@ -219,39 +244,3 @@ class PairLogps:
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-
-
-def turn_begins(mask: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray = ()) -> np.ndarray:
-    """Whether a turn, a run of ones, begins at each place of a mask (T,): bool (T,). Of several masks one behind the
-    other `rows` are the places where they begin: there a run ends, though the next mask may begin with a one.
-
-    Example: [0, 1, 1, 0, 1] -> true at 1 and 4; with rows [0, 2] at 1, 2 and 4.
-    """
-    ones = np.asarray(mask, bool)
-    before = np.zeros_like(ones)
-    before[1:] = ones[:-1]
-    before[np.asarray(rows, np.int64)] = False
-    return ones & ~before
-
-
-def common_prefix(a: Sequence, b: Sequence) -> int:
-    """Length of the longest common prefix of two sequences."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def sequence_lengths(row: Mapping[str, Any], side: str) -> list[int]:
-    """Tokens of each sequence of a side of a tokenized row."""
-    return row.get(f"{side}_lengths") or [len(row[f"{side}_ids"])]
-
-
-def split(values: Sequence, lengths: Sequence[int]) -> list[Sequence]:
-    """A side's ids, mask or weights by its sequences. Example: [5, 6, 7], [2, 1] -> [[5, 6], [7]]."""
-    ends = [0, *accumulate(lengths)]
-    return [values[start:end] for start, end in pairwise(ends)]
-
-
-def distinct_tokens(sequences: Iterable[list[int]]) -> int:
-    """How many tokens there are where those that sequences begin with alike count once: the nodes of their trie. In
-    lexical order each shares the most with the one before it. Example: [[5, 6, 7], [5, 8], [5, 6]] -> 4."""
-    ordered = sorted(sequences)
-    return sum(map(len, ordered)) - sum(common_prefix(a, b) for a, b in pairwise(ordered))

@@ -12,6 +12,7 @@ from mdpo.types import Message
 
 Row = dict[str, Any]
 HOLDS = ("messages", "conversations", "conversation")  # of an object around messages
+SEQUENCES = "sequences"  # of an object that is a side as it was sampled
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,14 @@ def structured(value: Any) -> Any:
     """A text that contains messages, or an object of them, as JSON: parsed. Anything else as it is."""
     value = conversation(value)
     data = unfolded(value) if isinstance(value, str) else None
-    if isinstance(data, dict) and any(isinstance(data.get(name), list) for name in HOLDS):
+    if isinstance(data, dict) and (is_recorded(data) or any(isinstance(data.get(name), list) for name in HOLDS)):
         return data
     return value
+
+
+def is_recorded(side: Any) -> bool:
+    """Whether a side is an object with sequences of token ids."""
+    return isinstance(side, dict) and side.get(SEQUENCES) is not None and not {"role", "from"} & set(side)
 
 
 def unwrapped(side: Any) -> tuple[Any, list[Message] | None]:

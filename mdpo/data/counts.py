@@ -13,8 +13,9 @@ FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on t
 @dataclass
 class DropCounts:
     """Row accounting of one dataset: `reasons` maps a drop reason to the keys of its rows, `kept_with` a remark to the
-    keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `longest` are
-    the tokens of the longer side of every row that was tokenized."""
+    keys of kept rows, `unread` a field of messages that nothing reads to the number of rows that have it. `retokenized`
+    has the tokens that differ of each recorded side whose messages are rendered otherwise. `longest` are the tokens of
+    the longer side of every row that was tokenized."""
 
     name: str
     read: int = 0
@@ -23,12 +24,14 @@ class DropCounts:
     reasons: dict[str, list[str]] = field(default_factory=dict)
     kept_with: dict[str, list[str]] = field(default_factory=dict)
     unread: Counter = field(default_factory=Counter)
+    retokenized: list[int] = field(default_factory=list)
     longest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, row: dict[str, Any]) -> None:
         """Counts a row as FEATURES has it."""
         self.read += 1
         self.unread.update(row["unread"])
+        self.retokenized += row["retokenized"]
         if row["drop_reason"]:
             self.reasons.setdefault(row["drop_reason"], []).append(row["key"])
             return
@@ -59,6 +62,8 @@ class DropCounts:
         if others := by_rows[MOST_REASONS:]:
             lines.append(f"  dropped {sum(len(keys) for _, keys in others)}: {len(others)} further reasons")
         lines += [f"  kept {len(keys)} with {remark} {_some(keys)}" for remark, keys in self.kept_with.items() if keys]
+        if self.retokenized:
+            lines.append(f"  re-tokenized otherwise: {sum(self.retokenized)} tokens of {len(self.retokenized)} sides")
         if self.unread:
             lines.append("  message fields not used: " + ", ".join(f"{k} ({n} rows)" for k, n in self.unread.items()))
         return lines
@@ -70,6 +75,8 @@ class DropCounts:
             kind: {name: {"rows": len(keys), "first": keys[:FIRST_KEYS]} for name, keys in keys_by_name.items()}
             for kind, keys_by_name in both.items()
         }
+        if self.retokenized:
+            out["retokenized"] = {"sides": len(self.retokenized), "tokens": sum(self.retokenized)}
         return {"read": self.read, "kept": self.kept, **out, "message_fields_not_used": dict(self.unread)}
 
 

@@ -4,7 +4,7 @@ table in words; tests/unit/test_forms.py compares the two."""
 from collections.abc import Iterable
 from typing import Any
 
-from mdpo.data.columns import Row, role_of, structured, unwrapped
+from mdpo.data.columns import HOLDS, SEQUENCES, Form, Row, is_recorded, role_of, structured, unwrapped
 from mdpo.data.groups import AnswerPairs, rows_of_two
 from mdpo.data.messages import normalize_messages, same_message
 from mdpo.data.questions import QUESTIONS, begins, history, messages_in, question, text_in
@@ -12,34 +12,37 @@ from mdpo.data.sides import SIDE_FORMS, TRL, sides_form
 from mdpo.data.tool_calls import read_tools
 from mdpo.data.unread import NO_QUESTION, ROLE_MARKS, WORDS, Unread, no_pairs, no_question, words_in
 from mdpo.errors import DropPair, UserError
-from mdpo.types import Message
+from mdpo.types import SIDES, Message
 
 FORMS = (*SIDE_FORMS, *QUESTIONS)
-COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "chat_template_kwargs", "margin",
-           "score_chosen", "score_rejected", "key")  # fmt: skip
+COLUMNS = ("prompt", "conversations", "system", "chosen", "rejected", "tools", "rejected_tools",
+           "chat_template_kwargs", "margin", "score_chosen", "score_rejected", "weight", "key")  # fmt: skip
 SYSTEMS = ("system", "system_prompt")
 LOOKED_AT = 100  # rows of a dataset that tell its form
 PromptRow = tuple[Row, set[str]]  # what becomes of `prompt`, and the columns that it comes from
 
 
-def as_preference(row: Row, mask_turns: bool = True) -> Row:
+def as_preference(row: Row, mask_turns: bool = True, sides: tuple | None = None) -> Row:
     """The row in COLUMNS, with `remarks` for the report and `used`, the names of the columns that it comes from.
 
     Where a prompt is given, or a side begins with a user turn, the row means what it means in TRL; else the question
     is looked for in the columns of `mdpo.data.questions`. With `mask_turns`, a row that contradicts itself, or that
-    contains no question, is dropped. Raises DropPair.
+    contains no question, is dropped. Sides that are recorded have their sequences in `recorded`, by name, and what
+    else they have is not looked at; with `sides`, these take the place of the row's own. Raises DropPair.
     """
     row = {name: structured(value) for name, value in row.items()}
     form = sides_form(row)
     if form is None:
         raise DropPair(f"not a pair: its columns are {', '.join(sorted(set(row) - {'key'}))}"[:200])
-    read = form.read(row)
-    sides = _sides(read)
-    _refuse_other_tools(row.get("tools"), sides.get("tools"), "the sides")
-    out = {name: row[name] for name in COLUMNS if name in row} | {"remarks": []} | sides
-    out["margin"] = out.get("margin") if row.get("margin") is None else row["margin"]
+    read = form.read(row) | (dict(zip(SIDES, sides, strict=True)) if sides else {})
+    read |= {side: structured(read[side]) for side in SIDES}
+    out: Row = {name: row[name] for name in COLUMNS if name in row} | {"remarks": []}
+    if any(is_recorded(read[side]) for side in SIDES):
+        return out | {"margin": _margin(row, read)} | _recorded(read) | {"used": _used(form) | _questions()}
+    out |= _sides(read, row)
+    out["margin"] = _margin(row, read)
     out |= _beside(row, out, SYSTEMS if mask_turns else SYSTEMS[:1])
-    used = {*COLUMNS, *SYSTEMS, *form.columns, *form.also}
+    used = _used(form)
     if not (out["chosen"] and out["rejected"]):
         return {**out, "used": used}
     if read.get("prompt"):
@@ -51,12 +54,40 @@ def as_preference(row: Row, mask_turns: bool = True) -> Row:
     return {**out, **prompt_row, "used": used | columns}
 
 
-def _sides(read: Row) -> Row:
-    """The sides without an object around them, and the tools that both may bring."""
-    (chosen, a), (rejected, b) = (unwrapped(structured(read[side])) for side in ("chosen", "rejected"))
-    if a != b:
-        raise DropPair("the sides have different tools")
-    return {**read, "chosen": chosen, "rejected": rejected, **({"tools": a} if a else {})}
+def _used(form: Form) -> set[str]:
+    return {*COLUMNS, *SYSTEMS, *form.columns, *form.also}
+
+
+def _margin(row: Row, read: Row) -> Any:
+    return read.get("margin") if row.get("margin") is None else row["margin"]
+
+
+def _recorded(read: Row) -> Row:
+    """The sequences of recorded sides, and of each side its messages as the row has them, or None."""
+    out: Row = {"recorded": {side: read[side][SEQUENCES] for side in SIDES if is_recorded(read[side])}}
+    for side in SIDES:
+        others = read[side]
+        if side in out["recorded"]:
+            others = {name: value for name, value in others.items() if name != SEQUENCES}
+            others = others if any(others.get(name) for name in HOLDS) else None
+        out[side] = others
+    return out
+
+
+def _questions() -> set[str]:
+    return {column for form in QUESTIONS for column in (*form.columns, *form.also)}
+
+
+def _sides(read: Row, row: Row) -> Row:
+    """The sides without an object around them; the tools of chosen, which are its own or the row's, and those of
+    rejected where they are other ones, [] for none."""
+    (chosen, a), (rejected, b) = (unwrapped(read[side]) for side in SIDES)
+    given, other = row.get("tools"), row.get("rejected_tools")
+    _refuse_other_tools(given, a, "the sides")
+    _refuse_other_tools(other, b, "the sides", "rejected_tools")
+    a, b = (given if a is None else a), next((tools for tools in (b, other, given) if tools not in (None, "")), None)
+    tools = {"tools": a, "rejected_tools": None if a == b else b or []}
+    return {**read, "chosen": chosen, "rejected": rejected, **tools}
 
 
 def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
@@ -69,9 +100,9 @@ def _beside(row: Row, out: Row, systems: tuple[str, ...]) -> Row:
     return {"system": texts[0] if texts else None, "tools": out.get("tools") or input_tools}
 
 
-def _refuse_other_tools(own: Any, inside: Any, where: str) -> None:
+def _refuse_other_tools(own: Any, inside: Any, where: str, name: str = "tools") -> None:
     if own and inside and own != inside and (tools := read_tools(own)) and tools != read_tools(inside):
-        raise DropPair(f"both tools and tools in {where}, which differ")
+        raise DropPair(f"both {name} and tools in {where}, which differ")
 
 
 def _prompt(row: Row, sides: tuple, of_trl: bool, mask_turns: bool) -> tuple[Row | None, set[str]]:
@@ -188,7 +219,8 @@ def look(rows: Iterable[Row], name: str, mask_turns: bool = True) -> tuple[set[s
             unread.append(str(reason))
         except DropPair:
             pass
-        talks |= any(isinstance(preference.get(name), list | dict) for name in COLUMNS[:5])
+        if len(preference.get("recorded", ())) < len(SIDES):  # else no template is needed
+            talks |= any(isinstance(preference.get(name), list | dict) for name in COLUMNS[:5])
         if seen == LOOKED_AT:
             break
     if seen and not formed:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mdpo.data.columns import HOLDS, Row, role_of, structured
+from mdpo.data.columns import HOLDS, Row, is_recorded, role_of, structured
 from mdpo.data.sides import FEWER, TRL, sides_form
 from mdpo.errors import DropPair
 from mdpo.types import SIDES
@@ -58,6 +58,8 @@ def rows_of_two(row: Row, answers: AnswerPairs) -> tuple[list[Row], bool]:
     if form is None:
         return [row], False
     if form.rewards is not None:
+        if row.get("rejected_tools") not in (None, ""):
+            raise DropPair("rejected_tools beside several answers: write {messages, tools} for each of them")
         rewards = form.rewards(row)
         columns = {name: row[name] for name in form.columns}
         pairs = answers.of_rewards(rewards, key)
@@ -87,15 +89,19 @@ def _named(row: Row, pairs: list[tuple[int, int]], made: list[Row]) -> Iterator[
         yield {**row, **columns, "key": name}
 
 
+def _holds(item: Row) -> bool:
+    return bool(set(HOLDS) & set(item)) or is_recorded(item)
+
+
 def conversations_in(side: Any) -> list[Any] | None:
-    """The conversations of a side that is a list of them: of lists of messages, of objects around such, or of texts.
-    None for one conversation, one message or one text."""
+    """The conversations of a side that is a list of them: of lists of messages, of objects around such or around
+    recorded sequences, or of texts. None for one conversation, one message or one text."""
     if not isinstance(side, list) or not side or role_of(side[0]) is not None:
         return None
     items = [structured(item) for item in side]
     several = (
         all(isinstance(item, list) for item in items)
         or all(isinstance(item, str) for item in items)
-        or all(isinstance(item, dict) and role_of(item) is None and set(HOLDS) & set(item) for item in items)
+        or all(isinstance(item, dict) and role_of(item) is None and _holds(item) for item in items)
     )
     return items if several else None

@@ -13,7 +13,7 @@ from mdpo.data.files import whole_row
 from mdpo.data.forms import look
 from mdpo.data.groups import SEVERAL, TIE, AnswerPairs
 from mdpo.data.report import DataReport, describe
-from mdpo.data.rows import refuse_missing_margins
+from mdpo.data.rows import refuse_by_loss
 from mdpo.data.sources import DatasetSplit, hold_out, load_datasets, mix
 from mdpo.data.tokenize import DropCounts, rank_imbalance, token_totals, tokenize_dataset
 from mdpo.errors import UserError
@@ -72,7 +72,7 @@ def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: 
             report.unused[name] = unused
         workers = args.dataset_num_proc or len(os.sched_getaffinity(0))
         rows, counts = tokenize_dataset(rows, tokenizer, settings, name, workers, answer_pairs(recipe))
-        refuse_missing_margins(args, rows, name)
+        refuse_by_loss(args, rows, name)
         rows = without_repeated(rows, counts, seen)
         report.counts[name] = counts
         tokenized.append(rows.add_column("place", list(range(place, place + len(rows)))))

@@ -1,5 +1,6 @@
 """One row → one pair of conversations in one form of messages. Nothing here knows a tokenizer."""
 
+import json
 import math
 from typing import Any
 
@@ -16,8 +17,10 @@ from mdpo.data.messages import (
     same_message,
 )
 from mdpo.data.questions import begins
+from mdpo.data.recorded import recorded_pair
 from mdpo.data.tool_calls import read_tools
 from mdpo.errors import DropPair, UserError
+from mdpo.loss.registry import refuse_weights
 from mdpo.types import Message, Pair
 
 __all__ = ["COLUMNS", "row_to_pair"]
@@ -29,15 +32,23 @@ OTHER_SYSTEM = "a system column of other words than the conversation's own syste
 Sides = list[list[Message]]
 
 
-def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False) -> Pair:
+def row_to_pair(
+    row: dict[str, Any], mask_turns: bool = True, different_prompts: bool = False, sides: tuple | None = None
+) -> Pair:
     """One row in any form of docs/rows.md, messages or plain strings. Raises DropPair.
 
     With a prompt, its assistant turns are context. Without one the prompt is everything before the first answer, the
     first assistant turn behind a user turn, the same on both sides or, with `different_prompts`, each side's own; with
     `mask_turns` False it is TRL's: the turns (or characters) that both sides begin with. With `mask_turns`, messages
-    behind the last answer are left out.
+    behind the last answer are left out. `sides` take the place of the row's own.
     """
-    original, row = row, as_preference(row, mask_turns)
+    original, row = row, as_preference(row, mask_turns, sides)
+    if "recorded" in row:
+        if not mask_turns:
+            raise UserError("Recorded sequences say which tokens are supervised: they need mask_user_turns: true.",
+                            "sequences")  # fmt: skip
+        of_row = {"margin": _margin(row), "weight": _weight(row)}
+        return recorded_pair(row, lambda *both: row_to_pair(original, mask_turns, different_prompts, both), of_row)
     for name in (name for name in original if name in row["used"]):
         refuse_broken(original[name], name)
     prompt, sides = _prompt(row), [row.get("chosen"), row.get("rejected")]
@@ -48,7 +59,7 @@ def row_to_pair(row: dict[str, Any], mask_turns: bool = True, different_prompts:
         row["remarks"].append(FROM_JSON)
     if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
         return _strings(row, prompt, sides)
-    extra = {**_for_template(row), "margin": _margin(row)}
+    extra = {**_for_template(row, different_prompts), "margin": _margin(row), "weight": _weight(row)}
     both, weights, n, notes = _conversations(prompt, sides, mask_turns, different_prompts)
     if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
         raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
@@ -144,12 +155,18 @@ def _same(a: Any, b: Any) -> bool:
     return a == b or (lists and len(a) == len(b) and begins(a, b))
 
 
-def _for_template(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row has for the chat template: tools, and variables of its own."""
+def _for_template(row: dict[str, Any], different: bool) -> dict[str, Any]:
+    """What a row has for the chat template: tools, and variables of its own. Tools are part of the prompt: those of the
+    sides have to be the same, but with `different`. Raises DropPair."""
     tools, kwargs = read_tools(row.get("tools")), parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")
     if kwargs and (not isinstance(kwargs, dict) or {"tools", "messages", "add_generation_prompt"} & set(kwargs)):
         raise DropPair("chat_template_kwargs is not an object of the template's own variables")
-    return {"tools": tools, "template_kwargs": kwargs or {}}
+    rejected = None if row.get("rejected_tools") is None else read_tools(row["rejected_tools"]) or []
+    rejected = None if rejected == (tools or []) else rejected
+    if rejected is not None and not different:
+        raise DropPair("the sides have different tools, which are part of the prompt; allow_different_prompts: true "
+                       "keeps both")  # fmt: skip
+    return {"tools": tools, "rejected_tools": rejected, "template_kwargs": kwargs or {}}
 
 
 def _behind(prompt: list[Message], side: list[Message], weights: list[float], once: bool):
@@ -168,7 +185,7 @@ def _behind(prompt: list[Message], side: list[Message], weights: list[float], on
 
 
 def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
-    if any(row.get(name) for name in ("system", "tools", "chat_template_kwargs")):
+    if any(row.get(name) for name in ("system", "tools", "rejected_tools", "chat_template_kwargs")):
         raise DropPair("system, tools or chat_template_kwargs beside plain texts")
     if not all(map(is_text, (prompt or "", *sides))):
         raise DropPair("content is not text")
@@ -176,10 +193,10 @@ def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
         raise DropPair("empty or missing content")
     if isinstance(prompt, str):
         whole = [prompt + side for side in sides]
-        return Pair(*whole, len(prompt), margin=_margin(row), remarks=row["remarks"])
+        return Pair(*whole, len(prompt), margin=_margin(row), weight=_weight(row), remarks=row["remarks"])
     n = _common_start(*sides)
     n = n - 1 if n and sides[0][n - 1] == " " else n
-    return Pair(*sides, n, margin=_margin(row), prompt_given=False, remarks=row["remarks"])
+    return Pair(*sides, n, margin=_margin(row), weight=_weight(row), prompt_given=False, remarks=row["remarks"])
 
 
 def _as_messages(name: str, side: Any, after_prompt: bool) -> list[Message]:
@@ -219,6 +236,19 @@ def _margin(row: dict[str, Any]) -> float | None:
     return None if margin is None else float(margin)
 
 
+def _weight(row: dict[str, Any]) -> float | None:
+    """`weight`, which multiplies the pair's loss. Raises DropPair, for 0 too: nothing would be learned of the pair, and
+    what is computed is."""
+    weight = row.get("weight")
+    if weight is None:
+        return None
+    if not _finite(weight) or not 0 <= weight < 1e38:  # a float32 in the batch
+        raise DropPair(f"weight is {json.dumps(weight, default=str)[:20]}, not a finite number >= 0")
+    if weight == 0:
+        raise DropPair("weight is 0: nothing is learned of the pair")
+    return float(weight)
+
+
 def _finite(value: Any) -> bool:
     """Whether a value is a number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
@@ -230,8 +260,11 @@ def _common_start(a, b) -> int:
     return next((i for i in range(shorter) if a[i] != b[i]), shorter - 1)
 
 
-def refuse_missing_margins(args: MDPOConfig, rows, name: str) -> None:
-    """Raises UserError where `margin_scale` is set and a row of the tokenized dataset has no margin."""
+def refuse_by_loss(args: MDPOConfig, rows, name: str) -> None:
+    """Raises UserError where `margin_scale` is set and a row of the tokenized dataset has no margin, or where rows have
+    weights that the loss cannot take."""
     if args.margin_scale and any(missing := [margin is None for margin in rows["margin"]]):
         first = rows["key"][missing.index(True)]
         raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")
+    if "weight" in rows.column_names and any(weight not in (None, 1) for weight in rows["weight"]):
+        refuse_weights(args.loss_type)

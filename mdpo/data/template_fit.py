@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from mdpo.data.tool_calls import linked
 from mdpo.errors import DropPair
-from mdpo.types import Message, Pair
+from mdpo.types import SIDES, Message, Pair
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # transformers gives each under the others' names as well
 MADE_UP = "tool call ids that were made up, as the template writes them and the row has none"
@@ -39,7 +39,8 @@ def _mentions(source: str, name: str) -> bool:
 def _texts(sides: Sides, pair: Pair, template) -> list[str] | None:
     """Both sides as the template writes them, None where it refuses one."""
     try:
-        return [template.render(side, pair.tools, **pair.template_kwargs) for side in sides]
+        named = zip(SIDES, sides, strict=True)
+        return [template.render(side, pair.side(name).tools, **pair.template_kwargs) for name, side in named]
     except DropPair:
         return None
 

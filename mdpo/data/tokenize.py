@@ -38,6 +38,7 @@ FEATURES = Features(
         "shared_len": Value("int32"),
         "distinct": Value("int32"),
         "margin": Value("float64"),
+        "weight": Value("float64"),  # of the pair's loss; null: 1
         "key": Value("string"),
         "prompt_key": Value("string"),
         "digest": Value("string"),  # of ids, masks and weights
@@ -45,14 +46,15 @@ FEATURES = Features(
         "cut": Value("bool"),
         "special_in_context": Value("int32"),
         "remarks": List(Value("string")),
+        "retokenized": List(Value("int32")),  # tokens that differ of each recorded side whose messages say otherwise
         "unread": List(Value("string")),
         "drop_reason": Value("string"),
     }
 )
 
 
-COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut"]
-NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread"]
+COUNTED = ["key", "drop_reason", "margin", "special_in_context", "remarks", "unread", "cut", "retokenized"]
+NOT_TRAINED_ON = ["drop_reason", "longest", "remarks", "unread", "retokenized"]
 
 
 def _template_for(tokenizer, settings: RenderSettings, rows, name: str):
@@ -97,11 +99,11 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
 
 def _empty(row: dict[str, Any]) -> dict[str, Any]:
     out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
-    return out | {"margin": None, "digest": "", "unread": [], "drop_reason": ""}
+    return out | {"margin": None, "weight": None, "digest": "", "unread": [], "drop_reason": ""}
 
 
 def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[str, Any]:
-    out = _empty(row)
+    out, row = _empty(row), row if settings.pair_weights else {**row, "weight": None}
     try:
         pair = fit(row_to_pair(row, settings.mask_turns, settings.different_prompts), template)
         out["unread"] = pair.unread
@@ -110,8 +112,9 @@ def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[
             **tokenized,
             "remarks": list(dict.fromkeys([*pair.remarks, *tokenized["remarks"]])),
             "margin": pair.margin,
+            "weight": pair.weight,
             "prompt_key": _digest(_question_of(pair)),
-            "digest": _digest([tokenized[f"{side}_{part}"] for side in SIDES for part in ("ids", "mask", "weights")]),
+            "digest": _digest(_trained_on(tokenized)),
             "special_in_context": special_tokens_in_context(pair, template),
         }
     except DropPair as e:
@@ -125,11 +128,20 @@ def _tokenized(row: dict[str, Any], template, settings: RenderSettings) -> dict[
 
 def _question_of(pair) -> Any:
     """What is before the first answer: rows with the same one are held out together."""
+    if not pair.chosen:  # recorded, without a word of what was asked
+        ids, mask = pair.recorded[0].sequences[0]
+        return ids[: mask.index(1)]
     if isinstance(pair.chosen, str):
         start = pair.chosen[: pair.n_prompt]
         # Without a prompt the common start may run into the answers: it is cut where a line begins.
         return start if pair.prompt_given or "\n" not in start else start[: start.rindex("\n")]
     return pair.chosen[: first_answer(pair.chosen)]
+
+
+def _trained_on(tokenized: dict[str, Any]) -> list[list]:
+    lists = [tokenized[f"{side}_{part}"] for side in SIDES for part in ("ids", "mask", "weights")]
+    lengths = [tokenized[f"{side}_lengths"] for side in SIDES]
+    return lists + lengths if any(lengths) else lists
 
 
 def _digest(value: Any) -> str:

@@ -123,6 +123,9 @@ def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         fields["reference_logp"] = torch.cat(logps)
     if all(row.get("margin") is not None for row in rows):
         fields["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+    if any(row.get("weight") not in (None, 1) for row in rows):
+        pair_weights = [1.0 if row.get("weight") is None else row["weight"] for row in rows]
+        fields["pair_weight"] = torch.tensor(pair_weights, dtype=torch.float32)
     return fields
 
 
@@ -154,7 +157,7 @@ def unpacked(batch: PairBatch, pad_token_id: int) -> PairBatch:
     for line, path in zip(index, paths, strict=True):
         line[: len(path)] = path
     places = torch.from_numpy(index).to(device, non_blocking=True)
-    kept = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "row")
+    kept = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "pair_weight", "row")
     return PairBatch({name: batch[name] for name in (*kept, "lengths", "sequences") if name in batch}) | {
         "input_ids": torch.where(places >= 0, batch.input_ids[0, places], pad_token_id),
         "attention_mask": (places >= 0).long(),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from torch import Tensor
 
 import mdpo.loss.functions as losses
+from mdpo.errors import UserError
 from mdpo.types import PairLogps
 
 
@@ -127,6 +128,7 @@ LOSSES: dict[str, Callable[[PairTerms, LossSettings], Tensor]] = {
     "kto_pair": _kto_pair,
 }
 OF_TRL = tuple(LOSSES)[:15]
+OF_BATCH = {"aot", "aot_unpaired", "sft"}  # their values are the whole batch's, no pair's own
 
 
 def pair_losses(terms: PairTerms) -> Tensor:
@@ -135,3 +137,21 @@ def pair_losses(terms: PairTerms) -> Tensor:
     weights = s.loss_weights or [1.0] * len(s.loss_type)
     first, *others = [weight * LOSSES[name](terms, s) for name, weight in zip(s.loss_type, weights, strict=True)]
     return sum(others, start=first)
+
+
+def weighted(losses: Tensor, weight: Tensor | None, settings: LossSettings) -> Tensor:
+    """Each pair's loss times its weight in the data, (B,); `weight` is None where all are 1. What is minimized is the
+    mean over pairs of weight · loss, not divided by the sum of weights. Raises UserError for losses of OF_BATCH."""
+    if weight is None:
+        return losses
+    refuse_weights(settings.loss_type)
+    return losses * weight
+
+
+def refuse_weights(loss_type: list[str]) -> None:
+    """Raises UserError where a loss has no value of each pair's own that a weight could multiply."""
+    if of_batch := sorted(OF_BATCH & set(loss_type)):
+        raise UserError(
+            f"loss_type: {of_batch[0]} is a loss of the whole batch, and rows of the data have a `weight`, which "
+            "multiplies each pair's own. Take the weights out, or use another loss."
+        )

@@ -41,9 +41,9 @@ class RenderedSequence:
     ids: list[int]
     ranges: list[Range]
     mask: list[int]
-    turns: list[Turn]
     contents: list[tuple[int, int, int]]
     why: str = ""
+    turns: list[Turn] = field(default_factory=list)
 
 
 @dataclass
@@ -91,7 +91,7 @@ def in_one_text(conversation: Conversation) -> RenderedSequence | None:
         ranges, mask = mask_of(text, ids, ranges, [(turn.start, turn.end) for turn in turns], tokenizer)
     except DropPair:
         return None
-    sequence = RenderedSequence(text, ids, ranges, mask, turns, whole.marks.contents())
+    sequence = RenderedSequence(text, ids, ranges, mask, whole.marks.contents(), turns=turns)
     _verify(sequence, turns, conversation)
     return sequence
 
@@ -108,7 +108,7 @@ def by_turns(conversation: Conversation) -> list[RenderedSequence]:
         ids, ranges, mask, apart = _tokenized(turn.context, text, tokens, tokenizer)
         turn = replace(turn, start=start, end=len(text), apart=apart)
         before = sequences[-1] if sequences else None
-        sequence = RenderedSequence(text, ids, ranges, mask, [turn], prompt.marks.contents())
+        sequence = RenderedSequence(text, ids, ranges, mask, prompt.marks.contents(), turns=[turn])
         _verify(sequence, [turn], conversation)
         if before and ids[: len(before.ids)] == before.ids:
             sequence.mask[: len(before.ids)] = before.mask

@@ -16,8 +16,11 @@ from mdpo.data.rows import row_to_pair
 from mdpo.data.sources import load_datasets
 from mdpo.data.template_fit import fit
 from mdpo.errors import DropPair, UserError
+from mdpo.masking import sequences
 from mdpo.masking.chat_template import ChatTemplate
-from mdpo.masking.spans import supervised, tokenize
+from mdpo.masking.conversation import Conversation
+from mdpo.masking.sequences import RenderedSequence
+from mdpo.masking.spans import tokenize
 from mdpo.masking.tokenizer import token_text
 from mdpo.reporting.token_view import (
     CONTEXT,
@@ -88,28 +91,20 @@ def _of_two(row: dict[str, Any], answers) -> list[dict[str, Any]]:
         return [row]
 
 
-@dataclass
-class RenderedSequence:
-    """One sequence of a side: its whole text; of each token id, characters [start, end) and mask; (start, end, message)
-    of all pieces of content; and why it begins, "" for the first."""
-
-    text: str
-    ids: list[int]
-    ranges: list[tuple[int, int]]
-    mask: list[int]
-    contents: list[tuple[int, int, int]]
-    why: str = ""
+def side_sequences(messages, pair, template: ChatTemplate) -> list[RenderedSequence]:
+    """Raises DropPair."""
+    return sequences.side_sequences(_conversation(messages, pair, template)).sequences
 
 
-def whole_text(messages, pair, template: ChatTemplate, turn_weights=()) -> list[RenderedSequence]:
+def whole_text(messages, pair, template: ChatTemplate) -> list[RenderedSequence]:
     """A side as one sequence, the whole text that the template writes. Raises DropPair."""
-    found = template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
-    sampled, encoded = [(s.start, s.end) for s in found.spans], tokenize(found.text, template.tokenizer)
-    ids, ranges, mask, _ = supervised(found.text, sampled, encoded, template.tokenizer)
-    return [RenderedSequence(found.text, ids, ranges, mask, found.contents)]
+    conversation = _conversation(messages, pair, template)
+    ids, ranges = tokenize(conversation.text, template.tokenizer)
+    return [RenderedSequence(conversation.text, ids, ranges, [0] * len(ids), conversation.whole.marks.contents())]
 
 
-side_sequences = whole_text  # until masking gives a side as its sequences
+def _conversation(messages, pair, template: ChatTemplate) -> Conversation:
+    return Conversation(messages, pair.n_prompt, template, pair.tools, pair.template_kwargs)
 
 
 @dataclass
@@ -151,8 +146,8 @@ class Explainer:
 
     def _sequences(self, pair, name: str, kept) -> list[_Sequence]:
         """The sequences of a side as far as its row tells, with the masks that are trained on where it is kept."""
-        messages = getattr(pair, name)
-        recorded = getattr(pair, "recorded", (None, None))[SIDES.index(name)]
+        messages, pair = getattr(pair, name), pair.side(name)
+        recorded = pair.recorded[SIDES.index(name)]
         if recorded or isinstance(messages, str):
             return self._without_roles(messages, name, kept, recorded)
         if self.template is None:

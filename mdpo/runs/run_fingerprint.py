@@ -169,11 +169,14 @@ def _weights(name: str, revision: str | None, cache: Path) -> str:
 
 
 def pairs_digest(train: Dataset) -> str:
-    """Of tokenized pairs in their order: each row's digest (ids, masks and turn weights), and margins."""
+    """Of tokenized pairs in their order: each row's digest (ids, masks and turn weights), margins, and weights where
+    there are any."""
     digest = xxhash.xxh3_128()
-    for batch in train.select_columns(["digest", "margin"]).iter(batch_size=1000):
+    for batch in train.select_columns(["digest", "margin", "weight"]).iter(batch_size=1000):
         digest.update("".join(batch["digest"]).encode())
         digest.update(json.dumps(batch["margin"]).encode())
+        if any(weight is not None for weight in batch["weight"]):
+            digest.update(json.dumps(batch["weight"]).encode())
     return digest.hexdigest()
 
 

@@ -30,6 +30,7 @@ ROWS = [
         "reference_chosen_logps": [-1.0, -2.0, -3.0],
         "reference_rejected_logps": [-4.0, -5.0],
         "margin": 0.25,
+        "weight": 2.0,
         "row": 4,
     },
     {
@@ -80,13 +81,13 @@ def test_shapes_and_dtypes_are_those_that_the_class_states():
     """By hand: B 2, T 4, N 5 + 4, S 7, U 6 (token 6 of the first pair stands once), K 1."""
     shapes = {
         **dict.fromkeys(("pair", "side", "turn", "turn_weight", "reference_logp"), (7,)),
-        **{"turn_tokens": (4, 1), "margin": (2,), "row": (2,)},
+        **{"turn_tokens": (4, 1), "margin": (2,), "pair_weight": (2,), "row": (2,)},
     }
     padded = {**dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (4, 4)), **shapes}
     padded |= {"logp_position": (7,), "label": (7,)}
     packed = {"input_ids": (1, 9), "position_ids": (1, 9), "logp_position": (6,), "label": (6,), **shapes}
     packed |= {"unique_index": (7,), "sequence": (7,), "sequence_position": (7,)}
-    floats = {"turn_weight", "reference_logp", "margin"}
+    floats = {"turn_weight", "reference_logp", "margin", "pair_weight"}
     for layout, wanted in (("padded", padded), ("packed", packed)):
         tensors = {k: x for k, x in COLLATORS[layout](ROWS).items() if isinstance(x, torch.Tensor)}
         assert {k: tuple(x.shape) for k, x in tensors.items()} == wanted

@@ -217,8 +217,59 @@ def test_tools_are_carried_from_every_place():
     held = {side: {"messages": of, "tools": TOOLS} for side, of in (("chosen", USER + GOOD), ("rejected", USER + BAD))}
     assert row_to_pair(held).tools == TOOLS
     held["rejected"]["tools"] = []
-    with dropped("the sides have different tools"):
+    with dropped("the sides have different tools", "allow_different_prompts"):
         row_to_pair(held)
+
+
+OTHER = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
+WHOLE = {"chosen": USER + GOOD, "rejected": USER + BAD}
+
+
+def of(side, **more):
+    return {"messages": WHOLE[side], **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "chosen", "rejected"),
+    [
+        ({**WHOLE, "tools": TOOLS, "rejected_tools": OTHER}, TOOLS, OTHER),
+        ({**WHOLE, "tools": json.dumps(TOOLS), "rejected_tools": json.dumps(OTHER)}, TOOLS, OTHER),
+        ({**WHOLE, "rejected_tools": OTHER}, None, OTHER),
+        ({**WHOLE, "tools": TOOLS, "rejected_tools": []}, TOOLS, None),
+        ({**WHOLE, "tools": TOOLS, "rejected_tools": None}, TOOLS, TOOLS),
+        ({**WHOLE, "tools": TOOLS, "rejected_tools": ""}, TOOLS, TOOLS),
+        ({**WHOLE, "tools": TOOLS, "rejected_tools": json.dumps(TOOLS)}, TOOLS, TOOLS),
+        ({"prompt": USER, "chosen": GOOD, "rejected": BAD, "tools": TOOLS, "rejected_tools": OTHER}, TOOLS, OTHER),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected", tools=OTHER)}, TOOLS, OTHER),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected")}, TOOLS, None),
+        ({"chosen": of("chosen"), "rejected": of("rejected", tools=OTHER), "tools": TOOLS}, TOOLS, OTHER),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected"), "tools": TOOLS}, TOOLS, TOOLS),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected"), "rejected_tools": OTHER}, TOOLS, OTHER),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected", tools=json.dumps(TOOLS))}, TOOLS, TOOLS),
+    ],
+)
+def test_sides_with_tools_of_their_own(row, chosen, rejected):
+    """Other tools are another prompt: kept only where the recipe allows those."""
+    pair = row_to_pair(row, different_prompts=True)
+    assert (pair.side("chosen").tools, pair.side("rejected").tools) == (chosen, rejected)
+    if chosen == rejected:
+        assert row_to_pair(row) == pair and pair.rejected_tools is None
+    else:
+        with dropped("the sides have different tools", "allow_different_prompts"):
+            row_to_pair(row)
+    with dropped("both rejected_tools and tools in the sides"):
+        row_to_pair({"chosen": of("chosen"), "rejected": of("rejected", tools=OTHER), "rejected_tools": TOOLS})
+
+
+def test_each_side_is_rendered_with_its_tools():
+    template = "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}" + CHATML
+    tokenizer, row = tokenizer_for(template, "letters", eos="<|im_end|>"), {**WHOLE, "rejected_tools": OTHER}
+    for tools, head in ((TOOLS, "<look_up>"), (None, "")):
+        reason, sides, out = read({**row, "tools": tools}, tokenizer, RenderSettings(None, different_prompts=True))
+        assert reason == "" and [sides[side][0] for side in ("chosen", "rejected")] == [
+            head + by_hand(ASK)["chosen"][0], "<search>" + by_hand(ASK)["rejected"][0]
+        ]  # fmt: skip
+        assert [own for _, own in sides.values()] == [own for _, own in by_hand(ASK).values()]  # masks have moved along
 
 
 def test_rows_of_a_set_have_one_form_with_and_without_a_system(tokenizer):

@@ -111,6 +111,8 @@ def test_rows_without_a_difference_are_dropped_by_name():
         rows_of_two(sampled(rewards=[1.0]), AnswerPairs())
     with dropped("rewards"):
         rows_of_two(sampled(rewards=["1", "2", "3", "4"]), AnswerPairs())
+    with dropped("rejected_tools beside several answers", "tools"):
+        rows_of_two(sampled(rejected_tools=[]), AnswerPairs())
 
 
 def test_a_dataset_counts_them():

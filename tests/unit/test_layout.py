@@ -13,7 +13,7 @@ from setuptools import find_packages
 
 # A package (or a module beside them) may import those in lines above its own.
 ORDER = [
-    {"errors", "storage"},
+    {"errors", "storage", "sequences"},
     {"types"},
     {"console", "ranks"},
     {"masking", "forward"},
