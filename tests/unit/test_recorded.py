@@ -5,6 +5,7 @@ import copy
 import json
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from errors import dropped, is_reason, refused
 from odd_values import ODD
@@ -461,6 +462,32 @@ def test_the_trainer_takes_them(tokenizer, tmp_path):
         loss_and_gradients(trainer, batch) for trainer, batch in zip((plain, own), batches, strict=True)
     )
     assert loss == same and all((gradients[name] == same_gradients[name]).all() for name in gradients)
+
+
+def test_several_sequences_are_summed(tokenizer, tmp_path):
+    """log π of a side is the sum over its sequences of what the model says of each by itself, packed and padded."""
+    pytest.importorskip("mdpo.forward.forest")
+    rows = [
+        {"chosen": side(([5, 6, 7, 9], [0, 1, 1, 0]), ([5, 6, 8, 11], [0, 0, 1, 1]), ([40, 6], [0, 1])), "weight": 2.0,
+         "rejected": side(([5, 9, 3], [0, 1, 1]))},
+        {"chosen": GOOD, "rejected": side(([5, 9, 3], [0, 1, 1]), ([5, 9, 3, 4, 8], [0, 0, 0, 0, 1]))},
+    ]  # fmt: skip
+    losses = []
+    for shared in (True, False):
+        trainer = mdpo_trainer(tmp_path, tokenizer, rows, shared_prefix=shared, per_device_train_batch_size=2)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss, policy = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        losses.append(loss.item())
+
+        def alone(ids, mask, model=trainer.model):
+            logps = model(input_ids=torch.tensor([ids])).logits.log_softmax(-1)[0]
+            return sum(logps[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
+
+        for name in SIDES:
+            wanted = [sum(alone(s["input_ids"], s["assistant_masks"]) for s in rows[row][name]["sequences"])
+                      for row in batch.row.tolist()]  # fmt: skip
+            assert getattr(policy, name).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_and_the_displays_show_them(tokenizer, tmp_path):
