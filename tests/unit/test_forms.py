@@ -245,6 +245,9 @@ def of(side, **more):
         ({"chosen": of("chosen"), "rejected": of("rejected", tools=OTHER), "tools": TOOLS}, TOOLS, OTHER),
         ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected"), "tools": TOOLS}, TOOLS, TOOLS),
         ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected"), "rejected_tools": OTHER}, TOOLS, OTHER),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected", tools=[]), "tools": TOOLS}, TOOLS, None),
+        ({"chosen": of("chosen", tools=[]), "rejected": of("rejected", tools=[]), "tools": TOOLS}, TOOLS, TOOLS),
+        ({"chosen": of("chosen", tools=[]), "rejected": of("rejected")}, None, None),
         ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected", tools=json.dumps(TOOLS))}, TOOLS, TOOLS),
     ],
 )
