@@ -27,7 +27,7 @@ from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_ste
 from mdpo.console import say
 from mdpo.data.positions import learned_positions, refuse_long_rows
 from mdpo.data.rows import refuse_by_loss
-from mdpo.data.sampler import LongestFirst, pair_tokens
+from mdpo.data.sampler import LongestFirst
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError
 from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpacked
@@ -202,7 +202,7 @@ class DPOTrainer(ResumableTrainer):
 
     @staticmethod
     def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
-        ############## MODIFICATION 4: the tokens that both sides share are computed once, in rows without padding.
+        ############## MODIFICATION 4: what sequences begin with alike is computed once, in rows without padding.
         if args.shared_prefix:
             reason = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
             if reason is None:
@@ -244,13 +244,11 @@ class DPOTrainer(ResumableTrainer):
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):
-        ############## MODIFICATION 5: the longest pairs come first, so that memory runs out in the first minute.
+        ############## MODIFICATION 5: the longest pairs come first, so that memory runs out in the first minute, and
+        # pairs of one prompt in one micro-batch, which computes it once.
         if not self.args.of_trl and self.args.train_sampling_strategy == "random":
-            rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-            if isinstance(rows, Dataset):
-                pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                seed = args.seed if args.data_seed is None else args.data_seed
-                self._sampler = LongestFirst(*pair_tokens(rows), pairs, seed)
+            if isinstance(self.train_dataset, Dataset):  # with all columns; Trainer hands on those of a batch
+                self._sampler = LongestFirst.of(self.train_dataset, self.args)
                 return self._sampler
         ############## MODIFICATION 5 END
         return super()._get_train_sampler(train_dataset)
@@ -378,7 +376,7 @@ class DPOTrainer(ResumableTrainer):
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
         ############## MODIFICATION 13 END
         table = pair_table(batch, scores, losses, terms, nll, turns)
-        self.tables.append(table, self.model.training, batch.n_tokens)
+        self.tables.append(table, self.model.training, batch)
         loss = self.nonfinite.loss(losses.mean().float())
         return (loss, policy) if return_outputs else loss
 
@@ -435,7 +433,7 @@ class DPOTrainer(ResumableTrainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         ############## MODIFICATION 14: evaluation weighted by pairs, each pair once whatever the number of ranks; TRL
         # averages batch means, and pairs that fill up the last batch count twice.
-        tables, tokens = of_all_ranks([self.tables.take_eval()], self.tables.tokens, self.args.device)
+        tables, [tokens] = of_all_ranks([self.tables.take_eval()], [self.tables.tokens], self.args.device)
         table = deduplicate([table for [table] in tables])
         metrics = {**self._shown(summarize(table)), "loss": table[:, 1].mean().item(), "pairs": len(table)}
         ############## MODIFICATION 14 END
@@ -446,8 +444,10 @@ class DPOTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the averages since the last log, gathered over ranks. All ranks call it together."""
         if "loss" in logs:
-            tables, tokens = of_all_ranks(self.tables.take_train(), self.tables.tokens, self.args.device)
+            counts = [self.tables.tokens, self.tables.distinct]
+            tables, [tokens, distinct] = of_all_ranks(self.tables.take_train(), counts, self.args.device)
             logs |= {**self._shown(mean_over_steps(tables)), "num_tokens": tokens}
+            logs |= {"num_distinct_tokens": distinct} if distinct else {}  # padded batches have none
         self.nonfinite.amend(logs, self.state.global_step)
         super().log(logs, start_time)
 

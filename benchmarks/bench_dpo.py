@@ -113,20 +113,20 @@ def peak_kb() -> int:
 def useful_work(trainer, pairs: int) -> dict[str, list[float]]:
     """For each step its distinct tokens, tokens of both sides, and useful FLOPs: each distinct token once, the LM head
     where a token is supervised, attention where a token sees another, two more for backward, nothing recomputed."""
-    from mdpo.forward.packed_attention import Segments
+    from mdpo.forward.forest import Forest
 
     config, tokens, both_sides, flops = trainer.model.config, [], [], []
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embeddings = {id(p): p for p in (trainer.model.get_input_embeddings().weight, trainer.model.lm_head.weight)}
     weights = sum(p.numel() for p in trainer.model.parameters() if p.ndim == 2 and id(p) not in embeddings)
     for batch in trainer.get_train_dataloader():
-        segments = Segments(batch.segments)
-        attended = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(segments.sizes, segments.key_sizes, strict=True))
+        forest = Forest(batch.runs)
+        attended = sum(q * before + q * (q + 1) / 2 for q, before in zip(forest.sizes, forest.before, strict=True))
         n, scored = batch.input_ids.numel(), len(batch.logp_position)
         forward = 2 * n * weights + 2 * scored * config.hidden_size * config.vocab_size
         forward += 4 * attended * config.num_attention_heads * head_dim * config.num_hidden_layers
         tokens.append(n)
-        both_sides.append(int(segments.counts.sum()))
+        both_sides.append(batch.n_tokens)
         flops.append(3 * forward)
     return {"tokens": tokens, "both": both_sides, "flops": flops}
 

@@ -37,8 +37,8 @@ from gpu_tools import (  # noqa: E402
 )
 
 import mdpo.forward.packed_attention  # noqa: E402
+from mdpo.forward.forest import Forest  # noqa: E402
 from mdpo.forward.lm_head import HeadTransform  # noqa: E402
-from mdpo.forward.packed_attention import Segments  # noqa: E402
 from mdpo.forward.token_logps import ChunkedLogProbs, full_log_probs, score_tokens  # noqa: E402
 from mdpo.forward.varlen import kernels  # noqa: E402
 from mdpo.types import PairBatch  # noqa: E402
@@ -50,7 +50,7 @@ PUBLIC_A800 = {4096: (2786, 1814), 1024: (1141, 905)}
 
 def attentions(dtype: torch.dtype) -> dict:
     """Attention implementations by name: what `_varlen` is set to."""
-    kernel_by_name = {"by segment": lambda *_: None}
+    kernel_by_name = {"by run": lambda *_: None}
     if CUDA and dtype != torch.float32:
         kernel_by_name |= {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels(DEVICE).items()}
     return kernel_by_name
@@ -122,13 +122,14 @@ def attention_speed() -> None:
     """One layer's attention over packed pairs, forward and backward."""
     pairs, shared, own, heads, key_heads = (4, 1536, 512, 32, 8) if CUDA else (2, 48, 16, 4, 2)
     lines = Lines(f"attention: {pairs} pairs, {shared} shared and 2 × {own} own tokens", "attention", "ms", "peak GB")
-    segments, n = Segments([[shared, own, own]] * pairs), pairs * (shared + 2 * own)
+    runs = [run for i in range(pairs) for run in ([shared + own, -1], [own, i * (shared + 2 * own) + shared - 1])]
+    forest, n = Forest(runs), pairs * (shared + 2 * own)
     with DEVICE:
         q, k, v = (torch.randn(1, x, n, 128, dtype=HALF).requires_grad_() for x in (heads, key_heads, key_heads))
     layer = torch.nn.Module()
 
     def step():
-        out = mdpo.forward.packed_attention.packed_attention(layer, q, k, v, None, segments=segments)[0]
+        out = mdpo.forward.packed_attention.packed_attention(layer, q, k, v, None, forest=forest)[0]
         torch.autograd.grad(out.sum(), [q, k, v])
 
     for name, kernel in attentions(HALF).items():
@@ -139,8 +140,8 @@ def attention_speed() -> None:
 def step_flops(settings, batch: PairBatch) -> float:
     """FLOPs of forward and backward: each computed token once, LM head at scored tokens, attention at visible keys."""
     if batch.is_packed:
-        sizes = Segments(batch.segments)
-        attended = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(sizes.sizes, sizes.key_sizes, strict=True))
+        forest = Forest(batch.runs)
+        attended = sum(q * before + q * (q + 1) / 2 for q, before in zip(forest.sizes, forest.before, strict=True))
     else:
         attended = sum(n * (n + 1) / 2 for n in batch.lengths)
     head = settings.vocab_size * settings.hidden_size * len(batch.logp_position)

@@ -99,7 +99,7 @@ def random_rows(pairs: int, shared: int, own: int, vocabulary: int) -> list[dict
         masks = [[int(t >= shared + own // 3) for t in range(len(side))] for side in sides]
         rows.append({
             "chosen_ids": sides[0], "rejected_ids": sides[1], "chosen_mask": masks[0], "rejected_mask": masks[1],
-            "shared_len": shared, "row": i,
+            "row": i,
         })  # fmt: skip
     return rows
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from mdpo.errors import UserError
@@ -93,18 +94,18 @@ class TokenizedPair:
 
 class PairBatch(dict[str, Any]):
     """B pairs for the model and the loss, padded or packed. A dict, so that DataLoader, accelerate, transformers and
-    DeepSpeed carry it; its keys are the fields below, and any other one is a KeyError. Each field is an attribute too:
-    where a batch lacks it, None if the field is optional, else an AttributeError.
+    DeepSpeed carry it; its keys are the fields below, any other one is a KeyError. Each is an attribute too: where a
+    batch lacks it, None if the field is optional, else an AttributeError.
 
-    T is the length of a padded row and N that of the packed one, in tokens; K is the most turns of a side. S counts the
-    supervised tokens of all sides, in an order that both layouts share: chosen of pair 0 … B-1, then rejected of pair
-    0 … B-1. U ≤ S are those of the packed row, where the tokens of a shared prefix occur once; padded, U = S. Tensors
-    are int64 unless said otherwise.
+    A side is one sequence or more, M in all: those of chosen of pair 0 … B-1, then of rejected. T is the length of a
+    padded row and N that of the packed one, in tokens; K is the most turns of a side. S counts the supervised tokens of
+    all sequences, in their order; U ≤ S are those of the packed row, where one that sequences begin with alike occurs
+    once; padded, U = S. Tensors are int64 unless said otherwise; lists stay on the host, where attention is planned.
     """
 
     __slots__ = ()  # `batch.margin = x` would hide the key
 
-    input_ids: Tensor  # padded (2B, T): rows 0 … B-1 are the chosen sides, B … 2B-1 the rejected ones. Packed (1, N)
+    input_ids: Tensor  # padded (M, T), a row for each sequence; packed (1, N)
     logp_position: Tensor  # (U,) each supervised token's predecessor, as an index into the flattened input_ids
     label: Tensor  # (U,) its id
     pair: Tensor  # (S,) its pair, 0 … B-1
@@ -116,15 +117,18 @@ class PairBatch(dict[str, Any]):
     margin: Tensor | None  # (B,) float32, only where all rows have one
     pair_weight: Tensor | None  # (B,) float32, multiplies each pair's loss, only where one is not 1
     row: Tensor | None  # (B,) the pair's number in its dataset, -1 where it has none
+    lengths: list[int] | None  # the tokens of each sequence, M numbers
+    sequences: list[int] | None  # of each side, 2B numbers; a foreign collator's have one each
     # padded alone
-    attention_mask: Tensor  # (2B, T) 1 where a token is, 0 where padding
-    completion_mask: Tensor | None  # (2B, T) 1 where a token is supervised, in holes if need be
-    lengths: list[int] | None  # the tokens of each row, 2B numbers
-    # packed alone
-    position_ids: Tensor  # (1, N)
-    segments: list[list[int]]  # of each pair the lengths of shared prefix, rest of chosen, rest of rejected
+    attention_mask: Tensor  # (M, T) 1 where a token is, 0 where padding
+    completion_mask: Tensor | None  # (M, T) 1 where a token is supervised, in holes if need be
+    # packed alone: the row is a token forest (`mdpo.forward.forest`)
+    position_ids: Tensor  # (1, N) each token's depth
+    runs: list[list[int]]  # of each run its tokens, and its parent's index in the row, -1 at a root
+    ends: list[int]  # the index of each sequence's last token, M numbers
     unique_index: Tensor  # (S,) each supervised token's index among the U
-    side_position: Tensor  # (S,) its predecessor's index in its own side
+    sequence: Tensor  # (S,) its sequence, 0 … M-1
+    sequence_position: Tensor  # (S,) its predecessor's index in that sequence
 
     def __init__(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **more: Any):
         super().__init__()
@@ -148,37 +152,43 @@ class PairBatch(dict[str, Any]):
         very start has no predecessor and is left out, as in every causal language model."""
         ids = self.input_ids
         rows, columns = self["completion_mask"][:, 1:].nonzero(as_tuple=True)  # column t predicts token t + 1
-        return self | {
-            "logp_position": rows * ids.size(1) + columns,
-            "label": ids[rows, columns + 1],
-            "pair": rows % self.n_pairs,
-            "side": rows // self.n_pairs,
-        }
+        sides = ids.new_tensor(self.sides)[rows]
+        tokens = {"logp_position": rows * ids.size(1) + columns, "label": ids[rows, columns + 1]}
+        return self | tokens | {"pair": sides % self.n_pairs, "side": sides // self.n_pairs}
 
     @property
     def is_packed(self) -> bool:
-        return "segments" in self
+        return "runs" in self
 
     @property
     def n_pairs(self) -> int:
-        return len(self.segments) if self.is_packed else self.input_ids.size(0) // 2
+        return (self.input_ids.size(0) if self.sequences is None else len(self.sequences)) // 2
+
+    @property
+    def sides(self) -> list[int]:
+        """The side of each sequence, M numbers: 0 … B-1 chosen, B … 2B-1 rejected."""
+        counts = [1] * self.input_ids.size(0) if self.sequences is None else self.sequences
+        return [side for side, n in enumerate(counts) for _ in range(n)]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of both sides of all pairs, the shared ones counted for each side, padding not."""
+        """Tokens of all sequences of all pairs, the shared ones counted for each, padding not."""
         return sum(self.pair_lengths)
 
     @property
+    def n_distinct(self) -> int:
+        """Tokens that a forward computes, padding not counted."""
+        return self.input_ids.size(1) if self.is_packed else self.n_tokens
+
+    @property
     def pair_lengths(self) -> list[int]:
-        """Tokens of both sides of each pair, the shared ones counted for each side."""
-        if self.is_packed:
-            return [2 * prefix + chosen + rejected for prefix, chosen, rejected in self.segments]
-        rows = self.attention_mask.sum(1).tolist() if self.lengths is None else self.lengths  # a foreign collator's
-        return [chosen + rejected for chosen, rejected in zip(rows[: self.n_pairs], rows[self.n_pairs :], strict=True)]
+        """Tokens of all sequences of each pair, the shared ones counted for each."""
+        lengths = self.attention_mask.sum(1).tolist() if self.lengths is None else self.lengths  # a foreign collator's
+        return np.bincount(np.array(self.sides) % self.n_pairs, lengths, self.n_pairs).astype(int).tolist()
 
     @property
     def sequence_of_token(self) -> Tensor:
-        """(S,) the sequence that each supervised token belongs to: 0 … B-1 chosen, B … 2B-1 rejected."""
+        """(S,) the side of each supervised token, as `sides` counts them."""
         return self.side * self.n_pairs + self.pair
 
     def to(self, device, non_blocking: bool = False) -> "PairBatch":

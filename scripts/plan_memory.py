@@ -2,7 +2,8 @@
 
 Needs neither weights nor a GPU; where the hub cannot be reached, a folder with the model's config.json will do
 (--model_name_or_path=FOLDER). --config_file FILE is the accelerate file (default zero2_for_dpo.yaml), --processes N its
-num_processes, --gpu_gb G the memory of a GPU in GB of 1e9 bytes (default 80). Exit code 1 where the run does not fit.
+num_processes, --gpu_gb G the memory of a GPU in GB of 1e9 bytes (default 80). --sequences N plans for N sequences a
+side (default 1), as where a chat template rewrites earlier turns. Exit code 1 where the run does not fit.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from mdpo.runs.entrypoint import run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORST = (
-    "Counted for the longest pairs: {pairs} a device, {tokens} tokens each, nothing shared, all supervised. Assumed: "
+    "Counted for the longest pairs: {pairs} a device, {tokens} tokens each, all distinct and supervised. Assumed: "
     "{libraries:.1f} GB of libraries. Not counted: fragmentation, loading."
 )
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config_file", default=str(ROOT / "zero2_for_dpo.yaml"))
     parser.add_argument("--processes", type=int)
     parser.add_argument("--gpu_gb", type=float, default=80.0)
+    parser.add_argument("--sequences", type=int, default=1)
     try:
         args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -37,14 +39,16 @@ def main(argv: list[str]) -> None:
 
     sharding = Sharding.read(args.config_file, args.processes)
     recipe = load_recipe(overrides)
-    plan = plan_memory(recipe, sharding)
-    show(plan, recipe, sharding)
+    if args.sequences < 1:
+        raise UserError(f"--sequences: {args.sequences} of a side; give 1 or more.")
+    plan = plan_memory(recipe, sharding, args.sequences)
+    show(plan, recipe, sharding, args.sequences)
     say(plan.verdict(args.gpu_gb))
     if not plan.fits(args.gpu_gb):
         raise SystemExit(1)
 
 
-def show(plan, recipe, sharding) -> None:
+def show(plan, recipe, sharding, sequences: int) -> None:
     """The table, and what it counts."""
     from rich.console import Console
     from rich.table import Table
@@ -63,7 +67,7 @@ def show(plan, recipe, sharding) -> None:
     table.add_row("a checkpoint, on disk", f"{plan.checkpoint / GB:.2f}")
     Console().print(table)
     pairs, libraries = recipe.training.per_device_train_batch_size, LIBRARIES["CPU" if sharding.cpu else "GPU"] / GB
-    say(WORST.format(pairs=pairs, tokens=2 * plan.length, libraries=libraries))
+    say(WORST.format(pairs=pairs, tokens=2 * sequences * plan.length, libraries=libraries))
     say(plan.on_disk())
     if plan.cpu:
         say(f"Offloading keeps {plan.cpu / GB:.0f} GB in the CPU memory of each machine.")

@@ -5,13 +5,17 @@ Tokenizes the training pairs as run_dpo.py does (same recipes, same keys), with 
 output folder. Pairs come in the order of the recipe's datasets and of their rows, without held-out and dropped ones.
 
 Without --json the first N pairs (default 2) are printed in color, or without color (NO_COLOR, a pipe, a file) with
-marks: «supervised text⟦end of turn⟧». ┊ is the end of the shared prefix. With --json stdout gets one object a line for
-every training pair, and everything else goes to stderr:
-    {"key", "shared_len", "chosen": {"ids", "tokens", "mask", "ends", "weights": a list each}, "rejected": {the same}}
+marks: «supervised text⟦end of turn⟧». ┊ is the end of the shared prefix. A side whose text is rewritten between its
+turns is several sequences, each as the model saw it, with the reason why it begins. With --json stdout gets one object
+a line for every training pair, and everything else goes to stderr:
+    {"key", "chosen": {"ids", "tokens", "mask", "ends", "weights", "lengths", "shared", "breaks": a list each},
+     "rejected": {the same}}
 
 `tokens` join to the text that the chat template rendered, but for a character that is split between tokens (each part
 shows as U+FFFD) and for the space some Metaspace tokenizers put after a special token. `ends`: end-of-turn positions.
-`weights`: turn weights, a number a token; empty where all are 1.
+`weights`: turn weights, a number a token; empty where all are 1. All of these have a side's sequences one behind the
+other. `lengths`: the tokens of each sequence. `shared`: with how many of them another sequence of the pair begins as
+well; where both sides are one sequence, their common prefix. `breaks`: why each sequence but the first begins.
 
 With --html the mask page, which opens from disk, has the first N pairs (default 100), and some of each drop reason.
 """
@@ -37,12 +41,13 @@ from mdpo.reporting.token_view import (
     SHARED,
     SUPERVISED,
     VISIBLE,
+    SequenceView,
     recipe_and_tokenizer,
-    token_kinds,
+    sequence_views,
     training_pairs,
 )
 from mdpo.runs.entrypoint import run
-from mdpo.types import SIDES
+from mdpo.types import SIDES, distinct_tokens, split
 
 
 def main(argv: list[str]) -> None:
@@ -83,11 +88,27 @@ def show(pairs, console: Console) -> None:
     legend = [f"«{SUPERVISED}⟦{END}⟧»"] if plain else [style(SHARED), style(CONTEXT), *sides]
     console.print(Text.assemble("\n", *legend, f"\n┊ end of the {SHARED}   ↵ line break"), soft_wrap=True)
     for pair in pairs:
-        console.print(Text(f"\n{pair['key']}, {SHARED} of {pair['shared_len']} tokens", "bold"))
-        for name, mask in ((name, pair[name]["mask"]) for name in SIDES):
-            console.print(Text(f"\n{name}: {len(mask)} tokens, {sum(mask)} supervised", "bold"))
-            console.print(side_text(pair, name, plain), soft_wrap=True, end="")
+        console.print(Text(f"\n{pair['key']}, {summary(pair)}", "bold"))
+        for name in SIDES:
+            mask, views = pair[name]["mask"], sequence_views(pair[name])
+            several = f"{len(views)} sequences, " * (len(views) > 1)
+            console.print(Text(f"\n{name}: {several}{len(mask)} tokens, {sum(mask)} supervised", "bold"))
+            for view in views:
+                text = sequence_text(view, name, plain)
+                if several:
+                    line = "\n" * (view.number > 1) + f"{name}, {view.title} ({view.counts})"
+                    console.print(Text(line, "bold"), soft_wrap=True)
+                console.print(text, soft_wrap=True, end="\n" if several and text.plain[-1:] != "\n" else "")
     console.print()
+
+
+def summary(pair: dict) -> str:
+    """What the sequences of a pair have in common."""
+    sequences = [ids for name in SIDES for ids in split(pair[name]["ids"], pair[name]["lengths"])]
+    if len(sequences) == len(SIDES):
+        return f"{SHARED} of {pair['chosen']['shared'][0]} tokens"
+    tokens = sum(map(len, sequences))
+    return f"{tokens} tokens in {len(sequences)} sequences, {distinct_tokens(sequences)} distinct"
 
 
 def style(kind: str, name: str = "", text: str | None = None, t: int = 0) -> tuple[str, str]:
@@ -95,15 +116,15 @@ def style(kind: str, name: str = "", text: str | None = None, t: int = 0) -> tup
     return f" {kind} " if text is None else text, f"{ink} on {papers[t % 2]}" + " bold" * (kind == END)
 
 
-def side_text(pair: dict, name: str, plain: bool) -> Text:
-    parts, bits = [], [0, *pair[name]["mask"], 0]
-    for t, kind in enumerate(token_kinds(pair[name], pair["shared_len"])):
-        text = pair[name]["tokens"][t].translate(VISIBLE)
+def sequence_text(view: SequenceView, name: str, plain: bool) -> Text:
+    parts, bits = [], [0, *view.mask, 0]
+    for t, kind in enumerate(view.kinds):
+        text = view.tokens[t].translate(VISIBLE)
         if plain:
             text = f"⟦{text}⟧" if kind == END else text
             text = "«" * (bits[t] < bits[t + 1]) + text + "»" * (bits[t + 1] > bits[t + 2])
-        parts += ["┊" * (t == pair["shared_len"]), text if plain else style(kind, name, text, t)]
-    return Text.assemble(*parts)
+        parts += ["┊" * (t == view.shared), text if plain else style(kind, name, text, t)]
+    return Text.assemble(*parts, "┊" * (view.shared == len(view.kinds)))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _conditions(args: DPOConfig) -> dict[str, tuple[bool, str]]:
     pushed = args.push_to_hub, "without push_to_hub: true"
     tracked = "trackio" in (args.report_to or []), "without trackio in report_to"
     no_warmup = {SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
-    kind = args.lr_scheduler_type
+    kind, sampling = args.lr_scheduler_type, args.train_sampling_strategy
     return {
         "eval_steps": (evaluated == "steps", f"with eval_strategy: {evaluated}"),
         "eval_delay": (evaluated != "no", "with eval_strategy: no"),
@@ -74,6 +74,7 @@ def _conditions(args: DPOConfig) -> dict[str, tuple[bool, str]]:
         "warmup_steps": (kind not in no_warmup, f"with lr_scheduler_type: {kind.value}, which has no warm-up"),
         "optim_target_modules": (reads_targets(args.optim), f"with optim: {args.optim.value}"),
         "greater_is_better": (args.metric_for_best_model is not None, "without metric_for_best_model"),
+        "group_pairs": (sampling == "random", f"with train_sampling_strategy: {sampling}"),
         "dataloader_in_order": (args.dataloader_num_workers > 0, "without dataloader_num_workers"),
         "gradient_checkpointing_kwargs": (bool(args.gradient_checkpointing), "without gradient_checkpointing"),
     }

@@ -162,6 +162,7 @@ WORKS = {
         "dataset_num_proc",
         "sanity_check",
     ),
+    "mdpo/data/sampler.py": ("group_pairs",),
     "mdpo/masking/tokenizer.py": (
         "tokenizer_name_or_path",
         "chat_template",

@@ -110,6 +110,7 @@ TRL_VALUES = {
     "length_penalty": 0.0,
     "ref_model_name_or_path": None,
     "shared_prefix": False,
+    "group_pairs": False,
     "fused_ops": False,
     "reference_cache_dir": None,
     "sanity_check": False,
@@ -160,6 +161,10 @@ class MDPOConfig(DPOConfig):
         metadata={
             "help": "Compute tokens that both sides of a pair share once, in rows without padding. Same numbers."
         },
+    )
+    group_pairs: bool = field(
+        default=True,
+        metadata={"help": "Keep the pairs of one prompt in one micro-batch, as far as it holds them."},
     )
     fused_ops: bool = field(
         default=True,

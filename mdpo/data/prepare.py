@@ -15,7 +15,7 @@ from mdpo.data.groups import SEVERAL, TIE, AnswerPairs
 from mdpo.data.report import DataReport, describe
 from mdpo.data.rows import refuse_by_loss
 from mdpo.data.sources import DatasetSplit, hold_out, load_datasets, mix
-from mdpo.data.tokenize import DropCounts, rank_imbalance, tokenize_dataset
+from mdpo.data.tokenize import DropCounts, rank_imbalance, token_totals, tokenize_dataset
 from mdpo.errors import UserError
 from mdpo.masking.dates import fix_day
 from mdpo.masking.loss_mask import RenderSettings
@@ -53,6 +53,8 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
     train, held_out = _first(train, data.max_training_samples), _first(held_out, data.max_eval_samples)
     if is_main_process():
         _tell(report, train, held_out, folder)
+        tokens, distinct = token_totals(train)
+        say(f"tokens to train on: {tokens:,} in all sequences, {distinct:,} of them distinct within a pair")
         if imbalance := rank_imbalance(train, pairs := args.per_device_train_batch_size, seed=args.seed):
             say(f"8 ranks of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
     return train, held_out, report

@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mdpo.data.sequence_counts import Reasons, arrow_lists, counts_by_row
 from mdpo.data.tokenize import DropCounts
 from mdpo.errors import UserError
-from mdpo.types import SIDES, turn_begins
+from mdpo.types import SIDES
 
 DATA_REPORT = "data_report.json"
 SUSPICIOUS = (0.3, 0.7)  # accuracy of "the longer side wins": outside of it length alone may be what is learned
 LENGTHS = (0.5, 1, 2)  # of max_length, at which lost rows are counted
-QUANTITIES = ("turns", "tokens", "supervised", "context", "shared")
+QUANTITIES = ("sequences", "turns", "tokens", "supervised", "context", "shared")
 
 
 @dataclass
@@ -128,17 +129,37 @@ def _lengths_table(name: str, summary: dict[str, Any]) -> Table:
     for side in SIDES:
         for stat in ("mean", "p50", "p95", "max"):
             table.add_column(f"{side}\n{stat}" if stat == "mean" else f"\n{stat}", justify="right")
-    for quantity in QUANTITIES:
+    for quantity, label in quantities(summary).items():
         cells = [summary[quantity][side][stat] for side in SIDES for stat in ("mean", "p50", "p95", "max")]
-        table.add_row(quantity, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
+        table.add_row(label, *(f"{cell:.1f}" if i % 4 == 0 else f"{cell:.0f}" for i, cell in enumerate(cells)))
     return table
+
+
+def quantities(summary: dict[str, Any]) -> dict[str, str]:
+    """Those of QUANTITIES that a table shows, and their names there. Where a side has several sequences, so are they;
+    the shared tokens are then more than those that both sides begin with, and may be more than a side has."""
+    if summary["several_sequences"]["sides"]:
+        return {name: name if name != "shared" else "shared, of both" for name in QUANTITIES}
+    return {name: name for name in QUANTITIES[1:]}
+
+
+def sequence_lines(summary: dict[str, Any]) -> list[str]:
+    """What the sequences of the sides share, and where a side has several, why."""
+    tokens, distinct, several = summary["all_tokens"], summary["distinct_tokens"], summary["several_sequences"]
+    lines = [f"{tokens:,} tokens in all sequences, {distinct:,} distinct: {distinct / tokens:.2f}"]
+    if several["sides"]:
+        lines.append(f"{several['sides']:,} of {2 * summary['pairs']:,} sides have more than one sequence")
+    for reason, found in sorted(several["reasons"].items(), key=lambda item: -item[1]["sequences"]):
+        lines.append(f"{found['sequences']:,} sequences of {found['sides']:,} sides begin anew: {reason}")
+    return lines
 
 
 def _sentences(summary: dict[str, Any], costs: dict[int, int]) -> str:
     lines = [
         f"{summary['share_supervised']:.0%} of the tokens are supervised; in supervised tokens the chosen side is "
         f"the longer one in {summary['longer_is_chosen']:.0%} of the pairs, and “the longer side wins” is right in "
-        f"{summary['longer_wins']:.0%} (ties one half)"
+        f"{summary['longer_wins']:.0%} (ties one half)",
+        *sequence_lines(summary),
     ]
     if costs:
         lines.append(
@@ -148,37 +169,38 @@ def _sentences(summary: dict[str, Any], costs: dict[int, int]) -> str:
 
 
 def describe(rows: Dataset) -> dict[str, Any]:
-    """Of a tokenized dataset: pairs; for QUANTITIES on each side mean, p50, p95 and max (turns of the policy, and
-    tokens); the share of all tokens that is supervised; how often the chosen side is longer in supervised tokens, and
-    `longer_wins`, the accuracy of preferring the longer side, ties counting one half."""
-    arrays = {quantity: np.zeros((len(rows), 2), np.int64) for quantity in ("turns", "tokens", "supervised")}
-    begin = 0
-    columns = [f"{side}_mask" for side in SIDES]
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        for i, name in enumerate(columns):
-            turns, tokens, supervised = _runs(table.column(name).combine_chunks())
-            for quantity, values in (("turns", turns), ("tokens", tokens), ("supervised", supervised)):
-                arrays[quantity][begin : begin + len(values), i] = values
+    """Of a tokenized dataset: pairs; for QUANTITIES on each side mean, p50, p95 and max (sequences, turns of the
+    policy, and tokens of all sequences; `shared` is of the pair: its tokens less the distinct ones); the share that is
+    supervised; how often the chosen side is longer in supervised tokens, and `longer_wins`, the accuracy of
+    preferring the longer side, ties counting one half; `all_tokens`, `distinct_tokens`, and `several_sequences`: how
+    many sides have more than one, and of each reason how many sequences of how many sides begin for it."""
+    arrays = {name: np.zeros((len(rows), 2), np.int64) for name in ("turns", "tokens", "supervised", "sequences")}
+    columns = [f"{side}_{field}" for side in SIDES for field in ("mask", "lengths", "breaks")]
+    read = rows.select_columns([column for column in columns if column in rows.column_names])
+    begin, reasons = 0, Reasons()
+    for table in read.with_format("arrow").iter(batch_size=1000):
+        for i, side in enumerate(SIDES):
+            lengths, breaks = (arrow_lists(table, f"{side}_{field}") for field in ("lengths", "breaks"))
+            counted = counts_by_row(arrow_lists(table, f"{side}_mask"), lengths)
+            for quantity, values in zip(arrays, counted, strict=True):
+                arrays[quantity][begin : begin + len(table), i] = values
+            reasons.add(counted[-1], breaks)
         begin += len(table)
-    shared = np.asarray(rows["shared_len"], np.int64)
-    arrays |= {"context": arrays["tokens"] - arrays["supervised"], "shared": np.stack([shared, shared], 1)}
-    difference = arrays["supervised"][:, 0] - arrays["supervised"][:, 1]
+    tokens, supervised = arrays["tokens"], arrays["supervised"]
+    distinct = np.asarray(rows["distinct"], np.int64)
+    shared = tokens.sum(1) - distinct
+    arrays |= {"context": tokens - supervised, "shared": np.stack([shared, shared], 1)}
+    difference = supervised[:, 0] - supervised[:, 1]
     return {
         "pairs": len(rows),
         **{name: {side: _summary(arrays[name][:, i]) for i, side in enumerate(SIDES)} for name in QUANTITIES},
-        "share_supervised": float(arrays["supervised"].sum() / arrays["tokens"].sum()),
+        "share_supervised": float(supervised.sum() / tokens.sum()),
         "longer_is_chosen": float((difference > 0).mean()),
         "longer_wins": float((difference > 0).mean() + (difference == 0).mean() / 2),
+        "all_tokens": int(tokens.sum()),
+        "distinct_tokens": int(distinct.sum()),
+        "several_sequences": reasons.as_dict(),
     }
-
-
-def _runs(masks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of an Arrow list of masks: runs of ones, tokens and ones of each row."""
-    offsets = np.asarray(masks.offsets, np.int64)
-    bits = np.asarray(masks.values, np.int64)[offsets[0] : offsets[-1]]
-    starts = offsets[:-1] - offsets[0]
-    begins = turn_begins(bits, starts).astype(np.int64)
-    return np.add.reduceat(begins, starts), np.diff(offsets), np.add.reduceat(bits, starts)
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:

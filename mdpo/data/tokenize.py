@@ -5,6 +5,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
@@ -212,18 +213,40 @@ def tokenize_stream(rows: IterableDataset, tokenizer, settings: RenderSettings, 
 
 
 def side_lengths(rows: Dataset) -> np.ndarray:
-    """(n, 2): tokens of the chosen and of the rejected side of each row, int64."""
-    columns, parts = ["chosen_ids", "rejected_ids"], []
+    """(n, 2): tokens of the longest sequence of the chosen and of the rejected side of each row, int64."""
+    parts = [np.zeros((0, 2), np.int64)]
+    columns = [name for side in SIDES for name in (f"{side}_ids", f"{side}_lengths") if name in rows.column_names]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        offsets = [np.asarray(table.column(name).combine_chunks().offsets, np.int64) for name in columns]
-        parts.append(np.stack([np.diff(x) for x in offsets], axis=1))
-    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
+        parts.append(np.stack([_longest_sequence(table, side) for side in SIDES], axis=1))
+    return np.concatenate(parts)
+
+
+def _longest_sequence(table, side: str) -> np.ndarray:
+    """(n,) of an Arrow table's rows; those of a side that is one sequence have empty lengths, or null."""
+    longest = np.asarray(pc.list_value_length(table.column(f"{side}_ids")), np.int64)
+    if f"{side}_lengths" not in table.column_names:
+        return longest
+    lengths = table.column(f"{side}_lengths").combine_chunks()
+    counts = np.asarray(pc.fill_null(pc.list_value_length(lengths), 0), np.int64)
+    several, values = counts > 0, np.asarray(lengths.flatten(), np.int64)
+    if several.any():
+        longest = longest.copy()
+        longest[several] = np.maximum.reduceat(values, (counts.cumsum() - counts)[several])
+    return longest
+
+
+def token_totals(rows: Dataset) -> tuple[int, int]:
+    """Tokens of all sequences of all pairs, and those that are distinct within their pair."""
+    tables = rows.select_columns([f"{side}_ids" for side in SIDES]).with_format("arrow").iter(batch_size=1000)
+    tokens = sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for table in tables for column in table.columns)
+    return tokens, int(np.sum(rows["distinct"], dtype=np.int64))
 
 
 def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
     """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
-    rank over the mean, shared ones once, in shuffled batches of `pairs` a rank; None where there is no such step."""
-    tokens = side_lengths(rows).sum(1) - np.asarray(rows["shared_len"])
+    rank over the mean, those that a pair's sequences begin with alike once, in shuffled batches of `pairs` a rank; None
+    where there is no such step."""
+    tokens = np.asarray(rows["distinct"], np.int64)
     steps = len(tokens) // (ranks * pairs)
     if not steps:
         return None

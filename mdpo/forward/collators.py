@@ -1,17 +1,19 @@
-"""B tokenized pairs → one batch for the model: packed into one row, each shared prefix once, or padded, the
-reference implementation.
+"""B tokenized pairs → one batch for the model: packed into one row, each distinct token once, or padded, the reference
+implementation.
 
 Both list the positions to be scored, and the lists name the same tokens in the same order.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mdpo.types import SIDES, PairBatch, turn_begins
+from mdpo.forward.forest import Forest, part, plant
+from mdpo.types import SIDES, PairBatch, sequence_lengths, split, turn_begins
 
 CHOSEN, REJECTED = 0, 1
 REFERENCE = {side: f"reference_{side}_logps" for side in SIDES}  # columns of log-probs, one for each scored token
@@ -29,16 +31,17 @@ class PairCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> PairBatch:
-        sides = [(row[f"{side}_ids"], row[f"{side}_mask"]) for side in SIDES for row in rows]
+        ids, masks = (_by_sequence(rows, name) for name in ("ids", "mask"))
         batch = PairBatch(
-            input_ids=self._pad([ids for ids, _ in sides], self.pad_token_id),
-            attention_mask=self._pad([[1] * len(ids) for ids, _ in sides], 0),
-            completion_mask=self._pad([mask for _, mask in sides], 0),
-            lengths=[len(ids) for ids, _ in sides],
+            input_ids=self._pad(ids, self.pad_token_id),
+            attention_mask=self._pad([[1] * len(sequence) for sequence in ids], 0),
+            completion_mask=self._pad(masks, 0),
+            lengths=[len(sequence) for sequence in ids],
+            sequences=_sequences(rows),
         )
         return batch.with_labels() | of_rows(rows)
 
-    def _pad(self, lists: list[list[int]], value: int) -> torch.Tensor:
+    def _pad(self, lists: list[Any], value: int) -> torch.Tensor:
         padded = pad_sequence([torch.tensor(x, dtype=torch.long) for x in lists], True, value)
         extra = -padded.size(1) % (self.pad_to_multiple_of or 1)
         return torch.nn.functional.pad(padded, (0, extra), value=value)
@@ -46,62 +49,66 @@ class PairCollator:
 
 @dataclass
 class PackedCollator:
-    """Rows of a tokenized dataset → a packed PairBatch: one row of N tokens without padding, for each pair its shared
-    prefix, the rest of chosen, the rest of rejected. Positions of both rests continue where the prefix ends, which is
-    before the last token of each side. Supervised tokens of the prefix are scored once.
+    """Rows of a tokenized dataset → a packed PairBatch: one row of N tokens without padding, the forest of all its
+    sequences, planted pair by pair, chosen first. A token is scored once, in however many sequences it is supervised.
 
-    Example: chosen [5, 6, 7, 8], rejected [5, 6, 9] with masks [0, 1, 1, 1] and [0, 1, 1], so the prefix is [5, 6]:
-    input_ids [5, 6, 7, 8, 9], position_ids [0, 1, 2, 3, 2], segments [2, 2, 1]; 6 and 7 of chosen are read at
-    indices 0 and 1, 8 at 2, and 9 at 1 again: logp_position [0, 1, 2, 1], label [6, 7, 8, 9], unique_index
-    [0, 1, 2, 0, 3], side_position [0, 1, 2, 0, 1].
+    Example: chosen [5, 6, 7, 8], rejected [5, 6, 9] with masks [0, 1, 1, 1] and [0, 1, 1]: input_ids [5, 6, 7, 8, 9],
+    position_ids [0, 1, 2, 3, 2], runs [[4, -1], [1, 1]], ends [3, 4]; 6 and 7 of chosen are read at indices 0 and 1, 8
+    at 2, and 9 at 1 again: logp_position [0, 1, 2, 1], label [6, 7, 8, 9], unique_index [0, 1, 2, 0, 3],
+    sequence_position [0, 1, 2, 0, 1].
     """
 
     def __call__(self, rows: list[dict[str, Any]]) -> PairBatch:
-        ids: list[int] = []
-        positions: list[int] = []
-        segments: list[list[int]] = []
-        sides: tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]] = ([], [])
-        for row in rows:
-            chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-            start, shared = len(ids), min(row["shared_len"], len(chosen) - 1, len(rejected) - 1)
-            offset = len(chosen) - shared  # how much later rejected's own tokens come in the row
-            ids += chosen + rejected[shared:]
-            positions += [*range(len(chosen)), *range(shared, len(rejected))]
-            segments.append([shared, offset, len(rejected) - shared])
-            for entries, mask, jump in zip(sides, (row["chosen_mask"], row["rejected_mask"]), (0, offset), strict=True):
-                t = np.flatnonzero(np.asarray(mask[1:])) + 1
-                entries.append({"t": t, "read": start + t - 1 + jump * (t > shared), "shared": t < shared})
-                entries[-1]["target"] = start + t + jump * (t >= shared)
-        input_ids = torch.tensor([ids])
-        lists = {name: torch.from_numpy(x) for name, x in _supervised(*sides).items()}
-        lists["label"] = input_ids[0, lists["label"]]
-        batch = PairBatch(input_ids=input_ids, position_ids=torch.tensor([positions]), segments=segments, **lists)
+        sequences = [np.asarray(ids, np.int64) for ids in _by_sequence(rows, "ids")]
+        counts, lengths = _sequences(rows), [len(ids) for ids in sequences]
+        first = [0, *accumulate(counts)]
+        sides = [side for pair in range(len(rows)) for side in (pair, len(rows) + pair)]
+        order = [i for side in sides for i in range(first[side], first[side + 1])]
+        planted = plant([sequences[i] for i in order])
+        ends = [planted.ends[i] for i in np.argsort(order)]
+        path = np.concatenate(Forest(planted.runs, ends).paths)
+        scored = np.flatnonzero(np.concatenate([_scored(row, side) for side in SIDES for row in rows]))
+        sequence = np.repeat(np.arange(len(lengths)), lengths)[scored]
+        side = np.repeat(np.arange(len(counts)), counts)[sequence]
+        tensors = {
+            "input_ids": planted.ids[None],  # first: accelerate takes the batch's size from it
+            "position_ids": planted.positions[None],
+            **_unique(read=path[scored - 1], target=path[scored], ids=planted.ids),
+            "pair": side % len(rows),
+            "side": side // len(rows),
+            "sequence": sequence,
+            "sequence_position": scored - 1 - np.asarray([0, *accumulate(lengths)])[sequence],
+        }
+        batch = PairBatch({name: torch.from_numpy(x) for name, x in tensors.items()})
+        batch |= {"runs": planted.runs, "ends": ends, "lengths": lengths, "sequences": counts}
         return batch | of_rows(rows)
 
 
-def _supervised(chosen: list[dict], rejected: list[dict]) -> dict[str, np.ndarray]:
-    """A packed batch's fields of U and of S supervised tokens, with `label` as indices into the row. Of the rejected
-    sides only tokens after the prefix are scored; the others are the first entries of the pair's chosen side."""
-    first = np.cumsum([0, *(len(side["t"]) for side in chosen)])  # of each pair, among the chosen sides' entries
-    own = [~side["shared"] for side in rejected]
-    n_own = np.cumsum([first[-1], *(mask.sum() for mask in own)])
-    source = [np.arange(first[-1])]
-    for begin, own_begin, mask in zip(first, n_own, own, strict=False):
-        source.append(np.where(mask, own_begin + np.cumsum(mask) - 1, begin + np.arange(len(mask))))
-    sides = [*chosen, *rejected]
-    entries = {
-        name: [side[name] for side in chosen] + [side[name][mask] for side, mask in zip(rejected, own, strict=True)]
-        for name in ("read", "target")
-    }
-    counts, pairs = [len(side["t"]) for side in sides], np.tile(np.arange(len(chosen)), 2)
-    return {
-        "logp_position": np.concatenate(entries["read"]),
-        "label": np.concatenate(entries["target"]),
-        "unique_index": np.concatenate(source),
-        "pair": np.repeat(pairs, counts),
-        "side": np.repeat(np.repeat([CHOSEN, REJECTED], len(chosen)), counts),
-        "side_position": np.concatenate([side["t"] - 1 for side in sides]),
-    }
+def _by_sequence(rows: list[dict[str, Any]], name: str) -> list[Any]:
+    """Ids or masks of all sequences, in the order of a batch."""
+    return [x for side in SIDES for row in rows for x in split(row[f"{side}_{name}"], sequence_lengths(row, side))]
+
+
+def _sequences(rows: list[dict[str, Any]]) -> list[int]:
+    return [len(sequence_lengths(row, side)) for side in SIDES for row in rows]
+
+
+def _scored(row: dict[str, Any], side: str) -> np.ndarray:
+    """Which tokens of a side are scored, bool: the supervised ones but the first of a sequence, which nothing
+    predicts."""
+    mask = np.array(row[f"{side}_mask"], bool)
+    mask[[0, *accumulate(sequence_lengths(row, side)[:-1])]] = False
+    return mask
+
+
+def _unique(read: np.ndarray, target: np.ndarray, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Of S supervised tokens, as indices in the row, and their predecessors, those U that are computed, in the order in
+    which they first occur."""
+    _, first, index = np.unique(target, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.argsort(order)
+    first = first[order]
+    return {"logp_position": read[first], "label": ids[target[first]], "unique_index": rank[index]}
 
 
 def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -109,9 +116,8 @@ def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     log-probs of the reference."""
     fields = {"row": torch.tensor([row.get("row", -1) for row in rows]), **_turns(rows)}
     if any(row.get(f"{side}_weights") for side in SIDES for row in rows):
-        sides = [(row[f"{side}_mask"], row[f"{side}_weights"]) for side in SIDES for row in rows]
-        weights = [weights[t] if weights else 1.0 for mask, weights in sides for t in range(1, len(mask)) if mask[t]]
-        fields["turn_weight"] = torch.tensor(weights, dtype=torch.float32)
+        weights = [_weights(row, side)[_scored(row, side)] for side in SIDES for row in rows]
+        fields["turn_weight"] = torch.from_numpy(np.concatenate(weights))
     if REFERENCE["chosen"] in rows[0]:
         logps = [torch.tensor(row[REFERENCE[side]], dtype=torch.float32) for side in SIDES for row in rows]
         fields["reference_logp"] = torch.cat(logps)
@@ -123,13 +129,18 @@ def of_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return fields
 
 
+def _weights(row: dict[str, Any], side: str) -> np.ndarray:
+    """The weight of each token of a side, float32."""
+    return np.asarray(row.get(f"{side}_weights") or np.ones(len(row[f"{side}_mask"])), np.float32)
+
+
 def _turns(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """turn and turn_tokens: turns are runs of ones in a mask, without the tokens of weight 0."""
+    """turn and turn_tokens: turns are runs of ones in a sequence's mask, without the tokens of weight 0; they are
+    counted through all sequences of a side. None goes on in the next sequence: its first token is not scored."""
     numbers, tokens = [], []
     for row, side in ((row, side) for side in SIDES for row in rows):
-        scored = np.asarray(row[f"{side}_mask"][1:], bool)
-        weights = row.get(f"{side}_weights")
-        counts = scored & (np.asarray(weights[1:]) != 0) if weights else scored
+        scored = _scored(row, side)
+        counts = scored & (_weights(row, side) != 0)
         number = np.maximum(np.cumsum(turn_begins(counts)) - 1, 0)
         numbers.append(number[scored])
         tokens.append(np.bincount(number[counts]))
@@ -141,32 +152,35 @@ def _turns(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def unpacked(batch: PairBatch, pad_token_id: int) -> PairBatch:
     """A packed batch in the padded layout, as the reference implementation has the same pairs."""
-    chosen, rejected, start = [], [], 0
-    for prefix, c, r in batch.segments:
-        row = batch.input_ids[0, start : start + prefix + c + r]
-        chosen.append(row[: prefix + c])
-        rejected.append(torch.cat([row[:prefix], row[prefix + c :]]))
-        start += prefix + c + r
-    ids = pad_sequence(chosen + rejected, True, pad_token_id)
-    lengths = [len(side) for side in chosen + rejected]
-    ends = torch.tensor(lengths).to(ids.device, non_blocking=True)
-    attention = (torch.arange(ids.size(1), device=ids.device)[None] < ends[:, None]).long()
-    unchanged = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "pair_weight", "row")
-    return PairBatch({name: batch[name] for name in unchanged if name in batch}) | {
-        "input_ids": ids,
-        "attention_mask": attention,
-        "lengths": lengths,
-        "logp_position": batch.sequence_of_token * ids.size(1) + batch.side_position,
+    paths, device = Forest(batch.runs, batch.ends).paths, batch.input_ids.device
+    index = np.full((len(paths), max(map(len, paths))), -1)
+    for line, path in zip(index, paths, strict=True):
+        line[: len(path)] = path
+    places = torch.from_numpy(index).to(device, non_blocking=True)
+    kept = ("pair", "side", "turn_weight", "reference_logp", "turn", "turn_tokens", "margin", "pair_weight", "row")
+    return PairBatch({name: batch[name] for name in (*kept, "lengths", "sequences") if name in batch}) | {
+        "input_ids": torch.where(places >= 0, batch.input_ids[0, places], pad_token_id),
+        "attention_mask": (places >= 0).long(),
+        "logp_position": batch.sequence * places.size(1) + batch.sequence_position,
         "label": batch.label[batch.unique_index],
     }
 
 
 def first_pairs(batch: PairBatch, n: int) -> PairBatch:
     """The first `n` pairs of a packed batch, packed; without the rows' other fields."""
-    segments = batch.segments[:n]
+    kept = [i for i, side in enumerate(batch.sides) if side % batch.n_pairs < n]
+    index, runs, ends = part(Forest(batch.runs, batch.ends), kept)
     selected = batch.pair < n
-    used, index = batch.unique_index[selected].unique(return_inverse=True)
-    lists = {name: batch[name][selected] for name in ("pair", "side", "side_position")}
-    lists |= {name: batch[name][used] for name in ("logp_position", "label")}
-    row = {name: batch[name][:, : sum(map(sum, segments))] for name in ("input_ids", "position_ids")}
-    return PairBatch({**row, **lists, "unique_index": index, "segments": segments})
+    used, unique_index = batch.unique_index[selected].unique(return_inverse=True)
+    device = batch.input_ids.device
+    places, sequences = (torch.as_tensor(x, device=device) for x in (index, kept))
+    fields = {name: batch[name][selected] for name in ("pair", "side", "sequence_position")}
+    fields |= {name: batch[name][:, places] for name in ("input_ids", "position_ids")}
+    fields |= {"label": batch.label[used], "unique_index": unique_index}
+    fields |= {
+        "logp_position": torch.searchsorted(places, batch.logp_position[used]),
+        "sequence": torch.searchsorted(sequences, batch.sequence[selected]),
+    }
+    counts = [count for side, count in enumerate(batch["sequences"]) if side % batch.n_pairs < n]
+    lengths = [batch["lengths"][i] for i in kept]
+    return PairBatch(fields, runs=runs, ends=ends, lengths=lengths, sequences=counts)

@@ -19,7 +19,7 @@ from mdpo.types import PairBatch
 HEAD_TOKENS = 64  # of a real row, compared with its own logits
 # Norm of the difference of the two layouts' log-probs over their norm. Float32 adds in another order; half precision
 # rounds in each layer, 4 to 5 % in bfloat16 where a policy's own samples are likely: what two padded batches differ by,
-# NOISE times, counts where it is more. Without a segment's boundary the difference is near 1. What the layout itself
+# NOISE times, counts where it is more. Without a run's boundary the difference is near 1. What the layout itself
 # changes is checked by `mdpo.forward.layout_check`, where rounding hides nothing.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 NOISE = 4

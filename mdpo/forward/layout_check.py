@@ -4,11 +4,13 @@ follow from them, and attention itself, ours beside the model's own on the same 
 import math
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.console import first_line
-from mdpo.forward.packed_attention import NAME, Segments, noting_refusals
+from mdpo.forward.forest import Forest
+from mdpo.forward.packed_attention import NAME, noting_refusals
 from mdpo.forward.scoring_head import own_attention
 from mdpo.types import PairBatch
 
@@ -21,10 +23,10 @@ IN_FLOAT32 = ("eager", "sdpa")  # own attention that takes it, with a mask of it
 
 
 def misplaced(batch: PairBatch) -> str | None:
-    """Why a packed batch's positions are wrong, where a token's is not its index in its side."""
-    expected = [t for p, c, r in batch.segments for t in (*range(p + c), *range(p, p + r))]
+    """Why a packed batch's positions are wrong, where a token's is not its depth in the forest."""
+    expected = Forest(batch.runs).positions.tolist()
     positions = batch.position_ids[0].tolist()
-    return None if positions == expected else "its row's positions are not those of its sides"
+    return None if positions == expected else "its row's positions are not those of its sequences"
 
 
 def shifted(batch: PairBatch, pad_token_id: int, padding: int = 3) -> PairBatch:
@@ -43,7 +45,7 @@ class Watch:
     """Checks a model's attention in a call with B pairs padded, then packed. `reason` is the first thing wrong."""
 
     def __init__(self, model, batch: PairBatch):
-        self.segments = Segments(batch.segments)
+        self.forest = Forest(batch.runs, batch.ends)
         self.own = own_attention(model)
         self.reason: str | None = None
         self.calls = {True: 0, False: 0}  # by whether it was packed
@@ -98,7 +100,7 @@ class Watch:
                 self.reason = f"a token's query or key differs by {worst:.1e} of its norm, more than {limit:g}"
 
     def _compare(self, attend, module, query, key, value, mask, args, kwargs) -> str | None:
-        """Ours and the model's own attention on one row after another, the first GROUPS of heads."""
+        """Ours and the model's own attention on one sequence after another, the first GROUPS of heads."""
         if args:
             return "it passes attention more than a mask by position"
         heads, groups = query.size(1), key.size(1)
@@ -106,43 +108,38 @@ class Watch:
         q, k, v = query[:, : key_heads * heads // groups], key[:, :key_heads], value[:, :key_heads]
         q, k, v = (self._row(x) for x in (q, k, v))
         ours = ALL_ATTENTION_FUNCTIONS[NAME]
-        kwargs = {**kwargs, "segments": self.segments}
+        places = np.concatenate(self.forest.paths)
         with noting_refusals() as unknown, _float32(query.device):
-            result = ours(module, q.float(), k.float(), v.float(), None, **kwargs)[0]
+            result = ours(module, q.float(), k.float(), v.float(), None, **kwargs, forest=self.forest)[0][:, places]
         if unknown:
             return unknown[0]
-        kwargs.pop("segments")
         with _float32(query.device):
             expected = self._own(attend, module, q, k, v, mask, kwargs)
         if (reason := _differs(result, expected, SAME_ATTENTION)) or _computed(query) == torch.float32:
             return reason
         with noting_refusals():
-            in_use = ours(module, q, k, v, None, **kwargs, segments=self.segments)[0]
+            in_use = ours(module, q, k, v, None, **kwargs, forest=self.forest)[0][:, places]
         return _differs(in_use.float(), expected, KERNEL.get(_computed(query), 3e-2))
 
     def _own(self, attend, module, q, k, v, mask, kwargs) -> torch.Tensor:
-        """Row by row, each side in full, by the model's own attention and mask; the prefix's result is chosen's."""
-        out, start, pairs = [], 0, len(self.segments.lengths)
-        for i, (prefix, chosen, rejected) in enumerate(self.segments.lengths):
-            end = start + prefix + chosen
-            positions = list(range(start, end)), [*range(start, start + prefix), *range(end, end + rejected)]
-            for row, index, first in ((i, positions[0], 0), (pairs + i, positions[1], prefix)):
-                query, key, value = (x[:, :, index].float() for x in (q, k, v))
-                if self.own in IN_FLOAT32:
-                    part = _part(mask, row, len(index), query.size(1))
-                    result = attend(module, query, key, value, part, **kwargs)[0]
-                else:
-                    result = plain_attention(query, key, value, kwargs)
-                out.append(result[:, first:])
-            start = end + rejected
+        """Each sequence in full, one behind the other, by the model's own attention and mask."""
+        out = []
+        for row, path in enumerate(self.forest.paths):
+            query, key, value = (x[:, :, path].float() for x in (q, k, v))
+            if self.own in IN_FLOAT32:
+                part = _part(mask, row, len(path), query.size(1))
+                out.append(attend(module, query, key, value, part, **kwargs)[0])
+            else:
+                out.append(plain_attention(query, key, value, kwargs))
         return torch.cat(out, 1)
 
     def _row(self, x: torch.Tensor) -> torch.Tensor:
-        """(2B, heads, T, D) of the padded layout → (1, heads, N, D) of the packed one."""
-        pairs, parts = len(self.segments.lengths), []
-        for i, (prefix, chosen, rejected) in enumerate(self.segments.lengths):
-            parts += [x[i, :, : prefix + chosen], x[pairs + i, :, prefix : prefix + rejected]]
-        return torch.cat(parts, 1)[None]
+        """(M, heads, T, D) of the padded layout → (1, heads, N, D) of the packed one, of each token its first
+        sequence's."""
+        place = np.empty((sum(self.forest.sizes), 2), np.int64)
+        for row, path in reversed(list(enumerate(self.forest.paths))):
+            place[path] = np.stack([np.full(len(path), row), np.arange(len(path))], 1)
+        return x[place[:, 0], :, place[:, 1]].transpose(0, 1)[None]
 
 
 def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
@@ -163,7 +160,7 @@ def plain_attention(q, k, v, kwargs: dict) -> torch.Tensor:
 
 
 def _part(mask: torch.Tensor | None, row: int, length: int, heads: int) -> torch.Tensor | None:
-    """Of a mask (2B or 1, heads or 1, T, T), or none, what one unpadded side sees."""
+    """Of a mask (M or 1, heads or 1, T, T), or none, what one unpadded sequence sees."""
     if mask is None:
         return None
     mask = mask[row if mask.size(0) > 1 else 0][None, :heads, :length, :length]

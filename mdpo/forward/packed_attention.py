@@ -1,17 +1,17 @@
-"""Attention over packed pairs: prefix and chosen tokens are one causal sequence, rejected tokens see prefix and
-rejected, and no token sees another pair. Registered with transformers under NAME; a ScoringHead switches to it.
+"""Attention over a packed row, a token forest: a token sees its ancestors and itself. Registered with transformers
+under NAME; a ScoringHead switches to it.
 
-    prefix p0 p1 | chosen c0 c1 | rejected r0     c1 sees p0 p1 c0 c1, r0 sees p0 p1 r0
+    prompt p0 p1 and chosen c0 c1 are one run, rejected r0 another    c1 sees p0 p1 c0 c1, r0 sees p0 p1 r0
 """
 
 from contextlib import contextmanager
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.errors import UserError
+from mdpo.forward.forest import Forest, Unit
 from mdpo.forward.varlen import kernels
 
 NAME = "shared_prefix"
@@ -20,56 +20,6 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 HARMLESS |= {"output_router_logits", "position_embeddings", "past_key_values", "is_causal"}
 _refusals: list[str] | None = None  # what `noting_refusals` collects
-
-
-class Segments:
-    """The B pairs of a packed row, as (prefix, chosen, rejected) lengths in tokens, and what attention derives from
-    them, once for all layers."""
-
-    def __init__(self, lengths: list[list[int]]):
-        self.lengths = [tuple(pair) for pair in lengths]
-        self.sizes = [size for prefix, chosen, rejected in self.lengths for size in (prefix + chosen, rejected)]
-        self._masks: dict = {}
-
-    def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """(Q, K), 0 where a query sees a key and −inf elsewhere: the queries are the last Q of K tokens, and a query
-        sees itself and the `window` − 1 tokens before it (all, where that is None)."""
-        key = (queries, keys, window, like.dtype, like.device)
-        if key not in self._masks:
-            distance = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(
-                keys, device=like.device
-            )
-            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-            self._masks[key] = like.new_zeros(queries, keys).masked_fill_(~seen, float("-inf"))
-        return self._masks[key]
-
-    @cached_property
-    def key_index(self) -> list[int]:
-        """The indices of the keys that each segment sees: prefix and chosen, then prefix and rejected, of each pair."""
-        index, start = [], 0
-        for prefix, chosen, rejected in self.lengths:
-            end = start + prefix + chosen
-            index += [*range(start, end), *range(start, start + prefix), *range(end, end + rejected)]
-            start = end + rejected
-        return index
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """(1, N): how many tokens of the padded layout each one replaces, 2 in prefixes."""
-        parts = [([2] * prefix + [1] * (chosen + rejected)) for prefix, chosen, rejected in self.lengths]
-        return torch.tensor([[n for part in parts for n in part]])
-
-    @property
-    def key_sizes(self) -> list[int]:
-        return [size for prefix, chosen, rejected in self.lengths for size in (prefix + chosen, prefix + rejected)]
-
-    def on(self, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """key_index, and where the queries' and the keys' segments begin (2B + 1, int32), on a device."""
-        if device not in self._masks:
-            begins = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
-            parts = (torch.tensor(self.key_index), *begins)
-            self._masks[device] = tuple(x.to(device, non_blocking=True) for x in parts)  # else each waits for the GPU
-        return self._masks[device]
 
 
 def refused(model) -> str | None:
@@ -98,23 +48,23 @@ def noting_refusals():
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, segments: Segments | None = None, dropout=0.0, scaling=None, **kwargs
+    module, query, key, value, attention_mask, forest: Forest | None = None, dropout=0.0, scaling=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """(1, N, heads, D) from query (1, heads, N, D), key and value (1, key heads, N, D). Raises UserError for a model
-    that passes keywords unknown here, or no segments; within `noting_refusals` that is noted and the result is
+    that passes keywords unknown here, or no forest; within `noting_refusals` that is noted and the result is
     meaningless."""
     window, softcap = (kwargs.pop(name, None) for name in ("sliding_window", "softcap"))
     unknown = [name for name, setting in kwargs.items() if setting is not None and name not in HARMLESS]
     if window is None and _window_in_mask_only(module):
         unknown.append("a window that only its mask has")
     unknown = [f"its attention takes {name}" for name in unknown]
-    if segments is None:
+    if forest is None:
         unknown.append("its layers hand no keywords on to attention")
     if unknown:
         if _refusals is None:
             raise UserError(f"shared_prefix: of {type(module).__name__}, {unknown[0]}. Set shared_prefix: false.")
         _refusals.extend(unknown)
-    if segments is None:
+    if forest is None:
         return query.new_zeros(1, query.size(2), query.size(1), value.size(-1)), None
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
@@ -123,17 +73,28 @@ def packed_attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     varlen = _varlen(query, value, dropout, softcap)
     if varlen is not None:
-        return varlen(query, key, value, segments, scaling, window, softcap, dropout), None
+        return varlen(query, key, value, forest, scaling, window, softcap, dropout), None
+    return _by_unit(query, key, value, forest, scaling, window, softcap, dropout), None
+
+
+def _by_unit(query, key, value, forest: Forest, *options) -> torch.Tensor:
+    """A call of attention for each unit, with the keys of its ancestors before its own."""
+    sizes = [sum(unit.sizes) for unit in forest.units]
+    queries, *own = (x.split(sizes, dim=2) for x in (query, key, value))
+    seen: dict[int, tuple] = {}  # keys and values of units that others hang on, their ancestors' first
+    common: dict[tuple[int, int], list] = {}  # of units that hang on one token, the ancestors'
     out = []
-    q, k, v = (x.split(segments.sizes, dim=2) for x in (query, key, value))
-    for i, (prefix, _, _) in enumerate(segments.lengths):
-        chosen, rejected = 2 * i, 2 * i + 1
-        out.append(_attend(q[chosen], k[chosen], v[chosen], segments, scaling, window, softcap, dropout))
-        keys, values = (
-            torch.cat([x[chosen][:, :, :prefix], x[rejected]], 2) if prefix else x[rejected] for x in (k, v)
-        )
-        out.append(_attend(q[rejected], keys, values, segments, scaling, window, softcap, dropout))
-    return torch.cat([part.transpose(1, 2) for part in out], 1), None
+    for i, unit in enumerate(forest.units):
+        keys, values = own[0][i], own[1][i]
+        if unit.before:
+            place = unit.parent, unit.before
+            if place not in common:
+                common[place] = [x[:, :, : unit.before] for x in seen[unit.parent]]
+            keys, values = (torch.cat(x, 2) for x in zip(common[place], (keys, values), strict=True))
+        if unit.grows:
+            seen[i] = keys, values
+        out.append(_attend(queries[i], keys, values, forest, unit, *options))
+    return torch.cat([part.transpose(1, 2) for part in out], 1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
@@ -148,28 +109,32 @@ def _window_in_mask_only(module) -> bool:
     return bool(getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
 
 
-def _attend(q, k, v, segments: Segments, scaling, window, softcap, dropout) -> torch.Tensor:
-    """Causal attention of the last Q of K tokens, (1, heads, Q, D)."""
-    queries, keys = q.size(2), k.size(2)
-    if window is not None and window >= keys:
+def _attend(q, k, v, forest: Forest, unit: Unit, scaling, window, softcap, dropout) -> torch.Tensor:
+    """A unit's attention, (1, heads, Q, D)."""
+    queries, before = q.size(2), unit.before
+    if window is not None and window >= before + max(unit.sizes):
         window = None
     if softcap is not None:
-        return _capped(q, k, v, segments, scaling, window, softcap, dropout)
+        return _capped(q, k, v, forest, unit, scaling, window, softcap, dropout)
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": q.size(1) != k.size(1)}
-    if queries == keys and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-    mask = None if queries == 1 and window is None else segments.mask(queries, keys, window, q)
+    plain = window is None and len(unit.sizes) == 1
+    if plain and 2 * before <= queries:
+        # Queries in the few ancestors' place, any will do, cost less than a mask, with which no score is skipped.
+        q = F.pad(q, (0, 0, before, 0)) if before else q
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        return out[:, :, before:] if before else out
+    mask = None if plain and queries == 1 else forest.mask(unit.sizes, before, window, q)
     if mask is not None and options["enable_gqa"] and q.device.type == "cuda":  # else torch takes its slowest kernel
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         options["enable_gqa"] = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
 
 
-def _capped(q, k, v, segments: Segments, scaling, window, softcap, dropout) -> torch.Tensor:
+def _capped(q, k, v, forest: Forest, unit: Unit, scaling, window, softcap, dropout) -> torch.Tensor:
     """With scores s as softcap · tanh(s / softcap) before the mask (Gemma-2)."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
-    scores = scores + segments.mask(q.size(2), k.size(2), window, q)
+    scores = scores + forest.mask(unit.sizes, unit.before, window, q)
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v
 
 

@@ -80,7 +80,7 @@ class ScoringHead:
     # ----------------------------------------------------------------------------------------- in place of the forward
 
     def __call__(self, *args, logp_position=None, label=None, score_length=None, score_collision=False, **kwargs):
-        self.switch(packed=kwargs.get("segments") is not None)
+        self.switch(packed=kwargs.get("forest") is not None)
         if logp_position is None:
             return self.own_forward(*args, **kwargs)
         scored = {"logp_position": logp_position, "label": label}

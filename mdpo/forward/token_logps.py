@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput
 
 from mdpo.errors import UserError
 from mdpo.forward.compiled_ops import compiled
+from mdpo.forward.forest import Forest
 from mdpo.forward.lm_head import Head, HeadTransform, chunk_statistics, logits_gradient, plus, plus_product, slices
-from mdpo.forward.packed_attention import Segments
 from mdpo.forward.scoring_head import ScoringHead
 from mdpo.types import PairBatch
 
@@ -141,12 +141,12 @@ def _settings(scoring: ScoringHead, device: torch.device) -> tuple[HeadTransform
 
 
 def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
-    """A mixture of experts' load-balancing loss, a scalar; a shared token counts for both sides."""
-    segments = inputs.get("segments")
-    if segments is None:
+    """A mixture of experts' load-balancing loss, a scalar; a shared token counts for each sequence."""
+    forest = inputs.get("forest")
+    if forest is None:
         counts = inputs.get("attention_mask")
     else:
-        counts = segments.counts.to(device, non_blocking=True)
+        counts = forest.counts.to(device, non_blocking=True)
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     # In float32: means over thousands of tokens, which a bfloat16 model would make in bfloat16.
     logits = tuple(layer.float() for layer in outputs.router_logits or ())
@@ -193,14 +193,14 @@ def _body(model) -> torch.nn.Module:
 
 def score_tokens(model, batch: PairBatch, collision=False, aux_loss=False) -> TokenScores:
     """Scores of the batch's S supervised tokens under `model` (wrapped by DDP, DeepSpeed or PEFT, or bare). Of a packed
-    batch shared tokens are computed once and returned for each side. Raises UserError for a model without a scoring
+    batch shared tokens are computed once and returned for each sequence. Raises UserError for a model without a scoring
     head."""
     names = ("input_ids", "attention_mask", "position_ids", "logp_position", "label")
     optional = {"score_collision": collision, "output_router_logits": aux_loss}
     inputs = {name: batch[name] for name in names if name in batch} | {
         name: True for name in optional if optional[name]
     }
-    inputs |= {"segments": Segments(batch.segments)} if batch.is_packed else {}
+    inputs |= {"forest": Forest(batch.runs, batch.ends)} if batch.is_packed else {}
     scores = model(**inputs, score_length=batch.input_ids.size(1))
     if "logps" not in scores:
         raise _no_scoring_head(model)

@@ -1,6 +1,6 @@
-"""Varlen kernels: one call of attention for all segments of a packed row, on a GPU, and whether there is a usable one.
+"""Varlen kernels: one call of attention for all runs of a packed row, on a GPU, and whether there is a usable one.
 
-A kernel is `kernel(query, key, value, segments, scaling, window, softcap, dropout)` on (1, heads, N, D), and returns
+A kernel is `kernel(query, key, value, forest, scaling, window, softcap, dropout)` on (1, heads, N, D), and returns
 (1, N, heads, D).
 """
 
@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from mdpo.console import first_line, say
+from mdpo.forward.forest import Forest
 
 FLASH_ATTN = ((2, 6), (3,))  # from the first version with soft-caps up to the next interface
 AGREES = 3e-2  # of the norm, with float32: a half-precision kernel rounds its scores and its output
@@ -56,20 +57,22 @@ def kernels(device: torch.device) -> dict[str, Callable]:
         elif "not installed" not in reason:
             unused.append(f"{name} is not used: {reason}")
     if unused:
-        say(f"attention: {'; '.join(unused)}. {next(iter(usable), 'Attention by segment')} is.")
+        say(f"attention: {'; '.join(unused)}. {next(iter(usable), 'Attention by run')} is.")
     return usable
 
 
+A_PAIR = [12, -1], [10, 3]  # runs of the pair that a kernel is tried on: prefix 4, chosen 8, rejected 10
+
+
 def _fails(kernel: Callable, device: torch.device) -> str | None:
-    """What goes wrong with a random pair, prefix 4, chosen 8, rejected 10; None if nothing does."""
+    """What goes wrong with random numbers for A_PAIR; None if nothing does."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 22, 64, generator=generator).to(device, torch.bfloat16) for heads in (4, 2, 2))
-    pair = _APair(device)
     try:
         with torch.no_grad():
-            out = kernel(q, k, v, pair, 0.125, None, None, 0.0).float()
+            out = kernel(q, k, v, Forest(A_PAIR), 0.125, None, None, 0.0).float()
         expected = torch.nn.functional.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask=pair.seen, scale=0.125, enable_gqa=True
+            q.float(), k.float(), v.float(), attn_mask=_seen(device), scale=0.125, enable_gqa=True
         )
     except Exception as error:  # no kernel for this GPU, or an interface of another version
         return first_line(error, innermost=False)
@@ -78,34 +81,23 @@ def _fails(kernel: Callable, device: torch.device) -> str | None:
     return "it does not give what plain attention gives"
 
 
-class _APair:
-    """What a kernel asks of `packed_attention.Segments`, for the pair (4, 8, 10); `seen` (22, 22) is the mask."""
-
-    sizes, key_sizes = (12, 10), (12, 14)
-
-    def __init__(self, device):
-        index = torch.tensor([*range(12), *range(4), *range(12, 22)], device=device)
-        begins = [torch.tensor([0, *sizes], device=device).cumsum(0).int() for sizes in (self.sizes, self.key_sizes)]
-        self._on = index, *begins
-        positions = torch.arange(22, device=device)
-        self.seen = (positions[:, None] >= positions) & ~(
-            (positions[:, None] >= 12) & (positions >= 4) & (positions < 12)
-        )
-
-    def on(self, device):
-        return self._on
+def _seen(device: torch.device) -> torch.Tensor:
+    """(22, 22): which keys a query of A_PAIR sees."""
+    at = torch.arange(22, device=device)
+    return (at[:, None] >= at) & ~((at[:, None] >= 12) & (at >= 4) & (at < 12))
 
 
-def _gathered(query, key, value, segments):
-    """Queries (N, heads, D), keys and values (K, key heads, D) with each shared prefix twice, and where segments
-    begin, and the longest segments."""
-    index, q_begins, k_begins = segments.on(query.device)
+def _gathered(query, key, value, forest):
+    """Queries (N, heads, D), keys and values (K, key heads, D) with ancestors before each run, where runs begin, and
+    the longest ones."""
+    index, q_begins, k_begins = forest.on(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    longest = max(segments.sizes), max(segments.key_sizes)
-    return q, k.index_select(0, index), v.index_select(0, index), q_begins, k_begins, *longest
+    if index is not None:
+        k, v = k.index_select(0, index), v.index_select(0, index)
+    return q, k, v, q_begins, k_begins, max(forest.sizes), max(forest.key_sizes)
 
 
-def flash(query, key, value, segments, scaling, window, softcap, dropout):
+def flash(query, key, value, forest, scaling, window, softcap, dropout):
     call, reason = flash_attn()
     if call is None:
         raise RuntimeError(reason)
@@ -116,14 +108,14 @@ def flash(query, key, value, segments, scaling, window, softcap, dropout):
         "softcap": softcap or 0.0,
     }
     options["window_size"] = (-1, -1) if window is None else (window - 1, 0)
-    return call(*_gathered(query, key, value, segments), **options)[None]
+    return call(*_gathered(query, key, value, forest), **options)[None]
 
 
-def torch_varlen(query, key, value, segments, scaling, window, softcap, dropout):
+def torch_varlen(query, key, value, forest, scaling, window, softcap, dropout):
     """Supports neither soft-caps nor dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     options["enable_gqa"] = query.size(1) != key.size(1)
-    out = varlen_attn(*_gathered(query, key, value, segments), **options)
+    out = varlen_attn(*_gathered(query, key, value, forest), **options)
     return cast(torch.Tensor, out)[None]  # more than a tensor only where it is asked for

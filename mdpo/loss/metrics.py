@@ -101,19 +101,19 @@ def _by_turn(table: torch.Tensor) -> dict[str, float]:
     return turn_figures(table[:, len(COLUMNS) :], rewards[:, 0] - rewards[:, 1])
 
 
-def of_all_ranks(tables: list[torch.Tensor], count: int, device) -> tuple[list[list[torch.Tensor]], int]:
+def of_all_ranks(tables: list[torch.Tensor], counts: list[int], device) -> tuple[list[list[torch.Tensor]], list[int]]:
     """(`tables[rank][i]`, each as its rank has it but for zeros at the right of narrower ones, float64 on the CPU; the
-    sum of `count` over ranks). All ranks call it together, with equally many tables; two collectives on `device`, of
-    sizes and of numbers."""
+    sum of each of `counts` over ranks). All ranks call it together, with equally many tables; two collectives on
+    `device`, of sizes and of numbers."""
     flat = [pad(table.to(device), (1, 0), value=i) for i, table in enumerate(tables)]  # its index in front of each row
     mine = pad_and_cat(flat) if flat else torch.zeros(0, 1, dtype=torch.float64, device=device)
-    sizes = gathered_tensor(torch.tensor([*mine.shape, count], device=device)).tolist()
+    sizes = gathered_tensor(torch.tensor([*mine.shape, *counts], device=device)).tolist()
     rows, width = (max(size[i] for size in sizes) for i in (0, 1))
     padded = pad(mine, (0, width - mine.size(1), 0, rows - mine.size(0)))
     padded_parts = gathered_tensor(padded).cpu() if rows else padded.cpu()[None].expand(len(sizes), 0, width)
     parts = [part[: size[0]] for part, size in zip(padded_parts, sizes, strict=True)]
     split = [[part[part[:, 0] == i, 1:] for i in range(len(tables))] for part in parts]
-    return split, sum(size[2] for size in sizes)
+    return split, [sum(size[2 + i] for size in sizes) for i in range(len(counts))]
 
 
 def deduplicate(tables: list[torch.Tensor]) -> torch.Tensor:

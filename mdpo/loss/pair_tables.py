@@ -6,6 +6,7 @@ import torch
 
 from mdpo.loss.metrics import COLUMNS
 from mdpo.loss.turn_metrics import pad_and_cat
+from mdpo.types import PairBatch
 
 FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # columns that show a pair at fault
 ROW = COLUMNS.index("row")
@@ -13,19 +14,21 @@ ROW = COLUMNS.index("row")
 
 class PairTables:
     """One table (B, len(COLUMNS) + 4T) of `mdpo.loss.metrics.pair_table` for each micro-batch: `train` since the last
-    log, `eval` of the evaluation in hand; `tokens` that this rank has trained on since the start. On `device`."""
+    log, `eval` of the evaluation in hand; `tokens` of all sequences that this rank has trained on since the start, and
+    of packed batches `distinct` ones, those that sequences begin with alike once. On `device`."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
         self.train: list[torch.Tensor] = []
         self.eval: list[torch.Tensor] = []
-        self.tokens = 0
+        self.tokens = self.distinct = 0
         self._earlier = 0  # how many of `train` belong to steps that are over
 
-    def append(self, table: torch.Tensor, training: bool, tokens: int = 0) -> None:
+    def append(self, table: torch.Tensor, training: bool, batch: PairBatch) -> None:
         if training:
             self.train.append(table)
-            self.tokens += tokens
+            self.tokens += batch.n_tokens
+            self.distinct += batch.input_ids.numel() if batch.is_packed else 0
         else:
             self.eval.append(table)
 
@@ -49,11 +52,12 @@ class PairTables:
         return pad_and_cat(taken)
 
     def state_dict(self) -> dict:
-        return {"train": self.train, "tokens": self.tokens}
+        return {"train": self.train, "tokens": self.tokens, "distinct": self.distinct}
 
     def load_state_dict(self, state: dict) -> None:
         self.train = [table.to(self.device) for table in state["train"]]
         self._earlier, self.tokens = len(self.train), state["tokens"]
+        self.distinct = state.get("distinct", 0)  # older checkpoints lack it
 
 
 def rows_of(table: torch.Tensor) -> list[int]:

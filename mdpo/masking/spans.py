@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Tokenizer, processors
 from mdpo.errors import DropPair, UserError
 
 STRADDLE = "a token straddles a turn's boundary"
-APART = "a turn tokenized apart from its header"
 Range = tuple[int, int]  # characters [start, end)
 
 
@@ -75,26 +74,73 @@ def _without_space(part: Any) -> Any:
     return {**part, **(switch if set(switch) <= set(part) else {}), **nested}
 
 
-def supervised(text: str, spans: list[Range], encoded: tuple[list[int], list[Range]], tokenizer):
-    """(ids, ranges, mask, whether a turn was tokenized apart) of a text with the characters `spans` sampled; `encoded`
-    is what `tokenize` made of it, and stays as it is where no token lies across a span's edge.
+def mask_of(text: str, ids: list[int], ranges: list[Range], spans: list[Range], tokenizer):
+    """(ranges, mask) of a text with the characters `spans` sampled; DropPair where a token lies across an edge of one.
 
     An added token at a span's end that takes the white space behind it (`rstrip`) is sampled whole: its range then
-    ends with the span. Any other token across an edge was never seen so by a policy: a prompt is tokenized before there
-    is an answer. What is before the edge and what is behind it are tokenized apart then. DropPair where
-    that does not give the same text."""
-    ids, ranges = encoded
+    ends with the span."""
     try:
-        return ids, ranges, span_mask(ranges, spans), False
+        return ranges, span_mask(ranges, spans)
     except DropPair:
-        ids, ranges = list(ids), list(ranges)
+        ranges = list(ranges)
     stripping, ends = {i: token for i, token in _added(tokenizer).items() if token.rstrip}, {end for _, end in spans}
     for t in [t for t, i in enumerate(ids) if i in stripping]:
         own = _own(text, ranges[t], stripping[ids[t]])
         if own[1] < ranges[t][1] and own[1] in ends:
             ranges[t] = (ranges[t][0], own[1])
-    apart = [_cut(text, edge, ids, ranges, tokenizer) for span in spans for edge in span]
-    return ids, ranges, span_mask(ranges, spans), any(apart)
+    return ranges, span_mask(ranges, spans)
+
+
+class PromptTokens:
+    """Token ids of texts that mostly continue each other, as `tokenize` gives them, in time linear in what is new: no
+    merge goes across an added token, so that what is before the last one that two texts share stays as it is.
+
+    The first CHECKED texts are tokenized as a whole too; where that gives others, so are all that follow."""
+
+    checked = 0
+    CHECKED = 50
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self._text, self._ids, self._ranges = "", [], []
+        added = _added(tokenizer).items()
+        self._bounds = {i: t.content for i, t in added if t.special and not (t.lstrip or t.rstrip or t.single_word)}
+        self._whole = False
+
+    def of(self, text: str) -> tuple[list[int], list[Range]]:
+        same = 0 if self._whole else common(self._text, text)
+        keep, begin = self._shared(text, same)
+        ids, ranges = tokenize(text[begin:], self.tokenizer)
+        ids, ranges = [*self._ids[:keep], *ids], [*self._ranges[:keep], *((a + begin, b + begin) for a, b in ranges)]
+        if keep and PromptTokens.checked < self.CHECKED:
+            PromptTokens.checked += 1
+            whole = tokenize(text, self.tokenizer)
+            self._whole, (ids, ranges) = whole != (ids, ranges), whole
+        self._text, self._ids, self._ranges = text, ids, ranges
+        return ids, ranges
+
+    def _shared(self, text: str, same: int) -> tuple[int, int]:
+        """How many tokens of the text before stay, and the character that the next one begins at: an added token, so
+        that what follows it is tokenized as behind one."""
+        t = bisect_left(self._ranges, same, key=lambda place: place[1] - 1) - 1
+        while t > 0:
+            (start, end), content = self._ranges[t], self._bounds.get(self._ids[t])
+            if content is not None and end <= same and text[start:end] == content:
+                return t, start
+            t -= 1
+        return 0, 0
+
+
+def common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike, by halves: slices compare far faster than characters do."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @lru_cache(maxsize=8)
@@ -106,44 +152,6 @@ def _own(text: str, within: Range, token: AddedToken) -> Range:
     """Where an added token's own characters are in its range."""
     start = text.find(token.content, *within)
     return (start, start + len(token.content)) if start >= 0 else within
-
-
-def _cut(text: str, edge: int, ids: list[int], ranges: list[Range], tokenizer) -> bool:
-    """Whether a token lies across `edge`; then the tokens between the added tokens around it are replaced by those
-    of the two parts. Those beyond are not touched: no merge goes across an added token."""
-    across = bisect_left(ranges, edge, key=lambda place: place[0]) - 1
-    if across < 0 or ranges[across][1] <= edge:
-        return False
-
-    def own(t: int) -> int:
-        """Where token t begins if it is an added one, else nowhere near."""
-        token = _added(tokenizer).get(ids[t])
-        return -1 if token is None else _own(text, ranges[t], token)[0]
-
-    first = next((t for t in range(across, -1, -1) if 0 <= own(t) < edge), 0)
-    last = next((t for t in range(across + 1, len(ids)) if own(t) >= edge), len(ids))
-    begin, end = ranges[first][0] if first else 0, ranges[last][0] if last < len(ids) else len(text)
-    retokenized: list[tuple[int, Range]] = []
-    for start, stop in ((begin, edge), (edge, end)):
-        piece, places = tokenize(text[start:stop], tokenizer, goes_on=start == edge)
-        if not _same(text[start:stop], piece, tokenizer):
-            raise DropPair(STRADDLE)
-        retokenized += zip(piece, ((a + start, b + start) for a, b in places), strict=True)
-    ids[first:last], ranges[first:last] = [i for i, _ in retokenized], [place for _, place in retokenized]
-    return True
-
-
-def _same(expected: str, ids: list[int], tokenizer) -> bool:
-    """As `same_text`, white space included, but for that which added tokens take along, and one space at the start,
-    which Metaspace loses."""
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    stripping = any(token.rstrip or token.lstrip for i in ids if (token := _added(tokenizer).get(i)))
-    exact = decoded in (expected, expected.removeprefix(" "))
-    return exact or ((stripping or _rewrites(tokenizer)) and same_text(expected, ids, tokenizer))
-
-
-def _rewrites(tokenizer) -> bool:
-    return tokenizer.backend_tokenizer.normalizer is not None
 
 
 def same_text(expected: str, ids: list[int], tokenizer) -> bool:

@@ -8,6 +8,7 @@ import re
 from mdpo.errors import DropPair, UserError
 from mdpo.types import common_prefix
 
+EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 THINK_PREFIX = re.compile(r"<think>\s*(</think>\s*)?$")  # what a generation prompt may add and history leaves out
 
 
@@ -46,6 +47,21 @@ def probe_stop(template) -> set[str]:
             key="chat_template",
         )
     return {tokens[0]}
+
+
+def probe_empty_block(template) -> str:
+    """The think block that the generation prompt supplies with enable_thinking=False, "" where there is none."""
+    if "enable_thinking" not in str(template.tokenizer.chat_template):
+        return ""
+    turn = [{"role": "user", "content": "Qz0"}]
+    try:
+        own, off = (template.render(turn, generation=True, **way) for way in ({}, {"enable_thinking": False}))
+    except DropPair:
+        return ""
+    header = THINK_PREFIX.sub("", own.partition("Qz0")[2])
+    # GLM-4 also writes "/nothink" behind the user's text; what counts is what follows the header.
+    block = off.partition("Qz0")[2].rpartition(header.lstrip())[2] if header.strip() else ""
+    return block if EMPTY_THINK.fullmatch(block) else ""
 
 
 def probe_header(template) -> str:

@@ -25,9 +25,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
-def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
+def plan_memory(recipe, sharding: Sharding, sequences: int = 1) -> MemoryPlan:
     """Of a recipe from `config.recipe.load_recipe`, as it is written: what this machine lacks does not matter, unless
-    the accelerate file says use_cpu. Raises UserError that names what cannot be planned."""
+    the accelerate file says use_cpu. A side has `sequences`, each of max_length. Raises UserError that names what
+    cannot be planned."""
     args, values = recipe.training, recipe.values if sharding.cpu else recipe.written
     _refuse(recipe, sharding)
     config = _model_config(recipe.model.model_name_or_path, recipe)
@@ -48,6 +49,7 @@ def plan_memory(recipe, sharding: Sharding) -> MemoryPlan:
             autocast=None if sharding.stage else mixed,
             attention=None if sharding.cpu else "flash" if flash else "torch",
             zero3=sharding.stage == 3,
+            sequences=sequences,
         )
         if getattr(skeleton.policy, "_is_stateful", False):
             raise UserError(

@@ -18,9 +18,9 @@ import mdpo.forward.token_logps
 from mdpo.config.precision import cast_weights
 from mdpo.forward.compiled_ops import MIN_WIDTH, is_gated, is_norm
 from mdpo.forward.dropout import disable_dropout
+from mdpo.forward.forest import Forest
 from mdpo.forward.layout import packing_refused
 from mdpo.forward.modes import base_model
-from mdpo.forward.packed_attention import Segments
 from mdpo.memory.fake_tensors import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 
 
@@ -30,15 +30,24 @@ class FakeModel:
     `make` returns it in the dtype that it is loaded in, `make_reference` the reference where a step has a model of its
     own for it. DeepSpeed casts the policy to `engine_dtype`, and the reference follows; `autocast` is the dtype of
     mixed precision without it. `attention` names the kernel that packed rows meet on a GPU, flash or torch; None: a
-    CPU, where torch chooses. A batch is `pairs` whose sides have `length` tokens each; every token is supervised, and
-    none is shared."""
+    CPU, where torch chooses. A batch is `pairs` whose sides have `sequences` of `length` tokens each; every token is
+    supervised, and none is shared."""
 
     def __init__(
-        self, make, args, peft=None, make_reference=None, engine_dtype=None, autocast=None, attention=None, zero3=False
+        self,
+        make,
+        args,
+        peft=None,
+        make_reference=None,
+        engine_dtype=None,
+        autocast=None,
+        attention=None,
+        zero3=False,
+        sequences: int = 1,
     ):
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # the error itself is shown
         self.mode, self.args, self.autocast, self.attention = FakeTensorMode(), args, autocast, attention
-        self.reference = None
+        self.reference, self.sequences = None, sequences
         # Inside a ZeRO-3 run transformers would hand the new model to DeepSpeed, which shards it over all ranks.
         with torch.device("meta"), replaced(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None):
             self.policy = _prepared(make(), args, peft, engine_dtype, zero3)
@@ -106,13 +115,15 @@ class FakeModel:
             self._score(self.policy if self.reference is None else self.reference, pairs, length)
 
     def _score(self, model, pairs: int, length: int) -> torch.Tensor:
-        """log-probs (S,) of a batch of `pairs` whose sides have `length` tokens each."""
+        """log-probs (S,) of a batch of `pairs` whose sides have `sequences` of `length` tokens each. As those share
+        nothing, they take what the sides of as many pairs take."""
+        pairs *= self.sequences
         row = (1, 2 * pairs * length) if self.packed else (2 * pairs, length)
         scored = torch.empty(2 * pairs * (length - 1), dtype=torch.int64)
         inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "logp_position": scored, "label": scored}
         if self.packed:
             inputs["position_ids"] = torch.empty(row, dtype=torch.int64)
-            inputs["segments"] = Segments([[0, length, length]] * pairs)
+            inputs["forest"] = Forest([[length, -1]] * (2 * pairs))
         with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
             return model(**inputs, score_length=row[1]).logps
 

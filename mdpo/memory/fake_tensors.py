@@ -125,8 +125,8 @@ def varlen_kernel(flash: bool):
     return choose
 
 
-def _attend(query, key, value, segments, *_):
-    index = torch.empty(sum(segments.key_sizes), dtype=torch.int64)
+def _attend(query, key, value, forest, *_):
+    index = torch.empty(sum(forest.key_sizes), dtype=torch.int64)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _Attention.apply(q, k.index_select(0, index), v.index_select(0, index))[None]
 

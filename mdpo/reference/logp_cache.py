@@ -2,7 +2,8 @@
 again by content. A β, a loss, a turn weight or an output folder changes none of them; a changed row costs itself.
 
 A folder of shards per reference, each complete or absent, by several ranks side by side; a killed pass resumes where
-its last shard ends. A shard: keys (n, 16) uint8, counts (n, 2) int32 of both sides, logps float32, and a digest.
+its last shard ends. A shard has n sequences: keys (n, 16) uint8, counts (n, 1) int32, logps float32, and a digest.
+Older ones have n pairs and counts (n, 2), of both sides.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache as cached
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,16 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from mdpo.console import say
-from mdpo.data.tokenize import side_lengths
+from mdpo.data.sampler import prompt_groups
 from mdpo.errors import UserError
+from mdpo.forward.collators import PackedCollator
 from mdpo.ranks import gathered
 from mdpo.reference.logp_columns import Columns, Distinct, Piece
+from mdpo.reference.sequences import Sequences, batches, pair_keys
 from mdpo.storage import as_new_files, sync
 from mdpo.types import SIDES, PairBatch
 
 SHARD_S = 30  # seconds of work that a killed pass loses at most
-Sides = tuple[np.ndarray, np.ndarray]  # log-probs of chosen and of rejected, float32
 
 
 class ReferenceCache:
@@ -39,7 +42,7 @@ class ReferenceCache:
 
     def __init__(self, folder: Path | None, rank: int = 0):
         self.folder, self.rank = folder, rank
-        self._new: dict[bytes, Sides] = {}
+        self._new: dict[bytes, np.ndarray] = {}
         self._written = time.monotonic()
 
     def shards(self, damaged: list[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -50,15 +53,15 @@ class ReferenceCache:
                 yield read_shard(path)
             except OSError as error:  # the disk's trouble, not the shard's
                 damaged.append(
-                    f"reference log-probs: {path} cannot be read now ({error}); its pairs are computed again."
+                    f"reference log-probs: {path} cannot be read now ({error}); its sequences are computed again."
                 )
             except (ValueError, SafetensorError) as error:
                 path.unlink(missing_ok=True)
-                damaged.append(f"reference log-probs: {path} is damaged ({error}); its pairs are computed again.")
+                damaged.append(f"reference log-probs: {path} is damaged ({error}); its sequences are computed again.")
 
-    def add(self, key: bytes, sides: Sides) -> None:
-        """Caches log-probs; every SHARD_S seconds those added since are written."""
-        self._new[key] = sides
+    def add(self, key: bytes, logps: np.ndarray) -> None:
+        """Caches a sequence's log-probs; every SHARD_S seconds those added since are written."""
+        self._new[key] = logps
         if time.monotonic() - self._written > SHARD_S:
             self.flush()
 
@@ -79,11 +82,11 @@ class ReferenceCache:
         self._written = time.monotonic()
 
 
-def write_shard(path: Path, rows: dict[bytes, Sides]) -> None:
+def write_shard(path: Path, logps: dict[bytes, np.ndarray]) -> None:
     arrays = {
-        "keys": np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 16).copy(),
-        "counts": np.array([[len(side) for side in sides] for sides in rows.values()], np.int32),
-        "logps": np.concatenate([side for sides in rows.values() for side in sides]).astype(np.float32),
+        "keys": np.frombuffer(b"".join(logps), np.uint8).reshape(-1, 16).copy(),
+        "counts": np.array([[len(values)] for values in logps.values()], np.int32),
+        "logps": np.concatenate([*logps.values()]).astype(np.float32),
     }
     draft = path.with_suffix(".tmp")
     save_file(arrays, draft, {"digest": _digest(arrays)})
@@ -108,25 +111,7 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------- a dataset and its keys
-
-
-def row_keys(dataset: Dataset, identity: str) -> np.ndarray:
-    """(n, 16) uint8, for each row a digest of the reference's identity, both sides' token ids, and which of them are
-    supervised."""
-    keys = bytearray()
-    columns = [f"{side}_{field}" for side in SIDES for field in ("ids", "mask")]
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        lists = [table.column(name).combine_chunks() for name in columns]
-        values = [np.asarray(x.values, np.int32) for x in lists]
-        ends = [np.asarray(x.offsets) for x in lists]
-        for i in range(len(table)):
-            digest = xxhash.xxh3_128(identity.encode())
-            for value, end in zip(values, ends, strict=True):
-                digest.update(np.int64(end[i + 1] - end[i]).tobytes())
-                digest.update(value[end[i] : end[i + 1]].tobytes())
-            keys += digest.digest()
-    return np.frombuffer(keys, np.uint8).reshape(-1, 16)
+# --------------------------------------------------------------------------------------------- a dataset's log-probs
 
 
 def precompute(
@@ -140,29 +125,51 @@ def precompute(
     identity: str = "",
     longest_cached: float = float("inf"),
 ) -> Dataset:
-    """The dataset with the reference's log-probs of every scored token as float32 lists in the columns REFERENCE.
-    `score` takes a batch and returns (S,) log-probs; it is called equally often on each rank, not at all where all is
-    cached."""
-    keys = row_keys(dataset, identity)
-    distinct = Distinct(keys)
+    """The dataset with the reference's log-probs of every scored token as float32 lists in the columns REFERENCE, those
+    of a side's sequences one behind the other. `score` takes a batch of `batch_size` pairs, whose sides are sequences,
+    and returns (S,) log-probs; it is called equally often on each rank, not at all where all is cached."""
+    sequences = Sequences.of(dataset, identity)
+    distinct = Distinct(sequences.keys)
     count, damaged = len(distinct.first), []
-    columns = Columns.of(keys, count, kept=cache.folder is not None)
+    columns = Columns.of(sequences.keys, sequences.per_side, count, kept=cache.folder is not None)
+    by_pair = cached(lambda: PairPlaces(dataset, identity, sequences, distinct))
     for arrays in cache.shards(damaged) if columns.mine else ():
-        columns.take(distinct.places(arrays["keys"]), arrays["counts"], arrays["logps"])
+        if arrays["counts"].shape[1] == 2:
+            columns.take(by_pair().places(arrays["keys"]), arrays["counts"].reshape(-1), arrays["logps"])
+        else:
+            columns.take(distinct.places(arrays["keys"]), arrays["counts"][:, 0], arrays["logps"])
     say(*dict.fromkeys(line for lines in gathered(damaged) for line in lines))
     # What one node lacks, all compute: nodes may have different disks, or look while another run writes.
     parts = gathered(np.packbits(~columns.known) if columns.mine else None)
     bits = np.bitwise_or.reduce([part for part in parts if part is not None])
     todo = np.flatnonzero(np.unpackbits(bits, count=count))
     if cache.folder:
-        say(f"reference log-probs of {name}: {count - len(todo)} of {count} from {cache.folder}")
+        say(f"reference log-probs of {name}: {count - len(todo)} of {count} sequences from {cache.folder}")
     if len(todo):
-        rows = distinct.first[todo]
-        new = _computed(dataset, rows, keys, score, collator, batch_size, accelerator, cache, name, longest_cached)
-        columns.take_from_all([(distinct.of_row[rows], *piece) for rows, *piece in new])
+        numbers = distinct.first[todo]
+        new = _computed(
+            dataset, sequences, numbers, score, collator, batch_size, accelerator, cache, name, longest_cached
+        )
+        columns.take_from_all([(distinct.of_key[numbers], *piece) for numbers, *piece in new])
         del new
         _give_memory_back()
-    return columns.added_to(dataset, distinct.of_row)
+    return columns.added_to(dataset, distinct.of_key, sequences.per_side)
+
+
+class PairPlaces:
+    """Where log-probs go that were cached pair by pair, as before sequences were: those of rows whose sides are one
+    sequence each."""
+
+    def __init__(self, dataset: Dataset, identity: str, sequences: Sequences, distinct: Distinct):
+        rows = np.flatnonzero((sequences.per_side == 1).all(1))
+        self._pairs = Distinct(pair_keys(dataset, identity)[rows])
+        first = sequences.first_of_row[rows[self._pairs.first]]
+        self._of_pair = distinct.of_key[np.stack([first, first + 1], 1)]
+
+    def places(self, keys: np.ndarray) -> np.ndarray:
+        """(2m,) for keys (m, 16) of pairs: which distinct sequence chosen is, and rejected; -1 for none of them."""
+        places = self._pairs.places(keys)
+        return np.where(places[:, None] < 0, -1, self._of_pair[places]).reshape(-1)
 
 
 def _give_memory_back() -> None:
@@ -172,39 +179,46 @@ def _give_memory_back() -> None:
 
 
 def _computed(
-    dataset, todo, keys, score, collator, batch_size, accelerator, cache, name, longest_cached
+    dataset, sequences, todo, score, collator, batch_size, accelerator, cache, name, longest_cached
 ) -> list[Piece]:
-    """This rank's share of the rows `todo`, in pieces with the rows' numbers. Longest first, so that memory runs out at
-    once or never; sides over `longest_cached` in batches of their own, which are not cached."""
-    lengths = side_lengths(dataset).max(1)
-    order = todo[np.argsort(-lengths[todo], kind="stable")]
-    groups = [order[(lengths[order] > longest_cached) == long] for long in (True, False)]
-    batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
+    """This rank's share of the sequences `todo`, in pieces with their numbers. Those first that take most memory, so
+    that it runs out at once or never; those over `longest_cached` in batches of their own, which are not cached."""
+    prompts = prompt_groups(dataset) if isinstance(collator, PackedCollator) else None
+    is_long = sequences.tokens[todo] > longest_cached
+    parts = [
+        part for one in (True, False) for part in batches(sequences, todo[is_long == one], prompts, 2 * batch_size)
+    ]
     ranks, new = accelerator.num_processes, []
-    steps = range(math.ceil(len(batches) / ranks))
+    steps = range(math.ceil(len(parts) / ranks))
     try:
         for step in tqdm(steps, desc=f"reference log-probs of {name}", disable=not accelerator.is_main_process):
             i = step * ranks + accelerator.process_index
-            rows = batches[min(i, len(batches) - 1)]  # a rank without one repeats the last: ZeRO-3 needs all of them
-            batch = PairBatch.of(collator([dataset[int(row)] for row in rows]))
+            numbers = parts[min(i, len(parts) - 1)]  # a rank without one repeats the last: ZeRO-3 needs all of them
+            batch = PairBatch.of(collator(sequences.pairs(dataset, numbers)))
             logps = score(batch.to(accelerator.device)).float().cpu()
-            if i >= len(batches):
+            if i >= len(parts):
                 continue
             if not torch.isfinite(logps).all():
+                row = int(sequences.row[numbers[0]])
                 raise UserError(
-                    f"reference log-probs of {name}: not finite in row {dataset[int(rows[0])].get('key', rows[0])} or "
-                    f"one of the {len(rows)} rows scored with it. Look at the reference's weights and its dtype.",
+                    f"reference log-probs of {name}: not finite in row {dataset[row].get('key', row)} or one of the "
+                    f"{len(numbers)} sequences scored with it. Look at the reference's weights and its dtype.",
                     key="reference log-probs",
                 )
-            n = len(rows)
-            # Tokens of one sequence follow each other, chosen sides first, as the collator lists them.
-            counts = torch.bincount(batch.sequence_of_token, minlength=2 * n).numpy()
-            parts = np.split(logps.numpy(), counts.cumsum()[:-1])
-            sides = list(zip(parts[:n], parts[n:], strict=True))
-            new.append((rows, counts.reshape(2, n).T, np.concatenate([side for pair in sides for side in pair])))
-            for row, pair in zip(rows, sides, strict=True):
-                if lengths[row] <= longest_cached:
-                    cache.add(keys[row].tobytes(), pair)
+            of_sequences = by_sequence(batch, logps.numpy())[: len(numbers)]
+            new.append((numbers, np.array([len(x) for x in of_sequences]), np.concatenate(of_sequences)))
+            for number, values in zip(numbers, of_sequences, strict=True):
+                if sequences.tokens[number] <= longest_cached:
+                    cache.add(sequences.keys[number].tobytes(), values)
     finally:
         cache.flush()
     return new
+
+
+def by_sequence(batch: PairBatch, logps: np.ndarray) -> list[np.ndarray]:
+    """(S,) log-probs of a batch whose sides are one sequence each, apart: chosen and rejected of the first pair, of the
+    second, … Tokens of one sequence follow each other, chosen sides first, as the collator lists them."""
+    n = batch.n_pairs
+    counts = torch.bincount(batch.sequence_of_token, minlength=2 * n).cpu().numpy()
+    parts = np.split(logps, counts.cumsum()[:-1])
+    return [parts[side * n + pair] for pair in range(n) for side in range(len(SIDES))]

@@ -24,18 +24,18 @@ from mdpo.types import SIDES
 
 AT_ONCE = 4_000_000  # numbers of a rank that all others receive at a time
 ROWS = 1000  # of a record batch
-# Log-probs of m rows: the rows' numbers (m,), tokens of both sides (m, 2), float32 row by row, chosen first.
+# Log-probs of m sequences: their numbers (m,), how many each has (m,), float32 one behind the other.
 Piece = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Distinct:
-    """`keys` (n, 16) uint8 → the u distinct ones, in their order: `of_row` (n,) which
-    one a row has, `first` (u,) the first row that has it."""
+    """`keys` (m, 16) uint8 → the u distinct ones, in their order: `of_key` (m,) which
+    one each is, `first` (u,) the first that is it."""
 
     def __init__(self, keys: np.ndarray):
         encoded = pc.dictionary_encode(_binary(keys))
-        self.keys, self.of_row = encoded.dictionary, np.asarray(encoded.indices)
-        self.first = np.unique(self.of_row, return_index=True)[1]
+        self.keys, self.of_key = encoded.dictionary, np.asarray(encoded.indices)
+        self.first = np.unique(self.of_key, return_index=True)[1]
 
     def places(self, keys: np.ndarray) -> np.ndarray:
         """Which of the distinct ones each of (m, 16) is, int32; -1 for none of them."""
@@ -47,8 +47,8 @@ def _binary(keys: np.ndarray) -> pa.Array:
 
 
 class Columns:
-    """Log-probs of `count` distinct rows. `take` and `known` are for the first rank of a node (`mine`); it makes the
-    file `name`-RANK.arrow, which stays for the next start unless it is `passing`. Raises UserError where the disk
+    """Log-probs of `count` distinct sequences. `take` and `known` are for the first rank of a node (`mine`); it makes
+    the file `name`-RANK.arrow, which stays for the next start unless it is `passing`. Raises UserError where the disk
     fails."""
 
     def __init__(self, count: int, name: str, passing: bool):
@@ -60,23 +60,25 @@ class Columns:
             self._spool = open(folder / f"{uuid.uuid4().hex}.spool", "w+b")  # noqa: SIM115
             os.unlink(self._spool.name)  # gone when it is closed, however this process ends
             self.known = np.zeros(count, bool)
-            self._start, self._counts = np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
+            self._start, self._counts = np.zeros(count, np.int64), np.zeros(count, np.int64)
 
     @classmethod
-    def of(cls, keys: np.ndarray, count: int, kept: bool) -> "Columns":
-        """`kept` says that `keys` (n, 16) identify the log-probs. All ranks call it together."""
-        name = xxhash.xxh3_128_hexdigest(keys.tobytes()) if kept else agreed(lambda: uuid.uuid4().hex)
+    def of(cls, keys: np.ndarray, per_side: np.ndarray, count: int, kept: bool) -> "Columns":
+        """`kept` says that `keys` (m, 16) identify the log-probs; a side has `per_side` (n, 2) of them. All ranks call
+        it together."""
+        contents = keys.tobytes() + per_side.tobytes()
+        name = xxhash.xxh3_128_hexdigest(contents) if kept else agreed(lambda: uuid.uuid4().hex)
         try:
             return cls(count, name, passing=not kept)
         except OSError as error:
             raise _not_written(error) from error
 
     def take(self, places: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> None:
-        """A Piece; its rows are numbered among the distinct ones, -1 for those that are not wanted."""
-        wanted, lengths = places >= 0, counts.sum(1, dtype=np.int64)
+        """A Piece; its sequences are numbered among the distinct ones, -1 for those that are not wanted."""
+        wanted, lengths = places >= 0, counts.astype(np.int64)
         places, sizes = places[wanted], lengths[wanted]
         self._start[places] = self._size + sizes.cumsum() - sizes
-        self._counts[places], self.known[places] = counts[wanted], True
+        self._counts[places], self.known[places] = sizes, True
         try:
             self._spool.write(np.ascontiguousarray(logps[np.repeat(wanted, lengths)], np.float32).tobytes())
         except OSError as error:
@@ -84,7 +86,7 @@ class Columns:
         self._size += int(sizes.sum())
 
     def take_from_all(self, pieces: list[Piece]) -> None:
-        """Every rank's rows. All ranks call it together."""
+        """Every rank's sequences. All ranks call it together."""
         blocks = _blocks(pieces)
         mine = next(blocks, None)
         while any(parts := gathered(mine)):
@@ -93,27 +95,31 @@ class Columns:
                     self.take(*part)
             mine = next(blocks, None)
 
-    def added_to(self, dataset: Dataset, of_row: np.ndarray) -> Dataset:
-        """The dataset with the columns REFERENCE. All ranks call it together."""
+    def added_to(self, dataset: Dataset, of_key: np.ndarray, per_side: np.ndarray) -> Dataset:
+        """The dataset with the columns REFERENCE: `of_key` (m,) says which distinct one each of its sequences is, of
+        which a side has `per_side` (n, 2). All ranks call it together."""
         with first_of_node():
             if self.mine:
-                self._write(of_row)
+                self._write(of_key, per_side)
             # Else columns would be copied beside it; datasets keeps a flat dataset on disk.
             if dataset._indices is not None:
                 dataset = dataset.flatten_indices()
         return concatenate_datasets([dataset, Dataset.from_file(str(self.path))], axis=1)
 
-    def _write(self, of_row: np.ndarray) -> None:
+    def _write(self, of_key: np.ndarray, per_side: np.ndarray) -> None:
         if not self.known.all():
-            raise KeyError(f"{(~self.known).sum()} pairs without reference log-probs")
+            raise KeyError(f"{(~self.known).sum()} sequences without reference log-probs")
         self._spool.flush()
         values = np.memmap(self._spool, np.float32, "r") if self._size else np.zeros(0, np.float32)
         schema = pa.schema({REFERENCE[side]: pa.list_(pa.float32()) for side in SIDES})
         draft = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-                for begin in range(0, len(of_row), ROWS):
-                    stream.write_batch(self._batch(of_row[begin : begin + ROWS], values, schema))
+                begin = 0
+                for counts in (per_side[i : i + ROWS] for i in range(0, len(per_side), ROWS)):
+                    end = begin + counts.sum()
+                    stream.write_batch(self._batch(of_key[begin:end], counts, values, schema))
+                    begin = end
             os.replace(draft, self.path)
         except OSError as error:
             draft.unlink(missing_ok=True)
@@ -122,13 +128,17 @@ class Columns:
         if self._passing:
             atexit.register(self.path.unlink, missing_ok=True)
 
-    def _batch(self, rows: np.ndarray, values: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
-        start, arrays = self._start[rows], []
-        for counts in self._counts[rows].T:
+    def _batch(
+        self, sequences: np.ndarray, per_side: np.ndarray, values: np.ndarray, schema: pa.Schema
+    ) -> pa.RecordBatch:
+        side_of, arrays = np.repeat(np.tile([0, 1], len(per_side)), per_side.reshape(-1)), []
+        for side in range(len(SIDES)):
+            own = sequences[side_of == side]
+            counts = self._counts[own]
             ends = np.concatenate([[0], counts.cumsum()])
-            index = np.arange(ends[-1]) + np.repeat(start - ends[:-1], counts)
-            arrays.append(pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values[index], pa.float32())))
-            start = start + counts
+            index = np.arange(ends[-1]) + np.repeat(self._start[own] - ends[:-1], counts)
+            row_ends = ends[np.concatenate([[0], per_side[:, side].cumsum()])].astype(np.int32)
+            arrays.append(pa.ListArray.from_arrays(row_ends, pa.array(values[index], pa.float32())))
         return pa.record_batch(arrays, schema=schema)
 
 

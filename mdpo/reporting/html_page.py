@@ -10,13 +10,22 @@ from markupsafe import Markup, escape
 from transformers import TrainerCallback
 
 from mdpo.console import say
-from mdpo.data.report import QUANTITIES
+from mdpo.data.report import quantities, sequence_lines
 from mdpo.reporting.environment import hardware, repository, versions
 from mdpo.reporting.log_history import ADVICE, before_and_after, chosen_logps, latest_turns, not_finite
 from mdpo.reporting.plots import write_plots
 from mdpo.reporting.progress import StepTimer, clock
 from mdpo.reporting.run_report import RESOLVED, SHOWN, speed_line
-from mdpo.reporting.token_view import CONTEXT, END, SHARED, SUPERVISED, VISIBLE, sample_pairs
+from mdpo.reporting.token_view import (
+    CONTEXT,
+    END,
+    SHARED,
+    SUPERVISED,
+    VISIBLE,
+    SequenceView,
+    sample_pairs,
+    sequence_views,
+)
 from mdpo.reporting.turn_tables import turn_tables
 from mdpo.storage import replace_text
 from mdpo.types import SIDES
@@ -25,7 +34,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 PAGE, PLOTS = "run_report.html", "plots"
 EVERY_S = 60  # between evaluations and checkpoints
 SHARE, SHARE_AT_EVENTS = 0.01, 0.1  # of the time, at most, is spent on drawing; at evaluations and checkpoints
-HEAD, TAIL = 150, 450  # tokens of a long side that are shown: at its beginning and at its end
+HEAD, TAIL, LEAST = 150, 450, 40  # tokens of a long side that are shown: at its beginning and at its end
 KINDS = (CONTEXT, SHARED, SUPERVISED, END)
 
 
@@ -111,7 +120,8 @@ def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) 
         after=after,
         turns_of=turns_of,
         shown=SHOWN,
-        quantities=QUANTITIES,
+        quantities=quantities,
+        sequence_lines=sequence_lines,
         notes=notes(history, facts["beta"], facts["data"]),
         plots={k: (title, Markup(svg)) for k, (title, svg) in write_plots(folder / PLOTS, history).items()},
         recipe=resolved.read_text(encoding="utf-8") if resolved.exists() else "",
@@ -138,20 +148,25 @@ def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> l
 
 
 def shown_pair(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair of `mdpo.reporting.token_view` for the HTML report: its tokens as HTML."""
+    """A pair of `mdpo.reporting.token_view` for the HTML report: the tokens of its sequences as HTML."""
     sides = []
     for name in SIDES:
-        side, shared = pair[name], pair["shared_len"]
-        spans = [
-            _token(text, number, kind, t < shared)
-            for t, (text, number, kind) in enumerate(zip(side["tokens"], side["ids"], side["kinds"], strict=True))
-        ]
-        if len(spans) > HEAD + TAIL:
-            left_out = Markup("<i class=br>\n… {:,} tokens …\n</i>").format(len(spans) - HEAD - TAIL)
-            spans = [*spans[:HEAD], left_out, *spans[-TAIL:]]
-        html = Markup("").join(spans)
-        sides.append({"name": name, "tokens": len(side["ids"]), "supervised": sum(side["mask"]), "html": html})
+        mask, views = pair[name]["mask"], sequence_views(pair[name])
+        sequences = [{"title": v.title, "counts": v.counts, "html": _tokens(v)} for v in views]
+        sides.append({"name": name, "tokens": len(mask), "supervised": sum(mask), "sequences": sequences})
     return {"key": pair["key"], "sides": sides}
+
+
+def _tokens(view: SequenceView) -> Markup:
+    """A sequence's tokens, of a long one some at its beginning and some at its end: a side shows HEAD + TAIL, those of
+    several sequences a part each, but no fewer than LEAST."""
+    columns = zip(view.tokens, view.ids, view.kinds, strict=True)
+    spans = [_token(text, number, kind, t < view.shared) for t, (text, number, kind) in enumerate(columns)]
+    head, tail = (max(n // view.of, LEAST) for n in (HEAD, TAIL))
+    if len(spans) > head + tail:
+        left_out = Markup("<i class=br>\n… {:,} tokens …\n</i>").format(len(spans) - head - tail)
+        spans = [*spans[:head], left_out, *spans[-tail:]]
+    return Markup("").join(spans)
 
 
 def _token(text: str, number: int, kind: str, shared: bool) -> Markup:

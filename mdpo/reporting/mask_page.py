@@ -4,6 +4,7 @@ Kept pairs come first, then some of every drop reason, as far as their template 
 """
 
 import json
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,25 @@ from mdpo.data.rows import row_to_pair
 from mdpo.data.sources import load_datasets
 from mdpo.data.template_fit import fit
 from mdpo.errors import DropPair, UserError
+from mdpo.masking import sequences
 from mdpo.masking.chat_template import ChatTemplate
-from mdpo.masking.spans import supervised, tokenize
+from mdpo.masking.conversation import Conversation
+from mdpo.masking.sequences import RenderedSequence
+from mdpo.masking.spans import tokenize
 from mdpo.masking.tokenizer import token_text
-from mdpo.reporting.token_view import CONTEXT, END, SHARED, SUPERVISED, special_ids
-from mdpo.types import SIDES
+from mdpo.reporting.token_view import (
+    CONTEXT,
+    END,
+    SHARED,
+    SUPERVISED,
+    sequence_title,
+    shared_tokens,
+    special_ids,
+    token_kinds,
+    token_texts,
+    turn_ends,
+)
+from mdpo.types import SIDES, sequence_lengths, split
 
 PAGE, STYLE = (Path(__file__).with_name("templates") / name for name in ("mask_page.html", "page.css"))
 KINDS = [CONTEXT, SHARED, SUPERVISED, END, "cut off"]
@@ -55,14 +70,18 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
         raw |= {pair["key"]: pair for row in wanted for pair in _of_two(row, answer_pairs(recipe))}
     explain = Explainer(tokenizer, render_settings(recipe))
     shown = [explain(raw[key], kept.get(key), reasons.get(key, "")) for key in order if key in raw]
-    content = {"kinds": KINDS, "recipe": str(recipe.path), "pairs": shown}
-    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # no tag in it, so no end of the script
-    page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
-    path.write_text(page.replace("/*DATA*/null", text), encoding="utf-8", errors="backslashreplace")
+    path.write_text(page_text(str(recipe.path), shown), encoding="utf-8", errors="backslashreplace")
     counts: dict[str, int] = {}
     for pair in shown:
         counts[pair["reason"] or "kept"] = counts.get(pair["reason"] or "kept", 0) + 1
     return counts
+
+
+def page_text(recipe: str, shown: list[dict[str, Any]]) -> str:
+    """The page's HTML with what `Explainer` makes of each row."""
+    content = json.dumps({"kinds": KINDS, "recipe": recipe, "pairs": shown}, ensure_ascii=False)
+    page = PAGE.read_text(encoding="utf-8").replace("/*STYLE*/", STYLE.read_text(encoding="utf-8"))
+    return page.replace("/*DATA*/null", content.replace("<", "\\u003c"))  # no tag in it, so no end of the script
 
 
 def _of_two(row: dict[str, Any], answers) -> list[dict[str, Any]]:
@@ -70,6 +89,37 @@ def _of_two(row: dict[str, Any], answers) -> list[dict[str, Any]]:
         return rows_of_two(row, answers)[0]
     except DropPair:
         return [row]
+
+
+def side_sequences(messages, pair, template: ChatTemplate) -> list[RenderedSequence]:
+    """Raises DropPair."""
+    return sequences.side_sequences(_conversation(messages, pair, template)).sequences
+
+
+def whole_text(messages, pair, template: ChatTemplate) -> list[RenderedSequence]:
+    """A side as one sequence, the whole text that the template writes. Raises DropPair."""
+    conversation = _conversation(messages, pair, template)
+    ids, ranges = tokenize(conversation.text, template.tokenizer)
+    return [RenderedSequence(conversation.text, ids, ranges, [0] * len(ids), conversation.whole.marks.contents())]
+
+
+def _conversation(messages, pair, template: ChatTemplate) -> Conversation:
+    return Conversation(messages, pair.n_prompt, template, pair.tools, pair.template_kwargs)
+
+
+@dataclass
+class _Sequence:
+    """A sequence to be shown: id, text and role of each token, and the mask of those that are trained on."""
+
+    ids: list[int]
+    texts: list[str]
+    roles: list[str]
+    mask: list[int]
+    why: str
+
+    @property
+    def trained_ids(self) -> list[int]:
+        return self.ids[: len(self.mask)]
 
 
 class Explainer:
@@ -81,54 +131,79 @@ class Explainer:
         self.specials = special_ids(tokenizer)
 
     def __call__(self, row: dict[str, Any], kept: dict[str, Any] | None, reason: str) -> dict[str, Any]:
-        """{"key", "reason" ("" where kept), "shared": tokens, "sides": two lists of [text, id, role, kind]}, or
-        "raw", the row's JSON, in place of the last two."""
+        """{"key", "reason" ("" where kept), "sides": two lists of sequences {"title", "shared": tokens, "tokens":
+        [text, id, role, kind] each}}, or "raw", the row's JSON, in place of the sides."""
         out = {"key": row["key"], "reason": reason}
         try:
             pair = fit(row_to_pair(row, self.settings.mask_turns, self.settings.different_prompts), self.template)
-            shared = kept["shared_len"] if kept else 0
-            sides = [self._side(pair, name, kept, shared) for name in SIDES]
+            sides = [self._sequences(pair, name, kept) for name in SIDES]
         except DropPair:
             columns = {k: v for k, v in row.items() if k != "key"}
             return {**out, "raw": json.dumps(columns, indent=1, ensure_ascii=False, default=str)}
-        return {**out, "shared": shared, "sides": sides}
+        shared = iter(shared_tokens([sequence.trained_ids for side in sides for sequence in side]))
+        shown = [[self._shown(sequence, i, side, next(shared)) for i, sequence in enumerate(side)] for side in sides]
+        return {**out, "sides": shown}
 
-    def _side(self, pair, name: str, kept, shared: int) -> list[list]:
+    def _sequences(self, pair, name: str, kept) -> list[_Sequence]:
+        """The sequences of a side as far as its row tells, with the masks that are trained on where it is kept."""
         messages, pair = getattr(pair, name), pair.side(name)
         recorded = pair.recorded[SIDES.index(name)]
-        if self.template is None and not isinstance(messages, str) and not recorded:
+        if recorded or isinstance(messages, str):
+            return self._without_roles(messages, name, kept, recorded)
+        if self.template is None:
             raise DropPair("no chat template")
-        if isinstance(messages, str) or recorded:
-            whole = [t for ids, _ in recorded.sequences for t in ids] if recorded else None
-            ids = kept[f"{name}_ids"] if kept else whole or self.tokenizer(messages)["input_ids"]
-            roles, mask = ["text"] * len(ids), [0] * len(ids)
-            texts = [self.text_of(tuple(ids[max(t - 1, 0) : t]), token) for t, token in enumerate(ids)]
-        else:
-            rendered = self.template.locate(messages, pair.n_prompt, pair.tools, **pair.template_kwargs)
-            sampled, encoded = [(s.start, s.end) for s in rendered.spans], tokenize(rendered.text, self.tokenizer)
-            ids, ranges, mask, _ = supervised(rendered.text, sampled, encoded, self.tokenizer)
-            # A character split between tokens belongs to the first of them, one in no token to the token before.
-            reached = [0, *accumulate((end for _, end in ranges), max)]
-            begins = [*(start for start, _ in ranges[1:]), len(rendered.text)]
-            places = zip(ranges, reached, begins, strict=False)
-            texts = [rendered.text[max(start, seen) : max(end, begin)] for (start, end), seen, begin in places]
-            spans = [(start, end, "assistant") for start, end in sampled]
-            contents = [(a, b, messages[i]["role"]) for a, b, i in rendered.contents]
-            roles = [next((role for a, b, role in spans + contents if a <= start and end <= b), "template")
-                     for start, end in ranges]  # fmt: skip
+        of_side = side_sequences if self.settings.mask_turns else whole_text
+        sequences = [self._rendered(s, messages) for s in of_side(messages, pair, self.template)]
+        if kept and not _set_trained(sequences, kept, name):
+            # Under TRL's rule no turn is tokenized apart from its header.
+            assert not self.settings.mask_turns, f"{kept['key']}: the page would show other tokens than are trained on"
+            return self._without_roles(messages, name, kept)
+        return sequences
+
+    def _rendered(self, sequence: RenderedSequence, messages) -> _Sequence:
+        text, ranges = sequence.text, sequence.ranges
+        # A character split between tokens belongs to the first of them, one in no token to the token before.
+        reached = [0, *accumulate((end for _, end in ranges), max)]
+        begins = [*(start for start, _ in ranges[1:]), len(text)]
+        places = zip(ranges, reached, begins, strict=False)
+        texts = [text[max(start, seen) : max(end, begin)] for (start, end), seen, begin in places]
+        contents = [(a, b, messages[i]["role"]) for a, b, i in sequence.contents]
+        roles = ["assistant" if bit else next((role for a, b, role in contents if a <= start and end <= b), "template")
+                 for bit, (start, end) in zip(sequence.mask, ranges, strict=True)]  # fmt: skip
+        return _Sequence(sequence.ids, texts, roles, sequence.mask, sequence.why)
+
+    def _without_roles(self, text, name: str, kept, recorded=None) -> list[_Sequence]:
+        """The tokens decoded, of plain texts and of recorded sequences (ids and mask each)."""
         if kept:
-            trained = kept[f"{name}_ids"]
-            assert ids[: len(trained)] == trained, (
-                f"{kept['key']}: the page would show other tokens than are trained on"
-            )
-            mask = kept[f"{name}_mask"]  # the very one that is trained on
-        tokens = []
-        for t, (token, role) in enumerate(zip(ids, roles, strict=True)):
-            kind = CONTEXT if t >= shared else SHARED
-            if t >= len(mask):
-                kind = "cut off"
-            elif mask[t]:
-                ends = token in self.specials and (t + 1 == len(mask) or not mask[t + 1])
-                kind = END if ends else SUPERVISED
-            tokens.append([texts[t], token, role, KINDS.index(kind)])
-        return tokens
+            lengths = sequence_lengths(kept, name)
+            parts = list(zip(*(split(kept[f"{name}_{field}"], lengths) for field in ("ids", "mask")), strict=True))
+        elif recorded:
+            parts = recorded.sequences
+        else:
+            ids = self.tokenizer(text)["input_ids"]
+            parts = [(ids, [0] * len(ids))]
+        reasons = ["", *((kept or {}).get(f"{name}_breaks") or []), *[""] * len(parts)]
+        return [
+            _Sequence(ids, token_texts(ids, self.text_of), ["text"] * len(ids), mask, why)
+            for (ids, mask), why in zip(parts, reasons, strict=False)
+        ]
+
+    def _shown(self, sequence: _Sequence, i: int, side: list, shared: int) -> dict[str, Any]:
+        ids, mask = sequence.ids, sequence.mask
+        kinds = token_kinds(mask, turn_ends(ids[: len(mask)], mask, self.specials), shared)
+        kinds += ["cut off"] * (len(ids) - len(mask))
+        numbers = [KINDS.index(kind) for kind in kinds]
+        tokens = list(map(list, zip(sequence.texts, ids, sequence.roles, numbers, strict=True)))
+        return {"title": sequence_title(i + 1, len(side), sequence.why), "shared": shared, "tokens": tokens}
+
+
+def _set_trained(sequences: list[_Sequence], kept: dict[str, Any], name: str) -> bool:
+    """Gives rendered sequences the masks that are trained on; what was cut off has none, be it a whole sequence.
+    False where those that are trained on are not among them."""
+    lengths = sequence_lengths(kept, name)
+    columns = (split(kept[f"{name}_{field}"], lengths) for field in ("ids", "mask"))
+    trained = list(zip(*columns, strict=True))
+    for sequence in sequences:
+        whole = bool(trained) and sequence.ids[: len(trained[0][0])] == trained[0][0]
+        sequence.mask = trained.pop(0)[1] if whole else []
+    return not trained

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 BETWEEN_LINES_S = 5  # between lines of text, in a file or a pipe
+COUNTS = {"num_tokens": "tokens_per_second", "num_distinct_tokens": "distinct_tokens_per_second"}  # log -> its speed
 TEXT_WIDTH = 74  # characters of the line beside the bar
 SHOWN = (("loss", "loss", ".4f"), ("accuracy", "rewards/accuracies", ".2f"), ("margin", "rewards/margins", ".3f"))
 
@@ -23,24 +24,26 @@ def peak_memory_gb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def _counts(logs: dict) -> dict[str, int]:
+    return {name: logs[name] for name in COUNTS if name in logs}
+
+
 class StepTimer(TrainerCallback):
     """Seconds from the beginning to the end of each optimizer step: training alone, no evaluation, no saving. Adds
-    tokens_per_second (of all processes, since the last log) and peak_memory_gb (of this one) to training's logs."""
+    tokens_per_second and distinct_tokens_per_second (of all processes, since the last log) and peak_memory_gb (of this
+    one) to training's logs."""
 
     def __init__(self):
         self.seconds, self.steps, self._began = 0.0, 0, None
         self._first_end = self._first_seconds = 0.0
-        self._logged = (0.0, 0)  # seconds and tokens up to the last log; None where the tokens' seconds are not known
+        # Seconds and COUNTS up to the last log; None where the seconds of the tokens are not known.
+        self._logged: tuple[float, dict[str, int]] | None = (0.0, dict.fromkeys(COUNTS, 0))
 
     def on_train_begin(self, args, state, control, **kwargs):
         """After a resume num_tokens continues from the checkpoint, and the seconds start from 0."""
         if state.global_step:
-            logged = [
-                log["num_tokens"]
-                for log in state.log_history
-                if "num_tokens" in log and log["step"] == state.global_step
-            ]
-            self._logged = (self.seconds, logged[-1]) if logged else None
+            logged = [log for log in state.log_history if "num_tokens" in log and log["step"] == state.global_step]
+            self._logged = (self.seconds, _counts(logged[-1])) if logged else None
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -56,9 +59,11 @@ class StepTimer(TrainerCallback):
             return
         metrics = {"peak_memory_gb": peak_memory_gb(args.device)}
         if self._logged and self.seconds > self._logged[0]:
-            seconds, tokens = self._logged
-            metrics["tokens_per_second"] = (logs["num_tokens"] - tokens) / (self.seconds - seconds)
-        self._logged = (self.seconds, logs["num_tokens"])
+            seconds, earlier = self._logged
+            for name, count in _counts(logs).items():
+                if name in earlier:
+                    metrics[COUNTS[name]] = (count - earlier[name]) / (self.seconds - seconds)
+        self._logged = (self.seconds, _counts(logs))
         logs.update(metrics)  # what trackers are given
         state.log_history[-1].update(metrics)
 

@@ -121,6 +121,8 @@ ROUNDING = (
     "pad_to_multiple_of",
     "versions",
 )
+# What runs from before a key did, where that is not its default.
+BEFORE = {"group_pairs": False}
 # Only their product counts, together with the number of processes.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
@@ -198,7 +200,7 @@ def differences(then: dict, now: dict) -> tuple[list[str], list[str]]:
 def _changed(then: dict, now: dict) -> Iterator[tuple[str, Any, Any]]:
     old_keys = then.get("keys", {})
     for key, new in now["keys"].items():
-        old = old_keys.get(key, _default(key)) if key in FIELDS else old_keys.get(key)
+        old = old_keys.get(key, BEFORE.get(key, _default(key))) if key in FIELDS else old_keys.get(key)
         if json.dumps(old, default=str) != json.dumps(new, default=str):
             yield key, old, new
     for name in ("processes", "zero_stage"):

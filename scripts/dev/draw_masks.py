@@ -11,7 +11,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from mdpo.console import say
-from mdpo.reporting.token_view import COLORS, CONTEXT, END, SHARED, SUPERVISED, VISIBLE, token_kinds, training_pairs
+from mdpo.reporting.token_view import COLORS, CONTEXT, END, SHARED, SUPERVISED, VISIBLE, sequence_views, training_pairs
 from mdpo.runs.entrypoint import run
 from mdpo.types import SIDES
 
@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
 
 
 def first_suitable(pairs) -> dict:
-    return next(pair for pair in pairs if all(len(pair[name]["ends"]) > 1 for name in SIDES))
+    """The first pair with several turns on both sides, each of one sequence."""
+    sides = ((pair, [pair[name] for name in SIDES]) for pair in pairs)
+    return next(pair for pair, both in sides if all(len(s["ends"]) > 1 and len(s["lengths"]) == 1 for s in both))
 
 
 def draw(pair: dict) -> str:
@@ -77,9 +79,9 @@ def draw(pair: dict) -> str:
 
 def turns(pair: dict, name: str) -> list[list[tuple[str, str, bool]]]:
     """(text, kind, whether it is in the shared prefix) of each token, turn by turn."""
-    texts, kinds = pair[name]["tokens"], token_kinds(pair[name], pair["shared_len"])
-    tokens = [(text, kind, t < pair["shared_len"]) for t, (text, kind) in enumerate(zip(texts, kinds, strict=True))]
-    starts = [t for t, text in enumerate(texts) if text == TURN_OPENS]
+    [view] = sequence_views(pair[name])
+    tokens = [(text, kind, t < view.shared) for t, (text, kind) in enumerate(zip(view.tokens, view.kinds, strict=True))]
+    starts = [t for t, text in enumerate(view.tokens) if text == TURN_OPENS]
     return [tokens[a:b] for a, b in pairwise([*starts, len(tokens)])]
 
 

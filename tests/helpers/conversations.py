@@ -72,20 +72,16 @@ THINK = "<think>\nTea.\n</think>\n\n"
 EMPTY = "<think>\n\n</think>\n\n"
 ALL_SAMPLED = [("", THINK + "Yes."), ("", THINK + "No.")]
 OPENED = ("<think>\n", "Tea.\n</think>\n\nNo.")  # the generation prompt opens the block
-THINKING = {  # both turns have reasoning in their content; several templates remove it from earlier turns
-    "qwen3": [("", "Yes."), ("", THINK + "No.")],
-    "qwen3_5_think": [("", "Yes."), OPENED],
-    "qwen3_5_nothink": [("", "Yes."), OPENED],
-    "qwen3_6": [("", "Yes."), OPENED],
-    "qwen3_8": [(EMPTY, THINK + "Yes."), (EMPTY, THINK + "No.")],  # it reads reasoning from a field of its own
-    "deepseekv3": [("", "\n\nYes."), ("", "\n\nNo.")],
-    "deepseek_r1_distill": [("", "\n\nYes."), ("", "\n\nNo.")],
-    "glm4moe": [("\n<think></think>", "\nYes."), ("", "\n<think>Tea.</think>\nNo.")],
-    "nemotron_3_nano": [("<think></think>", "\n\nYes."), OPENED],
-    "nemotron_3_ultra": [("<think></think>", "\n\nYes."), OPENED],
-    "lfm2_2_5": [("", "Yes."), ("", THINK + "No.")],
+OPENED_YES = ("<think>\n", "Tea.\n</think>\n\nYes.")
+THINKING = {  # both turns have reasoning in their content; each is sampled with it, whatever history makes of it
+    **dict.fromkeys(["qwen3_5_think", "qwen3_6", "nemotron_3_nano", "nemotron_3_ultra"], [OPENED_YES, OPENED]),
+    **dict.fromkeys(["deepseekv3", "deepseek_r1_distill"], [OPENED_YES, OPENED]),
+    "qwen3_8": [OPENED_YES, OPENED],  # it reads reasoning from a field of its own
+    "glm4moe": [("", "\n<think>Tea.</think>\nYes."), ("", "\n<think>Tea.</think>\nNo.")],
     **dict.fromkeys(["qwen2_5", "qwen3_instruct_2507", "llama3", "phi3", "gemma", "cohere", "lfm2"], ALL_SAMPLED),
+    **dict.fromkeys(["qwen3", "lfm2_2_5"], ALL_SAMPLED),
 }
+SEVERAL = {*THINKING} - {"qwen2_5", "qwen3_instruct_2507", "llama3", "phi3", "gemma", "cohere", "lfm2"}  # sequences
 REASONING = {  # one turn, reasoning in a field of its own
     "qwen2_5": ("", "No."),
     "qwen3": ("", THINK + "No."),
@@ -97,7 +93,6 @@ REASONING = {  # one turn, reasoning in a field of its own
     "lfm2_2_5": ("", "<think>Tea.</think>No."),
     "gptoss": ("", "<|channel|>analysis<|message|>Tea.<|end|><|start|>assistant<|channel|>final<|message|>No."),
     "muse_glimmer": ("", " to=self<|message|>Tea.<|eom|><|start|>assistant to=user<|message|>No."),
-    "gemma4": ("", "No."),  # shown with tool calls only
     "gemma4_v5": ("", "<|channel>thought\nTea.\n<channel|>No."),
 }
 JSON_CALL = hermes_call("", [WEATHER])

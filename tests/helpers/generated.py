@@ -12,15 +12,16 @@ from conversations import EXCLUDED, TOOLS, assistant, tool, user
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mask_checks import byte_level_tokens, byte_ranges
-from segments import SETTINGS, as_stop, assistant_text, expected_segments, native
+from segments import SETTINGS, as_stop, assistant_text, in_one, native, plain_turns, turns_alone
 from templates import ROWS
 from tokenizers import normalizers
 
 from mdpo.errors import DropPair
-from mdpo.masking.loss_mask import NO_STOP, tokenize_pair
+from mdpo.masking.loss_mask import tokenize_pair
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE
+from mdpo.masking.sequences import NO_STOP
 from mdpo.masking.spans import STRADDLE
-from mdpo.types import Pair
+from mdpo.types import SIDES, Pair, sequence_lengths, split, turn_begins
 
 KEYS = {LEFT_OUT, "template refuses the conversation", NOT_DERIVABLE, NO_STOP, STRADDLE, "a turn without words"}
 KEYS |= {"chosen equals rejected", "diverges only in user or tool text", "no assistant turn"}
@@ -136,23 +137,26 @@ def thinking(name: str, messages, i: int) -> tuple[str, str] | None:
     return "", f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant{plain}"
 
 
-def segments_of(name: str, messages, text: str):
-    """[(text, supervised)] of a side, whose concatenation is the template's text."""
+def thoughts_by_turn(name: str, messages) -> list[tuple[str, str] | None]:
+    """`thinking` of each assistant message as the last one."""
+    return [thinking(name, messages[: i + 1], i) for i, m in enumerate(messages) if m["role"] == "assistant"]
+
+
+def whole_segments(name: str, messages, alone, render):
+    """The segments of the whole text where it holds each turn as it was sampled, else None."""
+    assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    kept = [thinking(name, messages, i) for i in assistants]
+    if any(k is None and t for k, t in zip(kept, thoughts_by_turn(name, messages), strict=True)):
+        return None
     bare = [m for m in messages if m["role"] != "system"]
-    row, written = ROWS[name], []
-    last_user = max(k for k, m in enumerate(bare) if m["role"] == "user")
-    for i, message in enumerate(bare):
-        if message["role"] == "assistant":
-            following = bare[i + 1]["role"] if i + 1 < len(bare) else None
-            has_block = {"always": True, "last": following is None, "query": i > last_user}[row.has_block]
-            plain = (row.block * has_block, assistant_text(row, message, following)[0])
-            written.append(thinking(name, bare, i) or plain)
-    return expected_segments(row, messages, text, written)
+    return in_one(ROWS[name], messages, render(messages), alone, render, plain_turns(ROWS[name], bare, kept))
 
 
 def ours(name: str, template, pair: Pair):
-    tokenized = tokenize_pair(pair, template, SETTINGS)
-    return [(tokenized.chosen_ids, tokenized.chosen_mask), (tokenized.rejected_ids, tokenized.rejected_mask)]
+    """Of both sides the (ids, mask) of each sequence."""
+    got = vars(tokenize_pair(pair, template, SETTINGS))
+    parts = [[split(got[f"{s}_{x}"], sequence_lengths(got, s)) for x in ("ids", "mask")] for s in SIDES]
+    return [list(zip(*part, strict=True)) for part in parts]
 
 
 def normal(tokenizer, text: str) -> str:
@@ -164,21 +168,56 @@ def normal(tokenizer, text: str) -> str:
 def holds(name: str, template, pair: Pair, make_masks=ours) -> bool:
     """The property of one pair; `template` is a ChatTemplate of the named one. False where a character is composed over
     a turn's edge, which belongs to neither side. Raises DropPair where the pair is dropped."""
-    tokenizer = template.tokenizer
+    tokenizer, row = template.tokenizer, ROWS[name]
     sides = make_masks(name, template, pair)
-    for messages, (ids, mask) in zip((pair.chosen, pair.rejected), sides, strict=True):
-        text = tokenizer.apply_chat_template(native(name, messages), tools=pair.tools, tokenize=False)
-        segments = segments_of(name, messages, text)
-        assert "".join(part for part, _ in segments) == text
-        segments, text = [(normal(tokenizer, part), flag) for part, flag in segments], normal(tokenizer, text)
-        if "".join(part for part, _ in segments) != text:
-            return False
-        flags = b"".join(bytes([flag]) * len(part.encode()) for part, flag in segments)
-        for (start, end), supervised in zip(byte_ranges(tokenizer, ids, text), mask, strict=True):
-            assert flags[start:end] == bytes([supervised]) * (end - start)
-        supervised_text = "".join(part for part, supervised in segments if supervised)
-        if byte_level_tokens(tokenizer):  # a Metaspace decoder drops a space at the start
-            assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == supervised_text
+
+    def render(messages, **more):
+        return tokenizer.apply_chat_template(native(name, messages), tools=pair.tools, tokenize=False, **more)
+
+    for messages, sequences in zip((pair.chosen, pair.rejected), sides, strict=True):
+        alone = turns_alone(row, messages, render, thoughts_by_turn(name, messages))
+        segments = whole_segments(name, messages, alone, render)
+        done, before = 0, None
+        for ids, mask in sequences:
+            turns = int(turn_begins(mask).sum())
+            expected = segments if segments and turns == len(alone) else joined(alone[done : done + turns])
+            if before:  # no sequence begins but where it has to
+                context = tokenizer(alone[done][0], add_special_tokens=False)["input_ids"]
+                assert context[: len(before)] != before
+            done, before = done + turns, ids
+            if not matches(tokenizer, ids, mask, expected):
+                return False
+        assert done == len(alone)
+    return True
+
+
+def joined(turns) -> list[tuple[str, bool]]:
+    """The segments of turns of which one is what the next one's context begins with."""
+    segments: list[tuple[str, bool]] = []
+    for context, sampled in turns:
+        before = "".join(part for part, _ in segments)
+        assert context.startswith(before)
+        segments += [(context[len(before) :], False), (sampled, True)]
+    return segments
+
+
+def matches(tokenizer, ids, mask, segments) -> bool:
+    """Asserts that the supervised tokens are those of the segments' supervised text. False where a character is
+    composed over an edge."""
+    plain = "".join(part for part, _ in segments)
+    segments = [(normal(tokenizer, part), flag) for part, flag in segments]
+    if "".join(part for part, _ in segments) != normal(tokenizer, plain):
+        return False
+    *_, last = (k for k, (_, supervised) in enumerate(segments) if supervised)
+    if not mask or mask[-1]:  # what is behind the last turn is left out where turns are made one by one
+        segments = segments[: last + 1]
+    text = "".join(part for part, _ in segments)
+    flags = b"".join(bytes([flag]) * len(part.encode()) for part, flag in segments)
+    for (start, end), supervised in zip(byte_ranges(tokenizer, ids, text), mask, strict=True):
+        assert flags[start:end] == bytes([supervised]) * (end - start)
+    supervised_text = "".join(part for part, supervised in segments if supervised)
+    if byte_level_tokens(tokenizer):  # a Metaspace decoder drops a space at the start
+        assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == supervised_text
     return True
 
 

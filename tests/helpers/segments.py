@@ -1,13 +1,13 @@
 """Conversations that break naive masks, and the mask that a row of the tables (templates.py) gives of each."""
 
 import re
-from functools import partial
 
 from conversations import CLOCK, SYSTEM, WEATHER, assistant, one_call, pair_of, text_turns, tool, user
 from mask_checks import byte_ranges
 from templates import ROWS, as_json
 
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.types import sequence_lengths
 
 SETTINGS = RenderSettings(max_length=None)
 NUMBERS = ("get_weather", {"days": 3, "hourly": True, "box": [1, 2]})  # no string to put a sentinel around
@@ -149,28 +149,133 @@ def as_text(tokenizer, ids, mask):
     return [tokenizer.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
 
 
+THINK_BLOCK = re.compile(r"\s*(<think>)?\s*</think>\s*")  # what a template may write of no thoughts
+
+
+def in_its_context(context, prompt, row):
+    """Whether the text before a turn without thoughts is what the model was given: but for a think block, and for a
+    header that is not in every prompt."""
+    behind = context[len(prompt) :] if context.startswith(prompt) else None
+    shut = prompt.removesuffix("<think>\n")  # a turn without thoughts leaves the block out, or closes it
+    rest = context[len(shut) :] if shut != prompt and context.startswith(shut) else None
+    return (
+        context == prompt
+        or behind == row.header
+        or any(part is not None and (part == "" or THINK_BLOCK.fullmatch(part)) for part in (behind, rest))
+    )
+
+
+def turns_alone(row, messages, render, turns=None):
+    """[(context, sampled)] of each assistant message: what the model was given, and what it sampled, its stop behind
+    it. `turns` as in `expected_sequences`; None in it for what the table says."""
+    role = [m["role"] for m in messages]
+    alone = []
+    for n, i in enumerate([i for i, r in enumerate(role) if r == "assistant"]):
+        prompt, up_to = render(messages[:i], add_generation_prompt=True), messages[: i + 1]
+        stop = ends(row, messages[i], None)
+        added = "" if stop else ends(row, messages[i], (*role, None)[i + 1], known=True)
+        if turns and turns[n]:
+            supplied, sampled = turns[n]
+            context = prompt if prompt.endswith(supplied) else prompt.removesuffix("<think>\n") + supplied
+            alone.append((context, sampled + stop + added))
+            continue
+        written = [*turns[:n], None] if turns else None
+        parts = expected_segments(row, up_to, render(up_to), plain_turns(row, up_to, written))
+        assert written or "".join(part for part, _ in parts) == render(up_to)
+        last = max(k for k, (_, supervised) in enumerate(parts) if supervised)
+        behind = "".join(part for part, _ in parts[last + 1 :])
+        assert render(up_to).endswith(parts[last][0] + behind)
+        context = render(up_to)[: -len(parts[last][0] + behind)]
+        assert in_its_context(context, prompt, row), (context, prompt)
+        alone.append((context, parts[last][0] + added))
+    return alone
+
+
+def plain_turns(row, messages, turns):
+    """`turns` with what the table says in place of None."""
+    if turns is None:
+        return None
+    found, roles = [], [m["role"] for m in messages]
+    last_user = max(i for i, role in enumerate(roles) if role == "user")
+    for turn, i in zip(turns, [i for i, role in enumerate(roles) if role == "assistant"], strict=True):
+        following = (*roles, None)[i + 1]
+        has_block = {"always": True, "last": following is None, "query": i > last_user}[row.has_block]
+        found.append(turn or (row.block * has_block, assistant_text(row, messages[i], following)[0]))
+    return found
+
+
+def expected_sequences(row, messages, render, turns=None):
+    """[[(text, supervised)]]: one list of segments where the text of the whole conversation has each turn behind what
+    the model was given for it, and ends it as the text does in which it is the last one; else one for each turn, those
+    joined of which one is what the next one begins with. `turns`, where given, has for each assistant message what the
+    generation prompt supplies, or the template writes, of its think block, and what the policy samples behind it."""
+    whole, alone = render(messages), turns_alone(row, messages, render, turns)
+    if not turns and (segments := in_one(row, messages, whole, alone, render)):
+        return [segments]
+    sequences = []
+    for context, sampled in alone:
+        before = "".join(part for part, _ in sequences[-1]) if sequences else None
+        if before and context.startswith(before):
+            sequences[-1] += [(context[len(before) :], 0), (sampled, 1)]
+        else:
+            sequences.append([(context, 0), (sampled, 1)])
+    text = "".join(part for part, _ in sequences[-1])
+    if len(sequences) == 1 and whole.startswith(text):
+        sequences[0].append((whole[len(text) :], 0))
+    return sequences
+
+
+def in_one(row, messages, whole, alone, render, turns=None):
+    """The segments of the whole text, if that holds each turn as it was sampled."""
+    segments = expected_segments(row, messages, whole, turns)
+    assert "".join(part for part, _ in segments) == whole
+    places = [n for n, (_, supervised) in enumerate(segments) if supervised]
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for i, place, (_, sampled) in zip(trained, places, alone, strict=True):
+        before = "".join(part for part, _ in segments[:place])
+        if not in_its_context(before, render(messages[:i], add_generation_prompt=True), row):
+            return None
+        if segments[place][0] != sampled and i != len(messages) - 1:
+            return None
+    return [*segments[: places[-1]], (alone[-1][1], 1), *segments[places[-1] + 1 :]]
+
+
+def ends(row, message, next_role, known=False):
+    """The stop of a turn in front of a role; with `known` of one that would be, where none follows."""
+    stop = row.stop if not message.get("tool_calls") or row.tools.stop is None else row.tools.stop
+    if isinstance(stop, str):
+        return stop
+    return stop[("tool" if message.get("tool_calls") else "user") if known and next_role is None else next_role]
+
+
 def check(name, templates, messages, tools=None, row=None, turns=None):
-    """The chosen side's ids are the template's own, and its mask is that of the expected segments. `templates` are the
-    same one with different tokenizers."""
-    segments = None
+    """The chosen side's sequences are those expected: their ids the tokenizer's own, and the masks those of the
+    segments. `templates` are the same one with different tokenizers."""
+    sequences = None
     for template in templates if isinstance(templates, list) else [templates]:
         tokenizer = template.tokenizer
         kwargs = {k: v for k, v in template.kwargs.items() if k != "strftime_now"}  # today, as without it
-        render = partial(tokenizer.apply_chat_template, native(name, messages), tools=tools, **kwargs)
-        if segments is None:
-            text = render(tokenize=False)
-            segments = expected_segments(row or ROWS[name], messages, text, turns)
-            assert "".join(part for part, _ in segments) == text
-        ids = render(return_dict=False)
-        mask = mask_of(tokenizer, ids, segments)
-        assert None not in mask, "a token straddles two segments: choose another text"
+
+        def render(messages, tokenizer=tokenizer, kwargs=kwargs, **more):
+            return tokenizer.apply_chat_template(native(name, messages), tools=tools, tokenize=False, **kwargs, **more)
+
+        if sequences is None:
+            sequences = expected_sequences(row or ROWS[name], messages, render, turns)
+        texts = ["".join(part for part, _ in segments) for segments in sequences]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        masks = [mask_of(tokenizer, *pair) for pair in zip(ids, sequences, strict=True)]
+        assert not any(None in mask for mask in masks), "a token straddles two segments: choose another text"
         tokenized = tokenize_pair(pair_of(messages, tools=tools), template, SETTINGS)
-        assert tokenized.chosen_ids == ids
+        whole, mask = sum(ids, []), sum(masks, [])
+        assert tokenizer.decode(tokenized.chosen_ids) == tokenizer.decode(whole)
+        assert tokenized.chosen_ids == whole
+        assert sequence_lengths(vars(tokenized), "chosen") == [len(x) for x in ids]
         if tokenized.chosen_mask != mask:
-            assert as_text(tokenizer, ids, tokenized.chosen_mask) == as_text(tokenizer, ids, mask), (
+            assert as_text(tokenizer, whole, tokenized.chosen_mask) == as_text(tokenizer, whole, mask), (
                 tokenizer.name_or_path
             )
         assert tokenized.chosen_mask == mask
+    return len(sequences)
 
 
 def searched(text, header, stop):

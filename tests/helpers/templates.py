@@ -106,7 +106,8 @@ def llama_call(content, calls):
 
 def gptoss_call(content, calls):
     [(name, args)] = calls
-    return f" to=functions.{name}<|channel|>commentary json<|message|>{as_json(args)}"
+    said = f"<|channel|>analysis<|message|>{content}<|end|><|start|>assistant" if content else ""
+    return f"{said} to=functions.{name}<|channel|>commentary json<|message|>{as_json(args)}"
 
 
 def muse_call(content, calls):

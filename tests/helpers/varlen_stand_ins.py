@@ -4,7 +4,7 @@ import torch
 
 
 def slow_varlen(q, k, v, q_begins, k_begins, scale, window, softcap=0.0):
-    """What varlen kernels compute, token by token: segments' queries are the last ones of their keys; a query sees
+    """What varlen kernels compute, token by token: runs' queries are the last ones of their keys; a query sees
     `window[0]` keys before itself, all where that is −1."""
     out = []
     for (a, b), (c, d) in zip(*(zip(x[:-1].tolist(), x[1:].tolist(), strict=True) for x in (q_begins, k_begins)),

@@ -1,6 +1,6 @@
 """Run by test_launch.py on two ranks: ZeRO-3, no persistent parameters, rank 1 scores no token at all. Counts how
 often the LM head's weight is gathered, and prints loss and gradient norms. Then packed rows and compiled modules
-against padded rows and plain modules in one process. Argument: an output file."""
+under ZeRO-2 and ZeRO-3 against padded rows and plain modules in one process. Argument: an output file."""
 
 import json
 import sys
@@ -34,6 +34,9 @@ CONFIG = {
 }
 
 
+VARIANTS = [(3, False), (3, True), (2, False), (2, True)]  # stage, bfloat16
+
+
 def pair(n: int) -> dict:
     """A pair of 40 tokens a side of which the last `n` are supervised."""
     ids = [(7 * i) % 90 + 5 for i in range(40)]
@@ -41,22 +44,29 @@ def pair(n: int) -> dict:
     return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": ids[::-1], "rejected_mask": mask}
 
 
-def branching(n: int, length: int) -> dict:
-    """A pair that shares `n` tokens, of `length` a side; on rank 1 (n = 0, length 12) it is a short one."""
+def branching(n: int, length: int, again: int = 0) -> dict:
+    """A pair that shares `n` tokens, of `length` a side; on rank 1 (n = 0, length 12) it is a short one. Chosen has a
+    second sequence, its first `again` tokens and six others, if that is not 0."""
     ids = [(7 * i) % 90 + 5 for i in range(length)]
     rejected = ids[:n] + [(t + 3) % 90 + 5 for t in ids[n:]]
     mask = [0] + [1] * (length - 1)
-    return {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": rejected, "rejected_mask": mask, "shared_len": n}
+    row = {"chosen_ids": ids, "chosen_mask": mask, "rejected_ids": rejected, "rejected_mask": mask}
+    if again:
+        second = ids[:again] + [4] * 6
+        row |= {"chosen_ids": ids + second, "chosen_mask": mask + [0] * again + [1] * 6}
+        row["chosen_lengths"] = [length, len(second)]
+    return row
 
 
-def packed_and_fused(rank: int) -> dict[str, float]:
-    """The largest difference of a gradient under ZeRO-3 from one process's, relative to its norm."""
+def packed_and_fused(rank: int, stage: int, half: bool) -> dict[str, float]:
+    """The largest difference of a gradient under ZeRO from one process's in float32, relative to its norm."""
     mdpo.forward.compiled_ops.MIN_WIDTH = 1
-    rows = [branching(25, 40), branching(0, 12)]
+    rows = [branching(25, 40, again=12), branching(0, 12)]
     model = tiny_llama(tokenizer_for(CHATML))
     fused = fuse(model, torch.device("cpu"))
     enable_scoring(model, fused[0])
-    engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+    config = {**CONFIG, "zero_optimization": {**CONFIG["zero_optimization"], "stage": stage}, "bf16": {"enabled": half}}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
     batch = PackedCollator()([rows[rank]])
     engine.backward(-score_tokens(engine, batch).logps.sum())
     plain = tiny_llama(tokenizer_for(CHATML))
@@ -106,7 +116,7 @@ def main(argv: list[str]) -> None:
         engine.step()
     everyone = [None, None]
     setattr(PartitionedParameterCoordinator, name, gather)
-    dist.all_gather_object(everyone, {"steps": steps, "packed": packed_and_fused(rank)})
+    dist.all_gather_object(everyone, {"steps": steps, "packed": [packed_and_fused(rank, *x) for x in VARIANTS]})
     if rank == 0:
         with open(out, "w", encoding="utf-8") as file:
             json.dump(everyone, file)

@@ -89,7 +89,7 @@ def test_held_out_figures_are_those_of_the_run(name, workshop, monkeypatch, caps
     [figures] = shown
     printed = capsys.readouterr().out
     for part in ("train", "eval"):  # what the run had scored with the reference is found again
-        assert (f"reference log-probs of {part}: 12 of 12 from" in printed) == ("precomputed" in name)
+        assert (f"reference log-probs of {part}: 24 of 24 sequences from" in printed) == ("precomputed" in name)
     assert list(figures) == ["1", "2", "3", "all"] and [f["pairs"] for f in figures.values()] == [4, 4, 4, 12]
     wanted = {"pairs": "pairs", "accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss": "loss"}
     for ours, theirs in wanted.items():

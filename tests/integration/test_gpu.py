@@ -1,11 +1,11 @@
-"""What only a GPU can show: kernels against attention by segment, half precision packed against padded, compiled
+"""What only a GPU can show: kernels against attention by run, half precision packed against padded, compiled
 modules and the head's float32 sums, and ln 2 where nothing is learned. `bash benchmarks/gpu_check.sh` runs them."""
 
 import math
 
 import pytest
 import torch
-from packed_pairs import AWKWARD, FAMILIES, Alone, batches, loss_and_gradients, tiny
+from packed_pairs import AWKWARD, EVERYTHING, FAMILIES, Alone, batches, loss_and_gradients, tiny
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from trainers import trainer_of
 
@@ -15,9 +15,10 @@ from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
 from mdpo.forward.collators import PackedCollator
 from mdpo.forward.compiled_ops import fuse
+from mdpo.forward.forest import Forest
 from mdpo.forward.layout import Layout
 from mdpo.forward.lm_head import adds_in_float32, plus_product
-from mdpo.forward.packed_attention import Segments, packed_attention
+from mdpo.forward.packed_attention import packed_attention
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.forward.varlen import flash_attn, kernels
 
@@ -32,17 +33,19 @@ class OnGpu(Alone):
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("size", [64, 128])
-def test_kernels_equal_attention_by_segment(window, softcap, size, monkeypatch):
+def test_kernels_equal_attention_by_run(window, softcap, size, monkeypatch):
     """Values and gradients, bfloat16 against float32 of the same numbers."""
-    segments = Segments([[130, 70, 95], [0, 40, 64], [1, 1, 12]])
-    generator, n = torch.Generator().manual_seed(0), sum(map(sum, segments.lengths))
+    # A pair of prefix 130, two trees, a branch on a branch, then eight short branches of one prompt
+    runs = [[200, -1], [95, 129], [30, 250], [40, -1], [64, -1], [300, -1], *([5, 692] for _ in range(8))]
+    forest, generator = Forest(runs), torch.Generator().manual_seed(0)
+    n = sum(forest.sizes)
     q, k, v = (torch.randn(1, heads, n, size, generator=generator).to(GPU, torch.bfloat16) for heads in (8, 2, 2))
     upstream = torch.randn(1, n, 8, size, generator=generator).to(GPU)
 
     def attended(dtype, kernel):
         monkeypatch.setattr(mdpo.forward.packed_attention, "_varlen", lambda *_: kernel)
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        options = {"segments": segments, "sliding_window": window, "softcap": softcap}
+        options = {"forest": forest, "sliding_window": window, "softcap": softcap}
         out = packed_attention(torch.nn.Module(), *inputs, None, **options)[0]
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
@@ -58,7 +61,7 @@ def test_kernels_equal_attention_by_segment(window, softcap, size, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_and_padded_agree_in_bfloat16(family, capsys):
     model = tiny(family).to(GPU, torch.bfloat16)
-    packed, padded = (batch.to(GPU) for batch in batches(AWKWARD["seven"]))
+    packed, padded = (batch.to(GPU) for batch in batches(EVERYTHING))
     assert Layout(OnGpu, 0).fit(model, packed) is packed, capsys.readouterr().out
     found, wanted = (score_tokens(model, batch).logps for batch in (packed, padded))
     assert (found - wanted).norm() <= 5e-2 * wanted.norm()

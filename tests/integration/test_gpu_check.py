@@ -65,8 +65,8 @@ def test_a_model_that_fits(gpu_check):
 
 
 def test_flops_by_hand(gpu_check):
-    """One pair (2, 1, 1): chosen's 3 tokens see 1 + 2 + 3, rejected's one sees 3."""
+    """One pair, prefix 2, own tokens 1 and 1: chosen's 3 tokens see 1 + 2 + 3, rejected's one sees 3."""
     settings = gpu_check.config(0, 512)
-    packed = PairBatch(segments=[[2, 1, 1]], input_ids=torch.zeros(1, 4), logp_position=torch.zeros(2))
+    packed = PairBatch(runs=[[3, -1], [1, 1]], input_ids=torch.zeros(1, 4), logp_position=torch.zeros(2))
     layers = gpu_check.weights_of(settings)[0]
     assert gpu_check.step_flops(settings, packed) == 6 * (layers * 4 + 512 * 256 * 2 + 2 * (6 + 3) * 256 * 2)

@@ -18,7 +18,7 @@ QUESTION, ANSWER = "Which river runs through Lyon?", "The Rhone does.<|im_end|>"
 BRIEFLY = "Answer briefly."
 CALL = '<tool_call>{"name": "look_up", "arguments": {"query": "Which river runs through Lyon?"}}</tool_call><|im_end|>'
 SEARCH = "Thought: I look it up.\nAction: search[x]<|im_end|>"
-# name -> (supervised text, pieces of the context in order, what is said of the row: parts of remarks and unread fields)
+# name -> (supervised text, pieces of the context in order, parts of what is said: remarks, unread fields, breaks)
 KEPT = {
     "01_question_column": (ANSWER, [QUESTION], []),
     "02_alpaca_preference": (ANSWER, [QUESTION], []),
@@ -46,24 +46,26 @@ KEPT = {
         ["no chat template or turn masks", "words that both answers begin with are not supervised", "role marks"],
     ),
     "25_bare_tools_no_ids": (CALL + ANSWER, ["look_up: ", QUESTION, "tool\nThe Rhone does."], []),
+    "31_system_moves_with_the_last_user_turn": (ANSWER.replace("<|im_end|>", "<|endoftext|>"), [BRIEFLY, QUESTION], []),
     "32_thoughts_of_earlier_turns": (
-        f"{ANSWER}<think>\nSECONDTHOUGHT about it.\n</think>\n\nYes. {ANSWER}",
-        [QUESTION, "Are you sure?"],
-        ["thoughts that the template leaves out of trained turns"],
+        f"<think>\nFIRSTTHOUGHT about it.\n</think>\n\n{ANSWER}"
+        f"<think>\nSECONDTHOUGHT about it.\n</think>\n\nYes. {ANSWER}",
+        [QUESTION, QUESTION, "assistant\nThe Rhone does.", "Are you sure?"],
+        ["earlier thoughts left out by the template"],
     ),
     "33_reasoning_field_ignored": (ANSWER, [QUESTION], ["reasoning_content", "thoughts"]),
     "34_agent_thoughts_dropped": (
-        f"{CALL}<think>ANSWERTHOUGHT.</think>{ANSWER}",
+        f"<think>CALLTHOUGHT: look it up.</think>{CALL}<think>ANSWERTHOUGHT.</think>{ANSWER}",
         [QUESTION, "tool\nThe Rhone does."],
-        ["thoughts that the template leaves out of trained turns"],
+        [],
     ),
-    "35_last_turn_without_its_end": (
-        "Let me see.<|im_end|>The Rhone does.",
-        [QUESTION, "Go on."],
-        ["a last turn that the template writes no end of"],
+    "35_last_turn_without_its_end": (f"Let me see.<|im_end|>{ANSWER}", [QUESTION, "Go on."], []),
+    "36_line_break_before_the_header": (CALL + ANSWER, [QUESTION, "tool\nThe Rhone does.<|im_end|><|im_start|>"], []),
+    "40_thoughts_of_the_last_turn_too": (
+        f"LONGTHOUGHT about it, step by step.\n</think>\n\nSo: {ANSWER}",
+        [QUESTION, "<think>\n"],
+        [],
     ),
-    "36_line_break_before_the_header": (CALL + ANSWER, [QUESTION, "tool\nThe Rhone does."], ["other white space"]),
-    "40_thoughts_of_the_last_turn_too": ("So: " + ANSWER, [QUESTION], ["thoughts that the template leaves out"]),
 }
 # name -> parts of the reason
 DROPPED = {
@@ -71,7 +73,6 @@ DROPPED = {
     "15_responses_items": ["tool call", "message 2"],
     "18_simulated_user": ["message 2", "allow_different_prompts: true"],
     "22_empty_assistant_turn": ["chosen, message 2", "empty assistant turn"],
-    "31_system_moves_with_the_last_user_turn": ["system text", "message 1"],
     "38_text_beside_a_call": ["text beside a tool call", "message 2", "another chat_template"],
     "42_thought_without_an_answer": ["message 2", "thoughts alone"],
 }
@@ -107,7 +108,7 @@ def test_what_is_right_is_trained_on(name):
     for number in (0, 1):
         out, tokenizer = read(name, number)
         assert out["drop_reason"] == ""
-        told = "\n".join([*out["remarks"], *out["unread"]])
+        told = "\n".join([*out["remarks"], *out["unread"], *out["chosen_breaks"]])
         assert all(words in told for words in said), told
         if number == 0:
             assert text_of(out, tokenizer, 1) == supervised

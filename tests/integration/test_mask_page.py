@@ -4,14 +4,33 @@ import json
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
 import show_masks
 from browser import BROWSER, QUIET
+from several_sequences import (
+    LENGTHS,
+    PIECES,
+    PROMPT,
+    REWRITTEN,
+    SHARED,
+    THOUGHTS,
+    letters,
+    tokenized_row,
+    tokens_of,
+)
 from tiny import CHATML, agent_rows, tokenizer_for
 
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.masking.spans import tokenize
+from mdpo.reporting import mask_page
+from mdpo.reporting.mask_page import KINDS, Explainer, RenderedSequence, page_text
+from mdpo.reporting.token_view import END, SUPERVISED
+from mdpo.reporting.token_view import SHARED as DIMMED
 from mdpo.runs.entrypoint import run
+from mdpo.types import SIDES
 
 U = {"role": "user", "content": "</script><script>document.title='broken'</script> <!-- <b>Two?</b> & <|im_end|>\n12"}
 A = [{"role": "assistant", "content": text} for text in ("It is <i>2</i> & so.\n\nDone", "  three 🎉 ")]
@@ -26,11 +45,11 @@ BAD = [
 
 class Page(HTMLParser):
     """The cards of a page after its script has run: {"key", "reason", "hidden", "chosen", "rejected"}, the sides as
-    lists of (text, classes, title)."""
+    lists of (text, classes, title), and "sequences", the headings of both sides, where there are some."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.cards, self.side, self.token = [], None, None
+        self.cards, self.side, self.heading = [], None, False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -43,9 +62,19 @@ class Page(HTMLParser):
         elif tag == "span" and "t" in classes and self.side is not None:
             self.side.append((attrs["data-text"], classes, attrs["title"]))
 
+        elif tag == "h4":
+            self.heading = True
+
     def handle_endtag(self, tag):
         if tag == "section":
             self.side = None
+        if tag == "h4":
+            self.heading = False
+            self.cards[-1].setdefault("sequences", []).append("")
+
+    def handle_data(self, data):
+        if self.heading:
+            self.cards[-1].setdefault("sequences", [""])[-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +154,133 @@ def test_dropped_rows_are_there_and_the_filter_shows_them_alone(page):
     assert [card["key"].rpartition(":")[2] for card in filtered.cards if not card["hidden"]] == ["7"]
     [long] = [card for card in filtered.cards if not card["hidden"]]
     assert sum(1 for _, classes, _ in long["rejected"] if {"k2", "k3"} & set(classes)) > 0  # what would be supervised
+
+
+# ---- sides of several sequences
+
+SAID = {"chosen": ("<think>sum</think>12", "Yes."), "rejected": ("<think>sum</think>13", "No.")}
+ROW = {
+    "key": "a.jsonl:1",
+    **{side: [{"role": ("user", "assistant")[i % 2], "content": text}
+              for i, text in enumerate(("3*4?", said[0], "Sure?", said[1]))] for side, said in SAID.items()},
+}  # fmt: skip
+
+
+def two_sequences(messages, pair, template, turn_weights=()):
+    """What masking makes of ROW where earlier thoughts are left out; contents by hand."""
+    side = next(side for side in SIDES if ROW[side][1]["content"] == messages[1]["content"])
+    answer = SAID[side][0][-2:]
+    contents = [[("3*4?", 0), (SAID[side][0], 1)], [("3*4?", 0), (answer, 1), ("Sure?", 2), (SAID[side][1], 3)]]
+    out = []
+    for pieces, placed in zip(PIECES[side], contents, strict=True):
+        text = "".join(piece for piece, _ in pieces)
+        (ids, mask), (_, ranges) = tokens_of(pieces, template.tokenizer), tokenize(text, template.tokenizer)
+        places = [(text.index(content), text.index(content) + len(content), i) for content, i in placed]
+        out.append(RenderedSequence(text, ids, ranges, mask, places, THOUGHTS if out else ""))
+    return out
+
+
+@pytest.fixture
+def explain(monkeypatch):
+    monkeypatch.setattr(mask_page, "side_sequences", two_sequences)
+    return Explainer(letters(), RenderSettings(None))
+
+
+def shown_texts(sequence, what, column):
+    """Text of the tokens whose role (column 2) or kind (3) is `what`."""
+    return "".join(token[0] for token in sequence["tokens"] if token[column] == what)
+
+
+def test_each_sequence_with_its_roles_and_kinds(explain):
+    card = explain(ROW, tokenized_row(explain.tokenizer), "")
+    for side, sequences in zip(SIDES, card["sides"], strict=True):
+        assert [s["title"] for s in sequences] == ["sequence 1 of 2", f"sequence 2 of 2: {THOUGHTS}"]
+        assert [s["shared"] for s in sequences] == SHARED[side]
+        assert [len(s["tokens"]) for s in sequences] == LENGTHS[side]
+        first, second = sequences
+        assert shown_texts(first, "assistant", 2) == SAID[side][0] + "<|im_end|>"
+        # The answer of the first turn is the assistant's in the second sequence too, but context there.
+        assert shown_texts(second, "assistant", 2) == SAID[side][0][-2:] + SAID[side][1] + "<|im_end|>"
+        assert shown_texts(second, "user", 2) == "3*4?Sure?"
+        assert shown_texts(second, KINDS.index(SUPERVISED), 3) == SAID[side][1]
+        assert shown_texts(second, KINDS.index(DIMMED), 3) == PIECES[side][1][0][0][: len(PROMPT) + 1]
+        assert shown_texts(second, KINDS.index(END), 3) == "<|im_end|>"
+
+
+def test_the_masks_are_those_trained_on(explain):
+    """A first turn of weight 0 is context on the page too; what is no row's is refused."""
+    kept = tokenized_row(explain.tokenizer)
+    off = {**kept, "chosen_mask": [0] * 31 + kept["chosen_mask"][31:]}
+    first, _ = explain(ROW, off, "")["sides"][0]
+    assert shown_texts(first, KINDS.index(SUPERVISED), 3) == ""
+    assert shown_texts(first, "assistant", 2) == SAID["chosen"][0] + "<|im_end|>"
+    other = {**kept, "chosen_ids": [kept["chosen_ids"][-1], *kept["chosen_ids"][1:]]}
+    with pytest.raises(AssertionError):
+        explain(ROW, other, "")
+
+
+def test_what_was_cut_off(explain):
+    """The second sequence of chosen after 40 tokens, and the whole second one of rejected."""
+    kept = tokenized_row(explain.tokenizer)
+    kept |= {f"chosen_{field}": kept[f"chosen_{field}"][: 31 + 40] for field in ("ids", "mask")}
+    kept |= {f"rejected_{field}": kept[f"rejected_{field}"][:31] for field in ("ids", "mask")}
+    kept |= {"chosen_lengths": [31, 40], "rejected_lengths": []}
+    chosen, rejected = explain(ROW, kept, "")["sides"]
+    cut = KINDS.index("cut off")
+    assert [[sum(t[3] == cut for t in s["tokens"]) for s in side] for side in (chosen, rejected)] == [[0, 16], [0, 55]]
+    assert [s["shared"] for s in (*chosen, *rejected)] == [29, 23, 29, 0]  # of what is trained on
+
+
+def test_a_dropped_row_shows_what_would_be_supervised(explain):
+    card = explain(ROW, None, "duplicate")
+    assert [shown_texts(s, KINDS.index(SUPERVISED), 3) for s in card["sides"][1]] == list(SAID["rejected"])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_recorded_tokens_have_no_roles(explain, monkeypatch, kept):
+    """Ids and masks alone: there is no text that a template wrote. The other side is rendered as ever."""
+    sequences = [tokens_of(pieces, explain.tokenizer) for pieces in PIECES["rejected"]]
+    pair = SimpleNamespace(recorded=(None, SimpleNamespace(sequences=sequences)), chosen=ROW["chosen"], rejected=[])
+    monkeypatch.setattr(mask_page, "fit", lambda *_: pair)
+    chosen, rejected = explain(ROW, tokenized_row(explain.tokenizer) if kept else None, "" if kept else "x")["sides"]
+    assert [s["title"] for s in rejected] == ["sequence 1 of 2", "sequence 2 of 2" + f": {REWRITTEN}" * kept]
+    assert [shown_texts(s, "text", 2) for s in rejected] == [
+        "".join(text for text, _ in pieces) for pieces in PIECES["rejected"]
+    ]
+    assert [shown_texts(s, KINDS.index(SUPERVISED), 3) for s in rejected] == list(SAID["rejected"])
+    assert [s["shared"] for s in rejected] == SHARED["rejected"]
+    assert shown_texts(chosen[1], "user", 2) == "3*4?Sure?"
+
+
+def test_under_trls_rule_a_side_is_the_whole_text(explain, monkeypatch):
+    """No sequences; where a turn is not tokenized as it was, the tokens trained on are shown without roles."""
+    explain.settings = RenderSettings(None, mask_turns=False)
+    row = {**ROW, "key": "a.jsonl:2"}
+    whole = explain.tokenizer.apply_chat_template(row["chosen"], tokenize=False)
+    ids = explain.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    kept = {"key": row["key"]} | {f"{side}_mask": [1] * len(ids) for side in SIDES}
+    kept |= {"chosen_ids": ids, "rejected_ids": [*ids[:-1], ids[0]]}
+    (chosen,), (rejected,) = explain(row, kept, "")["sides"]
+    assert "".join(token[0] for token in chosen["tokens"]) == whole and shown_texts(chosen, "user", 2) == "3*4?Sure?"
+    assert {token[2] for token in rejected["tokens"]} == {"text"} and len(rejected["tokens"]) == len(ids)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_sequences_in_a_browser(explain, tmp_path):
+    kept = tokenized_row(explain.tokenizer)
+    plain = explain({**ROW, "key": "a.jsonl:2"}, None, "duplicate")
+    for side in plain["sides"]:
+        side.pop()
+    page = tmp_path / "masks.html"
+    page.write_text(page_text("r.yaml", [explain(ROW, kept, ""), plain]), encoding="utf-8")
+    several, one = seen(page).cards
+    assert [text for text in several["sequences"] if text] == [
+        "sequence 1 of 2 (31 tokens, 8 supervised, 29 shared)",
+        f"sequence 2 of 2: {THOUGHTS} (56 tokens, 5 supervised, 24 shared)",
+        "sequence 1 of 2 (31 tokens, 8 supervised, 29 shared)",
+        f"sequence 2 of 2: {THOUGHTS} (55 tokens, 4 supervised, 24 shared)",
+    ]
+    assert "sequences" not in one and len(one["chosen"]) == 31
+    both = [text for text, classes, _ in several["chosen"] if "s" in classes]
+    assert "".join(both) == "<think>sum</think>1"  # supervised in the first sequence, and shared
+    assert [title.endswith(", in the shared prefix") for _, _, title in several["chosen"]].count(True) == 6

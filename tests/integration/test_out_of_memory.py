@@ -88,16 +88,16 @@ def pair(prefix: int, chosen: int, rejected: int, row: int) -> dict:
     """Tokens of one pair; all behind the prefix are supervised."""
     ids = {"chosen": [5] * prefix + [6] * chosen, "rejected": [5] * prefix + [7] * rejected}
     masks = {f"{side}_mask": [0] * prefix + [1] * (len(ids[side]) - prefix) for side in ids}
-    return {**{f"{side}_ids": x for side, x in ids.items()}, **masks, "shared_len": prefix, "row": row, "margin": None}
+    return {**{f"{side}_ids": x for side, x in ids.items()}, **masks, "row": row, "margin": None}
 
 
-ROWS = [pair(4, 3, 2, 2), pair(10, 5, 6, 0)]  # 4+3 + 4+2 = 13 tokens, 15 + 16 = 31
+ROWS = [pair(4, 3, 2, 2), pair(10, 5, 6, 0)]  # 4+3 + 4+2 = 13 tokens, 15 + 16 = 31; all begin with 4 fives
 
 
 def test_batches_in_both_layouts():
     keys = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     packed = describe_batch(PackedCollator()(ROWS), keys)
-    assert packed == "2 pairs, 44 tokens (30 computed, shared ones once); the longest pair has 31: a.jsonl:1"
+    assert packed == "2 pairs, 44 tokens (26 computed, shared ones once); the longest pair has 31: a.jsonl:1"
     padded = describe_batch(PairCollator(0)(ROWS))  # four rows of 16
     assert padded == "2 pairs, 44 tokens (64 computed, padding included); the longest pair has 31: row 0"
 

@@ -131,7 +131,8 @@ def test_the_supervised_words_are_the_ones_shown(folder, before_training):
     assert "tool\n117<|im_end|>" in rest and '{"name": "python", "description"' in rest and "<tool_call>\n" not in rest
     page = (folder / words[at + 1]).read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
-    colored = [text for text, _, _, kind in data["pairs"][0]["sides"][0] if data["kinds"][kind] in (SUPERVISED, END)]
+    [sequence] = data["pairs"][0]["sides"][0]
+    colored = [text for text, _, _, kind in sequence["tokens"] if data["kinds"][kind] in (SUPERVISED, END)]
     assert "".join(colored) == "".join(kept) and len(data["pairs"]) == 24
 
 

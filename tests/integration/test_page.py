@@ -9,6 +9,7 @@ import pytest
 from browser import BROWSER, seen
 from datasets import Dataset
 from PIL import Image
+from several_sequences import THOUGHTS, letters, plain_row, tokenized_row
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.data.report import DataReport, describe
@@ -218,7 +219,45 @@ def test_when_it_is_drawn(tmp_path, monkeypatch):
 
 
 def test_a_long_side_is_shown_in_part():
-    side = {"tokens": ["a\n"] * 1000, "ids": [7] * 1000, "mask": [1] * 1000, "kinds": ["supervised"] * 1000}
-    shown = shown_pair({"key": "k", "shared_len": 2, "chosen": side, "rejected": side})["sides"][0]
+    side = {"tokens": ["a\n"] * 1000, "ids": [7] * 1000, "mask": [1] * 1000, "ends": [], "breaks": []}
+    side |= {"lengths": [1000], "shared": [2]}
+    [shown] = shown_pair({"key": "k", "chosen": side, "rejected": side})["sides"][0]["sequences"]
     assert shown["html"].count("<span") == 600 and "… 400 tokens …" in shown["html"]
-    assert shown["html"].count('class="t k2 s"') == 2 and shown["tokens"] == 1000
+    assert shown["html"].count('class="t k2 s"') == 2 and shown["counts"].startswith("1000 tokens, 1000 supervised")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A report of a pair of two sequences a side, and of one of one sequence a side."""
+    folder = tmp_path_factory.mktemp("several")
+    tokenizer = letters()
+    rows = Dataset.from_list([tokenized_row(tokenizer), plain_row(tokenizer)])
+    _, args, state, timer = run_page(folder, [], step=0)
+    page = RunPage(timer, DataReport({}, None, describe(rows)).as_dict(), rows, tokenizer)
+    page.on_train_begin(args, state, None)
+    assert page._warned is False
+    return folder / PAGE
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_several_sequences_in_a_browser(several):
+    page, console = seen(several)
+    assert console == []
+    assert [text.replace("↵", "") for text in page["supervised"]] == [
+        "<think>sum</think>12<|im_end|>Yes.<|im_end|>",
+        "<think>sum</think>13<|im_end|>No.<|im_end|>",
+        "<think>sum</think>12<|im_end|>",
+        "<think>sum</think>13<|im_end|>",
+    ]
+    masks, data = page["texts"]["masks"], page["texts"]["data"]
+    assert f"sequence 2 of 2: {THOUGHTS} (56 tokens, 5 supervised, 24 shared)" in masks
+    assert masks.count("sequence 1 of 2") == 2 and "of 1" not in masks  # one sequence has no heading
+    assert re.search(r"rejected: 2 sequences, 86 tokens, 12 supervised\s+sequence 1 of 2", masks)
+    assert re.search(r"sequences\s+1.5\s+2\s+2\s+2\s+1.5", data)
+    assert "235 tokens in all sequences, 130 distinct: 0.55" in data
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_several_sequences_on_a_phone(several):
+    page, console = seen(several, width=380)
+    assert console == [] and page["scroll"] == page["client"]

@@ -176,10 +176,10 @@ def test_a_configuration_for_what_has_none_is_refused(prepare):
 
 
 def test_imbalance_of_ranks_by_hand():
-    """Ids of 3 + 2 tokens, 1 shared: 4 a pair. One pair of 12 among 8 ranks: 12 over (7 · 4 + 12) / 8 = 5."""
+    """Of 4 distinct tokens a pair; one pair of 12 among 8 ranks: 12 over (7 · 4 + 12) / 8 = 5."""
 
     def row(n):
-        return {"chosen_ids": [0] * (n - 1), "rejected_ids": [0] * 2, "shared_len": 1}
+        return {"chosen_ids": [0] * (n - 1), "rejected_ids": [0] * 2, "distinct": n}
 
     assert rank_imbalance(Dataset.from_list([row(4)] * 16), 2) == 1.0
     assert rank_imbalance(Dataset.from_list([row(4)] * 7 + [row(12)]), 1) == pytest.approx(12 / 5)

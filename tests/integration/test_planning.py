@@ -326,3 +326,16 @@ def test_script(tmp_path, script, capsys):
     assert float(rows["libraries (assumed)"]) == LIBRARIES["GPU"] / GB
     script.main([*argv, "--gpu_gb", "8"])
     assert "FITS into 8 GB" in capsys.readouterr().out
+
+
+def test_sequences_of_a_side_take_what_as_many_pairs_take(tmp_path, script, capsys):
+    """Two sequences a side of 3 pairs as one of 6, for each phase; the script says the tokens of all."""
+    several = plan_memory(recipe_for(tmp_path, TINY, **BF16, per_device_train_batch_size=3,
+                                     per_device_eval_batch_size=3), ENGINE, sequences=2)  # fmt: skip
+    script.main([f"{tmp_path}/recipe.yaml", "--max_length=64", "--sequences=2"])
+    assert "3 a device, 256 tokens each, all distinct" in capsys.readouterr().out
+    with refused("sequences", "0"):
+        script.main([f"{tmp_path}/recipe.yaml", "--sequences=0"])
+    pairs = planned(tmp_path, ENGINE, TINY, per_device_train_batch_size=6, per_device_eval_batch_size=6)
+    one = planned(tmp_path, ENGINE, TINY, per_device_train_batch_size=3, per_device_eval_batch_size=3)
+    assert several.phases == pairs.phases != one.phases

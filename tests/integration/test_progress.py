@@ -54,9 +54,9 @@ def test_remaining_time(monkeypatch):
 
 
 def test_speed_and_memory_in_the_logs(monkeypatch):
-    """500 tokens in the first 30 s, 100 more in the next two steps of 2 s."""
+    """500 tokens in the first 30 s, 100 more in the next two steps of 2 s; of distinct ones 200 and 40."""
     timer, state, now = timer_after(1, monkeypatch)
-    logs = {"loss": 0.5, "num_tokens": 500}
+    logs = {"loss": 0.5, "num_tokens": 500, "num_distinct_tokens": 200}
     timer.on_log(ARGS, state, None, logs=logs)
     assert logs["tokens_per_second"] == pytest.approx(500 / 30) and 0.01 < logs["peak_memory_gb"] < 100
     assert state.log_history[-1]["tokens_per_second"] == logs["tokens_per_second"]
@@ -64,9 +64,10 @@ def test_speed_and_memory_in_the_logs(monkeypatch):
         timer.on_step_begin(ARGS, state, None)
         now[0] += 2.0
         timer.on_step_end(ARGS, state, None)
-    logs = {"loss": 0.5, "num_tokens": 600}
+    logs = {"loss": 0.5, "num_tokens": 600, "num_distinct_tokens": 240}
     timer.on_log(ARGS, state, None, logs=logs)
     assert logs["tokens_per_second"] == pytest.approx(100 / 4)
+    assert logs["distinct_tokens_per_second"] == pytest.approx(40 / 4)
     evaluated = {"eval_loss": 0.5, "eval_num_tokens": 600}
     timer.on_log(ARGS, state, None, logs=evaluated)
     assert "tokens_per_second" not in evaluated

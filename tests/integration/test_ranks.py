@@ -239,10 +239,10 @@ def found_first(sizes):
 
 def test_tables_of_one_process_come_back_as_they_were():
     tables = [torch.rand(2, 14, dtype=torch.float64), torch.rand(1, 18, dtype=torch.float64)]
-    found, tokens = of_all_ranks(tables, 5, "cpu")
-    assert tokens == 5
+    found, counts = of_all_ranks(tables, [5, 3], "cpu")
+    assert counts == [5, 3]
     assert [table.shape for table in found[0]] == [(2, 18), (1, 18)]
     assert torch.equal(found[0][0][:, :14], tables[0]) and torch.equal(found[0][1], tables[1])
     assert not found[0][0][:, 14:].any()
-    assert mean_over_steps(of_all_ranks([], 0, "cpu")[0]) == {}
+    assert mean_over_steps(of_all_ranks([], [], "cpu")[0]) == {}
     assert gathered_tensor(torch.ones(3)).shape == (1, 3)

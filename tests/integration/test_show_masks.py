@@ -146,11 +146,12 @@ def test_json_mask_is_the_hand_derived_one(pairs, tokenizer, name):
     assert side["ends"] == ends
 
 
-def test_json_shared_len_is_the_common_prefix(pairs):
+def test_json_shared_is_the_common_prefix_where_sides_are_one_sequence(pairs):
     for pair in pairs:
         chosen, rejected = (list(zip(pair[s]["ids"], pair[s]["mask"], strict=True)) for s in ("chosen", "rejected"))
-        n = pair["shared_len"]
-        assert chosen[:n] == rejected[:n] and chosen[n] != rejected[n]
+        [n], [same] = (pair[s]["shared"] for s in ("chosen", "rejected"))
+        assert n == same and chosen[:n] == rejected[:n] and chosen[n] != rejected[n]
+        assert [pair[s]["lengths"] for s in ("chosen", "rejected")] == [[len(chosen)], [len(rejected)]]
 
 
 def test_nothing_is_written_beside_the_recipe_and_no_weights_were_there(printed, recipe):
@@ -202,7 +203,8 @@ def test_no_color_wins_over_a_terminal(pairs, monkeypatch):
 
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
 def test_colors_stand_exactly_on_what_the_policy_wrote(pairs, name):
-    text = show_masks.side_text(pairs[0], name, plain=False)
+    [view] = show_masks.sequence_views(pairs[0][name])
+    text = show_masks.sequence_text(view, name, plain=False)
     inks = {kind: show_masks.COLORS[kind, name][0] for kind in (show_masks.SUPERVISED, show_masks.END)}
     found = {kind: [text.plain[s.start : s.end] for s in text.spans if s.style.startswith(inks[kind])] for kind in inks}
     ours = [visible(segment).removesuffix("<|im_end|>") for segment, bit in HARD_SEGMENTS[name] if bit]
@@ -259,6 +261,14 @@ def test_the_picture_holds_every_token_once_and_no_box_touches_another(pairs):
         assert rows.get(y, 0) < x and x + width <= draw_masks.WIDTH - draw_masks.PAD
         rows[y] = x + width
     assert all(b - a >= draw_masks.BOX for a, b in zip(sorted(rows), sorted(rows)[1:], strict=False))
+
+
+def test_the_picture_is_of_sides_of_one_sequence(pairs):
+    """Only then do turns of both sides stand beside each other."""
+    suited = draw_masks.first_suitable(pairs)
+    one, *_ = suited["chosen"]["lengths"]
+    several = {**suited, "chosen": {**suited["chosen"], "lengths": [1, one - 1]}}
+    assert draw_masks.first_suitable([several, suited]) is suited
 
 
 @pytest.mark.skipif(not QUICKSTART_MODEL.is_dir(), reason="models/smollm2-135m-instruct is not made yet")

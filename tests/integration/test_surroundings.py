@@ -162,7 +162,7 @@ def test_a_reference_pass_survives_a_disk_that_fills_up(tmp_path, monkeypatch, c
 
     monkeypatch.setattr("mdpo.reference.logp_cache.write_shard", full)
     for key in (b"a" * 16, b"b" * 16):
-        cache.add(key, (np.zeros(1, np.float32), np.zeros(1, np.float32)))
+        cache.add(key, np.zeros(1, np.float32))
         cache.flush()
     out = capsys.readouterr().out
     assert out.count("reference_cache_dir") == 1 and "No space left on device" in out

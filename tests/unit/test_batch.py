@@ -29,7 +29,6 @@ ROWS = [
         "rejected_weights": [],
         "reference_chosen_logps": [-1.0, -2.0, -3.0],
         "reference_rejected_logps": [-4.0, -5.0],
-        "shared_len": 2,
         "margin": 0.25,
         "weight": 2.0,
         "row": 4,
@@ -43,15 +42,14 @@ ROWS = [
         "rejected_weights": [],
         "reference_chosen_logps": [-6.0],
         "reference_rejected_logps": [-7.0],
-        "shared_len": 1,
         "margin": 0.5,
         "row": 7,
     },
 ]
 COLLATORS = {"padded": PairCollator(0), "packed": PackedCollator()}
 ONLY_PADDED, ONLY_PACKED = (
-    {"attention_mask", "completion_mask", "lengths"},
-    {"position_ids", "segments", "unique_index", "side_position"},
+    {"attention_mask", "completion_mask"},
+    {"position_ids", "runs", "ends", "unique_index", "sequence", "sequence_position"},
 )
 
 
@@ -88,7 +86,7 @@ def test_shapes_and_dtypes_are_those_that_the_class_states():
     padded = {**dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), (4, 4)), **shapes}
     padded |= {"logp_position": (7,), "label": (7,)}
     packed = {"input_ids": (1, 9), "position_ids": (1, 9), "logp_position": (6,), "label": (6,), **shapes}
-    packed |= {"unique_index": (7,), "side_position": (7,)}
+    packed |= {"unique_index": (7,), "sequence": (7,), "sequence_position": (7,)}
     floats = {"turn_weight", "reference_logp", "margin", "pair_weight"}
     for layout, wanted in (("padded", padded), ("packed", packed)):
         tensors = {k: x for k, x in COLLATORS[layout](ROWS).items() if isinstance(x, torch.Tensor)}
@@ -119,8 +117,8 @@ def test_each_field_is_an_attribute(batch):
 
 
 def test_a_field_of_the_other_layout_is_an_error():
-    with pytest.raises(AttributeError, match="a padded batch that lacks 'segments'"):
-        _ = COLLATORS["padded"](ROWS).segments
+    with pytest.raises(AttributeError, match="a padded batch that lacks 'runs'"):
+        _ = COLLATORS["padded"](ROWS).runs
     with pytest.raises(AttributeError, match="a packed batch that lacks 'attention_mask'"):
         _ = COLLATORS["packed"](ROWS).attention_mask
 

@@ -1,21 +1,25 @@
 """The data report: what became of every row under which name, statistics by hand, the limits that end a run."""
 
 import json
+import random
 from pathlib import Path
 
 import check_data
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from errors import refused
 from tiny import CHATML, agent_rows, tokenizer_for
 
 from mdpo.config.recipe import load_recipe
 from mdpo.data.prepare import prepare_pairs, without_repeated
-from mdpo.data.report import DataReport, describe
+from mdpo.data.report import DataReport, describe, quantities, sequence_lines
+from mdpo.data.sequence_counts import UNKNOWN, counts_by_row
 from mdpo.data.tokenize import DropCounts
 from mdpo.masking.tokenizer import load_tokenizer
 from mdpo.runs.entrypoint import run
+from mdpo.types import split
 
 U, TOOL = {"role": "user", "content": "Two?"}, {"role": "user", "content": "```output\n2\n```"}
 OTHER_TOOL = {"role": "user", "content": "```output\n3\n```"}
@@ -89,10 +93,11 @@ def test_every_dropped_row_is_named_and_counted(recipe, tmp_path):
 
 
 def test_statistics_by_hand():
-    """Two pairs. Chosen masks: 0110 01 (two turns, 3 of 6) and 011; rejected: 01 and 00111 (one turn, 3 of 5)."""
+    """Two pairs. Chosen masks: 0110 01 (two turns, 3 of 6) and 011; rejected: 01 and 00111 (one turn, 3 of 5). Of their
+    8 tokens each 7 and 6 are distinct: 1 and 2 are shared."""
     rows = Dataset.from_list([
-        {"chosen_mask": [0, 1, 1, 0, 0, 1], "rejected_mask": [0, 1], "shared_len": 1},
-        {"chosen_mask": [0, 1, 1], "rejected_mask": [0, 0, 1, 1, 1], "shared_len": 2},
+        {"chosen_mask": [0, 1, 1, 0, 0, 1], "rejected_mask": [0, 1], "distinct": 7},
+        {"chosen_mask": [0, 1, 1], "rejected_mask": [0, 0, 1, 1, 1], "distinct": 6},
     ])  # fmt: skip
     found = describe(rows)
     assert found["pairs"] == 2
@@ -108,11 +113,76 @@ def test_statistics_by_hand():
     )
     assert found["share_supervised"] == (3 + 1 + 2 + 3) / (6 + 2 + 3 + 5)
     assert (found["longer_is_chosen"], found["longer_wins"]) == (0.5, 0.5)
+    assert (found["all_tokens"], found["distinct_tokens"]) == (16, 13)
+    assert found["several_sequences"] == {"sides": 0, "reasons": {}}
+    assert found["sequences"]["rejected"] == {"mean": 1.0, "p50": 1.0, "p95": 1.0, "max": 1}
+    labels = ["turns", "tokens", "supervised", "context", "shared"]  # as before there were sequences
+    assert list(quantities(found).items()) == list(zip(labels, labels, strict=True))
+    assert sequence_lines(found) == ["16 tokens in all sequences, 13 distinct: 0.81"]
+
+
+SEVERAL = [  # three sequences 01 | 11 | 1 and one; two 1 | 1 and two 01 | 01
+    {"chosen_mask": [0, 1, 1, 1, 1], "chosen_lengths": [2, 2, 1], "chosen_breaks": ["text rewritten at message 3"] * 2,
+     "rejected_mask": [0, 1], "rejected_lengths": [], "rejected_breaks": [], "distinct": 6},
+    {"chosen_mask": [1, 1], "chosen_lengths": [1, 1], "chosen_breaks": ["text rewritten at message 12"],
+     "rejected_mask": [0, 1, 0, 1], "rejected_lengths": [2, 2], "rejected_breaks": ["system message moved"],
+     "distinct": 4},
+]  # fmt: skip
+
+
+def test_statistics_of_several_sequences_by_hand():
+    """Turns end where sequences do: three and two on chosen sides, though their ones are without a gap."""
+    found = describe(Dataset.from_list(SEVERAL))
+    stats = {name: [found[name][side][stat] for side in ("chosen", "rejected") for stat in ("mean", "max")]
+             for name in ("sequences", "turns", "tokens", "supervised", "shared")}  # fmt: skip
+    assert stats == {
+        "sequences": [2.5, 3, 1.5, 2],
+        "turns": [2.5, 3, 1.5, 2],
+        "tokens": [3.5, 5, 3.0, 4],
+        "supervised": [3.0, 4, 1.5, 2],
+        "shared": [1.5, 2, 1.5, 2],  # 7 − 6 and 6 − 4
+    }
+    assert (found["all_tokens"], found["distinct_tokens"]) == (13, 10)
+    assert found["several_sequences"] == {"sides": 3, "reasons": {
+        "text rewritten at message N": {"sides": 2, "sequences": 3},
+        "system message moved": {"sides": 1, "sequences": 1},
+    }}  # fmt: skip
+    assert list(quantities(found)) == ["sequences", "turns", "tokens", "supervised", "context", "shared"]
+    assert [line.split()[:2] for line in sequence_lines(found)] == [["13", "tokens"], ["3", "of"], ["3", "sequences"],
+                                                                     ["1", "sequences"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("breaks", [None, [], "absent"])
+def test_sequences_without_a_reason_are_counted(breaks):
+    rows = [{k: v for k, v in row.items() if "breaks" not in k} for row in SEVERAL]
+    rows = [row | ({} if breaks == "absent" else {"chosen_breaks": breaks, "rejected_breaks": breaks}) for row in rows]
+    features = Dataset.from_list(SEVERAL).features
+    features = {name: kind for name, kind in features.items() if breaks != "absent" or "breaks" not in name}
+    found = describe(Dataset.from_list(rows, features=Features(features)))["several_sequences"]
+    assert found == {"sides": 3, "reasons": {UNKNOWN: {"sides": 3, "sequences": 4}}}
+
+
+def test_counts_by_row_are_those_of_each_row_alone():
+    """Random rows, some without lengths, against a loop over each sequence; in slices, as batches of a table are."""
+    draw, masks, lengths = random.Random(0), [], []
+    for _ in range(300):
+        of_row = [draw.randrange(1, 5) for _ in range(draw.randrange(1, 5))]
+        masks.append([draw.randrange(2) for _ in range(sum(of_row))])
+        lengths.append(of_row if len(of_row) > 1 else draw.choice([[], None, of_row]))
+    for part in (slice(0, 300), slice(7, 90), slice(299, 300)):
+        arrays = (pa.array(masks)[part], pa.array(lengths, pa.list_(pa.int32()))[part])
+        found = [column.tolist() for column in counts_by_row(*arrays)]
+        each = [split(mask, of_row or [len(mask)]) for mask, of_row in zip(masks[part], lengths[part], strict=True)]
+        runs = [sum(len("".join(map(str, own)).replace("0", " ").split()) for own in row) for row in each]
+        tokens, ones = ([sum(map(f, row)) for row in each] for f in (len, sum))
+        assert found == [runs, tokens, ones, [len(row) for row in each]]
+    over_edges = counts_by_row(pa.array(masks))[0].tolist()  # without lengths runs go on from sequence to sequence
+    assert over_edges != counts_by_row(pa.array(masks), pa.array(lengths, pa.list_(pa.int32())))[0].tolist()
 
 
 def test_statistics_do_not_run_from_row_to_row():
     """A row that ends supervised before one that begins so: two turns, not one; and in slices and shuffled sets."""
-    rows = Dataset.from_list([{"chosen_mask": [0, 1], "rejected_mask": [1], "shared_len": 0}] * 3)
+    rows = Dataset.from_list([{"chosen_mask": [0, 1], "rejected_mask": [1], "distinct": 3}] * 3)
     for part in (rows, rows.select([1, 2]), rows.shuffle(seed=0), rows.select([2, 0])):
         assert describe(part)["turns"]["rejected"] == {"mean": 1.0, "p50": 1.0, "p95": 1.0, "max": 1}
         assert describe(part)["supervised"]["chosen"]["max"] == 1

@@ -42,6 +42,7 @@ CONDITIONS = [
     ("warmup_steps", {"warmup_steps": 2, "lr_scheduler_type": "constant"}, "lr_scheduler_type: constant"),
     ("greater_is_better", {"greater_is_better": True}, "metric_for_best_model"),
     ("dataloader_in_order", {"dataloader_in_order": False}, "dataloader_num_workers"),
+    ("group_pairs", {"group_pairs": False, "train_sampling_strategy": "sequential"}, "sequential"),
     (
         "gradient_checkpointing_kwargs",
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "gradient_checkpointing": False},

@@ -32,6 +32,7 @@ WITHOUT_A_RECIPE = {
     "length_penalty": "test_modifications: test_length_penalty_in_the_trainer",
     "truncation_mode": "test_pairs: test_max_length_and_truncation_mode",
     "shared_prefix": "test_trainer: test_shared_prefix_changes_no_number",
+    "group_pairs": "test_sampler: test_what_the_key_changes",
     "fused_ops": "test_fused: test_the_key_switches_policy_and_reference",
     "reference_cache_dir": "test_reference_cache: test_values_are_those_of_the_slow_twin",
     "sanity_check": "test_pairs: test_sanity_check_takes_the_first_pairs_of_each_set",

@@ -7,7 +7,7 @@ import errors
 import pytest
 from conversations import assistant, pair_of, text_turns, tool
 from datasets import Dataset
-from mask_checks import LETTERS, byte_level, byte_ranges, ones, rounds
+from mask_checks import LETTERS, byte_level, byte_ranges, ones, rounds, said
 from templates import chat_template
 from tiny import CHATML, tokenizer_for
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
@@ -234,10 +234,10 @@ def test_an_end_of_turn_that_is_no_special_token():
     template = CHATML.replace("<|im_start|>", "### ").replace("<|im_end|>", " END")
     with errors.refused("chat_template", r" END\n"):
         ChatTemplate(tokenizer_for(template))
-    # With special headers the next header is all that could close a turn, as in GLM-4; nothing closes the last one.
+    # With special headers the next header is all that could close a turn, as in GLM-4: it closes the last one too.
     template = ChatTemplate(tokenizer_for(CHATML.replace("<|im_end|>", " END")))
-    with errors.dropped("end-of-turn missing", "message 2"):
-        tokenize_pair(pair_of(rounds("a?", "b")), template, RenderSettings(None))
+    got = tokenize_pair(pair_of(rounds("a?", "b")), template, RenderSettings(None))
+    assert said(template.tokenizer, got.chosen_ids, got.chosen_mask) == ["b END\n<|im_start|>"]
 
 
 def test_a_tokenizer_that_cannot_report_positions():

@@ -62,7 +62,7 @@ def by_search(flags_of, name, template, pair):
         for side in (pair.chosen, pair.rejected)
     ]
     sides = zip(texts, (pair.chosen, pair.rejected), strict=True)
-    return [by_characters(template, text, flags_of(name, text, side)) for text, side in sides]
+    return [[by_characters(template, text, flags_of(name, text, side))] for text, side in sides]
 
 
 def of_contents(name, text, messages):
@@ -83,14 +83,17 @@ def of_headers(name, text, messages):
 def without_stop(name, template, pair):
     """Ours, but the last token of each turn."""
     return [
-        (ids, [m and int(mask[t + 1 : t + 2] == [1]) for t, m in enumerate(mask)])
-        for ids, mask in ours(name, template, pair)
+        [(ids, [m and int(mask[t + 1 : t + 2] == [1]) for t, m in enumerate(mask)]) for ids, mask in side]
+        for side in ours(name, template, pair)
     ]
 
 
 def all_that_follows(name, template, pair):
     """Everything behind the prompt, tool output and later questions included."""
-    return [(ids, [int(any(mask[: t + 1])) for t in range(len(mask))]) for ids, mask in ours(name, template, pair)]
+    return [
+        [(ids, [int(any(mask[: t + 1])) for t in range(len(mask))]) for ids, mask in side]
+        for side in ours(name, template, pair)
+    ]
 
 
 WRONG = {

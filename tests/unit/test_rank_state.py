@@ -6,6 +6,7 @@ import pytest
 import torch
 from errors import refused
 
+from mdpo.forward.collators import PackedCollator
 from mdpo.loss.pair_tables import PairTables
 from mdpo.runs import rank_state
 from mdpo.runs.nonfinite_guard import NonfiniteGuard
@@ -30,7 +31,9 @@ def parts():
 def test_a_state_comes_back(older, tmp_path):
     saved, file = parts(), tmp_path / rank_state.file_name(3)
     saved["loss"].state = {"loss": 0.25, "total_loss": 2.0, "logged_at": 4}
-    saved["tables"].append(torch.arange(14.0, dtype=torch.float64)[None], training=True, tokens=7)
+    pair = {"chosen_ids": [1, 2, 3, 4], "rejected_ids": [1, 2, 5], "chosen_mask": [0, 0, 1, 1], "shared_len": 2,
+            "rejected_mask": [0, 0, 1]}  # fmt: skip
+    saved["tables"].append(torch.arange(14.0, dtype=torch.float64)[None], training=True, batch=PackedCollator()([pair]))
     saved["nonfinite"].in_a_row, saved["nonfinite"].of_run, saved["nonfinite"]._logged_at = 1, 2, 4
     if older:
         one = {**saved["loss"].state, "tables": saved["tables"].train, "tokens": 7, "nonfinite": [1, 2]}
@@ -40,7 +43,8 @@ def test_a_state_comes_back(older, tmp_path):
     found = parts()
     assert rank_state.load(file, found) == PENDING
     assert found["loss"].state == saved["loss"].state
-    assert found["tables"].tokens == 7 and torch.equal(found["tables"].train[0], saved["tables"].train[0])
+    assert found["tables"].tokens == 7 and found["tables"].distinct == (0 if older else 5)
+    assert torch.equal(found["tables"].train[0], saved["tables"].train[0])
     assert found["nonfinite"].state_dict() == {"in_a_row": 1, "of_run": 2, "logged_at": 4}
 
 

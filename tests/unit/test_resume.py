@@ -5,11 +5,9 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 from errors import refused
 
-from mdpo.data.sampler import LongestFirst, longest_first
 from mdpo.runs import checkpoints
 from mdpo.runs import run_fingerprint as run_identity
 from mdpo.runs.checkpoints import SAVING, commit, faults, newest_complete, remove_older, sealed
@@ -121,6 +119,8 @@ FACTS = {
         ({}, [], []),
         ({"keys": {**FACTS["keys"], "beta": 0.2}}, ["beta: 0.1 → 0.2"], []),
         ({"keys": {**FACTS["keys"], "fused_ops": False}}, [], ["fused_ops: True → False"]),
+        ({"keys": {**FACTS["keys"], "group_pairs": True}}, ["group_pairs: False → True"], []),  # of before the key
+        ({"keys": {**FACTS["keys"], "group_pairs": False}}, [], []),
         ({"names": {"dataset_mixer": {"b.jsonl": 1.0}}}, [], []),
         (
             {"names": {"dataset_mixer": {"b.jsonl": 1.0}}, "contents": {"pairs": "cccc", "model": "bbbb"}},
@@ -155,20 +155,6 @@ def test_every_key_has_one_place():
     assert set(named) - set(run_identity.FIELDS) == {"versions"}
     rest = set(run_identity.FIELDS) - set(named)
     assert {"beta", "learning_rate", "loss_type", "seed", "num_train_epochs", "max_steps", "lora_r", "bf16"} <= rest
-
-
-def test_the_longest_pairs_come_first_once_and_nothing_is_lost():
-    distinct, side = np.array([5, 9, 7, 8, 1, 6]), np.array([1, 2, 3, 4, 9, 5])
-    order = longest_first(np.arange(6), distinct, np.array([1, 9, 3, 4, 2, 5]), 2)
-    assert order.tolist() == [1, 2, 3, 5, 0, 4]  # 9 and 7, then 8 and 6
-    order = longest_first(np.arange(6), distinct, side, 2)
-    assert order.tolist() == [1, 2, 3, 4, 0, 5]  # pair 4 has the longest side and would not have been among them
-    sampler = LongestFirst(distinct, side, 2, seed=3)
-    first = list(sampler)
-    assert first[:3] == [1, 2, 3] and sorted(first) == list(range(6)) and list(sampler) == first
-    sampler.set_epoch(1)
-    assert sorted(sampler) == list(range(6)) and list(sampler) != first
-    assert list(LongestFirst(distinct, side, 50, seed=3))[0] == 1  # fewer pairs than two steps take
 
 
 def test_a_save_that_the_disk_refuses_is_told_from_a_bug():

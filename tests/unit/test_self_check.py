@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from errors import refused
-from packed_pairs import AWKWARD, FAMILIES, WINDOW, Alone, pair, tiny
+from packed_pairs import AWKWARD, FAMILIES, WINDOW, Alone, not_causal, pair, tiny
 from peft import LoraConfig, get_peft_model
 
 import mdpo.forward.layout
@@ -16,17 +16,27 @@ import mdpo.forward.packed_attention
 import mdpo.forward.varlen
 from mdpo.config.parsing import ROOT
 from mdpo.forward.collators import PackedCollator, PairCollator
+from mdpo.forward.forest import Forest
 from mdpo.forward.layout import Layout, head_disagreement
 from mdpo.forward.layout_check import misplaced, plain_attention, shifted
-from mdpo.forward.packed_attention import NAME, Segments
+from mdpo.forward.packed_attention import NAME
 from mdpo.forward.token_logps import enable_scoring, score_tokens
+from mdpo.types import SIDES
 
 ROWS = AWKWARD["seven"][3:]  # the first two pairs are looked at: (12, 1, 9) and (6, 8, 1)
+FORESTS = [AWKWARD[name] for name in ("8 answers, 16 pairs", "several sequences", "branches of branches")]
 HALVES = [torch.bfloat16, torch.float16]
 
 
 def kept(model, batch) -> bool:
     return Layout(Alone, 0).fit(model, batch).is_packed
+
+
+@pytest.mark.parametrize("rows", FORESTS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2"])
+def test_forests_pass(family, dtype, rows, capsys):
+    assert kept(tiny(family).to(dtype), PackedCollator()(rows)), capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -64,8 +74,7 @@ def test_a_real_pair_passes_in_bfloat16(capsys):
     lines = (ROOT / "recipes/smollm2-135m/data/train_short.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[0])
     sides = [tokenizer.apply_chat_template(row[s], return_dict=True)["input_ids"][:48] for s in ("chosen", "rejected")]
-    shared = next((i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides)) - 1)
-    packed = {"shared_len": shared, "row": 0}
+    packed = {"row": 0}
     for side, ids in zip(("chosen", "rejected"), sides, strict=True):
         packed |= {f"{side}_ids": ids, f"{side}_mask": [0] * 20 + [1] * (len(ids) - 20)}
     assert kept(model, PackedCollator()([packed])), capsys.readouterr().out
@@ -86,9 +95,9 @@ def test_a_boundary_that_attention_has_moved_by_a_token(monkeypatch, capsys):
     assert kept(model, batch)
     attend = mdpo.forward.packed_attention.packed_attention
 
-    def moved(*args, segments=None, **kwargs):
-        (prefix, chosen, rejected), *_ = segments.lengths
-        return attend(*args, segments=Segments([[prefix, chosen + 1, rejected - 1]]), **kwargs)
+    def moved(*args, forest=None, **kwargs):
+        (chosen, rejected), (_, parent) = forest.sizes, forest.parents
+        return attend(*args, forest=Forest([[chosen + 1, -1], [rejected - 1, parent]]), **kwargs)
 
     monkeypatch.setitem(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, moved)
     refused_by(tiny("Llama").bfloat16(), batch, "its packed attention differs by", capsys)
@@ -98,15 +107,30 @@ def test_a_boundary_that_attention_has_moved_by_a_token(monkeypatch, capsys):
 def test_a_boundary_that_the_batch_has_moved_by_a_token(dtype, capsys):
     batch = PackedCollator()([pair(60, 140, 150)])
     refused_by(
-        tiny("Llama").to(dtype), batch | {"segments": [[60, 141, 149]]}, "positions are not those of its sides", capsys
+        tiny("Llama").to(dtype), batch | {"runs": [[201, -1], [149, 59]]}, "positions are not those of its", capsys
     )
+
+
+@pytest.mark.parametrize("rows", FORESTS)
+def test_an_ancestor_that_attention_leaves_out(rows, monkeypatch, capsys):
+    """The last run that has two or more hangs one token higher."""
+    attend = mdpo.forward.packed_attention.packed_attention
+
+    def higher(*args, forest=None, **kwargs):
+        runs = [list(run) for run in zip(forest.sizes, forest.parents, strict=True)]
+        last = max(run for run, before in enumerate(forest.before) if before > 1)
+        runs[last][1] = int(forest.path(runs[last][1])[-2])
+        return attend(*args, forest=Forest(runs), **kwargs)
+
+    monkeypatch.setitem(mdpo.forward.packed_attention.ALL_ATTENTION_FUNCTIONS, NAME, higher)
+    refused_by(tiny("Llama").bfloat16(), PackedCollator()(rows), "its packed attention differs by", capsys)
 
 
 def test_positions_that_are_continued(capsys):
     batch = PackedCollator()(ROWS)
     wrong = batch | {"position_ids": torch.arange(batch["input_ids"].size(1))[None]}
     assert misplaced(wrong) and not misplaced(batch)
-    refused_by(tiny("Llama").bfloat16(), wrong, "positions are not those of its sides", capsys)
+    refused_by(tiny("Llama").bfloat16(), wrong, "positions are not those of its", capsys)
 
 
 def test_a_model_that_makes_its_own_positions(capsys):
@@ -121,8 +145,8 @@ def test_a_model_that_makes_its_own_positions(capsys):
 def test_a_window_that_is_ignored(family, monkeypatch, capsys):
     model, batch = tiny(family).bfloat16(), PackedCollator()(ROWS)
     assert kept(model, batch)
-    mask = Segments.mask
-    monkeypatch.setattr(Segments, "mask", lambda self, q, k, window, like: mask(self, q, k, None, like))
+    mask = Forest.mask
+    monkeypatch.setattr(Forest, "mask", lambda self, sizes, before, window, like: mask(self, sizes, before, None, like))
     refused_by(tiny(family).bfloat16(), batch, "its packed attention differs by", capsys)
 
 
@@ -135,7 +159,7 @@ def test_a_soft_cap_that_is_ignored(monkeypatch, capsys):
 
 
 def test_a_kernel_that_is_wrong_in_half_precision_alone(monkeypatch, capsys):
-    def transposed(query, key, value, segments, scaling, window, softcap, dropout):
+    def transposed(query, key, value, forest, scaling, window, softcap, dropout):
         attend = torch.nn.functional.scaled_dot_product_attention
         return attend(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
 
@@ -242,7 +266,7 @@ def test_the_plain_twin_serves_where_own_attention_has_no_float32(family, monkey
     """flash-attn's: ours is then compared with plain attention, which knows windows and caps."""
     monkeypatch.setattr("mdpo.forward.layout_check.IN_FLOAT32", ())
     assert kept(tiny(family).bfloat16(), PackedCollator()(ROWS)), capsys.readouterr().out
-    monkeypatch.setattr(Segments, "mask", lambda self, q, k, window, like: like.new_zeros(q, k))
+    monkeypatch.setattr(Forest, "mask", not_causal)
     refused_by(tiny(family).bfloat16(), PackedCollator()(ROWS), "its packed attention differs by", capsys)
 
 
@@ -275,4 +299,4 @@ def test_a_head_that_does_more_is_an_error_in_half_precision_too(dtype):
 
 def test_windows_are_within_reach():
     """Else the tests above would show nothing."""
-    assert WINDOW["sliding_window"] < min(p + min(c, r) for p, c, r in PackedCollator()(ROWS)["segments"][:2])
+    assert WINDOW["sliding_window"] < min(len(row[f"{side}_ids"]) for row in ROWS[:2] for side in SIDES)

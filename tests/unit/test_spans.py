@@ -13,11 +13,14 @@ from tiny import CHATML, tokenizer_for, trl_template
 from tokenizers import Tokenizer
 
 from mdpo.masking.chat_template import ChatTemplate
-from mdpo.masking.loss_mask import NO_STOP, RenderSettings, tokenize_pair
-from mdpo.masking.spans import APART, STRADDLE, span_mask, tokenize
+from mdpo.masking.conversation import Conversation
+from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.masking.sequences import APART, NO_STOP, RETOKENIZED, in_one_text
+from mdpo.masking.spans import STRADDLE, mask_of, tokenize
 from mdpo.masking.stops import any_of
+from mdpo.masking.turns import locate
 from mdpo.runs.entrypoint import run
-from mdpo.types import Pair
+from mdpo.types import Pair, split
 
 SETTINGS = RenderSettings(None)
 
@@ -28,11 +31,17 @@ def names(tokenizer, ids):
 
 def whole(template, messages):
     """The ids of the wrong twin, the rendered text tokenized in one go: a token of it straddles a turn's edge."""
-    rendered = template.locate(messages, 1)
-    ids, ranges = tokenize(rendered.text, template.tokenizer)
+    side = Conversation(messages, 1, template)
+    ids, ranges = tokenize(side.text, template.tokenizer)
     with dropped(STRADDLE):
-        span_mask(ranges, [(s.start, s.end) for s in rendered.spans])
+        mask_of(side.text, ids, ranges, spans(side), template.tokenizer)
+    assert in_one_text(side) is None
     return ids
+
+
+def spans(side):
+    turns = [locate(side.whole, side.prompt(i), i, side, thoughtless=True) for i in side.trained]
+    return [(turn.start, turn.end) for turn in turns]
 
 
 # ---- a turn whose first words would be one token with the header's end
@@ -45,7 +54,7 @@ def test_header_and_answer_are_tokenized_apart(trim_offsets):
     template = ChatTemplate(byte_level("ĊĠ", trim_offsets=trim_offsets))
     messages = rounds("a?", "  b")
     got = tokenize_pair(Pair(messages, rounds("a?", "c"), 1), template, SETTINGS)
-    assert names(template.tokenizer, got.chosen_ids[20:]) == ["Ċ", "Ġ", "Ġ", "b", "<|im_end|>", "Ċ"]
+    assert names(template.tokenizer, got.chosen_ids[20:]) == ["Ċ", "Ġ", "Ġ", "b", "<|im_end|>"]
     assert ones(got.chosen_mask) == [21, 22, 23, 24]
     assert ones(got.rejected_mask) == [21, 22]
     assert got.shared_len == 21  # the prompt is the same tokens on both sides
@@ -89,19 +98,23 @@ def test_a_real_merge_of_metaspace(kind):
     assert got.remarks == [APART]
 
 
-def test_what_is_far_from_the_edge_keeps_its_tokens():
-    """Only the tokens between the two added tokens around the edge are made anew."""
+def test_history_has_the_tokens_of_the_prompt_that_it_is_in():
+    """The turn in the middle begins inside a token of the whole text. It is sampled apart from its header; the next
+    prompt has the token across its edge, so that its ids do not begin with that turn's: a new sequence."""
     template = ChatTemplate(tokenizer_for(CHATML, "metaspace"))
     messages = rounds("What is 3 * 4?", "Let us compute it.", "Go on, please.", "12", "Are you sure?", "That is right.")
     ids = whole(template, messages)
-    got = tokenize_pair(pair_of(messages), template, SETTINGS).chosen_ids
-    starts = [
-        [t for t, i in enumerate(x) if i == template.tokenizer.convert_tokens_to_ids("<|im_start|>")]
-        for x in (ids, got)
+    got = tokenize_pair(pair_of(messages), template, SETTINGS)
+    first, second = split(got.chosen_ids, got.chosen_lengths)
+    assert got.chosen_breaks == [RETOKENIZED] and got.remarks == [APART]
+    assert second == ids[: len(second)]
+    prompt = tokenize(template.render(messages[:3], generation=True), template.tokenizer)[0]
+    assert first[: len(prompt)] == prompt and first[len(prompt)] != ids[len(prompt)]
+    runs = [
+        said(template.tokenizer, *side)
+        for side in zip((first, second), split(got.chosen_mask, got.chosen_lengths), strict=True)
     ]
-    assert got[: starts[1][3]] == ids[: starts[0][3]]
-    assert got[starts[1][4] :] == ids[starts[0][4] :]
-    assert got != ids
+    assert runs == [["Let us compute it.<|im_end|>", "12<|im_end|>"], ["That is right.<|im_end|>"]]
 
 
 def test_a_turn_of_the_prompt_stays_as_its_prompt_is_tokenized():
@@ -121,8 +134,8 @@ def test_answers_that_begin_with_white_space_are_kept(kind, name, space):
     template = ChatTemplate(with_merges(of_kind(trl_template(name), kind)))
     messages = rounds("One?", f"{space}Yes.", "Two?", f"{space}No.")
     got = tokenize_pair(pair_of(messages), template, SETTINGS)
-    rendered = template.locate(messages, 1)
-    expected = [rendered.text[s.start : s.end] for s in rendered.spans]
+    side = Conversation(messages, 1, template)
+    expected = [side.text[start:end] for start, end in spans(side)]
     spaced = [text.removeprefix(" ") for text in expected] if kind != "byte" else expected  # Metaspace's decoder
     assert said(template.tokenizer, got.chosen_ids, got.chosen_mask) in (expected, spaced)
     prompt = tokenize(template.render(messages[:1], generation=True), template.tokenizer)[0]
@@ -146,7 +159,7 @@ def test_weights_reach_turns_that_are_tokenized_apart():
     template = ChatTemplate(byte_level("ĊĠ"))
     pair = Pair(rounds("a?", "  b"), rounds("a?", "c"), 1, weights=([1.0, 0.5], []))
     got = tokenize_pair(pair, template, SETTINGS)
-    assert got.chosen_weights == [1.0] * 21 + [0.5] * 4 + [1.0]
+    assert got.chosen_weights == [1.0] * 21 + [0.5] * 4
 
 
 # ---- end-of-turn tokens that take white space along, or are ordinary

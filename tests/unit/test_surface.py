@@ -44,6 +44,7 @@ OWN_KEYS = {
     "length_penalty": 0.0,
     "ref_model_name_or_path": None,
     "shared_prefix": True,
+    "group_pairs": True,
     "fused_ops": True,
     "reference_cache_dir": None,
     "sanity_check": False,

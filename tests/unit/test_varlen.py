@@ -82,7 +82,7 @@ def test_torchs_own_is_tried_too(monkeypatch, capsys):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", broken)
     assert kernels(DEVICE) == {}
     line = "attention: torch's varlen attention is not used: FlashAttention only supports Ampere GPUs or newer. "
-    assert capsys.readouterr().out == line + "Attention by segment is.\n"
+    assert capsys.readouterr().out == line + "Attention by run is.\n"
 
 
 def test_older_gpus_have_none(monkeypatch):
@@ -93,9 +93,9 @@ def test_older_gpus_have_none(monkeypatch):
 def test_the_pair_that_is_tried_has_a_shared_prefix():
     """Rejected's first token, at 12, sees the prefix 0 … 3 and itself: a kernel that aligns its mask at the first key
     is noticed."""
-    pair = mdpo.forward.varlen._APair(DEVICE)
-    assert pair.seen[12].nonzero().flatten().tolist() == [0, 1, 2, 3, 12]
-    assert pair.seen[11].nonzero().flatten().tolist() == list(range(12))
+    seen = mdpo.forward.varlen._seen(DEVICE)
+    assert seen[12].nonzero().flatten().tolist() == [0, 1, 2, 3, 12]
+    assert seen[11].nonzero().flatten().tolist() == list(range(12))
 
     def at_the_first_key(q, k, v, q_begins, k_begins, max_q, max_k, scale, window_size, enable_gqa):
         ends = k_begins[:-1] + (q_begins[1:] - q_begins[:-1])

@@ -1,0 +1,62 @@
+"""Of a tokenized dataset: turns, tokens and sequences of each row's sides, and why sequences begin."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from mdpo.types import turn_begins
+
+UNKNOWN = "no reason is known"
+
+
+def arrow_lists(table, column: str):
+    """A column of lists as one Arrow array; None where there is no such column."""
+    return table.column(column).combine_chunks() if column in table.column_names else None
+
+
+def counts_by_row(masks, lengths=None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of an Arrow list of masks: runs of ones, tokens, ones and sequences of each row. `lengths` is the Arrow list of
+    the tokens of each sequence, empty in a row that is one; a run ends where a sequence does."""
+    offsets = np.asarray(masks.offsets, np.int64)
+    bits = np.asarray(masks.values, np.int64)[offsets[0] : offsets[-1]]
+    starts = offsets[:-1] - offsets[0]
+    inner, sequences = _inner_starts(starts, lengths)
+    begins = turn_begins(bits, np.concatenate([starts, inner])).astype(np.int64)
+    return np.add.reduceat(begins, starts), np.diff(offsets), np.add.reduceat(bits, starts), sequences
+
+
+def _inner_starts(starts: np.ndarray, lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Where sequences after a row's first begin, for rows that begin at `starts`, and how many sequences each row has.
+    Example: starts [0, 5], lengths [[2, 2, 1], []] -> [2, 4], [3, 1]."""
+    if lengths is None:
+        return np.zeros(0, np.int64), np.ones_like(starts)
+    offsets = np.asarray(lengths.offsets, np.int64)
+    counts = np.diff(offsets)
+    before = np.concatenate([[0], np.cumsum(np.asarray(lengths.values, np.int64)[offsets[0] : offsets[-1]])])
+    row = np.repeat(np.arange(len(starts)), counts)
+    first = offsets[:-1] - offsets[0]  # each row's first sequence, as an index into `before`
+    places = starts[row] + before[:-1] - before[first[row]]
+    later = np.arange(len(row)) != first[row]
+    return places[later], np.maximum(counts, 1)
+
+
+class Reasons:
+    """Why sequences after a side's first one begin, message numbers left out."""
+
+    def __init__(self) -> None:
+        self.several, self.sequences, self.sides = 0, Counter[str](), Counter[str]()
+
+    def add(self, sequences: np.ndarray, breaks) -> None:
+        """`sequences` of each row of a side, and the Arrow list of its breaks, None where there is no such column."""
+        for i in np.flatnonzero(sequences > 1).tolist():
+            known = (breaks[i].as_py() if breaks is not None else None) or [UNKNOWN] * int(sequences[i] - 1)
+            of_side = Counter(re.sub(r"\bmessage \d+", "message N", reason) for reason in known)
+            self.sequences += of_side
+            self.sides.update(of_side.keys())
+            self.several += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        reasons = {reason: {"sides": self.sides[reason], "sequences": n} for reason, n in self.sequences.items()}
+        return {"sides": self.several, "reasons": reasons}

@@ -1,0 +1,172 @@
+"""One assistant turn of a conversation: what the model was given, what it sampled, and the token that it ended with.
+
+No template is parsed and no token id is searched for. Texts are rendered as they are and with a unique sentinel before
+and after every message's content. All positions come from the sentinels, so content can contain anything, role headers
+and end-of-turn markers included, without moving a boundary.
+"""
+
+import re
+from dataclasses import dataclass
+
+from mdpo.errors import DropPair
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.conversation import Conversation, Marked
+from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, numbered
+from mdpo.masking.stops import EMPTY_THINK, THINK_PREFIX
+from mdpo.types import common_prefix
+
+REST_OF_EMPTY_THINK = re.compile(r"\s*</think>\s*")
+
+
+@dataclass
+class Turn:
+    """Message `message` in a rendered text: its characters [start, end) were sampled, the `stop` included; that is ""
+    where the template writes none. `context` is what the model was given. `opened`: its generation prompt opens a
+    think block, and the message has no thoughts to close it with. `missing`: what of that generation prompt the
+    rendered text leaves out. `blocked`: an empty think block is before the thoughts that the content has as text.
+    `apart`: in the text as a whole a token would lie across its start."""
+
+    message: int
+    context: str
+    start: int
+    end: int
+    stop: str
+    opened: bool = False
+    missing: str = ""
+    blocked: bool = False
+    apart: bool = False
+
+
+def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation, thoughtless: bool) -> Turn:
+    """Message `i` in a text that ends with it, or goes on behind it. `thoughtless`: the message has no thoughts.
+    Raises DropPair where its edges cannot be derived.
+
+    Example (Qwen3, last turn): the text continues with `<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHi`, the
+    generation prompt is `<|im_start|>assistant\\n`, or with enable_thinking=False everything before `Hi`. An empty
+    think block that the template writes of a turn without thoughts is context either way.
+    """
+    marks, template, header = rendered.marks, conversation.template, conversation.template.header
+    anchor, opening = rendered.behind(i), marks.opening(i)
+    tail, supply = marks.plain[anchor:], prompt.text[prompt.behind(i) :]
+    ahead = 0 if opening is None else marks.unmarked(opening) - anchor
+    if opening is None:
+        marks.end_of(i)  # raises, and says what is missing
+    n, missing = _supplied(tail, supply, ahead)
+    if n is None:
+        raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
+    begin, opened = n, thoughtless and bool(missing.strip()) and "</" not in missing
+    own = opening is not None and n >= ahead  # the policy's own words begin here
+    # A header is supplied after tool output too, where the template prompts for none.
+    if not own and header not in tail[:n] and tail.startswith(header, n):
+        n += len(header)
+    says_block = (rendered.messages[i].get("content") or "").lstrip().startswith("<think>")
+    block, closing, prefix = _think_block(tail, n, template.empty_block)
+    blocked = says_block and not thoughtless and closing
+    if blocked:
+        missing = prefix
+    elif not says_block:  # else a block is the policy's
+        n, opened = block, opened or (thoughtless and closing)
+    context = prompt.text.removesuffix(supply) + tail[:n] if opened else prompt.text + tail[begin:n]
+    end, stop = _end(rendered, i, conversation)
+    return Turn(i, context, anchor + n, end, stop, opened, missing, blocked)
+
+
+def _think_block(tail: str, n: int, usual: str) -> tuple[int, bool, str]:
+    """Where an empty think block ends that begins at `n`, or whose opening is before `n`; whether that is the case; and
+    that opening. `usual` is the block as the template supplies it: white space behind it is the policy's."""
+    opening = THINK_PREFIX.search(tail[:n])
+    begin = n if opening is None else opening.start()
+    if opening is not None and not REST_OF_EMPTY_THINK.match(tail, n):
+        return n, False, ""
+    block = EMPTY_THINK.match(tail, begin)
+    if block is None:
+        return n, False, ""
+    end = begin + len(usual) if usual and tail.startswith(usual, begin) else block.end()
+    return end, opening is not None, tail[begin:n]
+
+
+def _supplied(tail: str, supply: str, ahead: int) -> tuple[int | None, str]:
+    """How many characters of `tail` the generation prompt `supply` stands for, white space aside, and what of it is
+    missing there: a think prefix that history leaves out, or another one, if the content, `ahead` characters on,
+    follows at once."""
+    bare = THINK_PREFIX.sub("", supply)
+    for known in dict.fromkeys((supply, bare)):
+        n = len(known) if tail.startswith(known) else _loosely(tail, known)
+        if n is not None:
+            return n, supply[len(known) :]
+    n = min(common_prefix(tail, supply), ahead)
+    return (None, "") if tail[n:ahead].strip() else (n, supply[n:])
+
+
+def _loosely(tail: str, known: str) -> int | None:
+    """Where `known` ends in `tail` if that begins with it but for white space."""
+    n = 0
+    for c in known:
+        if c.isspace():
+            continue
+        while n < len(tail) and tail[n].isspace():
+            n += 1
+        if tail[n : n + 1] != c:
+            return None
+        n += 1
+    return n + common_prefix(tail[n:], known[len(known.rstrip()) :])
+
+
+def _end(rendered: Marked, i: int, conversation: Conversation) -> tuple[int, str]:
+    """Where message `i` ends: behind the first end-of-turn token after its last content. Between that content and
+    the next message's content is only the template's own text.
+
+    Turns that none of the usual tokens closes (`<|eom_id|>`, `<|call|>` after tool calls) end with the last special
+    token that the template writes whether or not a message follows, or else with the first one. A last turn may
+    have none at all.
+    """
+    marks, template = rendered.marks, conversation.template
+    last, is_last = marks.end_of(i), i == len(rendered.messages) - 1
+    tail = marks.text[last : marks.next_message(i, last)]
+    closers = [(tail.find(s), s) for s in template.stops if s in tail]
+    if not closers and (specials := list(template.special.finditer(tail))):
+        alone = marks if is_last else Marks(conversation.render(rendered.messages[: i + 1]), rendered.marker)
+        n = common_prefix([m.group() for m in specials], template.find_special(alone.text[alone.end_of(i) :]))
+        closer = specials[max(n - 1, 0)]
+        closers = [(closer.start(), closer.group())]
+    if not closers:
+        closing = tail.rstrip() if is_last and rendered.messages[i].get("tool_calls") else ""
+        return marks.unmarked(last + len(closing)), ""
+    position, stop = min(closers)
+    return marks.unmarked(last + position + len(stop)), stop
+
+
+def closing(i: int, conversation: Conversation) -> tuple[str, str]:
+    """(text, stop) of a turn that the template closes only when a message follows, as by the next role's token of
+    GLM-4: what is behind its last content up to and with the stop. That of message `i` with the message behind it, else
+    with one made up; ("", "") where there is none."""
+    messages, calls = conversation.messages, conversation.messages[i].get("tool_calls")
+    following = messages[i + 1 : i + 2]
+    if not following:
+        following = [{"role": "tool", "content": "Qz", "tool_call_id": c.get("id"), "name": c["function"]["name"]}
+                     for c in calls or ()] or [{"role": "user", "content": "Qz"}]  # fmt: skip
+    both = [*messages[: i + 1], *following]
+    try:
+        rendered = conversation.mark(both, conversation.render(both))
+        end, stop = _end(rendered, i, conversation)
+    except DropPair:
+        return "", ""
+    return rendered.text[rendered.content_end(i) : end] if stop else "", stop
+
+
+def last_stop(template: ChatTemplate, calls: bool) -> str | None:
+    """The stop of a turn, with calls or without, that nothing follows: "" where the template writes none, None where it
+    cannot be told. Found once."""
+    if calls not in template.last_stops:
+        call = {"id": "Qz0000001", "type": "function", "function": {"name": "Qz1", "arguments": {"Qz": "Qz2"}}}
+        turn = (
+            {"role": "assistant", "content": "", "tool_calls": [call]}
+            if calls
+            else {"role": "assistant", "content": "Qz3"}
+        )
+        probe = Conversation([{"role": "user", "content": "Qz4"}, turn], 1, template)
+        try:
+            template.last_stops[calls] = _end(probe.whole, 1, probe)[1]
+        except DropPair:
+            template.last_stops[calls] = None
+    return template.last_stops[calls]
