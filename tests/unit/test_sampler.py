@@ -214,6 +214,7 @@ def test_the_trainer_s_batches(on, tmp_path, monkeypatch):
     loader, prompts = trainer.get_train_dataloader(), trainer.train_dataset["prompt_key"]
     whole = []
     for epoch in (1, 2):
+        loader.set_epoch(epoch)  # as Trainer does
         trainer.begin_epoch(epoch)
         batches = [batch.row.tolist() for batch in loader]
         assert sorted(chain_of(batches)) == list(range(8))
