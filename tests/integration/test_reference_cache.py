@@ -494,6 +494,20 @@ def test_equal_rows_are_scored_once(folders, tokenizer, scored):
     assert trainer.train_dataset[0][COLUMNS[0]] == trainer.train_dataset[4][COLUMNS[0]]
 
 
+def test_what_both_sides_of_a_pair_begin_with_is_computed_once(folders, tokenizer, monkeypatch):
+    computed, score = [], mdpo.reference.frozen.score_reference
+
+    def watched(reference, policy, accelerator, batch, *args):
+        computed.append(batch.input_ids.numel())
+        return score(reference, policy, accelerator, batch, *args)
+
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", watched)
+    rows = run(folders, tokenizer, precompute_ref_batch_size=3).train_dataset
+    assert (
+        0 < sum(computed) <= sum(rows["distinct"]) < 0.8 * sum(map(len, [*rows["chosen_ids"], *rows["rejected_ids"]]))
+    )
+
+
 def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):
     made = []
     build = mdpo.reference.frozen.build_reference
