@@ -230,8 +230,7 @@ def part(forest: Forest, sequences: Sequence[int]) -> tuple[np.ndarray, list[lis
     parents = np.arange(-1, sum(forest.sizes) - 1)
     parents[forest.starts] = forest.parents
     left = np.where(parents[index] < 0, -1, np.searchsorted(index, parents[index]))
-    starts = np.flatnonzero(left != np.arange(-1, len(index) - 1)) if len(index) else left
-    starts = np.union1d(starts, [0])
+    starts = np.union1d([0], np.flatnonzero(left != np.arange(-1, len(index) - 1)))  # not behind their parents
     sizes = np.diff([*starts, len(index)])
     runs = [[int(size), int(left[start])] for size, start in zip(sizes, starts, strict=True)]
     return index, runs, np.searchsorted(index, [forest.ends[i] for i in sequences]).tolist()
