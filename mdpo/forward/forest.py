@@ -188,7 +188,7 @@ class Forest:
         for run, (size, before, parent) in enumerate(zip(self.sizes, self.before, self.parents, strict=True)):
             leaf = before > 0 and run not in grown
             if leaf and parent == last and 2 * size * sum(units[-1].sizes) <= SCORES_PER_COPY * before:
-                units[-1] = units[-1]._replace(sizes=(*units[-1].sizes, size))
+                units[-1] = Unit((*units[-1].sizes, size), *units[-1][1:])
             else:
                 on = unit_of_run[self.run_of(parent)] if before else -1
                 units.append(Unit((size,), before, on, run in grown))
