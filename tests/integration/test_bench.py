@@ -173,6 +173,17 @@ def test_the_micro_batch_is_found_beside_our_own_peak(bench_dpo, workloads, monk
         bench_dpo.fitted("branches", workload, rows, {})
 
 
+@pytest.mark.parametrize("arguments", ["", "--only branches", "--only thinking", "--only=no sharing", "--grow"])
+def test_a_micro_batch_that_would_do_nothing_is_refused(arguments, bench_dpo, monkeypatch, capsys):
+    """3 divides neither 16 pairs nor 2, and the other workloads take a step in one micro-batch."""
+    argv = [arguments] if "=" in arguments else arguments.split()
+    monkeypatch.setattr("sys.argv", ["bench_dpo.py", *argv, "--micro-batch", "3"])
+    monkeypatch.setattr(bench_dpo, "matmul_rate", None)
+    with pytest.raises(SystemExit) as stopped:
+        bench_dpo.main()
+    assert stopped.value.code == 2 and "--micro-batch: needs" in capsys.readouterr().err
+
+
 SHORT = {
     "branches": {"prompt": 12, "answer": 14},
     "thinking": {"prompt": 8, "thought": 6, "answer": 4, "output": 4},
