@@ -25,9 +25,9 @@ from tiny import CHATML, tokenizer_for
 
 from mdpo.data.tokenize import tokenize_row
 from mdpo.masking import left_out
+from mdpo.masking.breaks import EARLIER_THOUGHTS, REWRITTEN, SYSTEM_MOVED
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
-from mdpo.masking.sequences import EARLIER_THOUGHTS, REWRITTEN, SYSTEM_MOVED
 
 SETTINGS = RenderSettings(None)
 HEAD, END = "{{ '<|im_start|>' + m.role + '\n' ", "<|im_end|>\n"

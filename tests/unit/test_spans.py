@@ -12,10 +12,11 @@ from mask_checks import LETTERS, byte_level, ones, rounds, said
 from tiny import CHATML, tokenizer_for, trl_template
 from tokenizers import Tokenizer
 
+from mdpo.masking.breaks import RETOKENIZED
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.conversation import Conversation
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
-from mdpo.masking.sequences import APART, NO_STOP, RETOKENIZED, in_one_text
+from mdpo.masking.sequences import APART, NO_STOP, in_one_text
 from mdpo.masking.spans import STRADDLE, mask_of, tokenize
 from mdpo.masking.stops import any_of
 from mdpo.masking.turns import locate
