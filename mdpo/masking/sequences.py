@@ -15,7 +15,7 @@ from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import remarks_of, thoughts, unread, unwritten_field, written
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE, numbered
 from mdpo.masking.spans import PromptTokens, Range, common, mask_of, same_text, tokenize
-from mdpo.masking.turns import Turn, closing, last_stop, locate
+from mdpo.masking.turns import Turn, as_last, closing, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
@@ -80,7 +80,7 @@ def in_one_text(conversation: Conversation) -> RenderedSequence | None:
         turn = locate(whole, conversation.prompt_of_whole(i), i, conversation, thoughtless=not own)
         if text[: turn.start] != turn.context or turn.blocked or _lost(own, i, whole, conversation):
             return None
-        if i < last and not _ends_alike(turn, conversation):
+        if i < last and not as_last(turn, conversation):
             return None
         if i == last and not turn.stop:
             text, turn = _closed(turn, whole, conversation)
@@ -178,12 +178,6 @@ def _closed(turn: Turn, rendered: Marked, conversation: Conversation) -> tuple[s
     return text, replace(turn, end=len(text), stop=stop)
 
 
-def _ends_alike(turn: Turn, conversation: Conversation) -> bool:
-    """Whether a turn that others follow ends with the token that it ended with as the last one."""
-    calls = bool(conversation.messages[turn.message].get("tool_calls"))
-    return last_stop(conversation.template, calls) in ("", turn.stop)
-
-
 def _lost(own: list[str], i: int, rendered: Marked, conversation: Conversation) -> bool:
     """Whether thoughts of turn `i` are not in the text: those of its content, or of a field that the template reads."""
     if not own or written(own, i, rendered.marks):
@@ -239,7 +233,8 @@ def _why(before: RenderedSequence, prompt: Marked, conversation: Conversation) -
     systems = [b for a, b, i in prompt.marks.contents() if conversation.messages[i]["role"] == "system"]
     if any(b > same for b in systems):
         return SYSTEM_MOVED
-    if "".join(before.text[same:].split())[:7] in ("<think>", "</think"):
+    tag = max(before.text.rfind("<", same - 6, same), 0)  # a call's begins with the same letters
+    if any("".join(before.text[n:].split())[:7] in ("<think>", "</think") for n in (same, tag)):
         return THINK_BLOCK
     old, new = ("".join(text.split()) for text in (before.text, prompt.text))
     if new.startswith(old):

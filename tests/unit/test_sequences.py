@@ -5,16 +5,26 @@ generation prompt and what the template makes of a turn once others follow. What
 system text of a template, tools) is compared with the template's own prompt.
 """
 
+import copy
+import json
+from collections import Counter
+from functools import partial
+
 import pytest
 from conversations import SYSTEM, THINK, TOOLS, assistant, pair_of, tool, user
 from errors import dropped
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mask_checks import LETTERS, byte_level, rounds
-from segments import hostile
+from segments import CONVERSATIONS, hostile
 from shown import sequences_of, shown_side
-from templates import chat_template
-from tiny import tokenizer_for, trl_template
+from templates import ROWS, chat_template
+from tiny import CHATML, tokenizer_for, trl_template
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
+from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.conversation import Conversation
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.masking.sequences import (
     EARLIER_THOUGHTS,
@@ -24,7 +34,11 @@ from mdpo.masking.sequences import (
     SYSTEM_MOVED,
     THINK_BLOCK,
     WHITE_SPACE,
+    by_turns,
+    in_one_text,
 )
+from mdpo.masking.spans import PromptTokens, common, tokenize
+from mdpo.masking.stops import EMPTY_THINK
 from mdpo.types import Pair, turn_begins
 
 SETTINGS = RenderSettings(None)
@@ -106,6 +120,15 @@ def test_a_think_block_of_the_generation_prompt():
         [f"{ASK}{block}«Yes.<|im_end|>»", f"{ASK}Yes.{AGAIN}{block}«No.<|im_end|>»"],
         [THINK_BLOCK],
     )
+
+
+def test_a_block_where_history_goes_on_with_letters_of_its_tag():
+    """A call begins with `<t` as the block does."""
+    calls = [user("A?"), assistant("", RAIN), tool("wet"), assistant("Yes.")]
+    template = ChatTemplate(tokenizer_for(trl_template("qwen3")), {"enable_thinking": False})
+    block = "<think>\n\n</think>\n\n"
+    expected = [f"{ASK}{block}«{CALL}<|im_end|>»", f"{ASK}{CALL}<|im_end|>{WET}{block}«Yes.<|im_end|>»"]
+    check(template, calls, expected, [THINK_BLOCK], head=ASK, tools=TOOLS)
 
 
 # ---- gpt-oss: <|start|>assistant is supplied, the channels are sampled. <|call|> ends a call and <|return|> an answer;
@@ -239,7 +262,7 @@ def test_the_next_role_s_token_ends_a_turn():
     first = f"{head}«\n<think>T1</think>{call}<|observation|>»"
     check(template, calls, [first], head=head, tools=TOOLS)
     both = [*calls, tool("wet"), assistant("Yes.", reasoning_content="T2")]
-    answer = f"\n<tool_response>\nwet\n</tool_response><|assistant|>«\n<think>T2</think>\nYes.<|user|>»"
+    answer = "\n<tool_response>\nwet\n</tool_response><|assistant|>«\n<think>T2</think>\nYes.<|user|>»"
     check(template, both, [first + answer], head=head, tools=TOOLS)
     check(
         template,
@@ -275,7 +298,10 @@ def test_a_system_message_before_the_last_question():
     check(
         MOVED,
         [SYSTEM, *rounds("A?", "Yes.", "B?", "No.")],
-        [f"<bos>[INST] {system}A?[/INST]« Yes.</s>»", f"<bos>[INST] A?[/INST] Yes.</s>[INST] {system}B?[/INST]« No.</s>»"],
+        [
+            f"<bos>[INST] {system}A?[/INST]« Yes.</s>»",
+            f"<bos>[INST] A?[/INST] Yes.</s>[INST] {system}B?[/INST]« No.</s>»",
+        ],
         [SYSTEM_MOVED],
     )
     one = "<bos>[INST] A?[/INST]« Yes.</s>»[INST] B?[/INST]« No.</s>»"
@@ -298,7 +324,9 @@ def test_a_turn_in_the_middle_that_begins_with_line_breaks():
     names = template.tokenizer.convert_ids_to_tokens
     assert first[:20] == second[:20]
     assert names(first[20:24]) == ["Ċ", "Ċ", "Ċ", "Y"] and names(second[20:23]) == ["ĊĊ", "Ċ", "Y"]
-    assert check(LETTERS, rounds("A?", "\n\nYes.", "B?", "No."), [f"{ASK}«\n\nYes.<|im_end|>»{AGAIN[10:]}«No.<|im_end|>»\n"])
+    assert check(
+        LETTERS, rounds("A?", "\n\nYes.", "B?", "No."), [f"{ASK}«\n\nYes.<|im_end|>»{AGAIN[10:]}«No.<|im_end|>»\n"]
+    )
 
 
 def own(body, prompt="<|im_start|>assistant\n"):
@@ -425,3 +453,122 @@ def test_each_turn_counts_once_in_log_probs():
     later = tokenize_pair(pair_of(LOOP, n_prompt=5, tools=TOOLS), chat_template("qwen3"), SETTINGS)
     assert [text.count("«") for text in shown_side(chat_template("qwen3").tokenizer, later)] == [1]
 
+
+# ---- one text or turn by turn
+
+WATCHED = ("qwen3", "qwen3_5_think", "qwen3_8", "glm4moe", "gptoss", "deepseek_r1_distill", "lfm2_2_5", "cohere")
+CASES = [
+    (name, conversation)
+    for i, name in enumerate(sorted(ROWS))
+    for k, conversation in enumerate(CONVERSATIONS)
+    if name in WATCHED or (i + k) % 4 == 0
+]
+
+
+def block_is_lost(side):
+    """Whether a turn, written as the last message, has an empty think block that is gone once others follow it."""
+    for i in side.trained[:-1]:
+        alone, whole = side.up_to(i).text, side.text
+        begin = max(alone.rfind("<", 0, common(alone, whole) + 1), 0)
+        if EMPTY_THINK.match(alone, begin) and not EMPTY_THINK.match(whole, begin):
+            return True
+    return False
+
+
+def test_turn_by_turn_gives_what_one_text_gives():
+    """Up to the last supervised token, but for sides of which the text leaves an empty think block out that each turn
+    alone has: those are as many sequences as turns, or fewer. On a quarter of the truth tables, and all of eight."""
+    seen = Counter()
+    for name, conversation in CASES:
+        messages = CONVERSATIONS[conversation](name)
+        tools = TOOLS if any("tool_calls" in m for m in messages) else None
+        side = Conversation(messages, 1 + (messages[0]["role"] == "system"), chat_template(name), tools)
+        try:
+            one, turns = in_one_text(side), by_turns(side)
+        except DropPair:
+            seen["dropped"] += 1
+            continue
+        if one is None:
+            seen["no text holds it"] += 1
+        elif block_is_lost(side):
+            seen["a block is lost"] += 1
+            assert len(turns) > 1 and THINK_BLOCK in [s.why for s in turns]
+        else:
+            seen["the same"] += 1
+            [merged], end = turns, max(t for t, m in enumerate(one.mask) if m) + 1
+            assert (merged.ids, merged.mask) == (one.ids[:end], one.mask[:end]), (name, conversation)
+            assert not any(one.mask[end:])
+    assert seen["the same"] > 150 and min(seen.values()) >= 5, seen
+
+
+# ---- prompts that continue each other, tokenized by what is new
+
+CHAT = CHATML + "{# <tool_call></tool_call> #}"
+
+
+def metaspace(scheme):
+    tokenizer = copy.deepcopy(tokenizer_for(CHAT, "metaspace"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    return tokenizer
+
+
+def llama():
+    """A normalizer puts a space before each text between added tokens, and nothing splits it."""
+    tokenizer = copy.deepcopy(tokenizer_for(CHAT, "metaspace"))
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"pre_tokenizer": None}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(spaces)
+    return tokenizer
+
+
+KINDS = {
+    "byte": lambda: tokenizer_for(CHAT),
+    **{f"metaspace, {scheme}": partial(metaspace, scheme) for scheme in ("always", "never", "first")},
+    "llama": llama,
+}
+PIECES = ["<|im_end|>", "<|im_start|>", "user\n", "assistant\n", "The answer is 12.", " ", "\n", "\n\n", "12", "▁", "🙂",
+          "é", "<tool_call>", "<|im", "_end|>"]  # fmt: skip
+
+
+class CutInAWord(PromptTokens):
+    """The wrong twin: what two texts have in common stays, wherever it ends."""
+
+    def _shared(self, text, same):
+        keep = sum(end <= same for _, end in self._ranges)
+        return keep, self._ranges[keep - 1][1] if keep else 0
+
+
+def agrees(prompts, tokenizer, texts):
+    return all(prompts.of(text) == tokenize(text, tokenizer) for text in texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_have_the_tokens_of_whole_texts(kind, monkeypatch):
+    monkeypatch.setattr(PromptTokens, "CHECKED", 0)  # it would notice, and mend it
+    tokenizer, tried = KINDS[kind](), Counter()
+
+    @settings(max_examples=150, derandomize=True, deadline=None, database=None)
+    @given(
+        st.lists(st.lists(st.sampled_from(PIECES), max_size=5).map("".join), min_size=2, max_size=5), st.integers(0, 9)
+    )
+    def check_all(pieces, cut):
+        whole = "".join(pieces)
+        texts = ["".join(pieces[: k + 1]) for k in range(len(pieces))] + [whole[: -1 - cut], whole]
+        assert agrees(PromptTokens(tokenizer), tokenizer, texts)
+        tried["wrong twin"] += not agrees(CutInAWord(tokenizer), tokenizer, texts)
+
+    check_all()
+    assert tried["wrong twin"] > 20
+
+
+def test_a_tokenizer_that_no_cut_suits_is_read_as_a_whole():
+    """The check of the first texts: where a cut gives other tokens, every later text is tokenized as a whole."""
+    tokenizer = tokenizer_for(CHAT)
+    texts = [rounds_text for n in range(1, 4) for rounds_text in ["The ans" * n, "The answer is" * n]]
+    PromptTokens.checked, before = 0, PromptTokens.checked
+    try:
+        prompts = CutInAWord(tokenizer)
+        assert agrees(prompts, tokenizer, texts) and prompts._whole
+    finally:
+        PromptTokens.checked = before
