@@ -174,7 +174,7 @@ def last_stop(template: ChatTemplate, calls: bool) -> str | None:
 
 
 def as_last(turn: Turn, conversation: Conversation) -> bool:
-    """Whether a turn that others follow is written as it was as the last one: its stop, and white space at its edges."""
+    """Whether a turn that others follow is written as it was as the last one: stop and white space alike."""
     i = turn.message
     message = conversation.messages[i]
     if last_stop(conversation.template, bool(message.get("tool_calls"))) not in ("", turn.stop):

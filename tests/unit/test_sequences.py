@@ -401,7 +401,7 @@ def test_max_length_is_of_each_sequence():
 
 
 def test_keep_start_cuts_each_sequence():
-    """Its first 52 tokens each: of the second turn's 12 only <think>, \\n, T and 2 are left. Below 49 nothing of it is."""
+    """Its first 52 tokens each: of the second turn's 12 <think>, \\n, T and 2 are left; below 49, none."""
     template = letters_of("qwen3")
     got = tokenize_pair(Pair(TWO, ONE, 1), template, RenderSettings(52, "keep_start"))
     assert got.chosen_lengths == [34, 52] and got.cut and got.longest == 60
@@ -456,12 +456,12 @@ def test_each_turn_counts_once_in_log_probs():
 
 # ---- one text or turn by turn
 
-WATCHED = ("qwen3", "qwen3_5_think", "qwen3_8", "glm4moe", "gptoss", "deepseek_r1_distill", "lfm2_2_5", "cohere")
+WATCHED = ("qwen3", "qwen3_5_think", "qwen3_8", "glm4moe", "gptoss", "lfm2_2_5")
 CASES = [
     (name, conversation)
     for i, name in enumerate(sorted(ROWS))
     for k, conversation in enumerate(CONVERSATIONS)
-    if name in WATCHED or (i + k) % 4 == 0
+    if name in WATCHED or (i + k) % 6 == 0
 ]
 
 
@@ -477,7 +477,7 @@ def block_is_lost(side):
 
 def test_turn_by_turn_gives_what_one_text_gives():
     """Up to the last supervised token, but for sides of which the text leaves an empty think block out that each turn
-    alone has: those are as many sequences as turns, or fewer. On a quarter of the truth tables, and all of eight."""
+    alone has: those are as many sequences as turns, or fewer. On a sixth of the truth tables, and all of six."""
     seen = Counter()
     for name, conversation in CASES:
         messages = CONVERSATIONS[conversation](name)
@@ -527,8 +527,8 @@ KINDS = {
     **{f"metaspace, {scheme}": partial(metaspace, scheme) for scheme in ("always", "never", "first")},
     "llama": llama,
 }
-PIECES = ["<|im_end|>", "<|im_start|>", "user\n", "assistant\n", "The answer is 12.", " ", "\n", "\n\n", "12", "▁", "🙂",
-          "é", "<tool_call>", "<|im", "_end|>"]  # fmt: skip
+PIECES = ["<|im_end|>", "<|im_start|>", "user\n", "assistant\n", "The answer is 12.", " ", "\n", "\n\n", "12", "▁",
+          "🙂", "é", "<tool_call>", "<|im", "_end|>"]  # fmt: skip
 
 
 class CutInAWord(PromptTokens):
