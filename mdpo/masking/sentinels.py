@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -91,10 +92,15 @@ class Marks:
         for m in pattern.finditer(text):
             self._first.setdefault((int(m[1]), m[2]), (m.start(), m.end()))
         self.plain = pattern.sub("", text)
+        self._starts = [start for start, _, _ in self._sentinels]
+        self._widths = [0, *itertools.accumulate(end - start for start, end, _ in self._sentinels)]
+        self._slots_of: dict[int, list[int]] = {}
+        for s, slot in enumerate(self.slots):
+            self._slots_of.setdefault(slot.owner, []).append(s)
 
     def unmarked(self, position: int) -> int:
         """A position in the marked text, as a position in the text without sentinels."""
-        return position - sum(end - start for start, end, _ in self._sentinels if start < position)
+        return position - self._widths[bisect_left(self._starts, position)]
 
     def start(self, s: int) -> int | None:
         """Where slot `s` begins in the marked text; None where the template left it out."""
@@ -116,7 +122,7 @@ class Marks:
         return numbered(max(begun, default=0))
 
     def of(self, i: int) -> list[int]:
-        return [s for s, slot in enumerate(self.slots) if slot.owner == i]
+        return self._slots_of.get(i, [])
 
     def ranges(self, messages: list[int]) -> list[tuple[int, int]]:
         """Unmarked characters [start, end) of the content of these messages. DropPair where some was left out."""

@@ -7,8 +7,10 @@ a turn in the history otherwise, a new sequence begins. Where one rendered text 
 (`in_one_text`), that is the only sequence; `by_turns` is the same without that shortcut.
 """
 
+from bisect import bisect_left
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from mdpo.errors import DropPair
 from mdpo.masking.conversation import Conversation, Marked
@@ -127,8 +129,10 @@ def _tokenized(context: str, text: str, tokens: PromptTokens, tokenizer) -> tupl
     given, places = tokens.of(context)
     ids, ranges = tokens.of(text)
     if ids[: len(given)] == given:
+        n = max(len(given) - 1, 0)  # none before the context's last token reaches over its end
         with suppress(DropPair):
-            return ids, *mask_of(text, ids, ranges, [(len(context), len(text))], tokenizer), False
+            tail, mask = mask_of(text, ids[n:], ranges[n:], [(len(context), len(text))], tokenizer)
+            return ids, [*ranges[:n], *tail], [0] * n + mask, False
     more, behind = tokenize(text[len(context) :], tokenizer, goes_on=True)
     moved = ((a + len(context), b + len(context)) for a, b in behind)
     return [*given, *more], [*places, *moved], [0] * len(given) + [1] * len(more), True
@@ -209,8 +213,9 @@ def _verify(sequence: RenderedSequence, turns: list[Turn], conversation: Convers
     """Each turn's tokens decode to its text, and the last one is the end of turn."""
     tokenizer = conversation.template.tokenizer
     for turn in turns:
-        inside = zip(sequence.ids, sequence.ranges, sequence.mask, strict=True)
-        span_ids = [t for t, (a, b), bit in inside if bit and turn.start <= a and b <= turn.end]
+        first, last = (bisect_left(sequence.ranges, edge, key=itemgetter(0)) for edge in (turn.start, turn.end))
+        inside = zip(*(x[first:last] for x in (sequence.ids, sequence.ranges, sequence.mask)), strict=True)
+        span_ids = [t for t, (_, end), bit in inside if bit and end <= turn.end]
         expected = sequence.text[turn.start : turn.end]
         if not span_ids or not same_text(expected, span_ids, tokenizer):
             raise DropPair(f"{NOT_DERIVABLE}: {numbered(turn.message)} has other tokens than its text")

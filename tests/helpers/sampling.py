@@ -1,5 +1,5 @@
-"""Trajectories that a tiny random model samples, turn by turn, in the syntax of a chat template, and what a server would
-have recorded of them: the ids of each prompt and the ids sampled behind it.
+"""Trajectories that a tiny random model samples, turn by turn, in the syntax of a chat template, and what a server
+would have recorded of them: the ids of each prompt and the ids sampled behind it.
 
 The model chooses the words, among ordinary ones; the syntax around them and the token that ends a turn are prescribed.
 Messages are read from the decoded text alone, as a client does.

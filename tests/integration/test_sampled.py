@@ -43,8 +43,8 @@ def talks(name, kind="byte"):
 
 
 def unstable(tokenizer, turns):
-    """Of how many turns the sampled text, up to the stop, has other tokens than were sampled: those cannot be known from
-    messages. Decoded behind a word, as a Metaspace decoder drops the space of its first token."""
+    """Of how many turns the sampled text, up to the stop, has other tokens than were sampled: those cannot be known
+    from messages. Decoded behind a word, as a Metaspace decoder drops the space of its first token."""
     word = tokenizer("It", add_special_tokens=False)["input_ids"]
     texts = [tokenizer.decode([*word, *ids[:-1]], skip_special_tokens=False) for _, ids in turns]
     again = [tokenizer(text.removeprefix("It"), add_special_tokens=False)["input_ids"] for text in texts]
