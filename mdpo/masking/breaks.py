@@ -32,7 +32,8 @@ def why(before: "RenderedSequence", prompt: Marked, conversation: Conversation) 
     systems = [b for a, b, i in prompt.marks.contents() if conversation.messages[i]["role"] == "system"]
     if any(b > same for b in systems):
         return SYSTEM_MOVED
-    if "".join(before.text[same:].split())[:7] in ("<think>", "</think"):
+    tag = max(before.text.rfind("<", same - 6, same), 0)  # a call's begins with the same letters
+    if any("".join(before.text[n:].split())[:7] in ("<think>", "</think") for n in (same, tag)):
         return THINK_BLOCK
     old, new = ("".join(text.split()) for text in (before.text, prompt.text))
     if new.startswith(old):

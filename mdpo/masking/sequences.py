@@ -17,7 +17,7 @@ from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import lost, remarks_of, thoughts, unread, unwritten_field, written
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE, numbered
 from mdpo.masking.spans import PromptTokens, Range, mask_of, same_text, tokenize
-from mdpo.masking.turns import Turn, closing, last_stop, locate
+from mdpo.masking.turns import Turn, as_last, closing, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
@@ -79,7 +79,7 @@ def in_one_text(conversation: Conversation) -> RenderedSequence | None:
         turn = locate(whole, conversation.prompt_of_whole(i), i, conversation, thoughtless=not own)
         if text[: turn.start] != turn.context or turn.blocked or lost(own, i, whole, conversation):
             return None
-        if i < last and not _ends_alike(turn, conversation):
+        if i < last and not as_last(turn, conversation):
             return None
         if i == last and not turn.stop:
             text, turn = _closed(turn, whole, conversation)
@@ -126,8 +126,10 @@ def _tokenized(context: str, text: str, tokens: PromptTokens, tokenizer) -> tupl
     given, places = tokens.of(context)
     ids, ranges = tokens.of(text)
     if ids[: len(given)] == given:
+        n = max(len(given) - 1, 0)  # none before the context's last token reaches over its end
         with suppress(DropPair):
-            return ids, *mask_of(text, ids, ranges, [(len(context), len(text))], tokenizer), False
+            tail, mask = mask_of(text, ids[n:], ranges[n:], [(len(context), len(text))], tokenizer)
+            return ids, [*ranges[:n], *tail], [0] * n + mask, False
     more, behind = tokenize(text[len(context) :], tokenizer, goes_on=True)
     moved = ((a + len(context), b + len(context)) for a, b in behind)
     return [*given, *more], [*places, *moved], [0] * len(given) + [1] * len(more), True
@@ -175,12 +177,6 @@ def _closed(turn: Turn, rendered: Marked, conversation: Conversation) -> tuple[s
         raise DropPair(f"{NO_STOP}: nothing closes {numbered(turn.message)}")
     text = rendered.text[: rendered.content_end(turn.message)] + written_end
     return text, replace(turn, end=len(text), stop=stop)
-
-
-def _ends_alike(turn: Turn, conversation: Conversation) -> bool:
-    """Whether a turn that others follow ends with the token that it ended with as the last one."""
-    calls = bool(conversation.messages[turn.message].get("tool_calls"))
-    return last_stop(conversation.template, calls) in ("", turn.stop)
 
 
 def _refuse_losses(rendered: Marked) -> None:

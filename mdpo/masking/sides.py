@@ -83,11 +83,19 @@ def _refuse_over_long(conversations: list[Conversation], settings: RenderSetting
     texts = [c.text for c in conversations]
     if max(len(text.encode()) for text in texts) <= settings.max_length:
         return
-    longest = max(len(tokenize(text, conversations[0].template.tokenizer)[0]) for text in texts)
-    if longest > settings.max_length:
+    longest = _longest(conversations, texts)
+    if longest <= settings.max_length:
+        return
+    # The whole text may be longer than each sequence, by what the template writes behind the last turn.
+    prompts = [c.render(c.messages[: max(c.trained, default=0)], generation=True) for c in conversations]
+    if _longest(conversations, prompts) > settings.max_length:
         reason = DropPair("over-long")
         reason.longest = longest
         raise reason
+
+
+def _longest(conversations: list[Conversation], texts: list[str]) -> int:
+    return max(len(tokenize(text, conversations[0].template.tokenizer)[0]) for text in texts)
 
 
 def _side(rendered: RenderedSide, turn_weights: list[float], settings: RenderSettings) -> Side:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.conversation import Conversation, Marked
+from mdpo.masking.left_out import thoughts
 from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, numbered
 from mdpo.masking.stops import EMPTY_THINK, THINK_PREFIX
 from mdpo.types import common_prefix
@@ -170,3 +171,35 @@ def last_stop(template: ChatTemplate, calls: bool) -> str | None:
         except DropPair:
             template.last_stops[calls] = None
     return template.last_stops[calls]
+
+
+def as_last(turn: Turn, conversation: Conversation) -> bool:
+    """Whether a turn that others follow is written as it was as the last one: stop and white space alike."""
+    i = turn.message
+    message = conversation.messages[i]
+    if last_stop(conversation.template, bool(message.get("tool_calls"))) not in ("", turn.stop):
+        return False
+    content = message.get("content") or ""
+    if content == content.strip() or edges_alike(conversation.template):
+        return True
+    own = locate(conversation.up_to(i), conversation.prompt(i), i, conversation, thoughtless=not thoughts(message))
+    return _words(own, conversation.up_to(i).text) == _words(turn, conversation.text)
+
+
+def edges_alike(template: ChatTemplate) -> bool:
+    """Whether white space at the edges of an answer is written alike whether or not a message follows; False where it
+    cannot be told. Found once."""
+    if template.edges_alike is None:
+        turns = [{"role": r, "content": c} for r, c in (("user", "Qz4"), ("assistant", "\n Qz3 \n"), ("user", "Qz5"))]
+        try:
+            sides = [Conversation(turns[:n], 1, template) for n in (2, 3)]
+            both = [_words(locate(s.whole, s.prompt(1), 1, s, thoughtless=True), s.text) for s in sides]
+            template.edges_alike = both[0] == both[1]
+        except DropPair:
+            template.edges_alike = False
+    return template.edges_alike
+
+
+def _words(turn: Turn, text: str) -> str:
+    """What was sampled before the stop."""
+    return text[turn.start : turn.end].removesuffix(turn.stop)
