@@ -127,6 +127,7 @@ def render_settings(recipe) -> RenderSettings:
         args.mask_user_turns,
         recipe.data.chat_template_kwargs or {},
         recipe.data.allow_different_prompts,
+        recipe.data.turns_without_reasoning,
     )
 
 
