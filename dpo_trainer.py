@@ -259,7 +259,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self):
         sides = [f"{side}_{field}" for side in SIDES for field in ("ids", "mask", "weights", "lengths")]
-        self._signature_columns = [*sides, "shared_len", "margin", "weight", "row", *REFERENCE.values()]
+        self._signature_columns = [*sides, "margin", "weight", "row", *REFERENCE.values()]
 
     def _set_up_reference(self, policy_name, ref_model, quantization, compiled: bool) -> None:
         ############## MODIFICATION 6: a reference other than the starting policy, by name.

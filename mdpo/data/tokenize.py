@@ -26,7 +26,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 12
+VERSION = 13
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {
@@ -35,7 +35,6 @@ FEATURES = Features(
         **{f"{side}_weights": List(Value("float32")) for side in SIDES},
         **{f"{side}_lengths": List(Value("int32")) for side in SIDES},  # of its sequences; empty where it is one
         **{f"{side}_breaks": List(Value("string")) for side in SIDES},  # why each sequence after the first one begins
-        "shared_len": Value("int32"),
         "distinct": Value("int32"),
         "margin": Value("float64"),
         "weight": Value("float64"),  # of the pair's loss; null: 1
@@ -98,7 +97,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
 
 
 def _empty(row: dict[str, Any]) -> dict[str, Any]:
-    out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
+    out = {**vars(TokenizedPair([], [], [], [])), "key": row["key"], "prompt_key": "", "special_in_context": 0}
     return out | {"margin": None, "weight": None, "digest": "", "unread": [], "drop_reason": ""}
 
 
