@@ -26,7 +26,7 @@ from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_steps
 from mdpo.console import say
 from mdpo.data.positions import learned_positions, refuse_long_rows
-from mdpo.data.rows import refuse_by_loss
+from mdpo.data.row_numbers import refuse_by_loss
 from mdpo.data.sampler import LongestFirst
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError

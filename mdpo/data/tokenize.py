@@ -232,23 +232,3 @@ def _longest_sequence(table, side: str) -> np.ndarray:
         longest = longest.copy()
         longest[several] = np.maximum.reduceat(values, (counts.cumsum() - counts)[several])
     return longest
-
-
-def token_totals(rows: Dataset) -> tuple[int, int]:
-    """Tokens of all sequences of all pairs, and those that are distinct within their pair."""
-    tables = rows.select_columns([f"{side}_ids" for side in SIDES]).with_format("arrow").iter(batch_size=1000)
-    tokens = sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for table in tables for column in table.columns)
-    return tokens, int(np.sum(rows["distinct"], dtype=np.int64))
-
-
-def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
-    """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
-    rank over the mean, those that a pair's sequences begin with alike once, in shuffled batches of `pairs` a rank; None
-    where there is no such step."""
-    tokens = np.asarray(rows["distinct"], np.int64)
-    steps = len(tokens) // (ranks * pairs)
-    if not steps:
-        return None
-    shuffled = np.random.default_rng(seed).permutation(tokens)[: steps * ranks * pairs]
-    of_ranks = shuffled.reshape(steps, ranks, pairs).sum(2)
-    return float((of_ranks.max(1) / of_ranks.mean(1)).mean())
