@@ -113,7 +113,7 @@ def test_a_foreign_batch_without_lengths_counts_its_mask():
 def test_each_field_is_an_attribute(batch):
     for name, value in batch.items():
         assert getattr(batch, name) is value
-    assert PairBatch().turn_weight is None and len(OPTIONAL) == 9
+    assert PairBatch().turn_weight is None and len(OPTIONAL) == 10
 
 
 def test_a_field_of_the_other_layout_is_an_error():
