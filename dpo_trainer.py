@@ -301,7 +301,7 @@ class DPOTrainer(ResumableTrainer):
         self.reference.free()
 
     def _precompute(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        ############## MODIFICATION 7: cached for each token and by content, so that only new pairs are ever scored; TRL
+        ############## MODIFICATION 7: cached by sequence and content, so that only new ones are ever scored; TRL
         # caches sums of a whole dataset, under a key that changes with unrelated settings.
         return self.reference.precompute(dataset, name, self.data_collator, batch_size)
         ############## MODIFICATION 7 END

@@ -2,12 +2,15 @@
 
 python benchmarks/bench_dpo.py                                  # all workloads on models/smollm2-135m-instruct, float32
 python benchmarks/bench_dpo.py --only "agent pairs" --steps 3
+python benchmarks/bench_dpo.py --only branches --micro-batch 4  # TRL's, else the largest that memory holds
 python benchmarks/bench_dpo.py --grow                           # the cost as work grows, ours alone
 
 Each side has its own model in its own process; both train on the same rows in the same order. A step of one side
 follows a step of the other, so that each ratio compares two neighbors in time. A step is a full training step: data,
 forward, backward, clipping, optimizer, logging. TRL runs with its best settings for these workloads: reference
-log-probs precomputed, scaled-dot-product attention, no gradient checkpointing, fused AdamW.
+log-probs precomputed, scaled-dot-product attention, no gradient checkpointing, fused AdamW. "thinking" is compared
+with our own padded batches, as TRL cannot train on a side of several sequences. Both sides have to have the same loss:
+at the first step, and at every one where they supervise the same tokens.
 """
 
 import argparse
@@ -16,7 +19,6 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -25,110 +27,15 @@ from pathlib import Path
 import workloads
 from rich.console import Console
 from rich.table import Table
+from sides import WARM, in_half, worker
 
 PAUSE_S = 0.3  # the other process's threads spin for a while after their work
-WARM = 2  # warm-up steps of each side, not counted: the first pairs are the longest, so memory reaches its peak in them
 # By default glibc returns freed memory to the system and takes it again in each step, page by page; here it keeps it.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 37, "MALLOC_TOP_PAD_": 1 << 26}
-
-
-def common_settings(options: dict, cuda: bool) -> dict:
-    """Training arguments of both sides."""
-    return {
-        "per_device_train_batch_size": options["pairs"],
-        "max_steps": options["steps"] + WARM,
-        "train_sampling_strategy": "sequential",
-        "learning_rate": 1e-6,
-        "max_length": 8192,
-        "bf16": options.get("bf16", options["dtype"] == "bfloat16"),
-        "use_cpu": not cuda,
-        "gradient_checkpointing": False,
-        "precompute_ref_log_probs": True,
-        "model_init_kwargs": {"dtype": options["dtype"], "attn_implementation": "sdpa"},
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "seed": 1,
-    }
-
-
-def worker(pipe, side: str, options: dict) -> None:
-    """One side's trainer. Trains a step for each "go" of the parent and sends its seconds; at the end, its metrics."""
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import DPOConfig
-
-    from dpo_trainer import DPOTrainer
-    from mdpo.config.schema import MDPOConfig
-
-    torch.set_num_threads(options["threads"])
-    cuda = torch.cuda.is_available()
-    settings = common_settings(options, cuda)
-    step_start = None
-
-    class Turns(TrainerCallback):
-        """A step lasts from its "go" until the next one could begin, so that fetching data counts."""
-
-        def on_step_begin(self, *args, **kwargs):
-            nonlocal step_start
-            answer()
-            pipe.recv()
-            step_start = time.perf_counter()
-
-        def on_train_end(self, *args, **kwargs):
-            answer()
-
-    def answer():
-        if cuda:
-            torch.cuda.synchronize()
-        pipe.send(None if step_start is None else time.perf_counter() - step_start)
-
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Dataset.from_list(options["rows"])
-        setup_start = time.perf_counter()
-        if side == "trl":
-            from trl import DPOTrainer as TheirTrainer
-
-            trainer = TheirTrainer(options["model"], args=DPOConfig(folder, **settings), train_dataset=rows)
-        else:
-            cache = {"reference_cache_dir": options["cache"]}
-            trainer = DPOTrainer(options["model"], args=MDPOConfig(folder, **settings, **cache), train_dataset=rows)
-        trainer.add_callback(Turns())
-        results = {"set-up": time.perf_counter() - setup_start}
-        if side == "ours":
-            results |= useful_work(trainer, options["pairs"])
-        trainer.train()
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        results |= {"losses": [log["loss"] for log in logs], "num_tokens": [log["num_tokens"] for log in logs]}
-    results["memory"] = torch.cuda.max_memory_allocated() if cuda else 1024 * peak_kb()
-    pipe.send(results)
-
-
-def peak_kb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def useful_work(trainer, pairs: int) -> dict[str, list[float]]:
-    """For each step its distinct tokens, tokens of both sides, and useful FLOPs: each distinct token once, the LM head
-    where a token is supervised, attention where a token sees another, two more for backward, nothing recomputed."""
-    from mdpo.forward.forest import Forest
-
-    config, tokens, both_sides, flops = trainer.model.config, [], [], []
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    embeddings = {id(p): p for p in (trainer.model.get_input_embeddings().weight, trainer.model.lm_head.weight)}
-    weights = sum(p.numel() for p in trainer.model.parameters() if p.ndim == 2 and id(p) not in embeddings)
-    for batch in trainer.get_train_dataloader():
-        forest = Forest(batch.runs)
-        attended = sum(q * before + q * (q + 1) / 2 for q, before in zip(forest.sizes, forest.before, strict=True))
-        n, scored = batch.input_ids.numel(), len(batch.logp_position)
-        forward = 2 * n * weights + 2 * scored * config.hidden_size * config.vocab_size
-        forward += 4 * attended * config.num_attention_heads * head_dim * config.num_hidden_layers
-        tokens.append(n)
-        both_sides.append(batch.n_tokens)
-        flops.append(3 * forward)
-    return {"tokens": tokens, "both": both_sides, "flops": flops}
+# Largest difference of two losses, in float32 and in half precision. A side has some -500 nats: float32 sums in another
+# order are off by 1e-5 of that, times beta; half precision rounds in each layer.
+TOLERANCE = {False: 1e-3, True: 1e-1}
+FREE_SHARE = 0.95  # of the memory that is free, what both sides may take together
 
 
 def matmul_rate(threads: int, dtype: str) -> float:
@@ -149,10 +56,19 @@ def matmul_rate(threads: int, dtype: str) -> float:
     return best
 
 
+def ordered(rows: list[dict], pairs: int, together: int = 1) -> list[dict]:
+    """The longest rows of all first, as many as the WARM steps take, then the others at random; `together` consecutive
+    rows stay together."""
+    groups = [rows[i : i + together] for i in range(0, len(rows), together)]
+    groups.sort(key=lambda group: -sum(len(json.dumps(row)) for row in group))
+    first = WARM * pairs // together
+    groups = groups[:first] + random.Random(0).sample(groups[first:], len(groups) - first)
+    return [row for group in groups for row in group]
+
+
 def compare(name: str, rows: list[dict], pairs: int, options, sides=("trl", "ours")) -> dict:
     """Runs the sides' steps in turn; the first WARM of each are not counted."""
-    rows = sorted(rows, key=lambda row: -len(json.dumps(row)))
-    rows = rows[: WARM * pairs] + random.Random(0).sample(rows[WARM * pairs :], len(rows) - WARM * pairs)
+    rows = ordered(rows, pairs, options.get("together", 1))
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache:
         worker_options = {"rows": rows, "pairs": pairs, "cache": cache, **options}
@@ -173,9 +89,71 @@ def compare(name: str, rows: list[dict], pairs: int, options, sides=("trl", "our
             results[side] = pipes[side].recv()
         for process in processes:
             process.join()
-    if len({tuple(f["num_tokens"]) for f in results.values()}) > 1:
-        raise SystemExit(f"{name}: the sides did not train on the same rows: {results}")
-    return {"name": name, "pairs": pairs, "seconds": {s: x[WARM:] for s, x in seconds.items()}, **results}
+    if problem := disagreement(results, options.get("alike", False), TOLERANCE[in_half(options)]):
+        raise SystemExit(f"{name}: {problem}: {results}")
+    shown = {"name": name, "pairs": pairs, "micro": options.get("micro", {})}
+    return {**shown, "seconds": {s: x[WARM:] for s, x in seconds.items()}, **results}
+
+
+def disagreement(results: dict[str, dict], alike: bool, tolerance: float) -> str:
+    """What shows that the sides did not train on the same rows, or that one of them computed another loss; "" where
+    nothing does. Without `alike` they supervise by rules of their own, and only the first step's losses are compared:
+    ln 2 where policy and precomputed reference agree."""
+    if len({tuple(side["num_tokens"]) for side in results.values()}) > 1:
+        return "the sides did not train on the same rows"
+    for step, losses in enumerate(zip(*(side["losses"] for side in results.values()), strict=True)):
+        close = all(abs(loss - losses[0]) <= tolerance for loss in losses[1:])  # NaN is not
+        if (alike or step == 0) and not close:
+            return f"the losses of step {step + 1} differ by more than {tolerance}"
+    return ""
+
+
+def divisors(n: int) -> list[int]:
+    return [m for m in range(1, n + 1) if n % m == 0]
+
+
+def largest_micro_batch(peaks: dict[int, float], pairs: int, room: float) -> int:
+    """The largest divisor of `pairs` whose peak memory is at most `room`, if memory grows by as much with each pair as
+    from 1 to 2; 0 if not even one pair fits. `peaks` has the bytes of micro-batches of 1 and 2 pairs."""
+    fits = [m for m in divisors(pairs) if peaks[1] + (m - 1) * (peaks[2] - peaks[1]) <= room]
+    return max(fits, default=0)
+
+
+def free_memory() -> int:
+    """Bytes that both sides' processes can take."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def fitted(name: str, workload: workloads.Workload, rows: list[dict], options: dict) -> int:
+    """The largest micro-batch of the other side beside ours, from the peaks of short runs: our own of a whole step's
+    pairs, and the other one's of 1 and 2, with gradients accumulated over two micro-batches, as they will be."""
+    rows, free = ordered(rows, workload.pairs, workload.together), free_memory()
+
+    def peak(side: str, pairs: int, micro: int) -> float:
+        probe = {**options, "steps": 0, "together": 1, "micro": {side: micro}}
+        return compare(name, rows[: WARM * pairs], pairs, probe, sides=(side,))[side]["memory"]
+
+    room = FREE_SHARE * free - peak("ours", workload.pairs, workload.pairs)
+    micro = largest_micro_batch({m: peak(workload.against, 2 * m, m) for m in (1, 2)}, workload.pairs, room)
+    if not micro:
+        raise SystemExit(
+            f"{name}: ours beside one pair of {workload.against} takes more than {FREE_SHARE} of the "
+            f"{free / 1e9:.1f} GB that are free. End other processes, or name a smaller --model."
+        )
+    return micro
+
+
+def measured(name: str, options: dict, micro: int | None = None) -> dict:
+    """One workload's comparison; `micro` is the other side's micro-batch, where it has not to be found."""
+    workload = workloads.WORKLOADS[name]
+    options = {**options, "template": workload.template, "together": workload.together, "alike": workload.alike}
+    rows = workload.rows(workload.pairs * (options["steps"] + WARM))
+    if workload.fit:
+        options["micro"] = {workload.against: micro or fitted(name, workload, rows, options)}
+    return compare(name, rows, workload.pairs, options, sides=(workload.against, "ours"))
 
 
 def spread(values: list[float]) -> str:
@@ -185,25 +163,28 @@ def spread(values: list[float]) -> str:
 def show(results: list[dict], rates: list[float]) -> None:
     rate = max(rates)
     table = Table(title=f"{platform.processor() or platform.machine()}, matmul {rate / 1e9:.0f} GFLOP/s")
-    for column in ("workload", "pairs a step", "distinct of all tokens", "pairs/s trl", "pairs/s ours", "tokens/s ours",
-                   "ratio", "GB trl", "GB ours", "memory", "useful FLOPs"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "workload" else "right")
+    for column in ("workload", "against", "pairs a step", "distinct of all tokens", "pairs/s", "pairs/s ours",
+                   "tokens/s ours", "ratio", "GB", "GB ours", "memory", "useful FLOPs"):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("workload", "against") else "right")
     for r in results:
-        ours, trl = r["seconds"]["ours"], r["seconds"].get("trl")
+        against = next((side for side in r["seconds"] if side != "ours"), "")
+        ours, theirs = r["seconds"]["ours"], r["seconds"].get(against)
         n, work = len(ours), r["ours"]
         both_sides, distinct, flops = (work[key][WARM : n + WARM] for key in ("both", "tokens", "flops"))
         memory = {side: r[side]["memory"] / 1e9 for side in r["seconds"]}
+        micro = r["micro"].get(against, r["pairs"])
         table.add_row(
             r["name"],
-            str(r["pairs"]),
+            against,
+            f"{r['pairs']}" + (f" ({r['pairs'] // micro} × {micro})" if micro < r["pairs"] else ""),
             f"{sum(distinct) / n / r['pairs']:.0f} of {sum(both_sides) / n / r['pairs']:.0f}",
-            f"{r['pairs'] / statistics.median(trl):.3f}" if trl else "",
+            f"{r['pairs'] / statistics.median(theirs):.3f}" if theirs else "",
             f"{r['pairs'] / statistics.median(ours):.3f}",
             f"{sum(both_sides) / sum(ours):.0f}",
-            spread([t / o for t, o in zip(trl, ours, strict=True)]) if trl else "",
-            f"{memory['trl']:.1f}" if trl else "",
+            spread([t / o for t, o in zip(theirs, ours, strict=True)]) if theirs else "",
+            f"{memory[against]:.1f}" if theirs else "",
             f"{memory['ours']:.1f}",
-            f"{memory['ours'] / memory['trl']:.2f}" if trl else "",
+            f"{memory['ours'] / memory[against]:.2f}" if theirs else "",
             spread([f / o / rate for f, o in zip(flops, ours, strict=True)]),
         )
     Console(width=170).print(table)
@@ -216,9 +197,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="counted steps for each side and workload")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=list(workloads.WORKLOADS), help="one workload")
+    parser.add_argument("--micro-batch", type=int, help="with branches or thinking: pairs of the other side's")
     parser.add_argument("--grow", action="store_true", help="256 … 4096 tokens a pair, then 1 … 16 pairs a step")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     args = parser.parse_args()
+    workload = workloads.WORKLOADS.get(args.only)
+    if args.micro_batch is not None and not (
+        workload and workload.fit and args.micro_batch in divisors(workload.pairs)
+    ):
+        parser.error("--micro-batch: needs --only branches and a divisor of 16, or --only thinking and one of 2")
     os.environ |= {"HF_HUB_OFFLINE": "1", **{name: str(size) for name, size in MALLOC.items()}}
     options = {"model": args.model, "dtype": args.dtype, "steps": args.steps, "threads": args.threads}
     rates, results = [matmul_rate(args.threads, args.dtype)], []
@@ -228,8 +215,7 @@ def main() -> None:
             rows = workloads.sized_rows(pairs * (args.steps + WARM), tokens)
             results.append(compare(f"{tokens} tokens a pair", rows, pairs, options, sides=("ours",)))
     for name in () if args.grow else [args.only] if args.only else workloads.WORKLOADS:
-        make, pairs = workloads.WORKLOADS[name]
-        results.append(compare(name, make(pairs * (args.steps + WARM)), pairs, options))
+        results.append(measured(name, options, args.micro_batch))
         show(results[-1:], rates)
     rates.append(matmul_rate(args.threads, args.dtype))
     show(results, rates)

@@ -50,11 +50,12 @@ def shares(profile) -> dict[str, float]:
 
 
 def main(name: str) -> None:
-    make, pairs = workloads.WORKLOADS[name]
+    workload = workloads.WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "per_device_train_batch_size": pairs,
+            "per_device_train_batch_size": workload.pairs,
             "max_steps": STEPS,
+            "train_sampling_strategy": "sequential",  # pairs of one prompt stay together
             "max_length": 8192,
             "bf16": False,
             "use_cpu": True,
@@ -66,9 +67,11 @@ def main(name: str) -> None:
             "save_strategy": "no",
             "disable_tqdm": True,
         }
-        rows = Dataset.from_list(make(pairs * STEPS))
+        rows = Dataset.from_list(workload.rows(workload.pairs * STEPS))
         model = str(workloads.ROOT / "models/smollm2-135m-instruct")
-        trainer = DPOTrainer(model, args=MDPOConfig(folder, **settings), train_dataset=rows)
+        tokenizer = workloads.tokenizer(model, workload.template)
+        arguments = {"train_dataset": rows, "processing_class": tokenizer}
+        trainer = DPOTrainer(model, args=MDPOConfig(folder, **settings), **arguments)
         profiler = LastStep()
         trainer.add_callback(profiler)
         trainer.train()

@@ -85,7 +85,8 @@ def _sides(read: Row, row: Row) -> Row:
     given, other = row.get("tools"), row.get("rejected_tools")
     _refuse_other_tools(given, a, "the sides")
     _refuse_other_tools(other, b, "the sides", "rejected_tools")
-    a, b = (given if a is None else a), next((tools for tools in (b, other, given) if tools not in (None, "")), None)
+    without = [] if a and b == [] else given  # an empty list beside the other side's tools says that there were none
+    a, b = a or given, b or (without if other in (None, "") else other)
     tools = {"tools": a, "rejected_tools": None if a == b else b or []}
     return {**read, "chosen": chosen, "rejected": rejected, **tools}
 

@@ -188,7 +188,7 @@ class Forest:
         for run, (size, before, parent) in enumerate(zip(self.sizes, self.before, self.parents, strict=True)):
             leaf = before > 0 and run not in grown
             if leaf and parent == last and 2 * size * sum(units[-1].sizes) <= SCORES_PER_COPY * before:
-                units[-1] = units[-1]._replace(sizes=(*units[-1].sizes, size))
+                units[-1] = Unit((*units[-1].sizes, size), *units[-1][1:])
             else:
                 on = unit_of_run[self.run_of(parent)] if before else -1
                 units.append(Unit((size,), before, on, run in grown))
@@ -230,8 +230,7 @@ def part(forest: Forest, sequences: Sequence[int]) -> tuple[np.ndarray, list[lis
     parents = np.arange(-1, sum(forest.sizes) - 1)
     parents[forest.starts] = forest.parents
     left = np.where(parents[index] < 0, -1, np.searchsorted(index, parents[index]))
-    starts = np.flatnonzero(left != np.arange(-1, len(index) - 1)) if len(index) else left
-    starts = np.union1d(starts, [0])
+    starts = np.union1d([0], np.flatnonzero(left != np.arange(-1, len(index) - 1)))  # not behind their parents
     sizes = np.diff([*starts, len(index)])
     runs = [[int(size), int(left[start])] for size, start in zip(sizes, starts, strict=True)]
     return index, runs, np.searchsorted(index, [forest.ends[i] for i in sequences]).tolist()

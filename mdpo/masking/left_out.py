@@ -8,7 +8,7 @@ from mdpo.masking.sentinels import Marks
 from mdpo.types import Message
 
 if TYPE_CHECKING:
-    from mdpo.masking.conversation import Conversation
+    from mdpo.masking.conversation import Conversation, Marked
 
 THOUGHTS = "thoughts in a field that the template does not know"
 EARLIER_TURN = "text or calls that the template leaves out of the prompt's turns"
@@ -84,3 +84,11 @@ def unwritten_field(message: Message, i: int, marks: Marks) -> str | None:
     """The field of message `i` with thoughts that are not in the text; None where those of all fields are."""
     fields = {name: "".join(message[name].split()) for name in FIELDS if isinstance(message.get(name), str)}
     return next((name for name, text in fields.items() if text and not written([text], i, marks)), None)
+
+
+def lost(own: list[str], i: int, rendered: "Marked", conversation: "Conversation") -> bool:
+    """Whether thoughts of turn `i` are not in the text: those of its content, or of a field that the template reads."""
+    if not own or written(own, i, rendered.marks):
+        return False
+    name = unwritten_field(conversation.messages[i], i, rendered.marks)
+    return name is None or not unread(conversation.template)

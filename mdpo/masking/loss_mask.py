@@ -11,10 +11,10 @@ from typing import Any
 from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.plain_texts import plain_sides
-from mdpo.masking.sides import RenderSettings, Side, completion_sides, recorded_sides, turn_sides
+from mdpo.masking.sides import ENDS, RenderSettings, Side, completion_sides, recorded_sides, turn_sides
 from mdpo.types import SIDES, Pair, TokenizedPair, distinct_tokens, split
 
-__all__ = ["RenderSettings", "Side", "special_tokens_in_context", "tokenize_pair"]
+__all__ = ["ENDS", "RenderSettings", "Side", "special_tokens_in_context", "tokenize_pair"]
 
 
 def tokenize_pair(pair: Pair, template: ChatTemplate, settings: RenderSettings) -> TokenizedPair:

@@ -2,8 +2,10 @@
 
 import itertools
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from mdpo.errors import DropPair
 from mdpo.types import Message, common_prefix
@@ -86,15 +88,21 @@ class Marks:
     def __init__(self, text: str, marker: SentinelInserter):
         self.text, self.slots = text, marker.slots
         pattern = re.compile(rf"{marker.nonce}(\d+)([ab])")
-        self._sentinels = [(m.start(), m.end(), int(m[1])) for m in pattern.finditer(text)]
+        self._sentinels: list[tuple[int, int, int]] = []
         self._first: dict[tuple[int, str], tuple[int, int]] = {}
+        pieces, last, self._removed = [], 0, [0]
         for m in pattern.finditer(text):
-            self._first.setdefault((int(m[1]), m[2]), (m.start(), m.end()))
-        self.plain = pattern.sub("", text)
+            place, s = m.span(), int(m[1])
+            self._sentinels.append((*place, s))
+            self._first.setdefault((s, m[2]), place)
+            self._removed.append(self._removed[-1] + place[1] - place[0])
+            pieces.append(text[last : place[0]])
+            last = place[1]
+        self.plain = "".join([*pieces, text[last:]])
 
     def unmarked(self, position: int) -> int:
         """A position in the marked text, as a position in the text without sentinels."""
-        return position - sum(end - start for start, end, _ in self._sentinels if start < position)
+        return position - self._removed[bisect_left(self._sentinels, (position,))]
 
     def start(self, s: int) -> int | None:
         """Where slot `s` begins in the marked text; None where the template left it out."""
@@ -115,8 +123,13 @@ class Marks:
         begun = [self.slots[s].owner for start, _, s in self._sentinels if self.unmarked(start) <= same]
         return numbered(max(begun, default=0))
 
-    def of(self, i: int) -> list[int]:
-        return [s for s, slot in enumerate(self.slots) if slot.owner == i]
+    def of(self, i: int) -> range:
+        """The slots of message `i`."""
+        return range(bisect_left(self._owners, i), bisect_right(self._owners, i))
+
+    @cached_property
+    def _owners(self) -> list[int]:
+        return [slot.owner for slot in self.slots]  # in the messages' order
 
     def ranges(self, messages: list[int]) -> list[tuple[int, int]]:
         """Unmarked characters [start, end) of the content of these messages. DropPair where some was left out."""
@@ -157,11 +170,13 @@ class Marks:
 
     def end_before(self, i: int) -> int:
         """Behind the last piece of the messages before `i`, 0 where there is none."""
-        ends = (self.end(s) for s, slot in enumerate(self.slots) if slot.owner < i)
-        return max((end for end in ends if end is not None), default=0)
+        n = bisect_left(self._owners, i)
+        return max((end for end in map(self.end, range(n)) if end is not None), default=0)
 
     def next_message(self, i: int, position: int) -> int:
         """Where the first content behind `position` begins that is not message `i`'s; else the end of the text."""
-        others = {s for _, _, s in self._sentinels if self.slots[s].owner != i}
-        starts = (self.start(s) for s in others)
-        return min((p for p in starts if p is not None and p >= position), default=len(self.text))
+        for _, _, s in self._sentinels[bisect_left(self._sentinels, (position,)) :]:
+            start = self.start(s) if self.slots[s].owner != i else None
+            if start is not None and start >= position:
+                return start
+        return len(self.text)

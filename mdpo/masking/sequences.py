@@ -7,28 +7,22 @@ a turn in the history otherwise, a new sequence begins. Where one rendered text 
 (`in_one_text`), that is the only sequence; `by_turns` is the same without that shortcut.
 """
 
+from bisect import bisect_left, bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from mdpo.errors import DropPair
+from mdpo.masking.breaks import why
 from mdpo.masking.conversation import Conversation, Marked
-from mdpo.masking.left_out import remarks_of, thoughts, unread, unwritten_field, written
+from mdpo.masking.left_out import lost, remarks_of, thoughts, unread, unwritten_field, written
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE, numbered
-from mdpo.masking.spans import PromptTokens, Range, common, mask_of, same_text, tokenize
+from mdpo.masking.spans import PromptTokens, Range, mask_of, same_text, tokenize
 from mdpo.masking.turns import Turn, closing, last_stop, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
 NO_REASONING = "turns without reasoning whose generation prompt opens a think block (turns_without_reasoning)"
 CLOSED = "thoughts of a turn whose generation prompt leaves no room for any"
-# Why a sequence begins: what the next prompt has of the turns before it.
-EARLIER_THOUGHTS = "earlier thoughts left out by the template"
-THINK_BLOCK = "the generation prompt's think block left out of the history"
-SYSTEM_MOVED = "system message moved"
-OTHER_STOP = "another end of turn in the history"
-RETOKENIZED = "a turn's edge inside a token of the history"
-WHITE_SPACE = "other white space in the history"
-REWRITTEN = "text rewritten at"
 
 
 @dataclass
@@ -44,6 +38,11 @@ class RenderedSequence:
     contents: list[tuple[int, int, int]]
     why: str = ""
     turns: list[Turn] = field(default_factory=list)
+
+    def tokens_of(self, turn: Turn) -> range:
+        """The tokens whose characters are a turn's."""
+        begin = bisect_left(self.ranges, turn.start, key=lambda place: place[0])
+        return range(begin, bisect_right(self.ranges, turn.end, key=lambda place: place[1]))
 
 
 @dataclass
@@ -78,7 +77,7 @@ def in_one_text(conversation: Conversation) -> RenderedSequence | None:
     for i in conversation.trained:
         own = thoughts(conversation.messages[i])
         turn = locate(whole, conversation.prompt_of_whole(i), i, conversation, thoughtless=not own)
-        if text[: turn.start] != turn.context or turn.blocked or _lost(own, i, whole, conversation):
+        if text[: turn.start] != turn.context or turn.blocked or lost(own, i, whole, conversation):
             return None
         if i < last and not _ends_alike(turn, conversation):
             return None
@@ -116,7 +115,7 @@ def by_turns(conversation: Conversation) -> list[RenderedSequence]:
             sequence.why = before.why
             sequences[-1] = sequence
         else:
-            sequence.why = _why(before, prompt, conversation) if before else ""
+            sequence.why = why(before, prompt, conversation) if before else ""
             sequences.append(sequence)
     return sequences
 
@@ -184,14 +183,6 @@ def _ends_alike(turn: Turn, conversation: Conversation) -> bool:
     return last_stop(conversation.template, calls) in ("", turn.stop)
 
 
-def _lost(own: list[str], i: int, rendered: Marked, conversation: Conversation) -> bool:
-    """Whether thoughts of turn `i` are not in the text: those of its content, or of a field that the template reads."""
-    if not own or written(own, i, rendered.marks):
-        return False
-    name = unwritten_field(conversation.messages[i], i, rendered.marks)
-    return name is None or not unread(conversation.template)
-
-
 def _refuse_losses(rendered: Marked) -> None:
     """Raises DropPair where a template leaves user, tool or system text out, or has an assistant's text behind the
     message that follows it: then what the policy wrote, and where, cannot be told from the messages."""
@@ -215,8 +206,7 @@ def _verify(sequence: RenderedSequence, turns: list[Turn], conversation: Convers
     """Each turn's tokens decode to its text, and the last one is the end of turn."""
     tokenizer = conversation.template.tokenizer
     for turn in turns:
-        inside = zip(sequence.ids, sequence.ranges, sequence.mask, strict=True)
-        span_ids = [t for t, (a, b), bit in inside if bit and turn.start <= a and b <= turn.end]
+        span_ids = [sequence.ids[t] for t in sequence.tokens_of(turn) if sequence.mask[t]]
         expected = sequence.text[turn.start : turn.end]
         if not span_ids or not same_text(expected, span_ids, tokenizer):
             raise DropPair(f"{NOT_DERIVABLE}: {numbered(turn.message)} has other tokens than its text")
@@ -224,25 +214,3 @@ def _verify(sequence: RenderedSequence, turns: list[Turn], conversation: Convers
             raise DropPair(f"{NO_STOP}: {turn.stop} behind {numbered(turn.message)} is not read as one token")
         if not turn.stop:
             raise DropPair(f"{NO_STOP}: nothing closes {numbered(turn.message)}")
-
-
-def _why(before: RenderedSequence, prompt: Marked, conversation: Conversation) -> str:
-    """Why the ids of `prompt` do not begin with those of the sequence `before` it."""
-    same, turn = common(before.text, prompt.text), before.turns[-1]
-    if same == len(before.text):
-        return RETOKENIZED
-    earlier = ((i, thoughts(conversation.messages[i])) for i in range(turn.message + 1))
-    if any(_lost(own, i, prompt, conversation) for i, own in earlier):
-        return EARLIER_THOUGHTS
-    if same >= turn.end - len(turn.stop):
-        return OTHER_STOP
-    systems = [b for a, b, i in prompt.marks.contents() if conversation.messages[i]["role"] == "system"]
-    if any(b > same for b in systems):
-        return SYSTEM_MOVED
-    if "".join(before.text[same:].split())[:7] in ("<think>", "</think"):
-        return THINK_BLOCK
-    old, new = ("".join(text.split()) for text in (before.text, prompt.text))
-    if new.startswith(old):
-        return WHITE_SPACE
-    pieces = [(end, i) for _, end, i in before.contents] + [(turn.end, turn.message) for turn in before.turns]
-    return f"{REWRITTEN} {numbered(min(piece for piece in pieces if piece[0] > same)[1])}"

@@ -102,9 +102,8 @@ def _side(rendered: RenderedSide, turn_weights: list[float], settings: RenderSet
             weight = turn_weights[turn.message] if turn_weights else 1.0
             if turn.opened and settings.turns_without_reasoning == "mask":
                 weight = 0.0
-            for t, (start, end) in enumerate(sequence.ranges) if weight != 1.0 else ():
-                if turn.start <= start and end <= turn.end and sequence.mask[t]:
-                    weights[t] = weight
+            for t in sequence.tokens_of(turn) if weight != 1.0 else ():
+                weights[t] = weight if sequence.mask[t] else 1.0
         side.ids += sequence.ids
         side.mask += sequence.mask
         side.weights += weights

@@ -134,7 +134,7 @@ class Reference:
 
     def precompute(self, dataset: Dataset, name: str, collator, batch_size: int) -> Dataset:
         """The dataset with the reference's log-probs, cached by content or computed. The model is made when the
-        first pair is missing there, and stays until `free`."""
+        first sequence is missing there, and stays until `free`."""
 
         def score(batch) -> torch.Tensor:
             if not self._made:

@@ -89,7 +89,6 @@ def turns(draw, name: str, tools: bool = True):
 
 
 def reasoning(name: str, content: str = ""):
-    """gpt-oss writes none beside calls that an answer follows."""
     thought = st.one_of(st.just("Tea.\n"), spoken(name).map(lambda text: f"{text}Hm.{text}"))
     none = st.just({})
     return none if name not in THOUGHTS else st.one_of(none, st.builds(dict, reasoning_content=thought))
@@ -132,7 +131,8 @@ def thinking(name: str, messages, i: int) -> tuple[str, str] | None:
         return "", f"\n<think>{thought.strip()}</think>{plain if content.strip() or called else ''}"
     if name == "lfm2_2_5":
         return "", f"<think>{thought}</think>{plain}"
-    if called:  # gpt-oss
+    answered = any(m["role"] == "assistant" and not m.get("tool_calls") for m in messages[i + 1 :])
+    if called and answered:  # gpt-oss writes none beside calls that an answer follows
         return None
     return "", f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant{plain}"
 
@@ -143,7 +143,10 @@ def thoughts_by_turn(name: str, messages) -> list[tuple[str, str] | None]:
 
 
 def whole_segments(name: str, messages, alone, render):
-    """The segments of the whole text where it holds each turn as it was sampled, else None."""
+    """The segments of the whole text where it holds each turn as it was sampled, else None. What gpt-oss has beside
+    calls is not in it once an answer follows."""
+    if name == "gptoss" and any(m.get("tool_calls") and m["content"] for m in messages):
+        return None
     assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     kept = [thinking(name, messages, i) for i in assistants]
     if any(k is None and t for k, t in zip(kept, thoughts_by_turn(name, messages), strict=True)):

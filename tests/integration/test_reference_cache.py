@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, List, Value
 from errors import refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_pairs import tiny
 from peft import IA3Config, LoraConfig, get_peft_model
@@ -37,6 +37,7 @@ from mdpo.reference.model import as_reference, keep_own_adapter
 from mdpo.reference.sequences import Sequences, batches, pair_keys
 from mdpo.types import PairBatch, sequence_lengths, split
 
+SAME = {"derandomize": True, "deadline": None, "database": None}  # the same examples each time
 OLD_KEY = "412383b12b114b070d61cb8102cf3368"
 KEYS = [bytes([i]) * 16 for i in range(4)]
 COMPUTED = reference_cache._computed
@@ -199,6 +200,7 @@ def test_batches_by_hand():
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20), st.integers(1, 4))
+@settings(**SAME)
 def test_pairs_of_prompts_of_their_own_are_scored_as_before(lengths, pairs):
     """By rows, those with the longest side first: the batches of the version that cached pairs, so that its numbers."""
     n, longest = len(lengths), np.array(lengths).max(1)
@@ -216,6 +218,7 @@ def test_pairs_of_prompts_of_their_own_are_scored_as_before(lengths, pairs):
     st.randoms(),
     st.booleans(),
 )
+@settings(**SAME)
 def test_every_sequence_is_in_one_batch(per_row, n_prompts, pairs, random, packed):
     row = np.repeat(np.arange(len(per_row)), per_row)
     sequences = sequences_of([random.randint(1, 30) for _ in row], row)
@@ -489,6 +492,20 @@ def test_equal_rows_are_scored_once(folders, tokenizer, scored):
     trainer = run(folders, tokenizer, agent_rows(4) * 2)
     assert sum(scored) == 8
     assert trainer.train_dataset[0][COLUMNS[0]] == trainer.train_dataset[4][COLUMNS[0]]
+
+
+def test_what_both_sides_of_a_pair_begin_with_is_computed_once(folders, tokenizer, monkeypatch):
+    computed, score = [], mdpo.reference.frozen.score_reference
+
+    def watched(reference, policy, accelerator, batch, *args):
+        computed.append(batch.input_ids.numel())
+        return score(reference, policy, accelerator, batch, *args)
+
+    monkeypatch.setattr(mdpo.reference.frozen, "score_reference", watched)
+    rows = run(folders, tokenizer, precompute_ref_batch_size=3).train_dataset
+    assert (
+        0 < sum(computed) <= sum(rows["distinct"]) < 0.8 * sum(map(len, [*rows["chosen_ids"], *rows["rejected_ids"]]))
+    )
 
 
 def test_the_reference_leaves_memory(folders, tokenizer, monkeypatch):

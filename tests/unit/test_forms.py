@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from errors import dropped, is_reason, refused
 from odd_values import ODD
 from repository import ROOT
-from tiny import CHATML, tiny_llama, tokenizer_for
+from tiny import CHATML, save_workshop, tiny_llama, tokenizer_for
 
 from dpo_trainer import DPOTrainer
 from mdpo.config.schema import MDPOConfig
@@ -245,6 +245,9 @@ def of(side, **more):
         ({"chosen": of("chosen"), "rejected": of("rejected", tools=OTHER), "tools": TOOLS}, TOOLS, OTHER),
         ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected"), "tools": TOOLS}, TOOLS, TOOLS),
         ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected"), "rejected_tools": OTHER}, TOOLS, OTHER),
+        ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected", tools=[]), "tools": TOOLS}, TOOLS, None),
+        ({"chosen": of("chosen", tools=[]), "rejected": of("rejected", tools=[]), "tools": TOOLS}, TOOLS, TOOLS),
+        ({"chosen": of("chosen", tools=[]), "rejected": of("rejected")}, None, None),
         ({"chosen": of("chosen", tools=TOOLS), "rejected": of("rejected", tools=json.dumps(TOOLS))}, TOOLS, TOOLS),
     ],
 )
@@ -261,7 +264,10 @@ def test_sides_with_tools_of_their_own(row, chosen, rejected):
         row_to_pair({"chosen": of("chosen"), "rejected": of("rejected", tools=OTHER), "rejected_tools": TOOLS})
 
 
-def test_each_side_is_rendered_with_its_tools():
+def test_each_side_is_rendered_with_its_tools(tmp_path):
+    from mdpo.config.recipe import load_recipe
+    from mdpo.reporting.mask_page import write_page
+
     template = "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}" + CHATML
     tokenizer, row = tokenizer_for(template, "letters", eos="<|im_end|>"), {**WHOLE, "rejected_tools": OTHER}
     for tools, head in ((TOOLS, "<look_up>"), (None, "")):
@@ -270,6 +276,10 @@ def test_each_side_is_rendered_with_its_tools():
             head + by_hand(ASK)["chosen"][0], "<search>" + by_hand(ASK)["rejected"][0]
         ]  # fmt: skip
         assert [own for _, own in sides.values()] == [own for _, own in by_hand(ASK).values()]  # masks have moved along
+    save_workshop(tmp_path, tokenizer, f"output_dir: {tmp_path}/out\nallow_different_prompts: true\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({**row, "tools": TOOLS}) + "\n", encoding="utf-8")
+    recipe = load_recipe([str(tmp_path / "recipe.yaml")])
+    assert write_page(tmp_path / "page.html", recipe, tokenizer, 100) == {"kept": 1}  # it asserts the ids trained on
 
 
 def test_rows_of_a_set_have_one_form_with_and_without_a_system(tokenizer):

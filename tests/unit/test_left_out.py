@@ -27,9 +27,10 @@ from mdpo.config.recipe import load_recipe
 from mdpo.data.prepare import render_settings
 from mdpo.data.tokenize import tokenize_row
 from mdpo.masking import left_out
+from mdpo.masking.breaks import EARLIER_THOUGHTS, REWRITTEN, SYSTEM_MOVED
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
-from mdpo.masking.sequences import EARLIER_THOUGHTS, NO_REASONING, REWRITTEN, SYSTEM_MOVED
+from mdpo.masking.sequences import NO_REASONING
 from mdpo.types import Pair
 
 SETTINGS = RenderSettings(None)

@@ -13,6 +13,7 @@ from dpo_trainer import DPOTrainer
 from mdpo.data.groups import AnswerPairs
 from mdpo.data.rows import row_to_pair
 from mdpo.data.tokenize import tokenize_dataset
+from mdpo.forward.collators import unpacked
 from mdpo.loss.metrics import COLUMNS
 from mdpo.loss.registry import OF_BATCH, LossSettings, weighted
 from mdpo.masking.loss_mask import RenderSettings
@@ -89,6 +90,8 @@ def test_loss_and_gradients_are_those_of_the_pairs_combined_by_hand(options, tmp
     weights = {row: weight for row, weight in enumerate((2.0, 0.5))}
     assert batch.pair_weight.tolist() == [weights[row] for row in batch.row.tolist()]
     assert batch.pair_weight.dtype == torch.float32
+    if batch.is_packed:
+        assert torch.equal(unpacked(batch, 0).pair_weight, batch.pair_weight)
     loss, gradients = loss_and_gradients(trainer, batch)
 
     def alone(pair: int):  # loss and gradient of one pair: the mean over two with a weight of 2, and none for the other

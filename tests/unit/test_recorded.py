@@ -5,10 +5,11 @@ import copy
 import json
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from errors import dropped, is_reason, refused
 from odd_values import ODD
-from tiny import CHATML, agent_rows, save_workshop, tokenizer_for
+from tiny import CHATML, agent_rows, save_workshop, tokenizer_for, trl_template
 from trainers import loss_and_gradients, mdpo_trainer
 
 from mdpo.data.forms import look
@@ -21,6 +22,7 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.masking.plain_texts import PlainText
 from mdpo.masking.recorded import AS_RECORDED, NOT_COMPARED, OTHER_MASK, RETOKENIZED, differing
+from mdpo.types import sequence_lengths, split
 
 SETTINGS = RenderSettings(None)
 A, B = agent_rows(2)
@@ -54,11 +56,12 @@ def kept(row, tokenizer, settings=SETTINGS):
 def recorded(row, tokenizer, messages=True, **more):
     """The row as a server would have recorded it: a sequence a side, from what its messages are rendered to."""
     out = kept(row, tokenizer)
-    return {
-        side: ({"messages": row[side]} if messages else {})
-        | {"sequences": [{"input_ids": out[f"{side}_ids"], "assistant_masks": out[f"{side}_mask"], **more}]}
-        for side in SIDES
-    }
+    recorded = {}
+    for name in SIDES:
+        ids, masks = (split(out[f"{name}_{part}"], sequence_lengths(out, name)) for part in ("ids", "mask"))
+        sequences = [sequence(*both, **more) for both in zip(ids, masks, strict=True)]
+        recorded[name] = ({"messages": row[name]} if messages else {}) | {"sequences": sequences}
+    return recorded
 
 
 def sequence(ids, mask, **more):
@@ -396,6 +399,30 @@ def test_drift_is_counted_and_decides_nothing(tokenizer):
     assert kept(row, tokenizer)["retokenized"] == [letters, 2]
 
 
+def test_sequences_of_a_template_that_takes_thoughts_out():
+    """Of two turns with thoughts, Qwen3 shows the second without the first one's: two sequences. Recorded as one, which
+    is what a server that keeps thoughts would have seen, it is another text."""
+    qwen = tokenizer_for(trl_template("qwen3"), "byte", eos="<|im_end|>")
+    ask = [{"role": "user", "content": "What is 3 * 4?"}]
+    first = {"role": "assistant", "content": "It is 12.", "reasoning_content": "Three fours."}
+    more = [*ask, first, {"role": "user", "content": "And 3 * 5?"}]
+    row = {name: [*more, {"role": "assistant", "content": text, "reasoning_content": "One more."}]
+           for name, text in zip(SIDES, ("15.", "16."), strict=True)}  # fmt: skip
+    plain, as_recorded = kept(row, qwen), recorded(row, qwen)
+    assert [len(as_recorded[name]["sequences"]) for name in SIDES] == [2, 2]
+    out = kept(as_recorded, qwen)
+    whys = {f"{name}_breaks": [AS_RECORDED] for name in SIDES}
+    assert out == plain | whys | {"remarks": out["remarks"]}
+    assert not {RETOKENIZED, OTHER_MASK} & set(out["remarks"]) and out["retokenized"] == []
+    seen, later = as_recorded["chosen"]["sequences"]
+    own = later["assistant_masks"].index(1)
+    one = sequence(
+        seen["input_ids"] + later["input_ids"][own:], seen["assistant_masks"] + later["assistant_masks"][own:]
+    )
+    out = kept({**as_recorded, "chosen": {**as_recorded["chosen"], "sequences": [one]}}, qwen)
+    assert out["remarks"] == [RETOKENIZED] and out["chosen_lengths"] == [] and len(out["retokenized"]) == 1
+
+
 def test_what_follows_the_last_sampled_token_is_no_drift(tokenizer):
     """A server stops at the end of turn; ChatML writes a line break behind it. A last word of the environment is left
     out of what is rendered, and a recorder may have it."""
@@ -461,6 +488,31 @@ def test_the_trainer_takes_them(tokenizer, tmp_path):
         loss_and_gradients(trainer, batch) for trainer, batch in zip((plain, own), batches, strict=True)
     )
     assert loss == same and all((gradients[name] == same_gradients[name]).all() for name in gradients)
+
+
+def test_several_sequences_are_summed(tokenizer, tmp_path):
+    """log π of a side is the sum over its sequences of what the model says of each by itself, packed and padded."""
+    rows = [
+        {"chosen": side(([5, 6, 7, 9], [0, 1, 1, 0]), ([5, 6, 8, 11], [0, 0, 1, 1]), ([40, 6], [0, 1])), "weight": 2.0,
+         "rejected": side(([5, 9, 3], [0, 1, 1]))},
+        {"chosen": GOOD, "rejected": side(([5, 9, 3], [0, 1, 1]), ([5, 9, 3, 4, 8], [0, 0, 0, 0, 1]))},
+    ]  # fmt: skip
+    losses = []
+    for shared in (True, False):
+        trainer = mdpo_trainer(tmp_path, tokenizer, rows, shared_prefix=shared, per_device_train_batch_size=2)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss, policy = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        losses.append(loss.item())
+
+        def alone(ids, mask, model=trainer.model):
+            logps = model(input_ids=torch.tensor([ids])).logits.log_softmax(-1)[0]
+            return sum(logps[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
+
+        for name in SIDES:
+            wanted = [sum(alone(s["input_ids"], s["assistant_masks"]) for s in rows[row][name]["sequences"])
+                      for row in batch.row.tolist()]  # fmt: skip
+            assert getattr(policy, name).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_and_the_displays_show_them(tokenizer, tmp_path):
