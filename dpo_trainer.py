@@ -26,7 +26,7 @@ from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import check_options, refuse_inputs, refuse_lost_steps
 from mdpo.console import say
 from mdpo.data.positions import learned_positions, refuse_long_rows
-from mdpo.data.rows import refuse_by_loss
+from mdpo.data.row_numbers import refuse_by_loss
 from mdpo.data.sampler import LongestFirst
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
 from mdpo.errors import UserError
@@ -259,7 +259,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self):
         sides = [f"{side}_{field}" for side in SIDES for field in ("ids", "mask", "weights", "lengths")]
-        self._signature_columns = [*sides, "shared_len", "margin", "weight", "row", *REFERENCE.values()]
+        self._signature_columns = [*sides, "margin", "weight", "row", *REFERENCE.values()]
 
     def _set_up_reference(self, policy_name, ref_model, quantization, compiled: bool) -> None:
         ############## MODIFICATION 6: a reference other than the starting policy, by name.

@@ -63,22 +63,19 @@ class TokenizedPair:
     """Token ids and masks of one pair. `mask[t] == 1` where token t is supervised; `weights[t]` multiplies its log
     ratio, and the whole list is empty where all are 1.
 
-    `shared_len` is the length of the longest common prefix of (id, mask, weight), in tokens. `longest` is the longer
-    side before any cut; `cut` says that a turn was cut in its middle. `retokenized` has a number for each recorded side
-    whose messages are rendered otherwise: how many tokens differ.
-
     A side is one sequence or more, each a text as the model saw it: of several, `ids`, `mask` and `weights` have one
     behind the other, and `lengths` the tokens of each; it is empty where there is one. `breaks` says why each sequence
-    after the first one begins. `distinct` counts the tokens of
-    both sides, those that sequences begin with alike once.
-    Example: chosen_ids [1, 5, 6, 2], chosen_mask [0, 0, 1, 1], rejected_ids [1, 5, 7, 2] -> shared_len 2.
+    after the first one begins. `distinct` counts the tokens of both sides, those that sequences begin with alike once:
+    they are the nodes of the trie of all sequences. `longest` is the longest sequence before any cut; `cut` says that a
+    turn was cut in its middle. `retokenized` has a number for each recorded side whose messages are rendered otherwise:
+    how many tokens differ.
+    Example: chosen_ids [1, 5, 6, 2] and rejected_ids [1, 5, 7, 2] begin with two tokens alike -> distinct 6.
     """
 
     chosen_ids: list[int]
     chosen_mask: list[int]
     rejected_ids: list[int]
     rejected_mask: list[int]
-    shared_len: int
     chosen_weights: list[float] = field(default_factory=list)
     rejected_weights: list[float] = field(default_factory=list)
     chosen_lengths: list[int] = field(default_factory=list)

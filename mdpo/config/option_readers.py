@@ -156,6 +156,7 @@ WORKS = {
         "max_eval_samples",
         "chat_template_kwargs",
         "allow_different_prompts",
+        "turns_without_reasoning",
         "pairs",
         "min_reward_gap",
         "max_pairs_per_prompt",

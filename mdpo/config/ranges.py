@@ -25,6 +25,11 @@ def at_least_one(value: float) -> bool:
     return value >= 1
 
 
+def one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    """A test and its advice, for `check_ranges`."""
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
 def check_ranges(config: Any, ranges: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
     """Raise UserError for the first key of `ranges` (key -> test, advice) whose value is set and fails its test."""
     for key, (test, advice) in ranges.items():

@@ -7,10 +7,20 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from mdpo.config.ranges import COUNTS, NOT_NEGATIVE, as_mixer, at_least_one, check_ranges, not_negative, positive
+from mdpo.config.ranges import (
+    COUNTS,
+    NOT_NEGATIVE,
+    as_mixer,
+    at_least_one,
+    check_ranges,
+    not_negative,
+    one_of,
+    positive,
+)
 from mdpo.errors import UserError
 
 PAIRINGS = ("best_worst", "all", "adjacent", "random")  # of a row with several answers
+WITHOUT_REASONING = ("keep", "mask", "drop")  # turns whose generation prompt opens a think block
 
 
 @dataclass
@@ -48,6 +58,13 @@ class DataArguments:
     )
     allow_different_prompts: bool = field(
         default=False, metadata={"help": "Keep pairs whose two sides begin with different prompts."}
+    )
+    turns_without_reasoning: str = field(
+        default="keep",
+        metadata={
+            "help": "A turn without thoughts whose prompt opens a think block: learn it, 'mask' it, 'drop' its pair.",
+            "choices": [*WITHOUT_REASONING],
+        },
     )
     pairs: str = field(
         default="best_worst",
@@ -89,10 +106,11 @@ class DataArguments:
             {
                 "max_training_samples": (at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
                 "max_eval_samples": (at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
-                "pairs": (lambda way: way in PAIRINGS, f"one of {', '.join(PAIRINGS)}"),
+                "turns_without_reasoning": one_of(WITHOUT_REASONING),
+                "pairs": one_of(PAIRINGS),
                 "min_reward_gap": (not_negative, "a number >= 0"),
                 "max_pairs_per_prompt": (at_least_one, "a whole number >= 1, or leave it out for all"),
-                "on_bad_rows": (lambda choice: choice in ("drop", "error"), "drop or error"),
+                "on_bad_rows": one_of(("drop", "error")),
                 "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
                 "test_split_size": (
                     lambda size: size >= 1 if isinstance(size, int) else 0 < size < 1,

@@ -63,6 +63,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
             raise UserError(f"{key}: has no effect without {switch}: true.")
     if (recipe or {}).get("allow_different_prompts") and not args.mask_user_turns:
         raise UserError("allow_different_prompts: has no effect with mask_user_turns: false, whose prompts TRL finds.")
+    if (recipe or {}).get("turns_without_reasoning", "keep") != "keep" and not args.mask_user_turns:
+        raise UserError("turns_without_reasoning: has no effect with mask_user_turns: false, which knows no turns.")
     refuse_other_runs(args, recipe or {})
     refuse_parallelism(args)
     _check_losses(args, own)

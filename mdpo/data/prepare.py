@@ -13,9 +13,10 @@ from mdpo.data.files import whole_row
 from mdpo.data.forms import look
 from mdpo.data.groups import SEVERAL, TIE, AnswerPairs
 from mdpo.data.report import DataReport, describe
-from mdpo.data.rows import refuse_by_loss
+from mdpo.data.row_numbers import refuse_by_loss
+from mdpo.data.sequence_counts import rank_imbalance, token_totals
 from mdpo.data.sources import DatasetSplit, hold_out, load_datasets, mix
-from mdpo.data.tokenize import DropCounts, rank_imbalance, token_totals, tokenize_dataset
+from mdpo.data.tokenize import DropCounts, tokenize_dataset
 from mdpo.errors import UserError
 from mdpo.masking.dates import fix_day
 from mdpo.masking.loss_mask import RenderSettings
@@ -127,6 +128,7 @@ def render_settings(recipe) -> RenderSettings:
         args.mask_user_turns,
         recipe.data.chat_template_kwargs or {},
         recipe.data.allow_different_prompts,
+        recipe.data.turns_without_reasoning,
     )
 
 

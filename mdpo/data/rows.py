@@ -1,10 +1,7 @@
 """One row → one pair of conversations in one form of messages. Nothing here knows a tokenizer."""
 
-import json
-import math
 from typing import Any
 
-from mdpo.config.schema import MDPOConfig
 from mdpo.data.forms import COLUMNS, as_preference
 from mdpo.data.json_texts import kind_of
 from mdpo.data.messages import (
@@ -18,9 +15,9 @@ from mdpo.data.messages import (
 )
 from mdpo.data.questions import begins
 from mdpo.data.recorded import recorded_pair
+from mdpo.data.row_numbers import margin_of, weight_of
 from mdpo.data.tool_calls import read_tools
 from mdpo.errors import DropPair, UserError
-from mdpo.loss.registry import refuse_weights
 from mdpo.types import Message, Pair
 
 __all__ = ["COLUMNS", "row_to_pair"]
@@ -47,7 +44,7 @@ def row_to_pair(
         if not mask_turns:
             raise UserError("Recorded sequences say which tokens are supervised: they need mask_user_turns: true.",
                             "sequences")  # fmt: skip
-        of_row = {"margin": _margin(row), "weight": _weight(row)}
+        of_row = {"margin": margin_of(row), "weight": weight_of(row)}
         return recorded_pair(row, lambda *both: row_to_pair(original, mask_turns, different_prompts, both), of_row)
     for name in (name for name in original if name in row["used"]):
         refuse_broken(original[name], name)
@@ -59,7 +56,7 @@ def row_to_pair(
         row["remarks"].append(FROM_JSON)
     if all(isinstance(side, str) for side in sides) and not isinstance(prompt, list):
         return _strings(row, prompt, sides)
-    extra = {**_for_template(row, different_prompts), "margin": _margin(row), "weight": _weight(row)}
+    extra = {**_for_template(row, different_prompts), "margin": margin_of(row), "weight": weight_of(row)}
     both, weights, n, notes = _conversations(prompt, sides, mask_turns, different_prompts)
     if any(w != 1 for side in weights for w in side[n:]) and not mask_turns:
         raise UserError("Messages have a `weight` or `loss: false`, which say how much of a turn is learned: they need "
@@ -193,10 +190,10 @@ def _strings(row: dict[str, Any], prompt: str | None, sides: list[str]) -> Pair:
         raise DropPair("empty or missing content")
     if isinstance(prompt, str):
         whole = [prompt + side for side in sides]
-        return Pair(*whole, len(prompt), margin=_margin(row), weight=_weight(row), remarks=row["remarks"])
+        return Pair(*whole, len(prompt), margin=margin_of(row), weight=weight_of(row), remarks=row["remarks"])
     n = _common_start(*sides)
     n = n - 1 if n and sides[0][n - 1] == " " else n
-    return Pair(*sides, n, margin=_margin(row), weight=_weight(row), prompt_given=False, remarks=row["remarks"])
+    return Pair(*sides, n, margin=margin_of(row), weight=weight_of(row), prompt_given=False, remarks=row["remarks"])
 
 
 def _as_messages(name: str, side: Any, after_prompt: bool) -> list[Message]:
@@ -222,49 +219,7 @@ def _question(prompt: str, sides: list[list[Message]]) -> list[Message] | None:
     raise DropPair("prompt mismatch: the text in prompt is not the first user message of the sides")
 
 
-def _margin(row: dict[str, Any]) -> float | None:
-    """`margin`, else by how much the chosen side's score is higher, where both have one."""
-    values = [row.get(name) for name in ("margin", "score_chosen", "score_rejected")]
-    for name, value in zip(("margin", "score_chosen", "score_rejected"), values, strict=True):
-        if value is not None and not _finite(value):
-            raise DropPair(f"{name} is {kind_of(value)}, not a finite number")
-    margin, better, worse = values
-    if margin is None and better is not None and worse is not None:
-        margin = float(better) - float(worse)
-        if not math.isfinite(margin):
-            raise DropPair("margin is not a finite number")
-    return None if margin is None else float(margin)
-
-
-def _weight(row: dict[str, Any]) -> float | None:
-    """`weight`, which multiplies the pair's loss. Raises DropPair, for 0 too: nothing would be learned of the pair, and
-    what is computed is."""
-    weight = row.get("weight")
-    if weight is None:
-        return None
-    if not _finite(weight) or not 0 <= weight < 1e38:  # a float32 in the batch
-        raise DropPair(f"weight is {json.dumps(weight, default=str)[:20]}, not a finite number >= 0")
-    if weight == 0:
-        raise DropPair("weight is 0: nothing is learned of the pair")
-    return float(weight)
-
-
-def _finite(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
-
-
 def _common_start(a, b) -> int:
     """First index at which two sequences differ; one less than the shorter where they do not (TRL's rule)."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter - 1)
-
-
-def refuse_by_loss(args: MDPOConfig, rows, name: str) -> None:
-    """Raises UserError where `margin_scale` is set and a row of the tokenized dataset has no margin, or where rows have
-    weights that the loss cannot take."""
-    if args.margin_scale and any(missing := [margin is None for margin in rows["margin"]]):
-        first = rows["key"][missing.index(True)]
-        raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")
-    if "weight" in rows.column_names and any(weight not in (None, 1) for weight in rows["weight"]):
-        refuse_weights(args.loss_type)

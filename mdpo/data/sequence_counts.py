@@ -1,12 +1,14 @@
-"""Of a tokenized dataset: turns, tokens and sequences of each row's sides, and why sequences begin."""
+"""Of a tokenized dataset: turns, tokens and sequences of each row's sides, why sequences begin, tokens in all."""
 
 import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
 
-from mdpo.types import turn_begins
+from mdpo.types import SIDES, turn_begins
 
 UNKNOWN = "no reason is known"
 
@@ -60,3 +62,23 @@ class Reasons:
     def as_dict(self) -> dict[str, Any]:
         reasons = {reason: {"sides": self.sides[reason], "sequences": n} for reason, n in self.sequences.items()}
         return {"sides": self.several, "reasons": reasons}
+
+
+def token_totals(rows: Dataset) -> tuple[int, int]:
+    """Tokens of all sequences of all pairs, and those that are distinct within their pair."""
+    tables = rows.select_columns([f"{side}_ids" for side in SIDES]).with_format("arrow").iter(batch_size=1000)
+    tokens = sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for table in tables for column in table.columns)
+    return tokens, int(np.sum(rows["distinct"], dtype=np.int64))
+
+
+def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
+    """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
+    rank over the mean, those that a pair's sequences begin with alike once, in shuffled batches of `pairs` a rank; None
+    where there is no such step."""
+    tokens = np.asarray(rows["distinct"], np.int64)
+    steps = len(tokens) // (ranks * pairs)
+    if not steps:
+        return None
+    shuffled = np.random.default_rng(seed).permutation(tokens)[: steps * ranks * pairs]
+    of_ranks = shuffled.reshape(steps, ranks, pairs).sum(2)
+    return float((of_ranks.max(1) / of_ranks.mean(1)).mean())

@@ -26,7 +26,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 12
+VERSION = 13
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {
@@ -35,7 +35,6 @@ FEATURES = Features(
         **{f"{side}_weights": List(Value("float32")) for side in SIDES},
         **{f"{side}_lengths": List(Value("int32")) for side in SIDES},  # of its sequences; empty where it is one
         **{f"{side}_breaks": List(Value("string")) for side in SIDES},  # why each sequence after the first one begins
-        "shared_len": Value("int32"),
         "distinct": Value("int32"),
         "margin": Value("float64"),
         "weight": Value("float64"),  # of the pair's loss; null: 1
@@ -98,7 +97,7 @@ def tokenize_row(row: dict[str, Any], index: int, template, settings: RenderSett
 
 
 def _empty(row: dict[str, Any]) -> dict[str, Any]:
-    out = {**vars(TokenizedPair([], [], [], [], 0)), "key": row["key"], "prompt_key": "", "special_in_context": 0}
+    out = {**vars(TokenizedPair([], [], [], [])), "key": row["key"], "prompt_key": "", "special_in_context": 0}
     return out | {"margin": None, "weight": None, "digest": "", "unread": [], "drop_reason": ""}
 
 
@@ -233,23 +232,3 @@ def _longest_sequence(table, side: str) -> np.ndarray:
         longest = longest.copy()
         longest[several] = np.maximum.reduceat(values, (counts.cumsum() - counts)[several])
     return longest
-
-
-def token_totals(rows: Dataset) -> tuple[int, int]:
-    """Tokens of all sequences of all pairs, and those that are distinct within their pair."""
-    tables = rows.select_columns([f"{side}_ids" for side in SIDES]).with_format("arrow").iter(batch_size=1000)
-    tokens = sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for table in tables for column in table.columns)
-    return tokens, int(np.sum(rows["distinct"], dtype=np.int64))
-
-
-def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
-    """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
-    rank over the mean, those that a pair's sequences begin with alike once, in shuffled batches of `pairs` a rank; None
-    where there is no such step."""
-    tokens = np.asarray(rows["distinct"], np.int64)
-    steps = len(tokens) // (ranks * pairs)
-    if not steps:
-        return None
-    shuffled = np.random.default_rng(seed).permutation(tokens)[: steps * ranks * pairs]
-    of_ranks = shuffled.reshape(steps, ranks, pairs).sum(2)
-    return float((of_ranks.max(1) / of_ranks.mean(1)).mean())

@@ -12,7 +12,7 @@ from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.plain_texts import plain_sides
 from mdpo.masking.sides import ENDS, RenderSettings, Side, completion_sides, recorded_sides, turn_sides
-from mdpo.types import SIDES, Pair, TokenizedPair, common_prefix, distinct_tokens, split
+from mdpo.types import SIDES, Pair, TokenizedPair, distinct_tokens, split
 
 __all__ = ["ENDS", "RenderSettings", "Side", "special_tokens_in_context", "tokenize_pair"]
 
@@ -51,11 +51,9 @@ def _trained(whole: list[Side], settings: RenderSettings) -> TokenizedPair:
         fields |= {f"{name}_ids": side.ids, f"{name}_mask": side.mask}
         fields |= {f"{name}_weights": [] if set(side.weights) <= {1.0} else side.weights}
         fields |= {f"{name}_lengths": side.lengths if several else [], f"{name}_breaks": side.breaks}
-    first = [list(zip(*side.sequences[0], strict=True)) for side in sides]
     pieces = [(new, old) for side, uncut in zip(sides, whole, strict=True) for new, old in _masks(side, uncut)]
     return TokenizedPair(
         **fields,
-        shared_len=common_prefix(*first),
         distinct=distinct_tokens([ids for side in sides for ids, *_ in side.sequences]),
         longest=max(length for side in whole for length in side.lengths),
         cut=any(len(new) < len(old) and new[-1] and old[len(new)] for new, old in pieces),

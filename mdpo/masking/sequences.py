@@ -21,7 +21,7 @@ from mdpo.masking.turns import Turn, as_last, closing, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
-NO_REASONING = "turns without reasoning whose generation prompt opens a think block"
+NO_REASONING = "turns without reasoning whose generation prompt opens a think block (turns_without_reasoning)"
 CLOSED = "thoughts of a turn whose generation prompt leaves no room for any"
 
 

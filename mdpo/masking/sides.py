@@ -12,6 +12,7 @@ from mdpo.masking.sequences import NO_REASONING, RenderedSide, side_sequences
 from mdpo.masking.spans import tokenize
 from mdpo.types import SIDES, Message, Pair, common_prefix, split
 
+ALL_MASKED = "nothing to learn of a side: turns_without_reasoning: mask leaves out all of its turns"
 ENDS = "end-of-turn tokens inside trained answers: take them out, the template writes one behind each"
 
 
@@ -71,6 +72,9 @@ def _of_turns(settings: RenderSettings, conversation: Conversation, turn_weights
     rendered = side_sequences(conversation)
     if NO_REASONING in rendered.remarks and settings.turns_without_reasoning == "drop":
         raise DropPair(NO_REASONING)
+    turns = [turn for sequence in rendered.sequences for turn in sequence.turns]
+    if settings.turns_without_reasoning == "mask" and all(turn.opened for turn in turns):
+        raise DropPair(ALL_MASKED)
     inside = [ENDS] * _ends_inside(rendered, conversation)
     return _side(rendered, turn_weights, settings), rendered.remarks + inside
 

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset
 
-from mdpo.types import SIDES, common_prefix, sequence_lengths, split
+from mdpo.types import SIDES, sequence_lengths, split
 
 
 @dataclass
@@ -54,10 +54,7 @@ class Sequences:
         rows = []
         for i in range(0, len(found), 2):
             chosen, rejected = found[i : i + 2]
-            # The packed collator reads it as long as it packs pairs.
-            shared = common_prefix(*([*zip(*side, strict=True)] for side in (chosen, rejected)))
-            row = {"shared_len": shared, "row": int(self.row[numbers[i]])}
-            row |= {"chosen_ids": chosen[0], "chosen_mask": chosen[1]}
+            row = {"row": int(self.row[numbers[i]]), "chosen_ids": chosen[0], "chosen_mask": chosen[1]}
             rows.append(row | {"rejected_ids": rejected[0], "rejected_mask": rejected[1]})
         return rows
 

@@ -97,6 +97,7 @@ NAMES = (
     "chat_template",
     "chat_template_kwargs",
     "allow_different_prompts",
+    "turns_without_reasoning",
     "pairs",
     "min_reward_gap",
     "max_pairs_per_prompt",

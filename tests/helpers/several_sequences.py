@@ -44,7 +44,7 @@ def tokens_of(pieces, tokenizer) -> tuple[list[int], list[int]]:
 
 
 def tokenized_row(tokenizer, key: str = "a.jsonl:1") -> dict:
-    row = {"key": key, "distinct": DISTINCT, "shared_len": 29}
+    row = {"key": key, "distinct": DISTINCT}
     for side, sequences in PIECES.items():
         both = [tokens_of(pieces, tokenizer) for pieces in sequences]
         row[f"{side}_ids"], row[f"{side}_mask"] = (sum(column, []) for column in zip(*both, strict=True))
@@ -54,7 +54,7 @@ def tokenized_row(tokenizer, key: str = "a.jsonl:1") -> dict:
 
 def plain_row(tokenizer, key: str = "a.jsonl:2") -> dict:
     """The first sequences alone: 62 tokens, 29 of them shared, 33 distinct."""
-    row = {"key": key, "distinct": 33, "shared_len": 29}
+    row = {"key": key, "distinct": 33}
     for side, (first, _) in PIECES.items():
         row[f"{side}_ids"], row[f"{side}_mask"] = tokens_of(first, tokenizer)
         row |= {f"{side}_weights": [], f"{side}_lengths": [], f"{side}_breaks": []}

@@ -7,13 +7,19 @@ from packed_pairs import EVERYTHING
 from tiny import CHATML, tokenizer_for
 from trainers import compare_metrics, mdpo_trainer
 
+from mdpo.types import SIDES, distinct_tokens, sequence_lengths, split
+
 TOKENIZER = tokenizer_for(CHATML, "letters", eos="<|im_end|>")
+
+
+def sequences(row):
+    return [ids for side in SIDES for ids in split(row[f"{side}_ids"], sequence_lengths(row, side))]
 
 
 def trained(folder, **options):
     """Logs and weights of two epochs over the rows, in micro-batches of 9 pairs that share prompts."""
     rows = Dataset.from_list([
-        {**row, "row": i, "shared_len": 0, "key": str(i), "digest": str(i), "margin": None}
+        {**row, "row": i, "distinct": distinct_tokens(sequences(row)), "key": str(i), "digest": str(i), "margin": None}
         for i, row in enumerate(EVERYTHING)
     ])  # fmt: skip
     assert len(TOKENIZER) > max(i for row in EVERYTHING for side in ("chosen", "rejected") for i in row[f"{side}_ids"])

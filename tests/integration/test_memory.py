@@ -29,7 +29,7 @@ def longest_pairs(n: int) -> Dataset:
     for i in range(n):
         sides = [[first, *torch.randint(3, 400, (LENGTH - 1,), generator=draw).tolist()] for first in (1, 2)]
         row = {"chosen_ids": sides[0], "rejected_ids": sides[1], "chosen_mask": mask, "rejected_mask": mask}
-        rows.append({**row, "shared_len": 0, "distinct": 2 * LENGTH, "margin": None, "key": str(i), "digest": str(i)})
+        rows.append({**row, "distinct": 2 * LENGTH, "margin": None, "key": str(i), "digest": str(i)})
     return Dataset.from_list(rows)
 
 

@@ -13,7 +13,7 @@ import mdpo.loss.functions as losses
 from dpo_trainer import DPOTrainer
 from mdpo.config.validation import TOWARDS_MARGIN
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
-from mdpo.types import PairLogps
+from mdpo.types import PairLogps, common_prefix
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -257,14 +257,19 @@ def test_weights_change_no_reference_value(tmp_path, tokenizer):
         assert plain[column] == other[column]
 
 
-def test_shared_prefix_ends_where_weights_differ(tmp_path, tokenizer):
+def test_tokens_whose_weights_differ_are_shared(tmp_path, tokenizer):
     same = agent_rows(1)[0]
     rows = [{"chosen": same["chosen"], "rejected": [*same["chosen"][:3], same["rejected"][3]]}]
-    whole = mdpo_trainer(tmp_path, tokenizer, rows).train_dataset[0]
-    first_turn = whole["chosen_mask"].index(1)
+    plain = mdpo_trainer(tmp_path, tokenizer, rows).train_dataset[0]
     rows[0]["chosen"] = [{**m, "weight": 0.5 if m["role"] == "assistant" else None} for m in rows[0]["chosen"]]
-    assert whole["shared_len"] > first_turn
-    assert mdpo_trainer(tmp_path, tokenizer, rows).train_dataset[0]["shared_len"] == first_turn
+    trainer = mdpo_trainer(tmp_path, tokenizer, rows)
+    weighted_row = trainer.train_dataset[0]
+    assert weighted_row["chosen_weights"] and not weighted_row["rejected_weights"]
+    prefix = common_prefix(plain["chosen_ids"], plain["rejected_ids"])
+    assert prefix > plain["chosen_mask"].index(1)  # into the first turn, whose weight is another on each side
+    both = len(plain["chosen_ids"]) + len(plain["rejected_ids"])
+    assert weighted_row["distinct"] == plain["distinct"] == both - prefix
+    assert next(iter(trainer.get_train_dataloader())).n_distinct == both - prefix
 
 
 BAD_WEIGHTS = {

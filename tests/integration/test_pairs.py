@@ -9,7 +9,7 @@ from tiny import CHATML, tokenizer_for
 
 from mdpo.config.recipe import load_recipe
 from mdpo.data.prepare import prepare_pairs
-from mdpo.data.tokenize import rank_imbalance
+from mdpo.data.sequence_counts import rank_imbalance
 from mdpo.masking.tokenizer import load_tokenizer
 
 BASE = "model_name_or_path: model\ndataset_mixer: {a.jsonl: 1.0}\noutput_dir: out\nbf16: false\nuse_cpu: true\n"

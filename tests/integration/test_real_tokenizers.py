@@ -29,7 +29,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import tokenize_pair
-from mdpo.masking.spans import APART
+from mdpo.masking.sequences import APART
 from mdpo.masking.tokenizer import fast_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -157,7 +157,7 @@ def test_a_sequence_has_one_key_wherever_it_stands():
 
 
 def test_pairs_of_sequences_for_the_collator():
-    """Two by two whatever row and side they are of; an odd last one on both sides. The prefix ends where masks do."""
+    """Two by two whatever row and side they are of; an odd last one on both sides."""
     rows = Dataset.from_list([
         {"chosen_ids": [5, 6, 7, 5, 6], "chosen_mask": [0, 1, 1, 0, 0], "chosen_lengths": [3, 2],
          "rejected_ids": [5, 8], "rejected_mask": [0, 1], "rejected_lengths": []},
@@ -166,9 +166,9 @@ def test_pairs_of_sequences_for_the_collator():
     ])  # fmt: skip
     first, second = Sequences.of(rows, "").pairs(rows, np.array([0, 1, 4]))
     assert first == {"chosen_ids": [5, 6, 7], "chosen_mask": [0, 1, 1], "rejected_ids": [5, 6],
-                     "rejected_mask": [0, 0], "shared_len": 1, "row": 0}  # fmt: skip
+                     "rejected_mask": [0, 0], "row": 0}  # fmt: skip
     assert second == {"chosen_ids": [1, 2, 3], "chosen_mask": [0, 1, 1], "rejected_ids": [1, 2, 3],
-                      "rejected_mask": [0, 1, 1], "shared_len": 3, "row": 1}  # fmt: skip
+                      "rejected_mask": [0, 1, 1], "row": 1}  # fmt: skip
 
 
 def sequences_of(tokens, row):

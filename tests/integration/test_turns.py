@@ -16,9 +16,9 @@ from mdpo.reporting.turn_tables import turn_tables
 # Chosen of pair 0 has turns of 2 and 1 tokens, its rejected side shares the first; pair 1 has three turns and one.
 ROWS = [
     {"chosen_ids": [1, 5, 6, 2, 7, 8], "chosen_mask": [0, 1, 1, 0, 0, 1],
-     "rejected_ids": [1, 5, 6, 2, 9], "rejected_mask": [0, 1, 1, 0, 1], "shared_len": 4, "row": 0},
+     "rejected_ids": [1, 5, 6, 2, 9], "rejected_mask": [0, 1, 1, 0, 1], "row": 0},
     {"chosen_ids": [1, 4, 2, 4, 2, 4], "chosen_mask": [1, 1, 0, 1, 0, 1],
-     "rejected_ids": [1, 3, 3], "rejected_mask": [1, 0, 1], "shared_len": 1, "row": 1},
+     "rejected_ids": [1, 3, 3], "rejected_mask": [1, 0, 1], "row": 1},
 ]  # fmt: skip
 # Log ratios of the scored tokens, chosen sides first. A token at the very start is not scored.
 RATIOS = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 1.0, 2.0, 5.0, 40.0])

@@ -602,6 +602,8 @@ def test_classes_check_themselves():
             MDPOConfig(output_dir="out", use_cpu=True, **wrong)
     with refused("on_bad_rows", "out of range"):
         DataArguments(dataset_mixer=["a"], on_bad_rows="keep")
+    with refused("turns_without_reasoning", "'off' is out of range", "keep, mask, drop"):
+        DataArguments(dataset_mixer=["a"], turns_without_reasoning="off")
 
 
 def test_ours_is_on_only_in_mdpo_config():

@@ -26,6 +26,7 @@ WITHOUT_A_RECIPE = {
     "min_reward_gap": "test_groups: test_which_answers_are_compared",
     "max_pairs_per_prompt": "test_groups: test_which_answers_are_compared",
     "allow_different_prompts": "test_data_report: test_prompts_that_differ_are_kept_where_the_recipe_allows_it",
+    "turns_without_reasoning": "test_left_out: test_turns_without_reasoning_are_kept_masked_or_dropped",
     "on_bad_rows": "test_data_report: test_check_data_ends_as_the_run_would",
     "max_bad_fraction": "test_data_report: test_one_broken_set_of_a_mix_is_noticed",
     "mask_user_turns": "test_trl_parity: test_turn_masks_are_the_difference",

@@ -21,13 +21,17 @@ from conversations import (
 from errors import dropped, is_reason
 from mask_checks import said
 from templates import ROWS, chat_template
-from tiny import CHATML, tokenizer_for
+from tiny import CHATML, tokenizer_for, trl_template
 
+from mdpo.config.recipe import load_recipe
+from mdpo.data.prepare import render_settings
 from mdpo.data.tokenize import tokenize_row
 from mdpo.masking import left_out
 from mdpo.masking.breaks import EARLIER_THOUGHTS, REWRITTEN, SYSTEM_MOVED
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
+from mdpo.masking.sequences import NO_REASONING
+from mdpo.types import Pair
 
 SETTINGS = RenderSettings(None)
 HEAD, END = "{{ '<|im_start|>' + m.role + '\n' ", "<|im_end|>\n"
@@ -192,6 +196,53 @@ def test_thoughts_of_the_last_turn_too():
 def test_what_is_supplied_of_thoughts_is_context(content, sampled):
     _, _, runs = row_of(NEVER, [assistant(content)], [assistant(THINK + "Danube.")], prompt=[ASK])
     assert runs == [sampled + "<|im_end|>"]
+
+
+def thinking_template(thinking):
+    """qwen3_5_think opens a think block in its generation prompt; with enable_thinking: false it closes it too."""
+    return ChatTemplate(tokenizer_for(trl_template("qwen3_5_think"), "byte"), {"enable_thinking": thinking})
+
+
+@pytest.mark.parametrize(
+    "choice, wanted",
+    [
+        ("keep", ([NO_REASONING], ["Rhone.<|im_end|>", "Tea.\n</think>\n\nSure.<|im_end|>"])),
+        ("mask", ([NO_REASONING], ["Tea.\n</think>\n\nSure.<|im_end|>"])),
+        ("drop", "turns without reasoning whose generation prompt opens a think block"),
+    ],
+)
+def test_turns_without_reasoning_are_kept_masked_or_dropped(choice, wanted):
+    """The first turn of each side has no thoughts, though its generation prompt opens a think block; the second one
+    has. Masked, the first one is context."""
+    settings, template = RenderSettings(None, turns_without_reasoning=choice), thinking_template(True)
+    sides = [
+        [ASK, assistant(x), user("Sure?"), assistant(f"{THINK}{y}")] for x, y in (("Rhone.", "Sure."), ("Po.", "No."))
+    ]
+    if choice == "drop":
+        with dropped(wanted, "turns_without_reasoning"):
+            tokenize_pair(Pair(*sides, 1), template, settings)
+    else:
+        got = tokenize_pair(Pair(*sides, 1), template, settings)
+        assert (got.remarks, said(template.tokenizer, got.chosen_ids, got.chosen_mask)) == wanted
+
+
+def test_only_those_are_masked_whose_prompt_opens_a_think_block():
+    """A closed block is the template's, and a turn behind it is as sampled: no key, no remark."""
+    settings = RenderSettings(None, turns_without_reasoning="mask")
+    pair = Pair([ASK, assistant("Rhone.")], [ASK, assistant("Po.")], 1)
+    got = tokenize_pair(pair, thinking_template(False), settings)
+    assert got == tokenize_pair(pair, thinking_template(False), SETTINGS) and got.remarks == []
+    with dropped("nothing to learn of a side", "turns_without_reasoning"):
+        tokenize_pair(pair, thinking_template(True), settings)
+
+
+def test_a_recipe_hands_the_choice_on(tmp_path):
+    (tmp_path / "r.yaml").write_text(f"model_name_or_path: x\noutput_dir: {tmp_path}\nbf16: false\nuse_cpu: true\n")
+    start = [str(tmp_path / "r.yaml"), "--dataset_mixer={a.jsonl: 1.0}"]
+    assert render_settings(load_recipe(start)) == RenderSettings(1024)
+    for choice in ("keep", "mask", "drop"):
+        recipe = load_recipe([*start, f"--turns_without_reasoning={choice}"])
+        assert render_settings(recipe) == RenderSettings(1024, turns_without_reasoning=choice)
 
 
 def test_reasoning_that_no_template_reads():

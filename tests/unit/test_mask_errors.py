@@ -16,7 +16,7 @@ from mdpo.data.rows import row_to_pair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.masking.spans import STRADDLE, span_mask, tokenize
-from mdpo.types import Pair
+from mdpo.types import Pair, common_prefix
 
 
 def tokenized(chosen, rejected, n_prompt=1, max_length=None, truncation_mode="drop", **more):
@@ -71,28 +71,29 @@ def test_tokens_tile_the_text(text, merges, ranges, trim_offsets):
 
 
 @pytest.mark.parametrize(
-    "chosen, rejected, shared_len, chosen_ones, rejected_ones",
+    "chosen, rejected, distinct, chosen_ones, rejected_ones",
     [
-        (("a?", "bc"), ("a?", "bd"), 22, [21, 22, 23], [21, 22, 23]),
-        (("a?", "bc"), ("a?", "b"), 22, [21, 22, 23], [21, 22]),
-        (("a?", "bc"), ("a?", "x"), 21, [21, 22, 23], [21, 22]),
-        (("a?", "bc", "e", "f"), ("a?", "bc", "e", "g"), 45, [21, 22, 23, 45, 46], [21, 22, 23, 45, 46]),
-        (("a?", "bc", "e", "f"), ("a?", "bc"), 25, [21, 22, 23, 45, 46], [21, 22, 23]),
+        (("a?", "bc"), ("a?", "bd"), 28, [21, 22, 23], [21, 22, 23]),
+        (("a?", "bc"), ("a?", "b"), 27, [21, 22, 23], [21, 22]),
+        (("a?", "bc"), ("a?", "x"), 28, [21, 22, 23], [21, 22]),
+        (("a?", "bc", "e", "f"), ("a?", "bc", "e", "g"), 51, [21, 22, 23, 45, 46], [21, 22, 23, 45, 46]),
+        (("a?", "bc", "e", "f"), ("a?", "bc"), 48, [21, 22, 23, 45, 46], [21, 22, 23]),
         # the same ids, but where the rejected side has a newline of the template the chosen side has content
         (
             ("a?", "bc<|im_end|>\n<|im_start|>user\ne<|im_end|>\n<|im_start|>assistant\nf"),
             ("a?", "bc", "e", "f"),
-            24,
+            48,
             list(range(21, 47)),
             [21, 22, 23, 45, 46],
         ),
     ],
 )
-def test_the_shared_prefix_by_hand(chosen, rejected, shared_len, chosen_ones, rejected_ones):
+def test_distinct_tokens_by_hand(chosen, rejected, distinct, chosen_ones, rejected_ones):
+    """A round is 25 tokens, 24 with an answer of one character, a second one 23. The sides begin alike for 22, 22, 21,
+    45, 25 and all 48 tokens, whatever their masks say."""
     got = tokenized(rounds(*chosen), rounds(*rejected))
     assert (ones(got.chosen_mask), ones(got.rejected_mask)) == (chosen_ones, rejected_ones)
-    assert got.shared_len == shared_len
-    assert got.chosen_ids[:shared_len] == got.rejected_ids[:shared_len]
+    assert got.distinct == distinct
 
 
 ONE = (("a?", "bc"), ("a?", "bd"))  # 25 tokens a side, the first difference at 22
@@ -130,7 +131,8 @@ def test_truncation_by_hand(sides, mode, max_length, outcome):
         whole = tokenized(chosen, rejected)
         assert (got.chosen_ids, got.rejected_ids) == (whole.chosen_ids[:max_length], whole.rejected_ids[:max_length])
         assert len(got.chosen_mask) == len(got.chosen_ids)
-        assert got.shared_len == whole.shared_len
+        shared = common_prefix(whole.chosen_ids, whole.rejected_ids)
+        assert got.distinct == len(got.chosen_ids) + len(got.rejected_ids) - shared
 
 
 def test_only_the_longer_side_is_cut():

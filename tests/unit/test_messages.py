@@ -15,7 +15,8 @@ from mdpo.data.tokenize import tokenize_row
 from mdpo.data.tool_calls import linked, read_tools
 from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
-from mdpo.masking.loss_mask import ENDS, RenderSettings
+from mdpo.masking.loss_mask import RenderSettings
+from mdpo.masking.sides import ENDS
 
 U, A, B = (
     {"role": "user", "content": "Q?"},

@@ -31,7 +31,7 @@ def parts():
 def test_a_state_comes_back(older, tmp_path):
     saved, file = parts(), tmp_path / rank_state.file_name(3)
     saved["loss"].state = {"loss": 0.25, "total_loss": 2.0, "logged_at": 4}
-    pair = {"chosen_ids": [1, 2, 3, 4], "rejected_ids": [1, 2, 5], "chosen_mask": [0, 0, 1, 1], "shared_len": 2,
+    pair = {"chosen_ids": [1, 2, 3, 4], "rejected_ids": [1, 2, 5], "chosen_mask": [0, 0, 1, 1],
             "rejected_mask": [0, 0, 1]}  # fmt: skip
     saved["tables"].append(torch.arange(14.0, dtype=torch.float64)[None], training=True, batch=PackedCollator()([pair]))
     saved["nonfinite"].in_a_row, saved["nonfinite"].of_run, saved["nonfinite"]._logged_at = 1, 2, 4

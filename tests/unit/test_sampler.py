@@ -14,7 +14,8 @@ from trainers import mdpo_trainer
 
 from mdpo.config.schema import MDPOConfig
 from mdpo.data.sampler import FIRST_STEPS, LongestFirst, filled, longest_first, pair_tokens, prompt_groups
-from mdpo.data.tokenize import side_lengths, token_totals
+from mdpo.data.sequence_counts import token_totals
+from mdpo.data.tokenize import side_lengths
 from mdpo.types import distinct_tokens
 
 SAME = {"derandomize": True, "deadline": None, "database": None}  # the same examples each time

@@ -21,7 +21,7 @@ from mdpo.masking.spans import STRADDLE, mask_of, tokenize
 from mdpo.masking.stops import any_of
 from mdpo.masking.turns import locate
 from mdpo.runs.entrypoint import run
-from mdpo.types import Pair, split
+from mdpo.types import Pair, common_prefix, split
 
 SETTINGS = RenderSettings(None)
 
@@ -58,7 +58,7 @@ def test_header_and_answer_are_tokenized_apart(trim_offsets):
     assert names(template.tokenizer, got.chosen_ids[20:]) == ["Ċ", "Ġ", "Ġ", "b", "<|im_end|>"]
     assert ones(got.chosen_mask) == [21, 22, 23, 24]
     assert ones(got.rejected_mask) == [21, 22]
-    assert got.shared_len == 21  # the prompt is the same tokens on both sides
+    assert common_prefix(got.chosen_ids, got.rejected_ids) == 21  # the prompt is the same tokens on both sides
     assert got.remarks == [APART]
     prompt = template.render(messages[:1], generation=True)
     assert got.chosen_ids[:21] == tokenize(prompt, template.tokenizer)[0]
