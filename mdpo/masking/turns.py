@@ -182,8 +182,9 @@ def as_last(turn: Turn, conversation: Conversation) -> bool:
     content = message.get("content") or ""
     if content == content.strip() or edges_alike(conversation.template):
         return True
-    own = locate(conversation.up_to(i), conversation.prompt(i), i, conversation, thoughtless=not thoughts(message))
-    return _words(own, conversation.up_to(i).text) == _words(turn, conversation.text)
+    alone = conversation.up_to(i)
+    own = locate(alone, conversation.prompt(i), i, conversation, thoughtless=not thoughts(message))
+    return _words(own, alone.text) == _words(turn, conversation.text)
 
 
 def edges_alike(template: ChatTemplate) -> bool:

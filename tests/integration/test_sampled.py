@@ -92,8 +92,8 @@ METASPACE = ("qwen2_5", "phi3", "qwen3", "gptoss", "deepseek_r1_distill", "moved
 
 @pytest.mark.parametrize("name, kind", [(n, "byte") for n in SYNTAX] + [(n, "metaspace") for n in METASPACE])
 def test_sequences_are_what_was_sampled(name, kind):
-    """Where a sampled text has other tokens than were sampled, as " rep" + "ort", it is the same text all the same; a
-    tenth of the turns at most are of that kind."""
+    """Where a sampled text has other tokens than were sampled, as " rep" + "ort", it is the same text all the same; one
+    turn, or a tenth of them, at most are of that kind."""
     template, seen = template_of(name, kind), Counter()
     for talk in talks(name, kind):
         got, recorded = of_messages(talk, template), merged(talk.turns)
@@ -103,7 +103,7 @@ def test_sequences_are_what_was_sampled(name, kind):
         assert supervised(template.tokenizer, got) == supervised(template.tokenizer, recorded)
         assert sum(sum(mask) for _, mask in recorded) == sum(len(ids) for _, ids in talk.turns)
         seen["several sequences"] += len(recorded) > 1
-    assert seen["unstable"] <= 0.1 * seen["turns"], seen
+    assert seen["unstable"] <= max(1, 0.1 * seen["turns"]), seen
     if name in REWRITING:
         assert seen["several sequences"] == len(talks(name, kind))
     elif kind == "byte":  # the other one has a token of the header's line break and an answer's first letter

@@ -434,9 +434,8 @@ def test_a_search_for_headers_would_fail_on_that_output():
         assert template.tokenizer.decode(ids).count("<|im_start|>assistant\n") > turn_begins(mask).sum() + 1
 
 
-def test_each_turn_counts_once_in_log_probs():
-    """A prompt's turn, and a turn that stands in a later sequence's history, are context there: 5 of 6 assistant texts
-    in the loop's two sequences are supervised once or are history."""
+def test_each_turn_is_supervised_once():
+    """Though the second sequence has the first two turns in its history; turns of the prompt are never."""
     got = tokenize_pair(pair_of(LOOP, tools=TOOLS), chat_template("qwen3"), SETTINGS)
     texts = shown_side(chat_template("qwen3").tokenizer, got)
     for words in ("T1", "T2", "T3", "Yes.", "No."):
