@@ -4,7 +4,6 @@ import json
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -30,7 +29,7 @@ from mdpo.reporting.mask_page import KINDS, Explainer, RenderedSequence, page_te
 from mdpo.reporting.token_view import END, SUPERVISED
 from mdpo.reporting.token_view import SHARED as DIMMED
 from mdpo.runs.entrypoint import run
-from mdpo.types import SIDES
+from mdpo.types import SIDES, Pair, RecordedSide
 
 U = {"role": "user", "content": "</script><script>document.title='broken'</script> <!-- <b>Two?</b> & <|im_end|>\n12"}
 A = [{"role": "assistant", "content": text} for text in ("It is <i>2</i> & so.\n\nDone", "  three 🎉 ")]
@@ -240,7 +239,7 @@ def test_a_dropped_row_shows_what_would_be_supervised(explain):
 def test_recorded_tokens_have_no_roles(explain, monkeypatch, kept):
     """Ids and masks alone: there is no text that a template wrote. The other side is rendered as ever."""
     sequences = [tokens_of(pieces, explain.tokenizer) for pieces in PIECES["rejected"]]
-    pair = SimpleNamespace(recorded=(None, SimpleNamespace(sequences=sequences)), chosen=ROW["chosen"], rejected=[])
+    pair = Pair(ROW["chosen"], [], 1, recorded=(None, RecordedSide(sequences)))
     monkeypatch.setattr(mask_page, "fit", lambda *_: pair)
     chosen, rejected = explain(ROW, tokenized_row(explain.tokenizer) if kept else None, "" if kept else "x")["sides"]
     assert [s["title"] for s in rejected] == ["sequence 1 of 2", "sequence 2 of 2" + f": {REWRITTEN}" * kept]

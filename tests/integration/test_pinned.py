@@ -2,7 +2,7 @@
 
 Other tests compare two paths with each other; these would see a change that moves both. The losses were measured on one
 thread of a CPU in float32. Layouts in one entry of PINNED differ from each other by at most 2e-6 there; other machines
-round otherwise, so 2e-5 is allowed. The last test shows that one percent of the learning rate makes more than that.
+round otherwise (an EPYC by 3.6e-5, before and after the token forest), so 1e-4 is allowed. The last test shows that one percent of the learning rate makes more than that.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from trl import DPOConfig
 from dpo_trainer import DPOTrainer
 from mdpo.config import MDPOConfig
 
-TOLERANCE = 2e-5
+TOLERANCE = 1e-4
 PADDED, AHEAD = {"shared_prefix": False}, {"precompute_ref_log_probs": True}
 TWICE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": "gaussian"}

@@ -58,7 +58,9 @@ def test_one_and_two_processes_agree(name, trained):
     assert apart <= 1e-4 * moved
     logs = [json.loads((folder / f"{name}.json").read_text())[:2] for folder in trained]
     for a, b in zip(*logs, strict=True):
-        assert {k: v for k, v in a.items() if "runtime" not in k} == pytest.approx(b, rel=1e-3, abs=1e-3)
+        of_time = {k for k in a if "runtime" in k}
+        assert 0 < a.pop("num_distinct_tokens", 1) <= b.pop("num_distinct_tokens", 1)  # more pairs in a row share more
+        assert {k: v for k, v in a.items() if k not in of_time} == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
 def test_a_stream_is_evaluated_in_two_processes_as_in_one(trained):
