@@ -2,7 +2,8 @@
 
 Other tests compare two paths with each other; these would see a change that moves both. The losses were measured on one
 thread of a CPU in float32. Layouts in one entry of PINNED differ from each other by at most 2e-6 there; other machines
-round otherwise (an EPYC by 3.6e-5, before and after the token forest), so 1e-4 is allowed. The last test shows that one percent of the learning rate makes more than that.
+round otherwise (an EPYC by 3.6e-5, before and after the token forest), so 1e-4 is allowed. The last test shows that one
+percent of the learning rate makes more than that.
 """
 
 import pytest
