@@ -17,7 +17,7 @@ from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import lost, remarks_of, thoughts, unread, unwritten_field, written
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE, numbered
 from mdpo.masking.spans import PromptTokens, Range, mask_of, same_text, tokenize
-from mdpo.masking.turns import Turn, as_last, closing, locate
+from mdpo.masking.turns import REST_OF_EMPTY_THINK, Turn, as_last, closing, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
@@ -146,7 +146,7 @@ def _sampled(i: int, prompt: Marked, conversation: Conversation) -> tuple[Turn, 
     sampled = text[turn.start : turn.end]
     if own and "</" in turn.missing:
         raise DropPair(f"{CLOSED} ({numbered(i)}); chat_template_kwargs may: {{enable_thinking: true}}")
-    if own and (turn.blocked or not written(own, i, rendered.marks)):
+    if turn.blocked or not written(own, i, rendered.marks):
         if name := unwritten_field(message, i, rendered.marks):
             if not unread(conversation.template):
                 raise DropPair(f"{LEFT_OUT}: {name} ({numbered(i)}); another chat_template may write it")
@@ -166,8 +166,18 @@ def _with_thoughts(content: str, sampled: str, turn: Turn, rendered: Marked, i: 
     elif supplied.strip() and head.lstrip().startswith(supplied.strip()):
         head = head.lstrip().removeprefix(supplied.strip())
     opening = rendered.marks.opening(i)
-    begin = turn.start if opening is None or not visible.strip() else rendered.marks.unmarked(opening)
-    return head + sampled[max(begin - turn.start, 0) :]
+    begin = None if opening is None else rendered.marks.unmarked(opening) - turn.start  # of the words, else of calls
+    if visible.strip():
+        return head + sampled[max(begin or 0, 0) :]
+    # Before calls the template writes the content as it is, an empty block of its own before it or in its place, or
+    # neither; or the content stands behind them.
+    rest = sampled.partition("</think>")[2] if REST_OF_EMPTY_THINK.match(sampled) else sampled
+    before, as_it_is, behind = rest.partition(content.strip())
+    if as_it_is and begin is not None and len(sampled) - len(rest) + len(before) > begin:
+        return sampled
+    if as_it_is or rest != sampled:
+        return head.rstrip() + (behind if as_it_is else rest)
+    return head + sampled
 
 
 def _closed(turn: Turn, rendered: Marked, conversation: Conversation) -> tuple[str, Turn]:

@@ -24,7 +24,8 @@ class Turn:
     """Message `message` in a rendered text: its characters [start, end) were sampled, the `stop` included; that is ""
     where the template writes none. `context` is what the model was given. `opened`: its generation prompt opens a
     think block, and the message has no thoughts to close it with. `missing`: what of that generation prompt the
-    rendered text leaves out. `blocked`: an empty think block is before the thoughts that the content has as text.
+    rendered text leaves out. `blocked`: of the block that the content closes as text, the rendered text has an empty
+    one in its place, or none that is open.
     `apart`: in the text as a whole a token would lie across its start."""
 
     message: int
@@ -55,17 +56,18 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     n, missing = _supplied(tail, supply, ahead)
     if n is None:
         raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
-    begin, opened = n, thoughtless and bool(missing.strip()) and "</" not in missing
+    opens = bool(missing.strip()) and "</" not in missing
+    closes = "</think>" in (rendered.messages[i].get("content") or "")
+    begin, opened = n, thoughtless and opens and not closes
     own = opening is not None and n >= ahead  # the policy's own words begin here
     # A header is supplied after tool output too, where the template prompts for none.
     if not own and header not in tail[:n] and tail.startswith(header, n):
         n += len(header)
-    says_block = (rendered.messages[i].get("content") or "").lstrip().startswith("<think>")
     block, closing, prefix = _think_block(tail, n, template.empty_block)
-    blocked = says_block and not thoughtless and closing
+    blocked = closes and (closing or opens)
     if blocked:
-        missing = prefix
-    elif not says_block:  # else a block is the policy's
+        missing = prefix or missing
+    elif not closes:  # else a block is the policy's
         n, opened = block, opened or (thoughtless and closing)
     context = prompt.text.removesuffix(supply) + tail[:n] if opened else prompt.text + tail[begin:n]
     end, stop = _end(rendered, i, conversation)

@@ -244,6 +244,45 @@ def test_a_turn_without_thoughts_behind_an_open_block():
         assert tokenize_pair(pair, template, RenderSettings(None, turns_without_reasoning=way)).remarks == []
 
 
+@pytest.mark.parametrize(
+    "content", ["<think>\n\n</think>\n\nYes.", "\n</think>\n\nYes."]
+)  # as users or servers have it
+def test_an_empty_block_that_the_content_closes_was_sampled(content):
+    """R1's template takes the block out, Qwen3.5's writes it again, Qwen3.8's puts one of its own before it."""
+    check(
+        chat_template("deepseek_r1_distill"),
+        [user("A?"), assistant(content)],
+        [f"{R_ASK}<think>\n«\n</think>\n\nYes.{R_END}»"],
+    )
+    for name in ("qwen3_5_think", "qwen3_8"):
+        check(
+            chat_template(name),
+            [user("A?"), assistant(content)],
+            [f"{ASK}<think>\n«\n</think>\n\nYes.<|im_end|>»"],
+            head=ASK,
+        )
+
+
+XML_RAIN = "<tool_call>\n<function=get_weather>\n<parameter=city>\nLyon\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+@pytest.mark.parametrize("thought", ["T1\n", "\n"])
+def test_a_block_in_the_content_behind_an_empty_one_of_the_template(opening, thought):
+    """Qwen3.8 reads thoughts from a field alone. Those of the content are sampled behind what the prompt opens, once,
+    whether words or a call follow."""
+    own = f"{opening}{thought}</think>\n\n"
+    for message, words in ((assistant(own + "Yes."), "Yes."), (assistant(own, RAIN), XML_RAIN)):
+        expected = f"{ASK}<think>\n«{thought}</think>\n\n{words}<|im_end|>»"
+        check(chat_template("qwen3_8"), [user("A?"), message], [expected], head=ASK, tools=TOOLS)
+
+
+def test_an_empty_block_before_a_call():
+    expected = f"{ASK}<think>\n«\n</think>\n\n{XML_RAIN}<|im_end|>»"
+    messages = [user("A?"), assistant("<think>\n\n</think>\n\n", RAIN)]
+    check(chat_template("qwen3_5_think"), messages, [expected], head=ASK, tools=TOOLS)
+
+
 # ---- GLM-4: no end of turn of its own, the next role's token is what is sampled last
 
 
