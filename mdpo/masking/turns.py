@@ -56,7 +56,8 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     n, missing = _supplied(tail, supply, ahead)
     if n is None:
         raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
-    opens = bool(missing.strip()) and "</" not in missing
+    # What is missing may also be a header, of an answer right behind another one.
+    opens = bool(missing.strip()) and "</" not in missing and not (header and header.strip() in missing)
     closes = "</think>" in (rendered.messages[i].get("content") or "")
     begin, opened = n, thoughtless and opens and not closes
     own = opening is not None and n >= ahead  # the policy's own words begin here
@@ -144,7 +145,7 @@ def closing(i: int, conversation: Conversation) -> tuple[str, str]:
     GLM-4: what is behind its last content up to and with the stop. That of message `i` with the message behind it, else
     with one made up; ("", "") where there is none."""
     messages, calls = conversation.messages, conversation.messages[i].get("tool_calls")
-    following = messages[i + 1 : i + 2]
+    following = [m for m in messages[i + 1 : i + 2] if m["role"] != "assistant"]  # no header ends a turn at inference
     if not following:
         following = [{"role": "tool", "content": "Qz", "tool_call_id": c.get("id"), "name": c["function"]["name"]}
                      for c in calls or ()] or [{"role": "user", "content": "Qz"}]  # fmt: skip
@@ -179,7 +180,8 @@ def as_last(turn: Turn, conversation: Conversation) -> bool:
     """Whether a turn that others follow is written as it was as the last one: stop and white space alike."""
     i = turn.message
     message = conversation.messages[i]
-    if last_stop(conversation.template, bool(message.get("tool_calls"))) not in ("", turn.stop):
+    stop = last_stop(conversation.template, bool(message.get("tool_calls")))
+    if stop not in ("", turn.stop) or (not stop and conversation.messages[i + 1]["role"] == "assistant"):
         return False
     content = message.get("content") or ""
     if content == content.strip() or edges_alike(conversation.template):

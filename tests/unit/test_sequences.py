@@ -310,6 +310,20 @@ def test_the_next_role_s_token_ends_a_turn():
     )
 
 
+def test_an_answer_behind_an_answer_ends_as_any_other():
+    """The header that follows ends no turn at inference: GLM's first answer is closed by <|user|>."""
+    messages, head = [user("A?"), assistant("Yes."), assistant("No.")], "<|user|>\nA?<|assistant|>\n<think></think>"
+    expected = [f"{head}«\nYes.<|user|>»", f"{head}\nYes.<|assistant|>\n<think></think>«\nNo.<|user|>»"]
+    check(chat_template("glm4moe"), messages, expected, [OTHER_STOP], head="<|user|>")
+
+
+def test_a_header_that_history_leaves_out_is_no_think_block():
+    """Gemma 4 writes none between two answers, and prompts with one."""
+    messages, ask = [user("A?"), assistant("Yes."), assistant("No.")], "<|turn>user\nA?<turn|>\n<|turn>model\n"
+    got = check(chat_template("gemma4"), messages, [f"{ask}«Yes.<turn|>»\n<|turn>model\n«No.<turn|>»"], head=ask)
+    assert NO_REASONING not in got.remarks
+
+
 # ---- what no template of TRL's does
 
 MOVED = ChatTemplate(
