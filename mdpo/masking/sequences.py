@@ -79,6 +79,11 @@ def in_one_text(conversation: Conversation) -> RenderedSequence | None:
         turn = locate(whole, conversation.prompt_of_whole(i), i, conversation, thoughtless=not own)
         if text[: turn.start] != turn.context or turn.blocked or lost(own, i, whole, conversation):
             return None
+        if (
+            "</think>" in (conversation.messages[i].get("content") or "")
+            and "</think>" not in text[turn.start : turn.end]
+        ):
+            return None  # an empty block, which history leaves out
         if i < last and not as_last(turn, conversation):
             return None
         if i == last and not turn.stop:
@@ -165,19 +170,15 @@ def _with_thoughts(content: str, sampled: str, turn: Turn, rendered: Marked, i: 
         head = head.removeprefix(supplied)
     elif supplied.strip() and head.lstrip().startswith(supplied.strip()):
         head = head.lstrip().removeprefix(supplied.strip())
-    opening = rendered.marks.opening(i)
-    begin = None if opening is None else rendered.marks.unmarked(opening) - turn.start  # of the words, else of calls
-    if visible.strip():
-        return head + sampled[max(begin or 0, 0) :]
-    # Before calls the template writes the content as it is, an empty block of its own before it or in its place, or
-    # neither; or the content stands behind them.
     rest = sampled.partition("</think>")[2] if REST_OF_EMPTY_THINK.match(sampled) else sampled
     before, as_it_is, behind = rest.partition(content.strip())
-    if as_it_is and begin is not None and len(sampled) - len(rest) + len(before) > begin:
+    if as_it_is and before.strip():  # behind the calls
         return sampled
-    if as_it_is or rest != sampled:
-        return head.rstrip() + (behind if as_it_is else rest)
-    return head + sampled
+    if visible.strip():
+        opening = rendered.marks.opening(i)
+        return head + sampled[0 if opening is None else max(rendered.marks.unmarked(opening) - turn.start, 0) :]
+    # Before calls, the content is written as it is, behind an empty block or without one; or left out, or the block is.
+    return head.rstrip() + behind if as_it_is else head + sampled if rest == sampled else head.rstrip() + rest
 
 
 def _closed(turn: Turn, rendered: Marked, conversation: Conversation) -> tuple[str, Turn]:

@@ -277,6 +277,24 @@ def test_a_block_in_the_content_behind_an_empty_one_of_the_template(opening, tho
         check(chat_template("qwen3_8"), [user("A?"), message], [expected], head=ASK, tools=TOOLS)
 
 
+def test_an_empty_block_that_history_leaves_out():
+    """Qwen3 writes it while no question follows. Where the content has it, the policy sampled it."""
+    block = "<think>\n\n</think>\n\n"
+    messages = rounds("A?", block + "Yes.", "B?", block + "No.")
+    expected = [f"{ASK}«{block}Yes.<|im_end|>»", f"{ASK}Yes.{AGAIN}«{block}No.<|im_end|>»"]
+    check(chat_template("qwen3"), messages, expected, [THINK_BLOCK])
+
+
+def test_a_block_of_a_content_that_stands_behind_its_call():
+    """Gemma 4 writes the content as it is, behind the call."""
+    call, ask = (
+        '<|tool_call>call:get_weather{city:<|"|>Lyon<|"|>}<tool_call|>',
+        "<|turn>user\nA?<turn|>\n<|turn>model\n",
+    )
+    messages = [user("A?"), assistant("T1</think>Wait.", RAIN)]
+    check(chat_template("gemma4_v2"), messages, [f"{ask}«{call}T1</think>Wait.<turn|>»"], head=ask, tools=TOOLS)
+
+
 def test_an_empty_block_before_a_call():
     expected = f"{ASK}<think>\n«\n</think>\n\n{XML_RAIN}<|im_end|>»"
     messages = [user("A?"), assistant("<think>\n\n</think>\n\n", RAIN)]
