@@ -25,7 +25,7 @@ class Turn:
     where the template writes none. `context` is what the model was given. `opened`: its generation prompt opens a
     think block, and the message has no thoughts to close it with. `missing`: what of that generation prompt the
     rendered text leaves out. `blocked`: of the block that the content closes as text, the rendered text has an empty
-    one in its place, or none that is open.
+    one before it, or none that is open.
     `apart`: in the text as a whole a token would lie across its start."""
 
     message: int
@@ -58,14 +58,16 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
         raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
     # What is missing may also be a header, of an answer right behind another one.
     opens = bool(missing.strip()) and "</" not in missing and not (header and header.strip() in missing)
-    closes = "</think>" in (rendered.messages[i].get("content") or "")
+    content = conversation.messages[i].get("content") or ""
+    closes = "</think>" in content
     begin, opened = n, thoughtless and opens and not closes
     own = opening is not None and n >= ahead  # the policy's own words begin here
     # A header is supplied after tool output too, where the template prompts for none.
     if not own and header not in tail[:n] and tail.startswith(header, n):
         n += len(header)
     block, closing, prefix = _think_block(tail, n, template.empty_block)
-    blocked = closes and (closing or opens)
+    doubled = closing and (not thoughtless or tail.startswith(content.strip(), block))
+    blocked = closes and (opens or doubled)
     if blocked:
         missing = prefix or missing
     elif not closes:  # else a block is the policy's

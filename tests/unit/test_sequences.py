@@ -237,7 +237,7 @@ def test_a_turn_without_thoughts_behind_an_open_block():
     second = f"{R_AGAIN}<think>\n«Tea.\n</think>\n\nNo.{R_END}»"
     assert sequences("keep") == [f"{R_ASK}«Yes.{R_END}»" + second.removeprefix(R_END)]
     assert sequences("mask") == [f"{R_ASK}Yes." + second]
-    with dropped(NO_REASONING):
+    with dropped(NO_REASONING.partition(" (")[0]):
         sequences("drop")
     for way in ("keep", "mask", "drop"):  # with thoughts everywhere nothing is counted
         pair = Pair([user("A?"), assistant(THINK + "Yes.")], THOUGHTFUL, 1)
@@ -254,13 +254,9 @@ def test_an_empty_block_that_the_content_closes_was_sampled(content):
         [user("A?"), assistant(content)],
         [f"{R_ASK}<think>\n«\n</think>\n\nYes.{R_END}»"],
     )
-    for name in ("qwen3_5_think", "qwen3_8"):
-        check(
-            chat_template(name),
-            [user("A?"), assistant(content)],
-            [f"{ASK}<think>\n«\n</think>\n\nYes.<|im_end|>»"],
-            head=ASK,
-        )
+    for name, end in (("qwen3_5_think", "\n"), ("qwen3_8", "")):  # the latter's whole text is no sequence
+        expected = f"{ASK}<think>\n«\n</think>\n\nYes.<|im_end|>»{end}"
+        check(chat_template(name), [user("A?"), assistant(content)], [expected], head=ASK)
 
 
 XML_RAIN = "<tool_call>\n<function=get_weather>\n<parameter=city>\nLyon\n</parameter>\n</function>\n</tool_call>"
@@ -296,7 +292,7 @@ def test_a_block_of_a_content_that_stands_behind_its_call():
 
 
 def test_an_empty_block_before_a_call():
-    expected = f"{ASK}<think>\n«\n</think>\n\n{XML_RAIN}<|im_end|>»"
+    expected = f"{ASK}<think>\n«\n</think>\n\n{XML_RAIN}<|im_end|>»\n"
     messages = [user("A?"), assistant("<think>\n\n</think>\n\n", RAIN)]
     check(chat_template("qwen3_5_think"), messages, [expected], head=ASK, tools=TOOLS)
 
