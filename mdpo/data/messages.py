@@ -117,6 +117,9 @@ def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
     """The messages of one entry."""
     entry = named(message)
     weight = turn_weight(entry.rest, entry.role, out.unread)
+    for name in THOUGHTS:  # blank ones say nothing, and keep templates from looking for those in the content
+        if isinstance(entry.rest.get(name), str) and not entry.rest[name].strip():
+            del entry.rest[name]
     for name, value in entry.rest.items():
         empty = value is False or value in ("", [], {})
         if not empty and name not in READ and (name, entry.role) != ("name", "tool"):

@@ -46,14 +46,23 @@ def _texts(sides: Sides, pair: Pair, template) -> list[str] | None:
 
 
 def _shows(name: str, pair: Pair, template) -> bool:
-    """Whether the template writes another text without a field. A tool message's `name` stays: its call has it too."""
+    """Whether the template writes another text without a field, of the whole or, as it may leave out earlier thoughts,
+    of what ends with a turn that has it. A tool message's `name` stays: its call has it too."""
     sides = (pair.chosen, pair.rejected)
 
     def without(message):
         kept = name == "name" and message["role"] == "tool"
         return message if kept else {k: v for k, v in message.items() if k != name}
 
-    return _texts(sides, pair, template) != _texts(tuple([without(m) for m in side] for side in sides), pair, template)
+    def differ(end: int | None) -> bool:
+        with_it = tuple(side[:end] for side in sides)
+        return _texts(with_it, pair, template) != _texts(tuple(map(bare, with_it)), pair, template)
+
+    def bare(side: list[Message]) -> list[Message]:
+        return [without(m) for m in side]
+
+    ends = sorted({i + 1 for side in sides for i, m in enumerate(side) if i >= pair.n_prompt and name in m})
+    return differ(None) or any(map(differ, ends))
 
 
 def _with_ids(pair: Pair, template) -> Pair:

@@ -11,6 +11,7 @@ from mdpo.errors import DropPair
 from mdpo.types import RecordedSide, common_prefix
 
 RETOKENIZED = "recorded tokens that the messages beside them are not rendered to (re-tokenized otherwise)"
+REPEATED = "recorded tokens that two sequences of a side supervise in the same context: they count twice"
 OTHER_MASK = "recorded masks that differ from those of the messages"
 NOT_COMPARED = "recorded sequences not compared with their messages"
 AS_RECORDED = "as recorded"  # why a sequence begins
@@ -29,6 +30,21 @@ def recorded_fields(side: RecordedSide) -> tuple[list[int], list[int], list[floa
     ids, mask = ([t for sequence in side.sequences for t in sequence[part]] for part in (0, 1))
     lengths = [len(ids) for ids, _ in side.sequences]
     return ids, mask, [1.0] * len(ids), lengths, [AS_RECORDED] * (len(lengths) - 1)
+
+
+def repeated(side: RecordedSide) -> bool:
+    """Whether two sequences that begin alike supervise the same token of what they share, as where each has all turns
+    so far supervised. In lexical order, `seen` is what those that share the present one's beginning supervise of it.
+
+    Example: ids [1, 2, 3] and [1, 2, 3, 4, 5], masks [0, 0, 1] and [0, 0, 1, 0, 1] -> True; with [0, 0, 0, 0, 1] not.
+    """
+    before, seen = list[int](), list[int]()
+    for ids, mask in sorted(side.sequences):
+        n = common_prefix(before, ids)
+        if any(a and b for a, b in zip(seen[:n], mask, strict=False)):
+            return True
+        before, seen = ids, [*(a or b for a, b in zip(seen[:n], mask, strict=False)), *mask[n:]]
+    return False
 
 
 def refuse_unknown_ids(side: RecordedSide, name: str, tokenizer) -> None:

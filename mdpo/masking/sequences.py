@@ -17,7 +17,7 @@ from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import lost, remarks_of, thoughts, unread, unwritten_field, written
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE, numbered
 from mdpo.masking.spans import PromptTokens, Range, mask_of, same_text, tokenize
-from mdpo.masking.turns import Turn, as_last, closing, locate
+from mdpo.masking.turns import REST_OF_EMPTY_THINK, Turn, as_last, closing, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
@@ -79,6 +79,11 @@ def in_one_text(conversation: Conversation) -> RenderedSequence | None:
         turn = locate(whole, conversation.prompt_of_whole(i), i, conversation, thoughtless=not own)
         if text[: turn.start] != turn.context or turn.blocked or lost(own, i, whole, conversation):
             return None
+        if (
+            "</think>" in (conversation.messages[i].get("content") or "")
+            and "</think>" not in text[turn.start : turn.end]
+        ):
+            return None  # an empty block, which history leaves out
         if i < last and not as_last(turn, conversation):
             return None
         if i == last and not turn.stop:
@@ -146,7 +151,7 @@ def _sampled(i: int, prompt: Marked, conversation: Conversation) -> tuple[Turn, 
     sampled = text[turn.start : turn.end]
     if own and "</" in turn.missing:
         raise DropPair(f"{CLOSED} ({numbered(i)}); chat_template_kwargs may: {{enable_thinking: true}}")
-    if own and (turn.blocked or not written(own, i, rendered.marks)):
+    if turn.blocked or not written(own, i, rendered.marks):
         if name := unwritten_field(message, i, rendered.marks):
             if not unread(conversation.template):
                 raise DropPair(f"{LEFT_OUT}: {name} ({numbered(i)}); another chat_template may write it")
@@ -165,9 +170,15 @@ def _with_thoughts(content: str, sampled: str, turn: Turn, rendered: Marked, i: 
         head = head.removeprefix(supplied)
     elif supplied.strip() and head.lstrip().startswith(supplied.strip()):
         head = head.lstrip().removeprefix(supplied.strip())
-    opening = rendered.marks.opening(i)
-    begin = turn.start if opening is None or not visible.strip() else rendered.marks.unmarked(opening)
-    return head + sampled[max(begin - turn.start, 0) :]
+    rest = sampled.partition("</think>")[2] if REST_OF_EMPTY_THINK.match(sampled) else sampled
+    before, as_it_is, behind = rest.partition(content.strip())
+    if as_it_is and before.strip():  # behind the calls
+        return sampled
+    if visible.strip():
+        opening = rendered.marks.opening(i)
+        return head + sampled[0 if opening is None else max(rendered.marks.unmarked(opening) - turn.start, 0) :]
+    # Before calls, the content is written as it is, behind an empty block or without one; or left out, or the block is.
+    return head.rstrip() + behind if as_it_is else head + sampled if rest == sampled else head.rstrip() + rest
 
 
 def _closed(turn: Turn, rendered: Marked, conversation: Conversation) -> tuple[str, Turn]:

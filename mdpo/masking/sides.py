@@ -7,7 +7,14 @@ from typing import cast
 from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.conversation import Conversation
-from mdpo.masking.recorded import compared, recorded_fields, refuse_other_prompts, refuse_unknown_ids
+from mdpo.masking.recorded import (
+    REPEATED,
+    compared,
+    recorded_fields,
+    refuse_other_prompts,
+    refuse_unknown_ids,
+    repeated,
+)
 from mdpo.masking.sequences import NO_REASONING, RenderedSide, side_sequences
 from mdpo.masking.spans import tokenize
 from mdpo.types import SIDES, Message, Pair, common_prefix, split
@@ -129,7 +136,7 @@ def recorded_sides(pair: Pair, template, settings: RenderSettings) -> tuple[list
             remarks += said
         else:
             refuse_unknown_ids(own, name, template.tokenizer)
-            side = Side(*recorded_fields(own))
+            side, remarks = Side(*recorded_fields(own)), remarks + [REPEATED] * repeated(own)
         if own is not None and own.compared:
             said, tokens = compared(own, partial(_rendered_side, pair, name, template, settings), template.tokenizer)
             remarks, retokenized = remarks + said, retokenized + [tokens] * (tokens > 0)

@@ -24,7 +24,8 @@ class Turn:
     """Message `message` in a rendered text: its characters [start, end) were sampled, the `stop` included; that is ""
     where the template writes none. `context` is what the model was given. `opened`: its generation prompt opens a
     think block, and the message has no thoughts to close it with. `missing`: what of that generation prompt the
-    rendered text leaves out. `blocked`: an empty think block is before the thoughts that the content has as text.
+    rendered text leaves out. `blocked`: of the block that the content closes as text, the rendered text has an empty
+    one before it, or none that is open.
     `apart`: in the text as a whole a token would lie across its start."""
 
     message: int
@@ -55,17 +56,21 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     n, missing = _supplied(tail, supply, ahead)
     if n is None:
         raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
-    begin, opened = n, thoughtless and bool(missing.strip()) and "</" not in missing
+    # What is missing may also be a header, of an answer right behind another one.
+    opens = bool(missing.strip()) and "</" not in missing and not (header and header.strip() in missing)
+    content = conversation.messages[i].get("content") or ""
+    closes = "</think>" in content
+    begin, opened = n, thoughtless and opens and not closes
     own = opening is not None and n >= ahead  # the policy's own words begin here
     # A header is supplied after tool output too, where the template prompts for none.
     if not own and header not in tail[:n] and tail.startswith(header, n):
         n += len(header)
-    says_block = (rendered.messages[i].get("content") or "").lstrip().startswith("<think>")
     block, closing, prefix = _think_block(tail, n, template.empty_block)
-    blocked = says_block and not thoughtless and closing
+    doubled = closing and (not thoughtless or tail.startswith(content.strip(), block))
+    blocked = closes and (opens or doubled)
     if blocked:
-        missing = prefix
-    elif not says_block:  # else a block is the policy's
+        missing = prefix or missing
+    elif not closes:  # else a block is the policy's
         n, opened = block, opened or (thoughtless and closing)
     context = prompt.text.removesuffix(supply) + tail[:n] if opened else prompt.text + tail[begin:n]
     end, stop = _end(rendered, i, conversation)
@@ -142,7 +147,7 @@ def closing(i: int, conversation: Conversation) -> tuple[str, str]:
     GLM-4: what is behind its last content up to and with the stop. That of message `i` with the message behind it, else
     with one made up; ("", "") where there is none."""
     messages, calls = conversation.messages, conversation.messages[i].get("tool_calls")
-    following = messages[i + 1 : i + 2]
+    following = [m for m in messages[i + 1 : i + 2] if m["role"] != "assistant"]  # no header ends a turn at inference
     if not following:
         following = [{"role": "tool", "content": "Qz", "tool_call_id": c.get("id"), "name": c["function"]["name"]}
                      for c in calls or ()] or [{"role": "user", "content": "Qz"}]  # fmt: skip
@@ -177,7 +182,8 @@ def as_last(turn: Turn, conversation: Conversation) -> bool:
     """Whether a turn that others follow is written as it was as the last one: stop and white space alike."""
     i = turn.message
     message = conversation.messages[i]
-    if last_stop(conversation.template, bool(message.get("tool_calls"))) not in ("", turn.stop):
+    stop = last_stop(conversation.template, bool(message.get("tool_calls")))
+    if stop not in ("", turn.stop) or (not stop and conversation.messages[i + 1]["role"] == "assistant"):
         return False
     content = message.get("content") or ""
     if content == content.strip() or edges_alike(conversation.template):

@@ -172,6 +172,15 @@ BREAK = loop(
 CALL_ALONE = loop(HEAD + "}}{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}{{ '" + END + "' }}")
 
 
+@pytest.mark.parametrize("field", left_out.FIELDS)
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_field_of_thoughts_is_none(field, blank):
+    """Qwen3's template asks for a field first: with a blank one it would write an empty block before the content's."""
+    answer = assistant(THINK + "Rhone.", **{field: blank})
+    _, remarks, runs = row_of(chat_template("qwen3"), [answer], [assistant("Danube.")], prompt=[ASK])
+    assert runs == [THINK + "Rhone.<|im_end|>"] and remarks == []
+
+
 def test_thoughts_of_earlier_turns():
     def side(answer):
         return [ASK, assistant(f"{THINK}{answer}"), user("Sure?"), assistant(f"{THINK}Yes: {answer}")]

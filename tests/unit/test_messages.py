@@ -464,8 +464,10 @@ def test_fields_that_nothing_reads_are_named():
     assert unread("qwen2_5", chosen) == ["name", "timestamp", "reasoning_content", "cost", "turn_idx"]
     # Qwen3 reads reasoning; it mentions `name`, a tool's, and not a user's.
     assert unread("qwen3", chosen) == ["name", "timestamp", "cost", "turn_idx"]
-    earlier = [U, {**A, "reasoning_content": "Hm."}, U, A]  # shown behind the last question only
-    assert unread("qwen3", earlier) == ["reasoning_content"]
+    asked = [U, {**A, "reasoning_content": "Hm."}, U]  # of the prompt's turns thoughts are shown behind no question
+    assert unread("qwen3", [U, {**A, "reasoning_content": "Hm."}, U, A]) == []
+    row = {"prompt": asked, "chosen": [A], "rejected": [B]}
+    assert tokenize_row(row, 0, chat(trl_template("qwen3")), SETTINGS)["unread"] == ["reasoning_content"]
     named = CHATML.replace("m['content']", "(m.name or '') + m['content']")
     assert out([chosen[0], A], chat(named), [chosen[0], B])["unread"] == ["timestamp"]
     asked = {"prompt": [{**U, "cost": 1}], "chosen": [A], "rejected": [{**B, "rank": 2}]}
@@ -687,6 +689,13 @@ def test_thoughts_that_the_template_shows_under_another_name_are_used(template, 
     row = {"chosen": [U, {**A, field: "Hm."}], "rejected": [U, B]}
     assert tokenize_row(row, 0, chat(trl_template(template)), SETTINGS)["unread"] == []
     assert tokenize_row(row, 0, chat(CHATML), SETTINGS)["unread"] == [field]
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gptoss"])
+def test_thoughts_that_only_their_own_turn_s_sequence_has_are_used(template):
+    """The text of the whole is without them."""
+    row = {"chosen": [U, {**A, "thinking": "Hm."}, U, A], "rejected": [U, {**A, "thinking": "Hm."}, U, B]}
+    assert tokenize_row(row, 0, chat(trl_template(template)), SETTINGS)["unread"] == []
 
 
 @pytest.mark.parametrize("nothing", ["null", "", "[]", [], None])

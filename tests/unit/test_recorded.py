@@ -21,7 +21,7 @@ from mdpo.errors import DropPair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.masking.plain_texts import PlainText
-from mdpo.masking.recorded import AS_RECORDED, NOT_COMPARED, OTHER_MASK, RETOKENIZED, differing
+from mdpo.masking.recorded import AS_RECORDED, NOT_COMPARED, OTHER_MASK, REPEATED, RETOKENIZED, differing
 from mdpo.types import sequence_lengths, split
 
 SETTINGS = RenderSettings(None)
@@ -540,3 +540,17 @@ def test_a_row_of_both_kinds_names_a_problem_by_side():
         row_to_pair({"chosen": [], "rejected": [], "prompt": 5})
     with pytest.raises(DropPair):
         row_to_pair({"chosen": GOOD, "rejected": []})
+
+
+def test_a_turn_that_two_sequences_supervise_is_counted(tokenizer):
+    """A server that records each turn with all turns so far supervised: the first one would count twice."""
+
+    def remarks(*masks, ids=((5, 6, 7), (5, 6, 7, 8, 9), (5, 6, 9, 9, 9))):
+        own = [{"input_ids": list(i), "assistant_masks": m} for i, m in zip(ids, masks, strict=False)]
+        other = {"sequences": [{"input_ids": [5, 6, 8], "assistant_masks": masks[0]}]}
+        return kept({"chosen": {"sequences": own}, "rejected": other}, tokenizer)["remarks"]
+
+    assert remarks([0, 0, 1], [0, 0, 1, 0, 1]) == [REPEATED]
+    assert remarks([0, 0, 1], [0, 0, 1], ids=((5, 6, 7), (5, 6, 7))) == [REPEATED]
+    assert remarks([0, 0, 1], [0, 0, 0, 0, 1]) == remarks([0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 1, 0, 1]) == []
+    assert remarks([0, 1, 1], [0, 0, 0, 0, 1], [0, 1, 0, 0, 1]) == [REPEATED]  # one between them does not

@@ -237,11 +237,64 @@ def test_a_turn_without_thoughts_behind_an_open_block():
     second = f"{R_AGAIN}<think>\n«Tea.\n</think>\n\nNo.{R_END}»"
     assert sequences("keep") == [f"{R_ASK}«Yes.{R_END}»" + second.removeprefix(R_END)]
     assert sequences("mask") == [f"{R_ASK}Yes." + second]
-    with dropped(NO_REASONING):
+    with dropped(NO_REASONING.partition(" (")[0]):
         sequences("drop")
     for way in ("keep", "mask", "drop"):  # with thoughts everywhere nothing is counted
         pair = Pair([user("A?"), assistant(THINK + "Yes.")], THOUGHTFUL, 1)
         assert tokenize_pair(pair, template, RenderSettings(None, turns_without_reasoning=way)).remarks == []
+
+
+@pytest.mark.parametrize(
+    "content", ["<think>\n\n</think>\n\nYes.", "\n</think>\n\nYes."]
+)  # as users or servers have it
+def test_an_empty_block_that_the_content_closes_was_sampled(content):
+    """R1's template takes the block out, Qwen3.5's writes it again, Qwen3.8's puts one of its own before it."""
+    check(
+        chat_template("deepseek_r1_distill"),
+        [user("A?"), assistant(content)],
+        [f"{R_ASK}<think>\n«\n</think>\n\nYes.{R_END}»"],
+    )
+    for name, end in (("qwen3_5_think", "\n"), ("qwen3_8", "")):  # the latter's whole text is no sequence
+        expected = f"{ASK}<think>\n«\n</think>\n\nYes.<|im_end|>»{end}"
+        check(chat_template(name), [user("A?"), assistant(content)], [expected], head=ASK)
+
+
+XML_RAIN = "<tool_call>\n<function=get_weather>\n<parameter=city>\nLyon\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+@pytest.mark.parametrize("thought", ["T1\n", "\n"])
+def test_a_block_in_the_content_behind_an_empty_one_of_the_template(opening, thought):
+    """Qwen3.8 reads thoughts from a field alone. Those of the content are sampled behind what the prompt opens, once,
+    whether words or a call follow."""
+    own = f"{opening}{thought}</think>\n\n"
+    for message, words in ((assistant(own + "Yes."), "Yes."), (assistant(own, RAIN), XML_RAIN)):
+        expected = f"{ASK}<think>\n«{thought}</think>\n\n{words}<|im_end|>»"
+        check(chat_template("qwen3_8"), [user("A?"), message], [expected], head=ASK, tools=TOOLS)
+
+
+def test_an_empty_block_that_history_leaves_out():
+    """Qwen3 writes it while no question follows. Where the content has it, the policy sampled it."""
+    block = "<think>\n\n</think>\n\n"
+    messages = rounds("A?", block + "Yes.", "B?", block + "No.")
+    expected = [f"{ASK}«{block}Yes.<|im_end|>»", f"{ASK}Yes.{AGAIN}«{block}No.<|im_end|>»"]
+    check(chat_template("qwen3"), messages, expected, [THINK_BLOCK])
+
+
+def test_a_block_of_a_content_that_stands_behind_its_call():
+    """Gemma 4 writes the content as it is, behind the call."""
+    call, ask = (
+        '<|tool_call>call:get_weather{city:<|"|>Lyon<|"|>}<tool_call|>',
+        "<|turn>user\nA?<turn|>\n<|turn>model\n",
+    )
+    messages = [user("A?"), assistant("T1</think>Wait.", RAIN)]
+    check(chat_template("gemma4_v2"), messages, [f"{ask}«{call}T1</think>Wait.<turn|>»"], head=ask, tools=TOOLS)
+
+
+def test_an_empty_block_before_a_call():
+    expected = f"{ASK}<think>\n«\n</think>\n\n{XML_RAIN}<|im_end|>»\n"
+    messages = [user("A?"), assistant("<think>\n\n</think>\n\n", RAIN)]
+    check(chat_template("qwen3_5_think"), messages, [expected], head=ASK, tools=TOOLS)
 
 
 # ---- GLM-4: no end of turn of its own, the next role's token is what is sampled last
@@ -269,6 +322,20 @@ def test_the_next_role_s_token_ends_a_turn():
         head=head,
         tools=TOOLS,
     )
+
+
+def test_an_answer_behind_an_answer_ends_as_any_other():
+    """The header that follows ends no turn at inference: GLM's first answer is closed by <|user|>."""
+    messages, head = [user("A?"), assistant("Yes."), assistant("No.")], "<|user|>\nA?<|assistant|>\n<think></think>"
+    expected = [f"{head}«\nYes.<|user|>»", f"{head}\nYes.<|assistant|>\n<think></think>«\nNo.<|user|>»"]
+    check(chat_template("glm4moe"), messages, expected, [OTHER_STOP], head="<|user|>")
+
+
+def test_a_header_that_history_leaves_out_is_no_think_block():
+    """Gemma 4 writes none between two answers, and prompts with one."""
+    messages, ask = [user("A?"), assistant("Yes."), assistant("No.")], "<|turn>user\nA?<turn|>\n<|turn>model\n"
+    got = check(chat_template("gemma4"), messages, [f"{ask}«Yes.<turn|>»\n<|turn>model\n«No.<turn|>»"], head=ask)
+    assert NO_REASONING not in got.remarks
 
 
 # ---- what no template of TRL's does
