@@ -16,15 +16,33 @@ Sides = tuple[list[Message], list[Message]]
 
 
 def fit(pair: Pair, template) -> Pair:
-    """The pair with ids for its tool calls where the template cannot do without, and `unread` without the fields that
-    the template shows. A pair that the template refuses stays as it is."""
+    """The pair with ids for its tool calls where the template cannot do without, thoughts that a message has twice
+    once, and `unread` without the fields that the template shows. A pair that the template refuses stays as it is.
+    Raises DropPair for two different thoughts of a message."""
     if isinstance(pair.chosen, str) or template is None:
         return pair
     source = str(template.tokenizer.chat_template)
+    sides = {name: [_thoughts_once(m, i, source) for i, m in enumerate(getattr(pair, name))] for name in SIDES}
+    pair = dataclasses.replace(pair, **sides)
     if any(m.get("tool_calls") for side in (pair.chosen, pair.rejected) for m in side) and _mentions(source, "id"):
         pair = _with_ids(pair, template)
     unread = [name for name in pair.unread if not (_reads(source, name) and _shows(name, pair, template))]
     return dataclasses.replace(pair, unread=unread)
+
+
+def _thoughts_once(message: Message, i: int, source: str) -> Message:
+    """A message whose content begins with the thoughts that a field has too, as some servers give both: without those
+    of the content where the template knows such a field, else without the field."""
+    thought, tag, visible = (message.get("content") or "").rpartition("</think>")
+    own = "".join(thought.strip().removeprefix("<think>").split())
+    fields = {name: "".join(message[name].split()) for name in THOUGHTS if isinstance(message.get(name), str)}
+    if message["role"] != "assistant" or not (tag and own and fields):
+        return message
+    if other := [name for name, text in fields.items() if text != own]:
+        raise DropPair(f"thoughts in the content and other ones in {other[0]} (message {i + 1})")
+    if _reads(source, THOUGHTS[0]):
+        return {**message, "content": visible.lstrip()}
+    return {k: v for k, v in message.items() if k not in fields}
 
 
 def _reads(source: str, name: str) -> bool:

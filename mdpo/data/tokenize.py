@@ -26,7 +26,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 14
+VERSION = 15
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {

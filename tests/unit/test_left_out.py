@@ -323,3 +323,17 @@ def test_a_template_that_rewrites_one_message_names_it():
     template = loop(HEAD + "+ (m.content | upper if m.content[:2] == 'Rh' else m.content) + '" + END + "' }}")
     reason, *_ = row_of(template, [ASK, assistant("Rhone.")], [ASK, assistant("Danube.")])
     is_reason(reason, "mask not derivable", "rewrites message 2")
+
+
+@pytest.mark.parametrize("name, runs", [("qwen3", THINK + "Rhone."), ("glm4moe", "\n<think>Tea.</think>\nRhone."),
+                                        ("deepseek_r1_distill", None), ("llama3", THINK + "Rhone.")])  # fmt: skip
+def test_thoughts_in_a_field_and_in_the_content_are_said_once(name, runs):
+    """Some servers give both. R1's template knows no field: the content's are taken."""
+    template = chat_template(name)
+    sides = [[ASK, assistant(f"{THINK}{text}", reasoning_content="Tea.")] for text in ("Rhone.", "Danube.")]
+    reason, _, found = row_of(template, *sides)
+    assert reason == ""
+    assert [run.rpartition("<")[0] for run in found] == [runs or "Tea.\n</think>\n\nRhone."]
+    sides[0][1]["reasoning_content"] = "Coffee."
+    reason, *_ = row_of(template, *sides)
+    is_reason(reason, "thoughts in the content and other ones in reasoning_content", "message 2")
