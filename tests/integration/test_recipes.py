@@ -31,6 +31,7 @@ from mdpo.data.rows import row_to_pair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.memory.sharding import Sharding
+from mdpo.types import sequence_lengths, split
 
 RECIPES = sorted((ROOT / "recipes").glob("*/dpo/config_*.yaml"))
 BILLIONS = {  # parameters as the models' authors give them
@@ -288,12 +289,15 @@ def trained(path: Path, policy: Path, reference: Path, pairs: Path, folder: Path
 
 
 def chosen_logp(folder: Path, row: dict) -> float:
-    """Nats of the supervised tokens of a row's chosen side, by the model's plain forward."""
-    model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.tensor([row["chosen_ids"]])
-    with torch.no_grad():
-        logps = model(ids).logits[0, :-1].float().log_softmax(-1)
-    picked = logps.gather(-1, ids[0, 1:, None])[:, 0]
-    return (picked * torch.tensor(row["chosen_mask"][1:])).sum().item()
+    """Nats of the supervised tokens of a row's chosen side, by the model's plain forward of each of its sequences."""
+    model, total = AutoModelForCausalLM.from_pretrained(folder), 0.0
+    parts = (split(row[f"chosen_{field}"], sequence_lengths(row, "chosen")) for field in ("ids", "mask"))
+    for ids, mask in zip(*parts, strict=True):
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        picked = logps.gather(-1, torch.tensor(ids)[1:, None])[:, 0]
+        total += (picked * torch.tensor(mask[1:])).sum().item()
+    return total
 
 
 @pytest.mark.parametrize(
