@@ -50,10 +50,8 @@ PUBLIC_A800 = {4096: (2786, 1814), 1024: (1141, 905)}
 
 def attentions(dtype: torch.dtype) -> dict:
     """Attention implementations by name: what `_varlen` is set to."""
-    kernel_by_name = {"by run": lambda *_: None}
-    if CUDA and dtype != torch.float32:
-        kernel_by_name |= {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels(DEVICE).items()}
-    return kernel_by_name
+    usable = kernels(DEVICE) if CUDA and dtype != torch.float32 else {}
+    return {"by run": lambda *_: None} | {name: lambda *_, kernel=kernel: kernel for name, kernel in usable.items()}
 
 
 def attempt_with_kernel(kernel, function, *args):

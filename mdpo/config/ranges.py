@@ -13,6 +13,10 @@ NOT_NEGATIVE = """nll_coefficient margin_scale length_penalty learning_rate weig
     warmup_steps"""
 
 
+PAIRINGS = ("best_worst", "all", "adjacent", "random")  # of a row with several answers
+WITHOUT_REASONING = ("keep", "mask", "drop")  # turns whose generation prompt opens a think block
+
+
 def positive(value: float) -> bool:
     return 0 < value < math.inf  # also False for nan
 
@@ -28,6 +32,22 @@ def at_least_one(value: float) -> bool:
 def one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
     """A test and its advice, for `check_ranges`."""
     return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
+DATA_RANGES = {
+    "max_training_samples": (at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
+    "max_eval_samples": (at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
+    "turns_without_reasoning": one_of(WITHOUT_REASONING),
+    "pairs": one_of(PAIRINGS),
+    "min_reward_gap": (not_negative, "a number >= 0"),
+    "max_pairs_per_prompt": (at_least_one, "a whole number >= 1, or leave it out for all"),
+    "on_bad_rows": one_of(("drop", "error")),
+    "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
+    "test_split_size": (
+        lambda size: size >= 1 if isinstance(size, int) else 0 < size < 1,
+        "a whole number of rows >= 1 or a share between 0 and 1",
+    ),
+}
 
 
 def check_ranges(config: Any, ranges: dict[str, tuple[Callable[[Any], bool], str]]) -> None:

@@ -9,18 +9,17 @@ from trl import DPOConfig
 
 from mdpo.config.ranges import (
     COUNTS,
+    DATA_RANGES,
     NOT_NEGATIVE,
+    PAIRINGS,
+    WITHOUT_REASONING,
     as_mixer,
     at_least_one,
     check_ranges,
     not_negative,
-    one_of,
     positive,
 )
 from mdpo.errors import UserError
-
-PAIRINGS = ("best_worst", "all", "adjacent", "random")  # of a row with several answers
-WITHOUT_REASONING = ("keep", "mask", "drop")  # turns whose generation prompt opens a think block
 
 
 @dataclass
@@ -101,23 +100,7 @@ class DataArguments:
             )
         if self.chat_template and any(mark in self.chat_template for mark in ("{%", "{{", "\n")):
             raise UserError("chat_template: contains a template's text; save it as a .jinja file and give that path.")
-        check_ranges(
-            self,
-            {
-                "max_training_samples": (at_least_one, "a whole number >= 1, or leave it out to train on all rows"),
-                "max_eval_samples": (at_least_one, "a whole number >= 1, or leave it out to evaluate on all rows"),
-                "turns_without_reasoning": one_of(WITHOUT_REASONING),
-                "pairs": one_of(PAIRINGS),
-                "min_reward_gap": (not_negative, "a number >= 0"),
-                "max_pairs_per_prompt": (at_least_one, "a whole number >= 1, or leave it out for all"),
-                "on_bad_rows": one_of(("drop", "error")),
-                "max_bad_fraction": (lambda share: 0 <= share <= 1, "a share between 0 and 1"),
-                "test_split_size": (
-                    lambda size: size >= 1 if isinstance(size, int) else 0 < size < 1,
-                    "a whole number of rows >= 1 or a share between 0 and 1",
-                ),
-            },
-        )
+        check_ranges(self, DATA_RANGES)
 
 
 # Our keys where a plain trl.DPOConfig is given.

@@ -13,11 +13,11 @@ from mdpo.data.message_forms import role_of as role_of
 from mdpo.data.tool_calls import read_calls
 from mdpo.data.turn_weights import turn_weight
 from mdpo.errors import DropPair
+from mdpo.masking.left_out import FIELDS
 from mdpo.types import Message
 
 # Fields that are read, or say nothing that a template could leave out.
 READ = {"role", "content", "tool_calls", "tool_call_id"}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 JSON_PARTS = "content parts that were JSON texts"
 
 
@@ -109,7 +109,7 @@ def _empty(message: Message) -> str:
     thought, _, answer = content.rpartition("</think>")
     if answer.strip():
         return ""
-    thoughts_alone = thought.replace("<think>", "").strip() or any(message.get(name) for name in THOUGHTS)
+    thoughts_alone = thought.replace("<think>", "").strip() or any(message.get(name) for name in FIELDS)
     return "an assistant turn of thoughts alone" if thoughts_alone else "an empty assistant turn"
 
 
@@ -117,7 +117,7 @@ def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
     """The messages of one entry."""
     entry = named(message)
     weight = turn_weight(entry.rest, entry.role, out.unread)
-    for name in THOUGHTS:  # blank ones say nothing, and keep templates from looking for those in the content
+    for name in FIELDS:  # blank ones say nothing, and keep templates from looking for those in the content
         if isinstance(entry.rest.get(name), str) and not entry.rest[name].strip():
             del entry.rest[name]
     for name, value in entry.rest.items():

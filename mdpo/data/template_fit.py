@@ -6,9 +6,9 @@ from functools import lru_cache
 
 from mdpo.data.tool_calls import linked
 from mdpo.errors import DropPair
+from mdpo.masking.left_out import FIELDS
 from mdpo.types import SIDES, Message, Pair
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # transformers gives each under the others' names as well
 MADE_UP = "tool call ids that were made up, as the template writes them and the row has none"
 REPLACED = "tool call ids that were replaced, as the template refuses the row's own"
 MISSING = "tool calls without the ids that the template writes"
@@ -35,18 +35,19 @@ def _thoughts_once(message: Message, i: int, source: str) -> Message:
     of the content where the template knows such a field, else without the field."""
     thought, tag, visible = (message.get("content") or "").rpartition("</think>")
     own = "".join(thought.strip().removeprefix("<think>").split())
-    fields = {name: "".join(message[name].split()) for name in THOUGHTS if isinstance(message.get(name), str)}
+    fields = {name: "".join(message[name].split()) for name in FIELDS if isinstance(message.get(name), str)}
     if message["role"] != "assistant" or not (tag and own and fields):
         return message
     if other := [name for name, text in fields.items() if text != own]:
         raise DropPair(f"thoughts in the content and other ones in {other[0]} (message {i + 1})")
-    if _reads(source, THOUGHTS[0]):
+    if _reads(source, FIELDS[0]):
         return {**message, "content": visible.lstrip()}
     return {k: v for k, v in message.items() if k not in fields}
 
 
 def _reads(source: str, name: str) -> bool:
-    return any(_mentions(source, known) for known in (THOUGHTS if name in THOUGHTS else (name,)))
+    # transformers gives each field of thoughts under the others' names as well
+    return any(_mentions(source, known) for known in (FIELDS if name in FIELDS else (name,)))
 
 
 @lru_cache(maxsize=1024)

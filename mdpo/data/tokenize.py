@@ -40,7 +40,7 @@ FEATURES = Features(
         "weight": Value("float64"),  # of the pair's loss; null: 1
         "key": Value("string"),
         "prompt_key": Value("string"),
-        "digest": Value("string"),  # of ids, masks and weights
+        "digest": Value("string"),  # of ids, masks, weights, and lengths of several sequences
         "longest": Value("int32"),
         "cut": Value("bool"),
         "special_in_context": Value("int32"),

@@ -4,7 +4,8 @@ Turn k is the prompt of message k, the messages before it with the generation pr
 sampled, tokenized apart, with the token that ends a turn. Turns are one sequence as long as the next prompt's ids begin
 with all ids so far; where they do not, because a template takes earlier thoughts out, moves the system message or ends
 a turn in the history otherwise, a new sequence begins. Where one rendered text holds every turn in its context
-(`in_one_text`), that is the only sequence; `by_turns` is the same without that shortcut.
+(`in_one_text`), that is the only sequence; `by_turns` is the same without that shortcut, but for an empty think block
+that a template writes of a last turn only: there each turn is the last one.
 """
 
 from bisect import bisect_left, bisect_right
