@@ -1,14 +1,13 @@
-"""Pairs from conversations: python scripts/pair_rollouts.py CONVERSATIONS.jsonl ... --out PAIRS.jsonl [--pairs 1]
+"""Pairs from trajectories: python scripts/pair_rollouts.py TRAJECTORIES.jsonl ... --out PAIRS.jsonl
 
-Reads what scripts/evaluate.py --rollouts saved. Of each question, a conversation with the right answer is chosen and
-one with a wrong answer, or none, is rejected: --pairs of them at most, drawn by --seed, no conversation twice. Left out
-are conversations that a token limit ended, as the policy did not end their last turn, and questions whose answers are
-all right or all wrong.
+Reads what scripts/sample.py saved, and anybody's: {"messages", "reward" or "correct"} a line, with "key"
+where several lines are of one task. Two of one task that differ in reward are a pair; by default each task makes one,
+drawn at random. Left out are trajectories without a reward, those that a limit or a broken environment ended, and what
+is there twice.
 """
 
 import argparse
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -16,63 +15,56 @@ import _clone  # noqa: F401
 
 from mdpo.console import say
 from mdpo.errors import UserError
+from mdpo.rollouts.pairing import Pairing, paired_rows
 from mdpo.runs.entrypoint import run
+from mdpo.storage import replace_text
 
-UNFINISHED = ("cut", "too long")
+RULES = {
+    "best_worst": "the best with the worst",
+    "all": "each two that differ, the widest gap first",
+    "adjacent": "each reward with the next lower one",
+    "random": "drawn at random, one a task unless --max_pairs_per_prompt says more",
+    "branch": "two that went the same way for a turn or more, the longest way first",
+}
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("conversations", nargs="+", type=Path)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises UserError."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False, formatter_class=form)
+    parser.add_argument("trajectories", nargs="+", type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--pairs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=42)
+    rules = "; ".join(f"{name}: {what}" for name, what in RULES.items())
+    parser.add_argument("--replace", action="store_true", help="a file that is there already")
+    parser.add_argument("--pairs", choices=list(RULES), default="random", help=f"which two are compared. {rules}")
+    parser.add_argument("--min_reward_gap", type=float, default=0.0)
+    parser.add_argument("--max_pairs_per_prompt", type=int)
+    parser.add_argument("--length_matched", action="store_true", help="the nearest in sampled tokens first")
+    parser.add_argument("--seed", type=int, default=42, help="of --pairs random")
     try:
         args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if args.pairs < 1:
-        raise UserError(f"--pairs: {args.pairs} is out of range; give a number >= 1.")
-    if args.out.exists() or not args.out.parent.is_dir():
+    if args.max_pairs_per_prompt is not None and args.max_pairs_per_prompt < 1:
+        raise UserError(f"--max_pairs_per_prompt: {args.max_pairs_per_prompt} is out of range; give a number >= 1.")
+    if not 0 <= args.min_reward_gap < float("inf"):
+        raise UserError(f"--min_reward_gap: {args.min_reward_gap} is out of range; give a number >= 0.")
+    if args.length_matched and args.pairs in ("adjacent", "random"):
+        raise UserError(f"--length_matched: has no effect with --pairs {args.pairs}.")
+    if (args.out.exists() and not args.replace) or not args.out.parent.is_dir():
         raise UserError(f"--out: {args.out} {'is there already' if args.out.exists() else 'has no folder'}.")
-    questions = by_question(args.conversations)
-    rows = [row for key, sides in questions.items() for row in draw(key, *sides, args.pairs, args.seed)]
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    pairing = Pairing(args.pairs, args.min_reward_gap, args.max_pairs_per_prompt, args.length_matched, args.seed)
+    rows, report = paired_rows(args.trajectories, pairing)
+    say(*report.lines())
     if not rows:
-        raise UserError(
-            f"None of the {len(questions)} questions has both a right and a wrong conversation.", "questions"
-        )
-    args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    paired = len({row["id"].rpartition("-")[0] for row in rows})
-    say(f"{args.out}: {len(rows)} pairs of {paired} of {len(questions)} questions")
-
-
-def by_question(paths: list[Path]) -> dict[str, tuple[list, list]]:
-    """key -> (right, wrong) conversations, each once, in the order of the files. Raises UserError."""
-    questions: dict[str, tuple[list, list]] = {}
-    for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}.") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                key, messages, correct, ended = row["key"], row["messages"], row["correct"], row["ended"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}:{number}: is no conversation of scripts/evaluate.py ({error}).", "conversation"
-                ) from error
-            sides = questions.setdefault(key, ([], []))
-            if ended not in UNFINISHED and messages not in sides[not correct]:
-                sides[not correct].append(messages)
-    return questions
-
-
-def draw(key: str, right: list, wrong: list, pairs: int, seed: int) -> list[dict]:
-    """Rows of one question; what is drawn for it does not depend on the others."""
-    rng = random.Random(f"{seed}/{key}")
-    drawn = zip(rng.sample(right, len(right)), rng.sample(wrong, len(wrong)), strict=False)
-    return [{"chosen": c, "rejected": r, "id": f"{key}-{n}"} for n, (c, r) in enumerate(drawn) if n < pairs]
+        raise UserError(f"None of the {report.tasks} tasks has two trajectories to compare.", "tasks")
+    replace_text(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    say(f"{args.out}: {len(rows)} pairs")
 
 
 if __name__ == "__main__":

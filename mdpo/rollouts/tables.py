@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 
 from mdpo.loss.metrics import COLUMNS, summarize
-from mdpo.rollouts.loop import ENDS, Trajectory
+from mdpo.rollouts.records import ENDS, Trajectory
 from mdpo.types import turn_begins
 
 Z = 1.959964  # of the normal distribution, for 95 %
@@ -53,49 +53,59 @@ def held_out_table(figures: dict[str, dict[str, float]]) -> Table:
     for name, f in figures.items():
         if name == "all":
             table.add_section()
-        accuracy = _with_interval(f["accuracy"], f["pairs"])
+        accuracy = with_interval(f["accuracy"], f["pairs"])
         table.add_row(name, str(f["pairs"]), accuracy, f"{f['margin']:.4f}", f"{f['loss']:.4f}")
     return table
 
 
 def rollout_figures(trajectories: Iterable[Trajectory]) -> dict:
-    """Questions, conversations, the share of right answers, the share of questions with at least one, how the
-    conversations and their runs of code ended, and (conversations, right) by number of turns."""
+    """Tasks, conversations, the share of those with the whole reward, the share of tasks with at least one, the mean
+    reward of those that have one, how conversations and calls ended, and (conversations, right) by number of turns."""
     done, by_key, turns = list(trajectories), defaultdict(list), defaultdict(list)
     for trajectory in done:
         by_key[trajectory.key].append(trajectory.correct)
         turns[trajectory.turns].append(trajectory.correct)
     return {
-        "questions": len(by_key),
+        "tasks": len(by_key),
         "conversations": len(done),
         "accuracy": sum(t.correct for t in done) / len(done),
         "any_correct": sum(map(any, by_key.values())) / len(by_key),
+        "reward": sum(rewards) / len(rewards)
+        if (rewards := [t.reward for t in done if t.reward is not None])
+        else None,
+        "without_reward": sum(t.reward is None for t in done),
         "ended": {end: sum(t.ended == end for t in done) for end in ENDS},
-        "code": dict(Counter(ended for t in done for ended in t.code)),
+        "calls": dict(Counter(ended for t in done for _, ended in t.calls)),
         "by_turns": {n: (len(right), sum(right)) for n, right in sorted(turns.items())},
     }
 
 
 def rollout_tables(figures: dict) -> list[Table]:
-    """Intervals are over questions: conversations of one question are not independent."""
-    questions, conversations = figures["questions"], figures["conversations"]
-    table = _table(f"rollouts: {questions} questions, {conversations} conversations", "", "")
+    """Intervals are over tasks: conversations of one task are not independent."""
+    tasks, conversations = figures["tasks"], figures["conversations"]
+    table = _table(f"rollouts: {tasks} tasks, {conversations} conversations", "", "")
     table.show_header = False
-    table.add_row("answer accuracy", _with_interval(figures["accuracy"], questions))
-    if conversations > questions:
-        table.add_row("at least one right", _with_interval(figures["any_correct"], questions))
+    table.add_row("right answers", with_interval(figures["accuracy"], tasks))
+    if conversations > tasks:
+        table.add_row("tasks with a right one", with_interval(figures["any_correct"], tasks))
+    if figures["reward"] is not None:
+        table.add_row("mean reward", f"{figures['reward']:.4f}")
+    if figures["without_reward"]:
+        table.add_row("without a reward", str(figures["without_reward"]))
     for end, count in figures["ended"].items():
         table.add_row(f"ended: {end}", str(count))
-    table.add_row("runs of code", str(sum(figures["code"].values())))
-    for end in ("error", "timeout", "memory", "flood"):
-        table.add_row(f"code: {end}", str(figures["code"].get(end, 0)))
-    turns = _table("rollouts by turns", "turns", "conversations", "answer accuracy")
+    table.add_row("calls", str(sum(figures["calls"].values())))
+    for end, count in sorted(figures["calls"].items()):
+        if end != "ok":
+            table.add_row(f"calls: {end}", str(count))
+    turns = _table("rollouts by turns", "turns", "conversations", "right answers")
     for n, (count, right) in figures["by_turns"].items():
-        turns.add_row(str(n), str(count), _with_interval(right / count, min(count, questions)))
+        turns.add_row(str(n), str(count), with_interval(right / count, min(count, tasks)))
     return [table, turns]
 
 
-def _with_interval(share: float, n: int) -> str:
+def with_interval(share: float, n: int) -> str:
+    """A share of n independent trials, with its 95 % interval."""
     low, high = wilson(share, n)
     return f"{share:.4f} ({low:.3f} to {high:.3f})"
 

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: held-out figures are those that training ended with; rollouts from the command line."""
+"""scripts/evaluate.py: held-out figures are those that training ended with. scripts/sample.py: its command line."""
 
 import json
 import re
@@ -6,11 +6,15 @@ from pathlib import Path
 
 import evaluate
 import pytest
+import sample
 from errors import refused
 from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 
 import run_dpo
+from mdpo.rollouts.answers import gold_answer
+from mdpo.rollouts.environment import Environments
+from mdpo.rollouts.tasks import read_tasks
 from mdpo.runs.entrypoint import run
 
 PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
@@ -102,58 +106,75 @@ def test_held_out_figures_are_those_of_the_run(name, workshop, monkeypatch, caps
 
 def test_rollouts_from_the_command_line(workshop, capsys, tmp_path):
     out, _ = trained(workshop, "adapter")
-    command = [out, "--recipe", str(workshop / "recipe.yaml"), "--rollouts", str(workshop / "questions.jsonl")]
+    command = [out, "--recipe", str(workshop / "recipe.yaml"), "--tasks", str(workshop / "questions.jsonl")]
     options = ["--max_new_tokens=12", "--instruction=Use Python."]
-    evaluate.main([*command, *options, f"--save={tmp_path}/t.jsonl"])
+    sample.main([*command, *options, f"--save={tmp_path}/t.jsonl"])
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert [(row["key"], row["gold"]) for row in rows] == [
-        (f"{workshop}/questions.jsonl:{i + 1}", str(2 * i)) for i in range(3)
+    assert sorted((row["key"], row["task"]["answer"]) for row in rows) == [
+        (f"{workshop}/questions.jsonl:{i + 1}", f"so\n#### {2 * i}") for i in range(3)
     ]
+    rows.sort(key=lambda row: row["key"])
     assert [row["messages"][0]["content"] for row in rows] == [f"Use Python.\n\nWhat is {i} * 2?" for i in range(3)]
-    assert "held-out pairs, by turns" in printed and "rollouts: 3 questions, 3 conversations" in printed
-    assert re.search(r"answer accuracy +│ +0\.0000 \(0\.000 to 0\.56", printed)
+    assert "rollouts: 3 tasks, 3 conversations" in printed
+    assert re.search(r"right answers +│ +0\.0000 \(0\.000 to 0\.56", printed)
     # The adapter is in the model: without it other words come out.
-    evaluate.main([f"{workshop}/model", *command[1:], *options, f"--save={tmp_path}/base.jsonl"])
+    sample.main([f"{workshop}/model", *command[1:], *options, f"--save={tmp_path}/base.jsonl"])
     base = [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()]
+    base.sort(key=lambda row: row["key"])
     assert [row["messages"][-1] for row in base] != [row["messages"][-1] for row in rows]
 
     sampling = ["--samples=2", "--temperature=1", "--seed=3", "--max_new_tokens=4", f"--save={tmp_path}/s.jsonl"]
-    evaluate.main([*command, *sampling])
+    sample.main([*command, *sampling])
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert sorted(row["sample"] for row in rows) == [0, 0, 0, 1, 1, 1]
-    assert "at least one right" in capsys.readouterr().out
+    assert "tasks with a right one" in capsys.readouterr().out
+    # The same command continues with what a kill has left out, and another one is refused.
+    lines = (tmp_path / "s.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "s.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
+    sample.main([*command, *sampling])
+    printed = capsys.readouterr().out
+    assert "cut by a kill" in printed and "4 of 6 trajectories are there already" in printed
+    again = (tmp_path / "s.jsonl").read_text().splitlines(keepends=True)
+    assert again[:4] == lines[:4] and len(again) == 6
+    with refused("save", "max_new_tokens 4, now 5"):
+        sample.main([*command, *sampling, "--max_new_tokens=5"])
 
 
 MISTAKES = {
-    "no folder": (["{folder}/nothing"], "CHECKPOINT: there is no folder"),
-    "no weights": (["{folder}"], "CHECKPOINT: .* contains no "),
-    "no recipe": (["{folder}/model", "--recipe"], "expected one argument"),
-    "key": (["{folder}/model", "--betta=1"], "--betta is not a key; did you mean --beta?"),
-    "option without rollouts": (["{folder}/model", "--max_turns=2"], "--max_turns: has no effect without --rollouts"),
-    "isolation": (["{folder}/model", "--allow_unisolated_code"], "--allow_unisolated_code: has no effect without"),
-    "samples": (["{folder}/model", "--rollouts=q", "--samples=2"], "--samples: has no effect at temperature 0"),
-    "seed": (["{folder}/model", "--rollouts=q", "--seed=1"], "--seed: has no effect at temperature 0"),
-    "range": (["{folder}/model", "--rollouts=q", "--max_turns=0"], "--max_turns: 0 is out of range"),
-    "not a number": (["{folder}/model", "--rollouts=q", "--temperature=nan"], "--temperature: nan is out of range"),
-    "role": (["{folder}/model", "--rollouts=q", "--tool_role=moon"], "argument --tool_role: invalid choice: 'moon'"),
-    "no questions": (["{folder}/model", "--rollouts={folder}/none.jsonl"], "rollouts: there is no file"),
-    "save is there": (
-        ["{folder}/model", "--rollouts={folder}/questions.jsonl", "--save={folder}/train.jsonl"], "is there already"
-    ),
-    "save has no folder": (
-        ["{folder}/model", "--rollouts={folder}/questions.jsonl", "--save={folder}/none/t"], "has no folder"
-    ),
-    "no held-out pairs": (["{folder}/model", "--eval_dataset_mixer=null"], "The recipe has no held-out pairs"),
-}  # fmt: skip
+    "no folder": (evaluate, ["{folder}/nothing"], "CHECKPOINT: there is no folder"),
+    "no weights": (evaluate, ["{folder}"], "CHECKPOINT: .* contains no "),
+    "no recipe": (evaluate, ["{folder}/model", "--recipe"], "expected one argument"),
+    "key": (evaluate, ["{folder}/model", "--betta=1"], "--betta is not a key; did you mean --beta?"),
+    "no held-out pairs": (evaluate, ["{folder}/model", "--eval_dataset_mixer=null"], "has no held-out pairs"),
+    "no folder to sample": (sample, ["{folder}/nothing"], "CHECKPOINT: there is no folder"),
+    "key of sampling": (sample, ["--betta=1"], "--betta is not a key; did you mean --beta?"),
+    "samples": (sample, ["--samples=2"], "--samples: has no effect at temperature 0"),
+    "seed": (sample, ["--seed=1"], "--seed: has no effect at temperature 0"),
+    "range": (sample, ["--max_turns=0"], "--max_turns: 0 is out of range"),
+    "not a number": (sample, ["--temperature=nan"], "--temperature: nan is out of range"),
+    "role": (sample, ["--tool_role=moon"], "argument --tool_role: invalid choice: 'moon'"),
+    "no tasks": (sample, ["--tasks={folder}/none.jsonl"], "rollouts: there is no file"),
+    "save is another file": (sample, ["--save={folder}/train.jsonl"], "is no trajectory"),
+    "save has no folder": (sample, ["--save={folder}/none/t"], "has no folder"),
+    "calls without an environment": (sample, ["--tool_calls=text"], "without --environment"),
+    "code with an environment": (sample, ["--environment=mine", "--code_seconds=1"], "with --environment"),
+    "isolation": (sample, ["--environment=mine", "--allow_unisolated_code"], "has no effect with --environment"),
+    "environment": (sample, ["--environment=mine"], "path/to/file.py:NAME"),
+    "weights": (sample, ["--reward_weights=1,2"], "2 numbers for 1 reward functions"),
+    "shard": (sample, ["--shard=2/2"], "argument --shard"),
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_end_in_one_line(name, workshop, capsys):
-    argv, message = MISTAKES[name]
+    script, argv, message = MISTAKES[name]
     argv = [word.format(folder=workshop) for word in argv]
     recipe = [] if "--recipe" in argv else ["--recipe", str(workshop / "recipe.yaml")]
-    assert run(evaluate.main, [*argv, *recipe]) == 1
+    if script is sample:
+        argv = [f"--tasks={workshop}/questions.jsonl", *argv]
+        argv = argv if argv[1].startswith("{folder}") or "/nothing" in argv[1] else [f"{workshop}/model", *argv]
+    assert run(script.main, [*argv, *recipe]) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -195,11 +216,15 @@ def test_an_adapter_without_all_of_its_weights(workshop, tmp_path):
 
 
 def test_the_page_shows_the_commands(tmp_path):
-    commands = re.findall(r"^ +(python scripts/evaluate\.py .*)$", PAGE, re.MULTILINE)
-    assert len(commands) >= 2
-    for command in commands:
-        args, rest = evaluate.parse(command.split()[2:])
-        assert Path(args.recipe).is_file() and not rest
+    for script in (evaluate, sample):
+        commands = re.findall(rf"^ +python scripts/{script.__name__}\.py (.*)$", PAGE, re.MULTILINE)
+        assert commands
+        for command in commands:
+            args, *_, rest = script.parse(command.split())
+            assert Path(args.recipe).is_file() and not rest
     [shown] = re.findall(r'^\{"question".*\}$', PAGE, re.MULTILINE)
     (tmp_path / "q.jsonl").write_text(shown)
-    assert evaluate.read_questions(f"{tmp_path}/q.jsonl")[0].gold == "121"
+    assert gold_answer(read_tasks(f"{tmp_path}/q.jsonl")[0].row["answer"]) == "121"
+    namespace: dict = {}
+    exec(re.search(r"```python\n(class Counter.*?)```", PAGE, re.DOTALL)[1], namespace)
+    assert list(Environments(namespace["Counter"]).schemas) == ["add"]

@@ -503,19 +503,19 @@ def test_the_readme_s_rollouts_run(twins, tmp_path, monkeypatch):
     """The command of a family without pairs yet, on its small twin, with two samples of eight tokens."""
     monkeypatch.chdir(ROOT)
     text = Path("recipes/gemma-2-9b-it/README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^    python scripts/evaluate.py (.*)$", text, re.MULTILINE)
+    (line,) = re.findall(r"^    python scripts/sample.py (.*)$", text, re.MULTILINE)
     (tmp_path / "questions.jsonl").write_text('{"question": "What is 1 + 2?", "answer": "3"}\n')
-    twin, changes = str(twins("gemma-2-9b-it")[0]), {"--rollouts": "questions.jsonl", "--save": "saved.jsonl"}
+    twin, changes = str(twins("gemma-2-9b-it")[0]), {"--tasks": "questions.jsonl", "--save": "saved.jsonl"}
     words = [twin if word == "google/gemma-2-9b-it" else word for word in shlex.split(line)]
     for option, value in {**changes, "--samples": "2"}.items():
         words[words.index(option) + 1] = value if option == "--samples" else str(tmp_path / value)
-    script("evaluate").main([*words, f"--model_name_or_path={twin}", "--max_new_tokens=8", "--dataset_num_proc=1"])
+    script("sample").main([*words, f"--model_name_or_path={twin}", "--max_new_tokens=8"])
     saved = [json.loads(row) for row in (tmp_path / "saved.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in saved] == [0, 1]
     assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
 
 
-def conversation(key: str, sample: int, correct: bool, ended: str = "answered", **changes) -> dict:
+def conversation(key: str, sample: int, correct: bool, ended: str = "done", **changes) -> dict:
     messages = [{"role": "user", "content": key}, {"role": "assistant", "content": f"{sample} {correct} {ended}"}]
     return {"key": key, "sample": sample, "messages": messages, "correct": correct, "ended": ended, **changes}
 
@@ -528,29 +528,39 @@ def paired(tmp_path, rows: list[dict], *flags: str) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_right_is_paired_with_wrong(tmp_path):
-    """Question a has 2 right and 3 wrong conversations, one of them twice and one cut: 2 pairs at most. b has no wrong
-    one, c no right one that ended. No conversation comes twice, and another question changes nothing for a."""
-    a = [conversation("a", i, i < 2, "no answer" if i == 3 else "answered") for i in range(4)]
-    a += [conversation("a", 3, False, "no answer"), conversation("a", 5, False, "cut")]
+def test_right_is_paired_with_wrong(tmp_path, capsys):
+    """Question a has 2 right and 3 wrong conversations, one of them twice and one cut: 4 pairs at most. b has no wrong
+    one, c no right one that ended. Another question changes nothing for a."""
+    a = [conversation("a", i, i < 2, "max turns" if i == 3 else "done") for i in range(4)]
+    a += [conversation("a", 3, False, "max turns"), conversation("a", 5, False, "cut")]
     others = [conversation("b", 0, True), conversation("c", 0, False), conversation("c", 1, True, "cut")]
-    rows = paired(tmp_path, a + others, "--pairs=5")
-    said = [(row["chosen"][1]["content"], row["rejected"][1]["content"]) for row in rows]
-    assert sorted(chosen for chosen, _ in said) == ["0 True answered", "1 True answered"]
-    assert sorted(rejected for _, rejected in said) == ["2 False answered", "3 False no answer"]
-    assert [row["id"] for row in rows] == ["a-0", "a-1"] and len(row_to_pair(rows[0]).chosen) == 2
-    assert paired(tmp_path, others[:1] + a, "--pairs=5") == rows
-    assert paired(tmp_path, a) == rows[:1]
-    drawn = {json.dumps(paired(tmp_path, a, f"--seed={seed}")) for seed in range(12)}
+    rows = paired(tmp_path, a + others, "--pairs=all")
+    said = {(row["chosen"][1]["content"], row["rejected"][1]["content"]) for row in rows}
+    assert said == {(c, r) for c in ("0 True done", "1 True done") for r in ("2 False done", "3 False max turns")}
+    assert [row["id"] for row in rows] == ["a-0", "a-1", "a-2", "a-3"] and len(row_to_pair(rows[0]).chosen) == 2
+    assert capsys.readouterr().out.splitlines()[:7] == [
+        "9 trajectories of 3 tasks",
+        "  left out: 2 not ended by the policy",
+        "  left out: 1 the same as an earlier one",
+        "4 pairs of 1 tasks",
+        "  without a pair: 2 tasks, no two differ in reward",
+        "  the chosen side is longer in 0 of 4 (0%)",
+        f"{tmp_path / 'pairs.jsonl'}: 4 pairs",
+    ]
+    assert paired(tmp_path, others[:1] + a, "--pairs=all") == rows
+    assert len(paired(tmp_path, a)) == 1 and paired(tmp_path, a) == paired(tmp_path, others + a)
+    drawn = {json.dumps(paired(tmp_path, a, f"--seed={seed}")) for seed in range(30)}
     assert len(drawn) == 4
 
 
 @pytest.mark.parametrize(
     ("rows", "flags", "key", "details"),
     [
-        ([conversation("a", 0, True)], [], "questions", ["1 questions"]),
-        ([{"key": "a"}], [], "conversation", ["conversations.jsonl:1: ", "messages"]),
-        ([conversation("a", 0, True)], ["--pairs=0"], "pairs", ["--pairs: 0 "]),
+        ([conversation("a", 0, True)], [], "tasks", ["1 tasks"]),
+        ([{"key": "a"}], [], "trajectory", ["conversations.jsonl:1: ", "messages"]),
+        ([conversation("a", 0, "yes")], [], "reward", ["conversations.jsonl:1: ", "'yes'"]),
+        ([conversation("a", 0, True)], ["--max_pairs_per_prompt=0"], "max_pairs_per_prompt", ["0 "]),
+        ([conversation("a", 0, True)], ["--length_matched"], "length_matched", ["random"]),
         ([conversation("a", 0, True)], ["--out=missing/pairs.jsonl"], "out", ["missing/pairs.jsonl", "no folder"]),
         ([conversation("a", 0, True)], ["--out=setup.cfg"], "out", ["setup.cfg", "there already"]),
     ],

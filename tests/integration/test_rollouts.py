@@ -1,5 +1,7 @@
-"""mdpo/rollouts/loop.py with a scripted policy, and with real models through mdpo/rollouts/generate.py."""
+"""Maths tasks from question to judged answer, and turns of real models: continuous batching, `generate` in rounds, and
+decoding by hand."""
 
+import asyncio
 import json
 
 import pytest
@@ -11,83 +13,101 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mdpo.loss.metrics import COLUMNS
 from mdpo.masking.chat_template import ChatTemplate
-from mdpo.rollouts.generate import Generator, refuse_hidden_tool_role
-from mdpo.rollouts.loop import (
-    OUTPUT_CHARACTERS,
-    Question,
-    Reply,
-    RolloutConfig,
-    Trajectory,
-    code_of,
-    output_block,
-    read_questions,
-    roll_out,
-    save_all,
-)
-from mdpo.rollouts.sandbox import Limits, RunResult, Sandbox
+from mdpo.rollouts.answers import gold_answer
+from mdpo.rollouts.calls import PythonBlocks, code_of
+from mdpo.rollouts.continuous import ContinuousBatching
+from mdpo.rollouts.driver import play_all
+from mdpo.rollouts.environment import Environments
+from mdpo.rollouts.episode import Limits, Player, Sampled
+from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
+from mdpo.rollouts.python_maths import OUTPUT_CHARACTERS, python_tool, shown_output
+from mdpo.rollouts.records import Trajectory
+from mdpo.rollouts.rewards import Rewards, right_answer
+from mdpo.rollouts.sandbox import Limits as ProgramLimits
+from mdpo.rollouts.sandbox import RunResult, Sandbox
 from mdpo.rollouts.tables import by_turns, count_turns, rollout_figures, rollout_tables, wilson
+from mdpo.rollouts.tasks import Task, read_tasks
 
 QUICKSTART_MODEL = ROOT / "models" / "smollm2-135m-instruct"
 
 
-def question(key: str, gold: str = "42") -> Question:
-    return Question(key, [{"role": "user", "content": key}], gold)
+TEMPLATE = ChatTemplate(tokenizer_for(CHATML, "byte", eos="<|im_end|>"))
+STOP = TEMPLATE.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def question(key: str, gold: str = "42") -> Task:
+    return Task(key, {"question": key, "answer": gold}, [{"role": "user", "content": key}])
 
 
 class Script:
-    """A policy whose turns are written down: {question: [turn, ...]}. Counts the sizes of the batches it got."""
+    """A policy whose turns are written down: {question: [turn, ...]}; one that ends in CUT is cut there."""
 
     def __init__(self, turns: dict[str, list]):
-        self.turns, self.sizes = turns, []
+        self.turns = turns
 
-    def __call__(self, conversations):
-        self.sizes.append(len(conversations))
-        said = [sum(m["role"] == "assistant" for m in c) for c in conversations]
-        turns = [self.turns[c[0]["content"]][n] for c, n in zip(conversations, said, strict=True)]
-        return [turn if isinstance(turn, Reply) else Reply(turn) for turn in turns]
+    async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
+        said = TEMPLATE.tokenizer.decode(prompt).split("<|im_start|>")
+        turn = self.turns[said[1].removeprefix("user\n").partition("<|im_end|>")[0]]
+        text = turn[sum(part.startswith("assistant\n") for part in said) - 1]
+        cut = text.endswith(CUT)
+        ids = TEMPLATE.tokenizer(text.removesuffix(CUT), add_special_tokens=False).input_ids
+        return Sampled(ids if cut else [*ids, STOP], cut)
+
+
+CUT = "<cut>"
+
+
+def mathematician(backend, sandbox, template=TEMPLATE, role="user", stops=(STOP,), **limits) -> Player:
+    tools = Environments(functions=[python_tool(sandbox)])
+    return Player(backend, template, set(stops), PythonBlocks(role), tools, Rewards([right_answer]), Limits(**limits))
+
+
+def play(player: Player, tasks: list[Task], in_flight: int = 64) -> dict[str, Trajectory]:
+    ended = []
+    asyncio.run(play_all(player, [(task, 0) for task in tasks], in_flight, ended.append))
+    return {trajectory.key: trajectory for trajectory in ended}
 
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return Sandbox(Limits(seconds=60))
+    return Sandbox(ProgramLimits(seconds=60))
 
 
 def block(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-# question: (the policy's turns, the outputs that come back, answer, correct, ended, how runs of code ended)
+# question: (the policy's turns, the outputs that come back, correct, ended, how runs of code ended)
 SCRIPTED = {
-    "at once": (["It is \\boxed{42}."], [], "42", True, "answered", []),
-    "wrong": (["It is \\boxed{41}."], [], "41", False, "answered", []),
-    "code, then answer": ([block("print(6 * 7)"), "So \\boxed{42.0}."], ["42\n"], "42.0", True, "answered", ["ok"]),
+    "at once": (["It is \\boxed{42}."], [], True, "done", []),
+    "wrong": (["It is \\boxed{41}."], [], False, "done", []),
+    "code, then answer": ([block("print(6 * 7)"), "So \\boxed{42.0}."], ["42\n"], True, "done", ["ok"]),
     "three turns": (
         [f"First\n{block('x = 6')}", f"{block('print(7)')}\nthen", "\\boxed{\\frac{84}{2}}"],
-        ["", "7\n"], r"\frac{84}{2}", True, "answered", ["ok", "ok"],
+        ["", "7\n"], True, "done", ["ok", "ok"],
     ),
     "two blocks are one program": (
-        [f"{block('x = 6')} and {block('print(x * 7)')}", "\\boxed{42}"], ["42\n"], "42", True, "answered", ["ok"]
+        [f"{block('x = 6')} and {block('print(x * 7)')}", "\\boxed{42}"], ["42\n"], True, "done", ["ok"]
     ),
     "names of earlier turns are gone": (
         [block("x = 6"), block("print('x' in globals())"), "\\boxed{42}"],
-        ["", "False\n"], "42", True, "answered", ["ok", "ok"],
+        ["", "False\n"], True, "done", ["ok", "ok"],
     ),
-    "a box beside code is the answer": ([f"{block('print(1)')} \\boxed{{42}}"], [], "42", True, "answered", []),
+    "a box beside code is the answer": ([f"{block('print(1)')} \\boxed{{42}}"], [], True, "done", []),
     "a box inside code is none": (
-        [block(r"print(r'\boxed{1}')"), "\\boxed{42}"], ["\\boxed{1}\n"], "42", True, "answered", ["ok"]
+        [block(r"print(r'\boxed{1}')"), "\\boxed{42}"], ["\\boxed{1}\n"], True, "done", ["ok"]
     ),
-    "neither": (["I do not know."], [], None, False, "no answer", []),
-    "other code": (["```\nprint(1)\n```"], [], None, False, "no answer", []),
+    "neither": (["I do not know."], [], False, "done", []),
+    "other code": (["```\nprint(1)\n```"], [], False, "done", []),
     "error": (
         [block("1 / 0"), "\\boxed{42}"],
         ['Traceback (most recent call last):\n  File "main.py", line 1, in <module>\n    1 / 0\n    ~~^~~\n'
-         "ZeroDivisionError: division by zero\n"], "42", True, "answered", ["error"],
+         "ZeroDivisionError: division by zero\n"], True, "done", ["error"],
     ),
-    "open block": (["```python\nprint(42)", "\\boxed{42}"], ["42\n"], "42", True, "answered", ["ok"]),
-    "for ever": ([block("print(1)")] * 4, ["1\n"] * 3, None, False, "max turns", ["ok"] * 3),
-    "cut": ([Reply("```python\nprint(1", "cut")], [], None, False, "cut", []),
-    "cut behind a box": ([Reply("\\boxed{42} and so on and", "cut")], [], "42", True, "answered", []),
-    "too long": ([block("print(1)"), Reply("", "too long")], ["1\n"], None, False, "too long", ["ok"]),
+    "open block": (["```python\nprint(42)", "\\boxed{42}"], ["42\n"], True, "done", ["ok"]),
+    "for ever": ([block("print(1)")] * 4, ["1\n"] * 3, False, "max turns", ["ok"] * 3),
+    "cut": (["```python\nprint(1" + CUT], [], False, "cut", []),
+    "cut behind a box": (["\\boxed{42} and so on and" + CUT], [], True, "cut", []),
 }  # fmt: skip
 
 
@@ -95,8 +115,7 @@ def expected(name: str, role: str) -> list[dict]:
     turns, outputs = SCRIPTED[name][:2]
     messages = [{"role": "user", "content": name}]
     for n, turn in enumerate(turns):
-        text = turn.text if isinstance(turn, Reply) else turn
-        messages += [{"role": "assistant", "content": text}] if text else []
+        messages.append({"role": "assistant", "content": turn.removesuffix(CUT)})
         messages += [{"role": role, "content": f"```output\n{outputs[n]}```"}] if n < len(outputs) else []
     return messages
 
@@ -104,37 +123,20 @@ def expected(name: str, role: str) -> list[dict]:
 @pytest.mark.parametrize(("size", "role"), [(1, "user"), (4, "tool"), (100, "user")])
 def test_scripted_trajectories(size, role, sandbox):
     policy = Script({name: turns for name, (turns, *_) in SCRIPTED.items()})
-    rules = RolloutConfig(max_turns=4, batch_size=size, tool_role=role)
-    found = {t.key: t for t in roll_out([question(name) for name in SCRIPTED], policy, sandbox.run, rules)}
-    assert set(found) == set(SCRIPTED) and max(policy.sizes) == min(size, len(SCRIPTED))
-    for name, (turns, _, answer, correct, ended, code) in SCRIPTED.items():
+    player = mathematician(policy, sandbox, role=role, turns=4)
+    found = play(player, [question(name) for name in SCRIPTED], size)
+    assert set(found) == set(SCRIPTED)
+    for name, (turns, _, correct, ended, code) in SCRIPTED.items():
         t = found[name]
         assert t.messages == expected(name, role), name
-        assert (t.answer, t.correct, t.ended, t.code) == (answer, correct, ended, code), name
-        assert t.turns == len([turn for turn in turns if not isinstance(turn, Reply) or turn.text]), name
-
-
-def test_a_place_that_becomes_free_is_filled():
-    turns = {"long": [block("1")] * 3 + ["\\boxed{1}"], **{f"q{i}": ["\\boxed{1}"] for i in range(3)}}
-    policy = Script(turns)
-    ran = []
-    found = list(roll_out([question(k, "1") for k in turns], policy, lambda c: ran.append(c) or RunResult("", "ok", 0),
-                          RolloutConfig(batch_size=2)))  # fmt: skip
-    assert policy.sizes == [2, 2, 2, 1] and ran == ["1\n"] * 3
-    assert [t.key for t in found] == ["q0", "q1", "q2", "long"]
-
-
-def test_samples_have_a_number_each():
-    found = list(roll_out([question("a"), question("b")], Script({"a": ["\\boxed{42}"], "b": ["?"]}), None,
-                          RolloutConfig(samples=3, batch_size=4)))  # fmt: skip
-    assert [(t.key, t.sample, t.correct) for t in found] == [
-        ("a", 0, True), ("a", 1, True), ("a", 2, True), ("b", 0, False), ("b", 1, False), ("b", 2, False)
-    ]  # fmt: skip
+        assert (t.correct, t.ended, t.calls) == (correct, ended, [("python", kind) for kind in code]), name
+        assert t.turns == len(turns) and t.rewards == {"right_answer": float(correct)}, name
 
 
 def test_output_blocks():
     def shown(output, ended="ok"):
-        return output_block(RunResult(output, ended, 0.0))
+        turn = PythonBlocks().read(block("1"), [], [])
+        return PythonBlocks().results(turn, [shown_output(RunResult(output, ended, 0.0))])[0]["content"]
 
     assert shown("42\n") == "```output\n42\n```" == shown("42")
     assert shown("") == "```output\n```"
@@ -153,7 +155,8 @@ def test_the_form_is_that_of_the_quickstart_pairs(sandbox):
     for row in map(json.loads, rows):
         for turn, after in zip(row["chosen"], row["chosen"][1:], strict=False):
             if turn["role"] == "assistant" and (code := code_of(turn["content"])):
-                assert output_block(sandbox.run(code)) == after["content"]
+                shown = python_tool(sandbox)(code)
+                assert PythonBlocks().results(PythonBlocks().read("", [], []), [shown])[0] == after
                 seen += 1
     assert seen >= 5
 
@@ -164,13 +167,18 @@ def test_questions(tmp_path):
     rows = [{"question": "6 * 7?", "answer": "6 * 7 = 42\n#### 42"}, {"prompt": "1?", "answer": 1, "id": "one"},
             {"prompt": messages, "answer": "\\frac{4}{2}", "key": "two"}]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_questions(str(file)) == [
-        Question(f"{file}:1", [{"role": "user", "content": "6 * 7?"}], "42"),
-        Question("one", [{"role": "user", "content": "1?"}], "1"),
-        Question("two", messages, "\\frac{4}{2}"),
+    found = read_tasks(str(file), needs={"answer": gold_answer})
+    assert found == [
+        Task(f"{file}:1", rows[0], [{"role": "user", "content": "6 * 7?"}]),
+        Task("one", rows[1], [{"role": "user", "content": "1?"}]),
+        Task("two", rows[2], messages),
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    assert read_questions(str(file), "Use Python.")[0].messages[0]["content"] == "Use Python.\n\n6 * 7?"
+    assert read_tasks(str(file), "Use Python.")[0].messages[0]["content"] == "Use Python.\n\n6 * 7?"
+    file.write_text('{"start": 3}\n')
+    assert read_tasks(str(file), own_prompts=True)[0] == Task(
+        f"{file}:1", {"start": 3}, [{"role": "user", "content": ""}]
+    )
 
 
 BAD_ROWS = {
@@ -192,9 +200,9 @@ def test_bad_questions_are_named(name, tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question": "1?", "answer": 1, "key": "a"}) + "\n" + json.dumps(row) + "\n")
     with refused(key, "q.jsonl:2: ", *details):
-        read_questions(str(file))
+        read_tasks(str(file), needs={"answer": gold_answer})
     with refused("rollouts", "none.jsonl"):
-        read_questions(str(tmp_path / "none.jsonl"))
+        read_tasks(str(tmp_path / "none.jsonl"))
 
 
 # ------------------------------------------------------------------------------------------------ generation
@@ -225,74 +233,91 @@ def by_hand(model, ids: list[int], stops: set[int], most: int) -> list[int]:
     return new
 
 
-def test_a_batch_of_four_is_four_batches_of_one_and_decoding_by_hand(tiny):
+BACKENDS = {"continuous": ContinuousBatching, "rounds": Rounds}
+
+
+def sampled(backend: str, model, stops, prompts: list[list[int]], most: int, temperature: float = 0.0, seed: int = 0):
+    async def all_at_once(backend):
+        return await asyncio.gather(*(backend.sample(prompt, most) for prompt in prompts))
+
+    with BACKENDS[backend](model, sampling_config(set(stops), 0, temperature), seed) as ready:
+        return asyncio.run(all_at_once(ready))
+
+
+def prompts_of(tokenizer) -> list[list[int]]:
+    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in CONVERSATIONS]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_four_is_decoding_by_hand(tiny, backend):
     model, tokenizer, template = tiny
     # What checkpoints ship, and would change a greedy answer: it must not count here.
     model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, max_length=5)
-    generate = Generator(model, tokenizer, template, max_new_tokens=12)
-    together = generate(CONVERSATIONS)
-    assert together == [generate([c])[0] for c in CONVERSATIONS]
-    assert len({reply.text for reply in together}) == 4
-    for conversation, reply in zip(CONVERSATIONS, together, strict=True):
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        new = by_hand(model, ids, {tokenizer.eos_token_id}, 12)
-        assert reply == Reply(tokenizer.decode(new), "cut" if len(new) == 12 else "turn")
+    stops = stop_ids(model.generation_config, template)
+    found = sampled(backend, model, stops, prompts_of(tokenizer), 12)
+    assert len({tuple(one.ids) for one in found}) == 4
+    for ids, one in zip(prompts_of(tokenizer), found, strict=True):
+        new = by_hand(model, ids, stops, 12)
+        assert [token for token in one.ids if token not in stops] == new and one.cut == (len(new) == 12)
+
+
+def test_log_probs_are_those_of_the_model(tiny):
+    model, tokenizer, template = tiny
+    prompts = prompts_of(tokenizer)
+    for temperature in (0.0, 1.0):
+        found = sampled("continuous", model, stop_ids(model.generation_config, template), prompts, 12, temperature)
+        for ids, one in zip(prompts, found, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + one.ids])).logits[0, len(ids) - 1 : -1]
+            wanted = logits.log_softmax(-1)[torch.arange(len(one.ids)), torch.tensor(one.ids)]
+            assert one.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
 def test_a_turn_ends_at_the_templates_end_of_turn_token(tiny):
     """The model's own eos is another token here, as in many chat models."""
     model, _, _ = tiny
     tokenizer = tokenizer_for(CHATML, "byte")  # eos is <eos>
-    template = ChatTemplate(tokenizer)
-    generate = Generator(model, tokenizer, template, max_new_tokens=8)
     end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
-    assert {end, eos} <= generate.stops
+    stops = stop_ids(model.generation_config, ChatTemplate(tokenizer))
+    assert {end, eos} <= stops
+    rounds = Rounds(model, sampling_config(stops, None, 0.0))
     words = tokenizer("It is", add_special_tokens=False)["input_ids"]
-    assert generate._reply([*words, end, *words]) == Reply("It is") == generate._reply([*words, eos])
-    assert generate._reply(words) == Reply("It is", "cut")
-    assert generate._reply([end]) == Reply("")
+    assert rounds._sampled([*words, end, *words]) == Sampled([*words, end])
+    assert rounds._sampled([*words, eos]) == Sampled([*words, eos])
+    assert rounds._sampled(words) == Sampled(words, cut=True)
 
 
-def test_a_conversation_that_leaves_no_room_is_too_long(tiny):
-    model, tokenizer, template = tiny
-    generate = Generator(model, tokenizer, template, max_new_tokens=12)
-    rest = generate.context - 12
-    fill = [{"role": "user", "content": "1" * n} for n in range(rest)]
-    size = {len(generate.prompt([m])): [m] for m in fill}  # one token a digit, or nearly
-    assert rest in size and rest + 1 in {*size, len(generate.prompt([{"role": "user", "content": "1" * rest}]))}
-    over = next(m for n, m in sorted(size.items()) if n > rest)
-    replies = generate([size[rest], over, CONVERSATIONS[0]])
-    assert [r.ended == "too long" for r in replies] == [False, True, False]
-    assert replies[2] == generate([CONVERSATIONS[0]])[0]
-    with refused("max_new_tokens", "512 ", "context of 512 "):
-        Generator(model, tokenizer, template, max_new_tokens=512)
-
-
-def test_sampling_follows_the_seed_and_the_temperature(tiny):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_follows_the_seed_and_the_temperature(tiny, backend):
     model, tokenizer, template = tiny
 
-    def sampled(seed, temperature):
-        generate = Generator(model, tokenizer, template, 12, temperature)
-        torch.manual_seed(seed)
-        return generate(CONVERSATIONS)
+    def ids(seed, temperature):
+        stops = stop_ids(model.generation_config, template)
+        return [one.ids for one in sampled(backend, model, stops, prompts_of(tokenizer), 12, temperature, seed)]
 
-    assert sampled(0, 1.0) == sampled(0, 1.0) != sampled(1, 1.0)
-    assert sampled(0, 1e-4) == sampled(1, 1e-4) == sampled(0, 0.0)
+    assert ids(0, 1.0) != ids(1, 1.0)
+    assert ids(0, 1e-4) == ids(1, 1e-4) == ids(0, 0.0)
 
 
-def test_rollouts_of_a_random_model(tiny, sandbox, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rollouts_of_a_random_model(tiny, sandbox, backend):
     model, tokenizer, template = tiny
-    generate = Generator(model, tokenizer, template, max_new_tokens=16)
-    questions = [Question(str(i), c, "12") for i, c in enumerate(CONVERSATIONS)]
-    found = save_all(roll_out(questions, generate, sandbox.run, RolloutConfig(max_turns=2)), tmp_path / "t.jsonl", 4)
-    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in rows] == [t.key for t in found] and len(rows) == 4
-    alone = [reply.text for reply in generate(CONVERSATIONS)]
-    for row in rows:
-        assert row["ended"] in ("no answer", "cut") and row["turns"] == 1 and not row["correct"]
-        asked, said = CONVERSATIONS[int(row["key"])], alone[int(row["key"])]
-        assert row["messages"] == [*asked, {"role": "assistant", "content": said}]
+    stops = stop_ids(model.generation_config, template)
+    tasks = [Task(str(i), {"answer": "12"}, c) for i, c in enumerate(CONVERSATIONS)]
+    with BACKENDS[backend](model, sampling_config(stops, 0, 0.0)) as ready:
+        player = mathematician(ready, sandbox, template, stops=stops, turns=2, new_tokens=16)
+        found = play(player, tasks)
+    alone = sampled("rounds", model, stops, prompts_of(tokenizer), 16)
+    for key, t in found.items():
+        assert t.ended in ("done", "cut") and t.turns == 1 and not t.correct
+        (sequence,) = t.sequences
+        prompt, ids = prompts_of(tokenizer)[int(key)], alone[int(key)].ids
+        assert sequence["input_ids"] == prompt + ids
+        assert sequence["assistant_masks"] == [0] * len(prompt) + [1] * len(ids)
+        text = tokenizer.decode([token for token in ids if token not in stops])
+        assert t.messages == [*CONVERSATIONS[int(key)], {"role": "assistant", "content": text}]
+    assert len(found) == 4 and context_length(model.config) == 512
 
 
 def test_tool_roles_that_a_template_does_not_show():
@@ -316,15 +341,16 @@ def test_rollouts_of_the_quickstart_model(sandbox):
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL, dtype="float32")
     rows = (ROOT / "recipes/smollm2-135m/data/heldout.jsonl").read_text().splitlines()[:4]
     prompts = [json.loads(row)["chosen"][:1] for row in rows]
-    questions = [Question(str(i), prompt, "291") for i, prompt in enumerate(prompts)]
-    generate = Generator(model, tokenizer, ChatTemplate(tokenizer), max_new_tokens=20)
-    four, one = (
-        {t.key: t for t in roll_out(questions, generate, sandbox.run, RolloutConfig(max_turns=2, batch_size=size))}
-        for size in (4, 1)
-    )
-    assert four == one and len(four) == 4
-    assert all(t.ended and t.turns for t in four.values())
-    assert all("<|im_end|>" not in m["content"] for t in four.values() for m in t.messages)
+    tasks = [Task(str(i), {"answer": "291"}, prompt) for i, prompt in enumerate(prompts)]
+    template, stops = ChatTemplate(tokenizer), stop_ids(model.generation_config, ChatTemplate(tokenizer))
+    found = []
+    for backend, in_flight in (("continuous", 4), ("continuous", 1), ("rounds", 4)):
+        with BACKENDS[backend](model, sampling_config(stops, 0, 0.0)) as ready:
+            player = mathematician(ready, sandbox, template, stops=stops, turns=2, new_tokens=20)
+            played = play(player, tasks, in_flight)
+        found.append({key: (t.messages, t.ended, t.turns) for key, t in played.items()})
+    assert found[0] == found[1] == found[2] and len(found[0]) == 4
+    assert all("<|im_end|>" not in m["content"] for messages, _, _ in found[0].values() for m in messages)
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -356,17 +382,17 @@ def test_held_out_figures_by_turns():
 
 
 def test_rollout_figures():
-    def ended(key, correct, end, turns, *code):
-        return Trajectory(key, 0, [], "1", None, correct, end, turns, list(code))
+    def ended(key, reward, end, turns, *calls):
+        return Trajectory(key, 0, {}, [], reward=reward, ended=end, turns=turns, calls=[("python", c) for c in calls])
 
     figures = rollout_figures([
-        ended("a", True, "answered", 2, "ok"), ended("a", False, "cut", 1),
-        ended("b", False, "max turns", 2, "error", "timeout"), ended("b", False, "no answer", 1),
+        ended("a", 1.0, "done", 2, "ok"), ended("a", 0.5, "cut", 1),
+        ended("b", 0.0, "max turns", 2, "error", "timeout"), ended("b", None, "environment error", 1),
     ])  # fmt: skip
-    assert (figures["questions"], figures["conversations"]) == (2, 4)
-    assert (figures["accuracy"], figures["any_correct"]) == (0.25, 0.5)
-    assert figures["ended"] == {"answered": 1, "no answer": 1, "cut": 1, "too long": 0, "max turns": 1}
-    assert figures["code"] == {"ok": 1, "error": 1, "timeout": 1}
+    assert (figures["tasks"], figures["conversations"]) == (2, 4)
+    assert (figures["accuracy"], figures["any_correct"], figures["reward"]) == (0.25, 0.5, 0.5)
+    assert figures["ended"] == {"done": 1, "cut": 1, "too long": 0, "max turns": 1, "environment error": 1}
+    assert figures["calls"] == {"ok": 1, "error": 1, "timeout": 1} and figures["without_reward"] == 1
     assert figures["by_turns"] == {1: (2, 0), 2: (2, 1)}
     cells = list(rollout_tables(figures)[0].columns[1].cells)
-    assert cells[:2] == ["0.2500 (0.027 to 0.802)", "0.5000 (0.095 to 0.905)"]  # of 2 questions, not of 4 conversations
+    assert cells[:3] == ["0.2500 (0.027 to 0.802)", "0.5000 (0.095 to 0.905)", "0.5000"]  # of 2 tasks, not of 4

@@ -1,0 +1,54 @@
+"""Episodes of many tasks at a time, each written down as it ends."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from tqdm.auto import tqdm
+
+from mdpo.console import say
+from mdpo.rollouts.episode import Player
+from mdpo.rollouts.records import Records, Trajectory
+from mdpo.rollouts.tasks import Task
+
+IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
+
+
+def jobs(tasks: list[Task], samples: int) -> list[tuple[Task, int]]:
+    """(task, sample) of each episode, the samples of a task one behind the other."""
+    return [(task, sample) for task in tasks for sample in range(samples)]
+
+
+def roll_out(player: Player, wanted: list[tuple[Task, int]], records: Records, in_flight: int = IN_FLIGHT) -> None:
+    """Plays those of the episodes that `records` does not have yet. Raises UserError."""
+    missing = records.missing(wanted)
+    if records.torn:
+        say(f"{records.path}: the last line, cut by a kill, is removed: its trajectory is sampled again.")
+    if len(missing) < len(wanted):
+        say(f"{records.path}: {len(wanted) - len(missing)} of {len(wanted)} trajectories are there already.")
+    with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="rollouts", disable=None) as bar:
+
+        def ended(trajectory: Trajectory) -> None:
+            records.append(trajectory)
+            bar.set_postfix(right=sum(t.correct for t in records.done), refresh=False)
+            bar.update()
+
+        asyncio.run(play_all(player, missing, in_flight, ended))
+
+
+async def play_all(
+    player: Player, wanted: Iterable[tuple[Task, int]], in_flight: int, ended: Callable[[Trajectory], None]
+) -> None:
+    """Plays at most `in_flight` episodes at a time; the place of one that ends is filled at once."""
+    waiting, running = iter(wanted), set[asyncio.Task]()
+    try:
+        while True:
+            while len(running) < in_flight and (job := next(waiting, None)):
+                running.add(asyncio.create_task(player.play(*job)))
+            if not running:
+                return
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for episode in done:
+                ended(episode.result())
+    finally:
+        for episode in running:
+            episode.cancel()

@@ -1,0 +1,113 @@
+"""What a policy acts in: an environment in the protocol of TRL 1.16's `environment_factory`, plain functions as tools,
+or both. A class of that protocol has `reset(**row) -> str | None`, public methods with type hints and docstrings as
+tools, and may have `get_reward() -> float`; one written for TRL's GRPOTrainer is taken as it is."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from mdpo.console import first_line
+from mdpo.errors import UserError
+
+NO_TOOLS = ("reset", "get_reward")  # public methods that the policy cannot call
+
+
+def load_object(spec: str, option: str) -> Any:
+    """The object that `path/to/file.py:NAME` or `package.module:NAME` names. Raises UserError."""
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise UserError(f"--{option}: {spec!r} has to be path/to/file.py:NAME or package.module:NAME.")
+    try:
+        module = _of_file(Path(where), option) if where.endswith(".py") else importlib.import_module(where)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code runs
+        raise UserError(
+            f"--{option}: {where} cannot be imported: {type(error).__name__}: {first_line(error)}."
+        ) from error
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"--{option}: {where} has no {name}. It has {', '.join(public) or 'nothing'}.")
+    return getattr(module, name)
+
+
+def _of_file(path: Path, option: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"--{option}: there is no file {path}.")
+    name = f"mdpo_user_{path.stem}_{abs(hash(path.resolve()))}"
+    if name not in sys.modules:
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found is not None and found.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(found)
+        try:
+            found.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+class Environments:
+    """Instances of one environment class, constructed once and reset often; without a class, an episode has only
+    `functions` as tools. `schemas` has the tools as chat templates take them, by name. Raises UserError for a class
+    that is not of the protocol."""
+
+    def __init__(self, factory: Callable[[], Any] | None = None, functions: Iterable[Callable[..., Any]] = ()):
+        self.factory, self.functions = factory, list(functions)
+        self._free: list[Any] = []
+        self.name = getattr(factory, "__name__", type(factory).__name__) if factory else ""
+        self.has_reward = False
+        probe = None
+        if factory is not None:
+            probe = self._construct()
+            if not callable(getattr(type(probe), "reset", None)):
+                raise UserError(f"environment: {self.name} has no method reset(**row).", "environment")
+            self.has_reward = callable(getattr(type(probe), "get_reward", None))
+            self._free.append(probe)
+        self.schemas = {name: _schema(tool) for name, tool in self.tools(probe).items()}
+
+    def tools(self, instance: Any | None) -> dict[str, Callable[..., Any]]:
+        """The tools of an episode by name: the plain functions, then the instance's public methods."""
+        tools = {f.__name__: f for f in self.functions}
+        if instance is not None:  # found on the class: properties are not evaluated
+            for name, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction):
+                if not name.startswith("_") and name not in NO_TOOLS:
+                    tools[name] = getattr(instance, name)
+        return tools
+
+    def take(self) -> Any | None:
+        """An instance that no other episode has; None where there is no class."""
+        if self.factory is None:
+            return None
+        return self._free.pop() if self._free else self._construct()
+
+    def give_back(self, instance: Any | None) -> None:
+        """For the next episode. One whose method never returned must not be given back."""
+        if instance is not None:
+            self._free.append(instance)
+
+    def _construct(self) -> Any:
+        assert self.factory is not None
+        try:
+            return self.factory()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"environment: {self.name}() raised {type(error).__name__}: {first_line(error)}.", "environment"
+            ) from error
+
+
+def _schema(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_json_schema(function)
+    except Exception as error:  # of several kinds: no docstring, no hint, an argument without a description
+        raise UserError(
+            f"environment: the tool {function.__name__} cannot be described: {first_line(error)}.", "environment"
+        ) from error

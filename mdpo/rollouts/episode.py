@@ -1,0 +1,234 @@
+"""One conversation of a policy with its environment: a turn is sampled, its calls are run, the results come back as the
+next messages, until a turn without a call or another end."""
+
+import asyncio
+import inspect
+import json
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mdpo.console import first_line
+from mdpo.data.tool_calls import linked
+from mdpo.errors import DropPair, UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.spans import tokenize
+from mdpo.rollouts.arguments import wrong_arguments
+from mdpo.rollouts.calls import Call, CallForm, TurnCalls
+from mdpo.rollouts.environment import Environments
+from mdpo.rollouts.records import SampledTurn, Trajectory, recorded_sequences
+from mdpo.rollouts.rewards import IN_MAIN_THREAD, Rewards, checked_reward
+from mdpo.rollouts.tasks import Task, observed
+from mdpo.types import Message
+
+RESULT_CHARACTERS = 16_000  # of a result that the policy sees: the first and the last half
+HUNG = 100  # methods that never returned, after which sampling ends: each holds a thread
+
+
+class Hung(Exception):
+    """A method of the environment did not return in time."""
+
+
+class Outcome(str):
+    """A tool's text with how it ended, where that is not "ok": an ordinary text for everyone else."""
+
+    ended = "ok"
+
+    @classmethod
+    def of(cls, text: str, ended: str) -> "Outcome":
+        outcome = cls(text)
+        outcome.ended = ended
+        return outcome
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the policy sampled, its stop included. `cut` says that the token limit ended it."""
+
+    ids: list[int]
+    cut: bool = False
+    logprobs: list[float] | None = None
+
+
+class Backend(Protocol):
+    async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`turns` of the policy in a conversation, `new_tokens` in a turn, `context` tokens in all (None: no limit),
+    `seconds` that `reset`, a tool or a reward may take."""
+
+    turns: int = 6
+    new_tokens: int = 512
+    context: int | None = None
+    seconds: float = 60.0
+
+
+@dataclass
+class Player:
+    """All that the episodes of one run have in common. `stops` are the ids that end a turn."""
+
+    backend: Backend
+    template: ChatTemplate
+    stops: set[int]
+    form: CallForm
+    environments: Environments
+    rewards: Rewards
+    limits: Limits
+    hung: list[str] = field(default_factory=list)  # what never returned
+    # More programs at a time than cores would spend their own time limits waiting.
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(len(os.sched_getaffinity(0))))
+
+    async def play(self, task: Task, sample: int) -> Trajectory:
+        """An episode from `reset` to its reward. Failures of the environment end it as "environment error"; a prompt
+        that the template refuses raises UserError, as every other one would be refused too."""
+        instance, hung_before = self.environments.take(), len(self.hung)
+        trajectory = Trajectory(task.key, sample, task.row, list(task.messages), tools=self.form.schemas)
+        turns: list[SampledTurn] = []
+        try:
+            if instance is not None:
+                columns = {name: value for name, value in task.row.items() if name != "environment"}
+                observation = await self._limited("reset", lambda: instance.reset(**columns))
+                trajectory.messages = observed(task.messages, observation)
+            trajectory.messages = self.form.opening(trajectory.messages)
+            trajectory.prompt_messages = len(trajectory.messages)
+            while not trajectory.ended:
+                await self._turn(trajectory, turns, self.environments.tools(instance))
+            await self._judge(trajectory, turns, instance)
+        except UserError:
+            raise
+        except Exception as error:  # of the user's code
+            trajectory.ended = "environment error"
+            trajectory.error = f"{type(error).__name__}: {first_line(error)}"
+            trajectory.reward = None
+        trajectory.sequences = recorded_sequences(turns)
+        if len(self.hung) == hung_before:
+            self.environments.give_back(instance)
+        return trajectory
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Ids of the conversation and the generation prompt, by the template and tokenizer that training uses."""
+        try:
+            text = self.template.render(linked(messages, strict=True), self.form.schemas, generation=True)
+            return tokenize(text, self.template.tokenizer)[0]
+        except DropPair as reason:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"{reason} (its messages: {roles}).", reason.key) from reason
+
+    async def _turn(self, trajectory: Trajectory, turns: list[SampledTurn], tools: dict[str, Callable]) -> None:
+        prompt, limits = self.prompt(trajectory.messages), self.limits
+        if limits.context is not None and len(prompt) + limits.new_tokens > limits.context:
+            trajectory.ended = "too long"
+            return
+        sampled = await self.backend.sample(prompt, limits.new_tokens)
+        turns.append(SampledTurn(prompt, sampled.ids, sampled.logprobs))
+        trajectory.turns += 1
+        end = next((t for t, token in enumerate(sampled.ids) if token in self.stops), len(sampled.ids))
+        text = self.template.tokenizer.decode(
+            sampled.ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        turn = self.form.read(text, sampled.ids, prompt)
+        trajectory.messages.append(turn.message)
+        if sampled.cut:
+            trajectory.ended = "cut"
+        elif not turn.calls and not turn.malformed:
+            trajectory.ended = "done"
+        elif trajectory.turns == limits.turns:
+            trajectory.ended = "max turns"
+        else:
+            trajectory.messages += self.form.results(turn, await self._results(trajectory, turn, tools))
+
+    async def _results(self, trajectory: Trajectory, turn: TurnCalls, tools: dict[str, Callable]) -> list[str]:
+        """The text that comes back for each call, in order: one after another, as each may change the state."""
+        if turn.malformed:
+            trajectory.calls.append(("", "malformed"))
+            return [f"error: the call cannot be read: {turn.malformed}"]
+        texts = []
+        for call in turn.calls:
+            text, ended = await self._called(call, tools)
+            trajectory.calls.append((call.name, ended))
+            texts.append(shortened(text))
+        return texts
+
+    async def _called(self, call: Call, tools: dict[str, Callable]) -> tuple[str, str]:
+        function = tools.get(call.name)
+        if function is None:
+            return f"error: there is no tool {call.name}. There is {', '.join(tools) or 'none'}.", "unknown"
+        if wrong := wrong_arguments(call.arguments, self.environments.schemas[call.name]["function"]):
+            return f"error: {wrong}", "wrong arguments"
+        try:
+            result = await self._limited(call.name, lambda: function(**call.arguments))
+        except Hung as error:
+            return f"error: {error}", "hung"
+        except Exception as error:
+            return f"error: {type(error).__name__}: {first_line(error)}", "raised"
+        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+        return text, getattr(result, "ended", "ok")
+
+    async def _judge(self, trajectory: Trajectory, turns: list[SampledTurn], instance: Any) -> None:
+        """The rewards, of every trajectory that the policy had a turn in."""
+        rewards: dict[str, float | None] = {}
+        if instance is not None and self.environments.has_reward:
+            value = await self._limited("get_reward", instance.get_reward)
+            rewards[self.environments.name] = checked_reward("get_reward", value)
+        said = trajectory.messages
+        prompt, completion = said[: trajectory.prompt_messages], said[trajectory.prompt_messages :]
+        ids = [token for turn in turns for token in turn.ids]
+        for name, call in self.rewards.calls(trajectory.task, prompt, completion, ids, instance).items():
+            by_alarm = self.rewards.functions[self.rewards.names.index(name)] in IN_MAIN_THREAD
+            rewards[name] = call() if by_alarm else await self._limited(name, call)
+        trajectory.rewards, trajectory.reward = rewards, self.rewards.total(rewards)
+
+    async def _limited(self, name: str, function: Callable[[], Any]) -> Any:
+        """What the function returns, or raises, in a thread of its own. Raises TimeoutError; a thread that never ends
+        dies with the process. Raises UserError after many of these."""
+        async with self.slots:
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future = loop.create_future()
+            threading.Thread(target=_work, args=(function, future, loop), daemon=True, name=name).start()
+            done, _ = await asyncio.wait([future], timeout=self.limits.seconds)
+        if done:
+            return future.result()
+        future.cancel()
+        self.hung.append(name)
+        if len(self.hung) >= HUNG:
+            names = ", ".join(sorted(set(self.hung)))
+            raise UserError(f"environment: {HUNG} calls of {names} never returned.", "environment")
+        raise Hung(f"{name} did not return within {self.limits.seconds:g} s")
+
+
+def _work(function: Callable[[], Any], future: asyncio.Future, loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        result = function()
+        outcome = (asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result, None)
+    except BaseException as error:
+        outcome = (None, error)
+    with suppress(RuntimeError):  # the loop has been closed since
+        loop.call_soon_threadsafe(_settle, future, *outcome)
+
+
+def _settle(future: asyncio.Future, result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, Exception) and not isinstance(error, StopIteration):
+        future.set_exception(error)
+    else:  # SystemExit and the like of the user's code end the call, not the run
+        future.set_exception(RuntimeError(f"{type(error).__name__}: {first_line(error)}"))
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def shortened(text: str) -> str:
+    """A result as the policy sees it."""
+    half = RESULT_CHARACTERS // 2
+    if len(text) <= 2 * half:
+        return text
+    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"

@@ -1,0 +1,168 @@
+"""Iterative preference learning: a policy samples, its trajectories are paired, it is trained on the pairs and judged
+on held-out tasks, again and again. Each stage is a command that can be run by hand, and a folder that is whole when
+`stage.json` is in it: the same loop, started again, continues in the stage that it was in."""
+
+import ctypes
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdpo.config.loop import Loop
+from mdpo.console import say
+from mdpo.errors import Preempted, UserError
+from mdpo.rollouts.records import read_trajectory
+from mdpo.rollouts.tables import rollout_figures, wilson
+from mdpo.storage import replace_text
+
+ROOT = Path(__file__).resolve().parents[2]
+DONE = "stage.json"
+TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
+PREEMPTED = 75
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. `settings` are what its result depends on: a finished stage of other settings is refused."""
+
+    folder: Path
+    command: list[str]
+    settings: dict[str, Any]
+
+    def finished(self) -> bool:
+        """Raises UserError where the folder is whole, but of other settings."""
+        done = self.folder / DONE
+        if not done.exists():
+            return False
+        theirs = json.loads(done.read_text(encoding="utf-8"))
+        changed = sorted(k for k in theirs.keys() | self.settings.keys() if theirs.get(k) != self.settings.get(k))
+        if changed:
+            raise UserError(
+                f"{self.folder}: is finished, with other values of {', '.join(changed)}. Take them back, or give "
+                "another output_dir.",
+                changed[0],
+            )
+        return True
+
+    def run(self) -> None:
+        """Raises UserError where the command fails, Preempted where it was asked to stop."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        say(f"{self.folder}: {shlex.join(self.command)}")
+        process = subprocess.Popen(self.command, preexec_fn=_ends_with_its_parent)  # noqa: PLW1509
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if code == PREEMPTED:
+            raise Preempted("its command")
+        if code:
+            raise UserError(f"{self.folder}: its command ended with {code}; its error is above.", "stage")
+        replace_text(self.folder / DONE, json.dumps(self.settings, indent=1))
+
+
+def _ends_with_its_parent() -> None:
+    """Of Linux: a killed loop leaves no process behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Iterations:
+    """The stages of a loop in order; each is made from the results of those before."""
+
+    def __init__(self, loop: Loop, first_policy: str):
+        self.loop, self.first = loop, first_policy
+        self.out = Path(loop.output_dir)
+
+    def folder(self, n: int, stage: str) -> Path:
+        return self.out / f"iteration-{n}" / stage
+
+    def policy(self, n: int) -> str:
+        """The policy that iteration `n` ends with; of 0 the first one."""
+        return str(self.folder(n, "train")) if n else self.first
+
+    def stages(self) -> Iterator[tuple[int, Stage]]:
+        """(iteration, stage)."""
+        yield 0, self.evaluated(0)
+        for n in range(1, self.loop.iterations + 1):
+            yield n, self.sampled(n)
+            yield n, self.paired(n)
+            yield n, self.trained(n)
+            yield n, self.evaluated(n)
+
+    def sampled(self, n: int) -> Stage:
+        seed = {} if self.loop.sample.get("backend") == "server" else {"seed": n}
+        return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**self.loop.sample, **seed})
+
+    def evaluated(self, n: int) -> Stage:
+        return self._sampling(n, "evaluate", self.policy(n), self.loop.held_out_tasks, self.loop.evaluate)
+
+    def _sampling(self, n: int, stage: str, policy: str, tasks: str, options: dict[str, Any]) -> Stage:
+        folder = self.folder(n, stage)
+        command = [sys.executable, str(ROOT / "scripts/sample.py"), policy, "--recipe", self.loop.recipe]
+        command += ["--tasks", tasks, "--save", str(folder / TRAJECTORIES), *flags(options)]
+        return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: options})
+
+    def paired(self, n: int) -> Stage:
+        folder, source = self.folder(n, "pair"), self.folder(n, "sample") / TRAJECTORIES
+        command = [sys.executable, str(ROOT / "scripts/pair_rollouts.py"), str(source)]
+        command += ["--out", str(folder / PAIRS), "--replace", *flags(self.loop.pair)]
+        return Stage(folder, command, {"pair": self.loop.pair})
+
+    def trained(self, n: int) -> Stage:
+        folder, loop = self.folder(n, "train"), self.loop
+        mixer = json.dumps({str(self.folder(n, "pair") / PAIRS): 1.0})
+        reference = {"ref_model_name_or_path": self.first} if loop.reference == "first" and n > 1 else {}
+        own = {"model_name_or_path": self.policy(n - 1), **reference, "output_dir": str(folder)}
+        launcher = [sys.executable]
+        if loop.accelerate_config:
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", loop.accelerate_config]
+        command = [*launcher, str(ROOT / "run_dpo.py"), loop.recipe, f"--dataset_mixer={mixer}"]
+        command += keys({**loop.train, **own})
+        settings = {"recipe": loop.recipe, "train": loop.train, "reference": loop.reference}
+        return Stage(folder, command, settings)
+
+    def run(self, after: Callable[[int, Stage], bool]) -> None:
+        """Runs what is not finished, in order. `after` each stage, finished now or earlier, says whether to go on."""
+        stages = list(self.stages())
+        for _, stage in stages:
+            stage.finished()  # raises before anything runs
+        for n, stage in stages:
+            if not stage.finished():
+                stage.run()
+            if not after(n, stage):
+                return
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """A switch without a value where the option is true; none where it is false."""
+    return [f"--{k}" if v is True else f"--{k}={_text(v)}" for k, v in options.items() if v is not False]
+
+
+def keys(train: dict[str, Any]) -> list[str]:
+    """Keys of a recipe as flags."""
+    return [f"--{key}={json.dumps(value) if isinstance(value, list) else _text(value)}" for key, value in train.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict | bool) or value is None else str(value)
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """`rollout_figures` of a finished stage's trajectories."""
+    lines = (folder / TRAJECTORIES).read_text(encoding="utf-8").split("\n")[:-1]
+    return rollout_figures(read_trajectory(line, f"{folder / TRAJECTORIES}:{n}") for n, line in enumerate(lines, 1))
+
+
+def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the share of right answers is below the 95 % interval of the one before."""
+    return now["accuracy"] < wilson(before["accuracy"], before["tasks"])[0]

@@ -1,0 +1,108 @@
+"""How a policy is sampled, as a command line or a recipe says it."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mdpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Without `environment` the tasks are maths: Python blocks are run in the sandbox, and `answer` is compared."""
+
+    save: Path
+    instruction: str = ""
+    environment: str | None = None  # path/to/file.py:Class or module:Class
+    rewards: tuple[str, ...] = ()  # path/to/file.py:function or module:function
+    reward_weights: tuple[float, ...] = ()
+    tool_calls: str = "auto"  # auto | template | text
+    tool_role: str = "user"
+    backend: str = "transformers"  # transformers | generate | server
+    base_url: tuple[str, ...] = ()
+    served_model: str = ""
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 42
+    max_turns: int = 6
+    max_new_tokens: int = 512
+    code_seconds: float = 10.0
+    tool_seconds: float = 60.0
+    in_flight: int = 64
+    shard: tuple[int, int] = (0, 1)
+    isolated: bool = True
+
+
+def listed(kind: type) -> Callable[[str], tuple]:
+    def read(text: str) -> tuple:
+        return tuple(kind(part) for part in text.split(","))
+
+    read.__name__ = f"{kind.__name__},…"
+    return read
+
+
+def shard(text: str) -> tuple[int, int]:
+    k, n = map(int, text.split("/"))
+    if not 0 <= k < n:
+        raise ValueError(text)
+    return k, n
+
+
+HOW = "transformers batches continuously; generate in rounds, for any model; server asks vLLM or SGLang"
+ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are those of SamplingOptions
+    "save": (Path, None, "file for trajectories (default CHECKPOINT/trajectories.jsonl)"),
+    "environment": (str, None, "path/to/file.py:Class or module:Class"),
+    "rewards": (listed(str), None, "reward functions of TRL's form, path/to/file.py:function or module:function"),
+    "reward_weights": (listed(float), None, "a number for each reward function; 1 where not given"),
+    "tool_calls": (("auto", "template", "text"), None, "how the policy writes calls; needs --environment"),
+    "instruction": (str, None, "text in front of each question, with an empty line between"),
+    "max_turns": (int, 1, "turns of the model in a conversation, at most"),
+    "max_new_tokens": (int, 1, "tokens in a turn, at most"),
+    "in_flight": (int, 1, "conversations at a time, at most"),
+    "backend": (("transformers", "generate", "server"), None, HOW),
+    "base_url": (listed(str), None, "of servers that serve CHECKPOINT, such as http://127.0.0.1:8000/v1"),
+    "served_model": (str, None, "what the servers call CHECKPOINT (default: as it is written here)"),
+    "temperature": (float, 0, "0 takes the most likely token"),
+    "samples": (int, 1, "conversations for each task; needs a temperature"),
+    "seed": (int, 0, "seed of sampling; what joins a batch when depends on the machine"),
+    "shard": (shard, None, "K/N: every N-th task from the K-th on, from 0"),
+    "tool_role": (("user", "tool"), None, "role of results in text; M-DPO's data has user"),
+    "code_seconds": (float, 0.1, "time limit of a program"),
+    "tool_seconds": (float, 0.1, "time limit of a tool, of reset and of a reward"),
+}
+
+SAMPLED = ("samples", "seed")  # need a temperature
+DEFAULTS = {field.name: field.default for field in fields(SamplingOptions)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow_unisolated_code", action="store_true", help="see above")
+    for key, (kind, _, text) in ROLLOUTS.items():
+        default = DEFAULTS[key]
+        text += "" if default in (MISSING, None, "", (), (0, 1)) else f" (default {default})"
+        takes: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(f"--{key}", help=text, **takes)
+
+
+def read_options(args: argparse.Namespace, save: Path) -> SamplingOptions:
+    """`save` is the default of that option. Raises UserError, also for options that would have no effect."""
+    given = {name: value for name in ROLLOUTS if (value := getattr(args, name)) is not None}
+    named = [*given, *(["allow_unisolated_code"] if args.allow_unisolated_code else [])]
+    for names, effect, without in (
+        (SAMPLED, args.temperature, "at temperature 0; set --temperature"),
+        (("base_url", "served_model"), args.backend == "server", "without --backend server"),
+        (("seed",), args.backend != "server", "with --backend server, as each of its samples would be the same"),
+        (("tool_calls",), args.environment, "without --environment"),
+        (("code_seconds", "allow_unisolated_code"), not args.environment, "with --environment"),
+    ):
+        if not effect and (unused := [name for name in named if name in names]):
+            raise UserError(f"--{unused[0]}: has no effect {without}.")
+    for name, value in given.items():
+        least = ROLLOUTS[name][1]
+        if least is not None and not least <= value < float("inf"):
+            raise UserError(f"--{name}: {value} is out of range; give a number >= {least}.")
+    if args.backend == "server" and not args.base_url:
+        raise UserError("--base_url: --backend server needs an address.")
+    return SamplingOptions(**{"save": save, **given}, isolated=not args.allow_unisolated_code)

@@ -1,0 +1,161 @@
+"""Trajectories → preference pairs, and what became of the rest."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdpo.data.files import json_rows
+from mdpo.data.groups import AnswerPairs
+from mdpo.errors import UserError
+from mdpo.types import Message
+
+UNFINISHED = ("cut", "too long", "environment error")
+NO_REWARD, NOT_ENDED, REPEATED = "without a reward", "not ended by the policy", "the same as an earlier one"
+ALIKE, NO_BRANCH = "no two differ in reward", "no two went the same way for a turn"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One trajectory of anybody's: `messages`, its reward, its recorded sequences if it has any."""
+
+    messages: list[Message]
+    reward: float
+    sequences: list[dict[str, list]] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def length(self) -> int:
+        """Of what the policy wrote: in sampled tokens, else in characters."""
+        if self.sequences:
+            return sum(sum(sequence["assistant_masks"]) for sequence in self.sequences)
+        return sum(len(json.dumps(m, ensure_ascii=False)) for m in self.messages if m.get("role") == "assistant")
+
+    def side(self) -> Any:
+        """As a row has it."""
+        return {"messages": self.messages, "sequences": self.sequences} if self.sequences else self.messages
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """`by` is a rule of `AnswerPairs`, or branch: of two trajectories that went the same way for a turn at least, the
+    longest way first. With `length_matched` those of the least difference in length come first."""
+
+    by: str = "best_worst"  # best_worst | all | adjacent | random | branch
+    min_reward_gap: float = 0.0
+    max_pairs_per_prompt: int | None = None
+    length_matched: bool = False
+    seed: int = 42
+
+    def pairs(self, found: list[Scored], key: str) -> list[tuple[Scored, Scored]]:
+        """(chosen, rejected) of the trajectories of one task."""
+        rewards: list[float | None] = [one.reward for one in found]
+        if self.by != "branch" and not self.length_matched:
+            rule = AnswerPairs(self.by, self.min_reward_gap, self.max_pairs_per_prompt)
+            return [(found[i], found[j]) for i, j in rule.of_rewards(rewards, f"{self.seed}/{key}")]
+        candidates = AnswerPairs("all", self.min_reward_gap).of_rewards(rewards, key)
+        if self.by == "best_worst":
+            best, worst = max(one.reward for one in found), min(one.reward for one in found)
+            candidates = [(i, j) for i, j in candidates if (found[i].reward, found[j].reward) == (best, worst)]
+        two = [(found[i], found[j]) for i, j in candidates]
+        if self.by == "branch":
+            two = [pair for pair in two if same_turns(*pair)]
+            two.sort(key=lambda pair: -same_turns(*pair))
+        if self.length_matched:
+            two.sort(key=lambda pair: abs(pair[0].length - pair[1].length))
+        limit = self.max_pairs_per_prompt or (1 if self.by == "best_worst" else None)
+        return two[:limit]
+
+
+def same_turns(a: Scored, b: Scored) -> int:
+    """The policy's turns that two trajectories begin with alike, and after which both went on."""
+    turns = 0
+    for one, other in zip(a.messages[:-1], b.messages[:-1], strict=False):
+        if one != other:
+            break
+        turns += one.get("role") == "assistant"
+    return turns
+
+
+@dataclass
+class Report:
+    """Counts: trajectories left out and tasks without a pair, by reason; pairs, `longer` those whose chosen side is."""
+
+    trajectories: int = 0
+    tasks: int = 0
+    paired: int = 0
+    pairs: int = 0
+    longer: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    unpaired: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        lines = [f"{self.trajectories} trajectories of {self.tasks} tasks"]
+        lines += [f"  left out: {n} {why}" for why, n in sorted(self.left_out.items())]
+        lines.append(f"{self.pairs} pairs of {self.paired} tasks")
+        lines += [f"  without a pair: {n} tasks, {why}" for why, n in sorted(self.unpaired.items())]
+        if self.pairs:
+            lines.append(
+                f"  the chosen side is longer in {self.longer} of {self.pairs} ({self.longer / self.pairs:.0%})"
+            )
+        return lines
+
+
+def paired_rows(paths: Iterable[Path], pairing: Pairing) -> tuple[list[dict[str, Any]], Report]:
+    """(rows for a recipe's dataset, report). Raises UserError."""
+    report, rows = Report(), list[dict[str, Any]]()
+    tasks = by_task(paths, report)
+    report.tasks = len(tasks)
+    for key, found in tasks.items():
+        pairs = pairing.pairs(found, key)
+        if not pairs:
+            alike = len({one.reward for one in found}) < 2
+            report.unpaired[ALIKE if alike or pairing.by != "branch" else NO_BRANCH] += 1
+        for number, (chosen, rejected) in enumerate(pairs):
+            row = {"chosen": chosen.side(), "rejected": rejected.side(), "id": f"{key}-{number}"}
+            rows.append({**row, "tools": chosen.tools} if chosen.tools else row)
+            report.longer += chosen.length > rejected.length
+        report.paired += bool(pairs)
+    report.pairs = len(rows)
+    return rows, report
+
+
+def by_task(paths: Iterable[Path], report: Report) -> dict[str, list[Scored]]:
+    """key -> its trajectories, each once, in the order of the files. Raises UserError."""
+    tasks: dict[str, list[Scored]] = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"trajectories: there is no file {path}.")
+        for place, row in json_rows(str(path)):
+            key, one = read_scored(row, f"{path}:{place}", report)
+            report.trajectories += 1
+            found = tasks.setdefault(key, [])
+            if one is None:
+                continue
+            if any(one.messages == other.messages for other in found):
+                report.left_out[REPEATED] += 1
+                continue
+            found.append(one)
+    return tasks
+
+
+def read_scored(row: dict[str, Any], where: str, report: Report) -> tuple[str, Scored | None]:
+    """(key, trajectory) of a row: `messages`, `reward` (a number) or `correct` (true or false), and a `key`, else the
+    messages before the first turn are it; `sequences`, `tools` and `ended` may be there. None where it is left out.
+    Raises UserError."""
+    messages = row.get("messages")
+    turns = [m.get("role") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else []
+    if None in turns or "user" not in turns or not {"reward", "correct"} & row.keys():
+        raise UserError(f"{where}: is no trajectory: it needs `messages` and `reward` or `correct`.", "trajectory")
+    assert isinstance(messages, list)
+    prompt = messages[: turns.index("assistant")] if "assistant" in turns else messages
+    key = str(row.get("key") or json.dumps(prompt, sort_keys=True, ensure_ascii=False))
+    reward = row["reward"] if "reward" in row else row["correct"]
+    if reward is not None and not isinstance(reward, int | float):
+        raise UserError(f"{where}: reward: {reward!r:.40} is not a number.", "reward")
+    if reward is None or row.get("ended") in UNFINISHED or "assistant" not in turns:
+        report.left_out[NO_REWARD if reward is None else NOT_ENDED] += 1
+        return key, None
+    return key, Scored(messages, float(reward), row.get("sequences") or [], row.get("tools"))

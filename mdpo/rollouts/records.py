@@ -1,0 +1,156 @@
+"""Trajectories on disk: JSON Lines, one appended as each ends, so that a kill loses none that has ended, and the same
+command continues with those that are missing."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mdpo.errors import UserError
+from mdpo.rollouts.tasks import Task
+from mdpo.sequences import common_prefix
+from mdpo.types import Message
+
+ENDS = ("done", "cut", "too long", "max turns", "environment error")
+
+
+@dataclass
+class SampledTurn:
+    """The ids that the policy was given and those that it sampled, its stop included; the log-prob of each in nats,
+    where the backend knows it."""
+
+    prompt: list[int]
+    ids: list[int]
+    logprobs: list[float] | None = None
+
+
+@dataclass
+class Trajectory:
+    """One conversation. `ended` is one of ENDS: the policy called nothing more; a token limit cut its turn; the context
+    had no room for a turn; it had all its turns; or the environment failed, as `error` says. `calls` are (tool, how it
+    ended) in order. `rewards` has each source's number, `reward` their weighted sum, None where a source had none.
+    `sequences` are the ids as they were sampled (see `recorded_sequences`), empty where the backend has no ids.
+    `settings` are those of sampling, `policy` says which weights sampled."""
+
+    key: str
+    sample: int
+    task: dict[str, Any]
+    messages: list[Message]
+    sequences: list[dict[str, list]] = field(default_factory=list)
+    reward: float | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    ended: str = ""
+    error: str = ""
+    turns: int = 0
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    policy: str = ""
+    prompt_messages: int = 0  # how many of `messages` came before the first turn
+    tools: list[dict[str, Any]] | None = None  # as the chat template got them
+
+    @property
+    def correct(self) -> bool:
+        return self.reward is not None and self.reward >= 1
+
+
+def recorded_sequences(turns: Iterable[SampledTurn]) -> list[dict[str, list]]:
+    """The turns as sequences of ids, a new one where the next prompt does not begin with all ids so far; the form that
+    rows may have (docs/rows.md): 1 in `assistant_masks` where the policy sampled the token.
+
+    Example: prompt [1, 2] sampled [3], prompt [1, 2, 3, 4] sampled [5] -> one sequence [1, 2, 3, 4, 5], mask
+    [0, 0, 1, 0, 1]; a second prompt [1, 9] sampled [5] begins another one.
+    """
+    sequences = list[dict[str, list]]()
+    for turn in turns:
+        last = sequences[-1] if sequences else None
+        if last is None or common_prefix(last["input_ids"], turn.prompt) < len(last["input_ids"]):
+            last = {"input_ids": [], "assistant_masks": [], "logprobs": []}
+            sequences.append(last)
+        new = turn.prompt[len(last["input_ids"]) :]
+        last["input_ids"] += [*new, *turn.ids]
+        last["assistant_masks"] += [0] * len(new) + [1] * len(turn.ids)
+        last["logprobs"] += [None] * len(new) + (turn.logprobs or [None] * len(turn.ids))
+    for sequence in sequences:
+        known = [x for x, sampled in zip(sequence["logprobs"], sequence["assistant_masks"], strict=True) if sampled]
+        if None in known:
+            del sequence["logprobs"]
+    return sequences
+
+
+class Records:
+    """The trajectories of one file. Raises UserError where the file has other ones than this command would make: of
+    another policy, of other settings, of tasks that are not there."""
+
+    def __init__(self, path: Path, policy: str, settings: dict[str, Any]):
+        self.path, self.policy, self.settings = path, policy, settings
+        self.torn = 0  # bytes of a line that a kill cut, removed
+        self.done = self._read() if path.exists() else []
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+
+    def _read(self) -> list[Trajectory]:
+        text = self.path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            self.torn = len(text) - whole
+            with self.path.open("rb+") as file:
+                file.truncate(whole)
+        done = [
+            read_trajectory(line, f"{self.path}:{number}")
+            for number, line in enumerate(text[:whole].decode("utf-8").split("\n")[:-1], 1)
+        ]
+        for number, trajectory in enumerate(done, 1):
+            others = [
+                f"{name} {theirs!r}, now {ours!r}"
+                for name, theirs, ours in (
+                    ("policy", trajectory.policy, self.policy),
+                    *((n, trajectory.settings.get(n), v) for n, v in self.settings.items()),
+                )
+                if theirs != ours
+            ]
+            if others:
+                raise UserError(
+                    f"{self.path}:{number}: was sampled with {'; '.join(others)}. Give another file, or remove it.",
+                    "save",
+                )
+        twice = [key for key, n in Counter((t.key, t.sample) for t in done).items() if n > 1]
+        if twice:
+            raise UserError(f"{self.path}: {twice[0][0]!r}, sample {twice[0][1]}, is there twice.", "save")
+        return done
+
+    def missing(self, wanted: list[tuple[Task, int]]) -> list[tuple[Task, int]]:
+        """Of (task, sample) those that have not ended yet. Raises UserError where the file has others."""
+        there = {(trajectory.key, trajectory.sample) for trajectory in self.done}
+        if foreign := there - {(task.key, sample) for task, sample in wanted}:
+            key, sample = min(foreign)
+            raise UserError(f"{self.path}: has {key!r}, sample {sample}, which these tasks do not have.", "save")
+        return [(task, sample) for task, sample in wanted if (task.key, sample) not in there]
+
+    def append(self, trajectory: Trajectory) -> None:
+        """Written to the disk before it returns. Raises UserError where that takes no more."""
+        trajectory.policy, trajectory.settings = self.policy, self.settings
+        try:
+            self._file.write(json.dumps(asdict(trajectory), ensure_ascii=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: {error.strerror}; {len(self.done)} trajectories are there. The same command continues.",
+                "save",
+            ) from error
+        self.done.append(trajectory)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_trajectory(line: str, where: str) -> Trajectory:
+    """Raises UserError for a line that is none."""
+    try:
+        row = json.loads(line)
+        row["calls"] = [tuple(call) for call in row["calls"]]
+        return Trajectory(**row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: is no trajectory ({error}).", "trajectory") from error

@@ -1,0 +1,97 @@
+"""How good a trajectory is: the sum of an environment's reward and of reward functions in TRL's form, weighted."""
+
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite
+from typing import Any
+
+from mdpo.errors import UserError
+from mdpo.rollouts.answers import gold_answer, is_right, last_boxed
+from mdpo.rollouts.calls import CODE
+from mdpo.types import Message
+
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Reward functions are called as TRL's GRPOTrainer calls them, for one trajectory: `f(prompts=[messages],
+    completions=[messages], completion_ids=[ids], environments=[instance], **columns)`, each column a list of one, and
+    return a list of one number or None. `weights` has one for each function; the environment's own reward has 1."""
+
+    functions: Sequence[RewardFunction] = ()
+    weights: Sequence[float] = ()
+    names: list[str] = field(init=False)
+
+    def __post_init__(self):
+        if self.weights and len(self.weights) != len(self.functions):
+            raise UserError(
+                f"reward_weights: {len(self.weights)} numbers for {len(self.functions)} reward functions.",
+                "reward_weights",
+            )
+        names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
+        object.__setattr__(self, "names", names)
+
+    def calls(
+        self, task: dict[str, Any], prompt: list[Message], completion: list[Message], ids: list[int], instance: Any
+    ) -> dict[str, Callable[[], float | None]]:
+        """For each function by name, a call that returns its reward for a trajectory, or raises what it raises."""
+        columns = {name: [value] for name, value in task.items() if name not in ("prompt", "completion")}
+        if instance is not None:
+            columns["environments"] = [instance]
+        given = {**columns, "prompts": [prompt], "completions": [completion], "completion_ids": [ids]}
+        return {
+            name: partial(_one, name, function, given)
+            for name, function in zip(self.names, self.functions, strict=True)
+        }
+
+    def total(self, rewards: dict[str, float | None]) -> float | None:
+        """The weighted sum; None where a source has none, or there is no source."""
+        weights = dict(zip(self.names, self.weights or [1.0] * len(self.names), strict=True))
+        if not rewards or any(reward is None for reward in rewards.values()):
+            return None
+        return sum(weights.get(name, 1.0) * reward for name, reward in rewards.items() if reward is not None)
+
+
+def _one(name: str, function: RewardFunction, given: dict[str, Any]) -> float | None:
+    values = function(**given)
+    if inspect.isawaitable(values):
+        values = asyncio.run(_awaited(values))
+    if not isinstance(values, list | tuple) or len(values) != 1:
+        raise ValueError(f"{name} has to return a list of one number or None for one trajectory, not {values!r:.60}")
+    return checked_reward(name, values[0])
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def checked_reward(name: str, value: Any) -> float | None:
+    """A finite number, or None. Raises ValueError."""
+    if value is None:
+        return None
+    number = float(value)
+    if not isfinite(number):
+        raise ValueError(f"{name} returned {value}, not a finite number")
+    return number
+
+
+def right_answer(completions: list[list[Message]], answer: list[Any], **_: Any) -> list[float]:
+    """A reward function of TRL's form: 1 where the last turn's \\boxed{} outside code is the row's `answer` by
+    math-verify, else 0. In the main thread only (see `is_right`)."""
+    return [
+        float(is_right(final_answer(completion), gold_answer(gold)))
+        for completion, gold in zip(completions, answer, strict=True)
+    ]
+
+
+IN_MAIN_THREAD = {right_answer}  # math-verify sets an alarm
+
+
+def final_answer(completion: list[Message]) -> str | None:
+    """The last \\boxed{} outside code of the last turn; None where there is none, or no turn."""
+    turns = [message for message in completion if message["role"] == "assistant"]
+    return last_boxed(CODE.sub("", turns[-1].get("content") or "")) if turns else None

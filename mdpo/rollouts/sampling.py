@@ -1,0 +1,142 @@
+"""The trajectories of a checkpoint. What can fail before weights are loaded fails in `prepare`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from mdpo.config.caches import default_folder
+from mdpo.config.recipe import Recipe
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.reference.fingerprint import named_digest
+from mdpo.rollouts.answers import gold_answer, refuse_missing_verifier
+from mdpo.rollouts.calls import CallForm, call_form
+from mdpo.rollouts.continuous import ContinuousBatching
+from mdpo.rollouts.driver import jobs, roll_out
+from mdpo.rollouts.environment import Environments, load_object
+from mdpo.rollouts.episode import Backend, Limits, Player
+from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
+from mdpo.rollouts.load_policy import load_policy
+from mdpo.rollouts.options import SamplingOptions
+from mdpo.rollouts.python_maths import python_tool
+from mdpo.rollouts.records import Records, Trajectory
+from mdpo.rollouts.rewards import Rewards, right_answer
+from mdpo.rollouts.sandbox import Limits as ProgramLimits
+from mdpo.rollouts.sandbox import Sandbox
+from mdpo.rollouts.server import Server
+from mdpo.rollouts.tasks import Task, read_tasks
+
+CODE_START_S = 30.0  # beside a program's own limit: the sandbox's start on a busy machine
+NOT_OF_A_TRAJECTORY = (
+    "save",
+    "in_flight",
+    "shard",
+    "samples",
+    "base_url",
+    "served_model",
+)  # options that change nothing in it
+BACKENDS = {"transformers": ContinuousBatching, "generate": Rounds}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    options: SamplingOptions
+    tasks: list[Task]
+    template: ChatTemplate
+    environments: Environments
+    rewards: Rewards
+    form: CallForm
+
+
+def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> Prepared:
+    """Reads the tasks, makes an environment, and asks the template. Raises UserError."""
+    template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
+    functions = [load_object(spec, "rewards") for spec in options.rewards]
+    if options.environment:
+        environments, kind = Environments(load_object(options.environment, "environment")), options.tool_calls
+        if not environments.has_reward and not functions:
+            raise UserError(f"rewards: {environments.name} has no get_reward; name a reward function.")
+    else:
+        refuse_missing_verifier()
+        if not options.isolated:
+            say("allow_unisolated_code: the model's programs run with access to this user's files and network.")
+        sandbox = Sandbox(ProgramLimits(options.code_seconds), namespaces=options.isolated)
+        environments, kind = Environments(functions=[python_tool(sandbox)]), "python"
+        functions = [right_answer, *functions]
+    rewards = Rewards(functions, options.reward_weights)
+    needs = None if options.environment else {"answer": gold_answer}
+    tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
+    form = call_form(kind, list(environments.schemas.values()), template, options.tool_role)
+    if not form.schemas:
+        refuse_hidden_tool_role(template, options.tool_role)
+    if not options.save.parent.is_dir():
+        raise UserError(f"--save: {options.save} has no folder.")
+    return Prepared(options, tasks, template, environments, rewards, form)
+
+
+def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajectory]:
+    """All trajectories of the tasks, those included that an earlier start has written; weights are loaded only where
+    some are missing. Raises UserError."""
+    options, shard = prepared.options, prepared.options.shard
+    policy = named_digest(checkpoint, None, default_folder()) or checkpoint
+    records = Records(options.save, policy, settings_of(prepared))
+    wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples)
+    if records.missing(wanted):
+        with backend_of(checkpoint, recipe, prepared) as (backend, stops, context):
+            player = Player(
+                backend,
+                prepared.template,
+                stops,
+                prepared.form,
+                prepared.environments,
+                prepared.rewards,
+                limits_of(options, context),
+            )
+            roll_out(player, wanted, records, options.in_flight)
+    order = {(task.key, sample): n for n, (task, sample) in enumerate(wanted)}
+    return sorted(records.done, key=lambda t: order[t.key, t.sample])
+
+
+@contextmanager
+def backend_of(checkpoint: str, recipe: Recipe, prepared: Prepared) -> Iterator[tuple[Backend, set[int], int | None]]:
+    """(The backend, the ids that end a turn, the tokens of the model's context). Raises UserError."""
+    options, template = prepared.options, prepared.template
+    if options.backend == "server":
+        config, generation = AutoConfig.from_pretrained(checkpoint), _generation_config(checkpoint)
+        stops = stop_ids(generation, template)
+        vocabulary = max(template.tokenizer.get_vocab().values()) + 1
+        name, addresses = options.served_model or checkpoint, list(options.base_url)
+        with Server(addresses, name, stops, vocabulary, options.temperature) as server:
+            yield server, stops, context_length(config)
+        return
+    model = load_policy(checkpoint, recipe)
+    stops = stop_ids(model.generation_config, template)
+    sampling = sampling_config(stops, template.tokenizer.pad_token_id, options.temperature)
+    with BACKENDS[options.backend](model, sampling, options.seed) as backend:
+        yield backend, stops, context_length(model.config)
+
+
+def _generation_config(checkpoint: str) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(checkpoint)
+    except OSError:  # it has none
+        return None
+
+
+def limits_of(options: SamplingOptions, context: int | None) -> Limits:
+    """Raises UserError where no turn fits into the model's context."""
+    if context and options.max_new_tokens >= context:
+        raise UserError(f"--max_new_tokens: {options.max_new_tokens} leaves no room in a context of {context} tokens.")
+    seconds = max(options.tool_seconds, options.code_seconds + CODE_START_S)
+    return Limits(options.max_turns, options.max_new_tokens, context, seconds)
+
+
+def settings_of(prepared: Prepared) -> dict[str, Any]:
+    """What a trajectory depends on beside its task and the policy."""
+    settings = {name: value for name, value in asdict(prepared.options).items() if name not in NOT_OF_A_TRAJECTORY}
+    settings |= {"rewards": list(settings["rewards"]), "reward_weights": list(settings["reward_weights"])}
+    return {**settings, "tool_calls": type(prepared.form).__name__}

@@ -1,0 +1,130 @@
+"""Turns sampled by servers that speak OpenAI's protocol: `/v1/completions` with token ids in and out (vLLM, SGLang), so
+that what is trained on is what was sampled."""
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from mdpo.console import first_line
+from mdpo.errors import UserError
+from mdpo.rollouts.episode import Sampled
+
+KEY = "OPENAI_API_KEY"  # of the environment: a key is in no file
+TRIES = 6  # of a request, waiting 1, 2, 4 … seconds between them
+LONGEST_WAIT_S = 60.0
+AGAIN = (408, 425, 429)  # and all from 500 on
+
+
+class BadAnswer(Exception):
+    """The server answered something that is no turn."""
+
+
+@dataclass
+class Server:
+    """One address or more, each request goes to the one with the fewest in flight. In use as a context. `vocabulary` is
+    one more than the highest id. Raises UserError where no try succeeds."""
+
+    addresses: list[str]
+    model: str
+    stops: set[int]
+    vocabulary: int
+    temperature: float = 0.0
+    seed: int | None = None
+    timeout_s: float = 600.0
+    first_wait_s: float = 1.0
+    in_flight: dict[str, int] = field(default_factory=dict)
+    retried: dict[str, int] = field(default_factory=dict)  # why -> how often
+
+    def __enter__(self) -> "Server":
+        self.in_flight = dict.fromkeys(self.addresses, 0)
+        key = os.environ.get(KEY)
+        # No proxy, no redirect, no .netrc: nothing is opened but the configured addresses.
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(self.timeout_s, connect=10.0),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
+            follow_redirects=False,
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass  # connections belong to the loop, which has ended
+
+    async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": 1.0,
+            "stop_token_ids": sorted(self.stops),
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+            "logprobs": 1,
+        }
+        if self.seed is not None:
+            body["seed"] = self.seed
+        return await self._tried("/completions", body, lambda answer: self._read(answer, max_new_tokens))
+
+    async def _tried(self, path: str, body: dict[str, Any], read) -> Any:
+        """What `read` makes of the answer; network errors, refusals for load and bad answers are tried again."""
+        why = ""
+        for number in range(TRIES):
+            if number:
+                self.retried[why] = self.retried.get(why, 0) + 1
+                wait = min(self.first_wait_s * 2 ** (number - 1), LONGEST_WAIT_S)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+            address = min(self.addresses, key=lambda a: self.in_flight[a])
+            self.in_flight[address] += 1
+            try:
+                answer = await self._client.post(address.rstrip("/") + path, json=body)
+                if answer.status_code in AGAIN or answer.status_code >= 500:
+                    why = f"status {answer.status_code}"
+                elif answer.status_code != 200:
+                    raise UserError(f"base_url: {address}{path}: {answer.status_code}: {answer.text.strip()[:200]}")
+                else:
+                    return read(_json(answer))
+            except (httpx.TransportError, BadAnswer) as error:
+                why = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
+            finally:
+                self.in_flight[address] -= 1
+        raise UserError(f"base_url: {', '.join(self.addresses)}: {TRIES} tries failed; the last one: {why}.")
+
+    def _read(self, answer: Any, most: int) -> Sampled:
+        """A turn from an answer of /v1/completions. Raises BadAnswer, and UserError for a server without token ids."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise BadAnswer("the answer has no choice")
+        choice = choices[0]
+        if choice.get("token_ids") is None:
+            raise UserError("base_url: the server returns no token_ids. vLLM and SGLang do, by return_token_ids.")
+        ids, reason = choice["token_ids"], choice.get("finish_reason")
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
+            raise BadAnswer("token_ids are no ids of the vocabulary")
+        if len(ids) > most:
+            raise BadAnswer(f"{len(ids)} token_ids where {most} were asked for")
+        if reason not in ("stop", "length"):
+            raise BadAnswer(f"finish_reason {reason!r:.40}")
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+        if reason == "stop" and (not ids or ids[-1] not in self.stops):  # the stop was sampled, and is not returned
+            stop = choice.get("stop_reason")
+            if stop not in self.stops and len(self.stops) > 1:
+                raise BadAnswer("finish_reason stop without the token that ended the turn")
+            ids, logprobs = [*ids, stop if stop in self.stops else min(self.stops)], None
+        if not ids:
+            raise BadAnswer("no token came back")
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise BadAnswer(f"{len(logprobs)} logprobs beside {len(ids)} token_ids")
+        return Sampled(ids, cut=reason == "length" and ids[-1] not in self.stops, logprobs=logprobs)
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise BadAnswer("the answer is no JSON") from error

@@ -1,0 +1,91 @@
+"""Iterations of preference learning: python scripts/iterate.py LOOP.yaml
+
+Each iteration samples trajectories of the policy, pairs them, trains on the pairs (run_dpo.py) and measures the new
+policy on held-out tasks. Every stage is a command, printed as it starts, and a folder below output_dir. After a kill
+the same command continues in the middle of the stage it was in. loop.json and the table have the figures so far.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import _clone  # noqa: F401
+import pair_rollouts
+import sample
+from rich.console import Console
+from rich.table import Table
+
+from mdpo.config.loop import Loop, read_loop
+from mdpo.config.recipe import load_recipe
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.rollouts.iterations import Iterations, Stage, figures_of, flags, got_worse, keys
+from mdpo.rollouts.tables import with_interval
+from mdpo.runs.entrypoint import run
+from mdpo.storage import replace_text
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False, formatter_class=form)
+    parser.add_argument("loop", type=Path, metavar="LOOP.yaml")
+    try:
+        args = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    loop = read_loop(args.loop)
+    first = checked(loop)
+    iterations, found = Iterations(loop, loop.policy or first), list[dict]()
+
+    def after(n: int, stage: Stage) -> bool:
+        """Shows the figures so far; False where the policy got worse."""
+        if stage.folder.name != "evaluate":
+            return True
+        found.append({"iteration": n, **figures_of(stage.folder)})
+        replace_text(Path(loop.output_dir, "loop.json"), json.dumps(found, indent=1))
+        Console(highlight=False).print(table(found))
+        if loop.stop_when_worse and n and got_worse(found[-2], found[-1]):
+            say(f"iteration {n} got worse by more than the interval: stopped. stop_when_worse: false goes on.")
+            return False
+        return True
+
+    iterations.run(after)
+
+
+def checked(loop: Loop) -> str:
+    """The recipe's model. Raises UserError for whatever a stage would refuse of its options, before one runs."""
+    recipe = load_recipe([loop.recipe, *keys(loop.train), "--report_to=none", f"--output_dir={loop.output_dir}"])
+    if recipe.model.use_peft:
+        raise UserError("train: use_peft: a loop trains whole models; an adapter would have to be merged in between.")
+    if not loop.sample.get("temperature"):
+        raise UserError("sample: temperature is missing: greedy samples of a task are all the same.")
+    for name, options in (("sample", loop.sample), ("evaluate", loop.evaluate)):
+        for own in ("save", "seed", "shard"):
+            if own in getattr(loop, name):
+                raise UserError(f"{name}: {own} is set by the loop.", name)
+        *_, rest = sample.parse(["policy", f"--recipe={loop.recipe}", f"--tasks={loop.tasks}", *flags(options)])
+        if rest:
+            raise UserError(f"{name}: {rest[0]} is not an option of scripts/sample.py.", name)
+    pair_rollouts.parse(["t.jsonl", f"--out={Path(loop.output_dir).resolve().anchor}pairs.jsonl", *flags(loop.pair)])
+    for tasks in (loop.tasks, loop.held_out_tasks):
+        if not Path(tasks).is_file():
+            raise UserError(f"tasks: there is no file {tasks}.", "tasks")
+    return recipe.model.model_name_or_path
+
+
+def table(found: list[dict]) -> Table:
+    shown = Table(title="held-out tasks")
+    for column in ("iteration", "right answers", "mean reward", "turns", "calls that failed"):
+        shown.add_column(column, justify="right")
+    for figures in found:
+        turns = sum(n * count for n, (count, _) in figures["by_turns"].items()) / figures["conversations"]
+        failed = sum(n for end, n in figures["calls"].items() if end != "ok")
+        reward = "" if figures["reward"] is None else f"{figures['reward']:.4f}"
+        right = with_interval(figures["accuracy"], figures["tasks"])
+        shown.add_row(str(figures["iteration"]), right, reward, f"{turns:.2f}", str(failed))
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

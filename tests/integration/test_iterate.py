@@ -1,0 +1,214 @@
+"""scripts/iterate.py: two iterations of a tiny model, killed and started again; what a loop refuses."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import iterate
+import pytest
+from errors import refused
+from repository import ROOT
+from tiny import CHATML, tiny_llama, tokenizer_for
+
+from mdpo.config.loop import Loop, read_loop
+from mdpo.rollouts.iterations import DONE, Iterations, got_worse
+
+ENVIRONMENT = """
+class Letters:
+    \"\"\"Its reward is 1 where the answer has an even number of characters: no policy can know.\"\"\"
+
+    def reset(self, **row):
+        return None
+
+
+def even(completions, **row):
+    return [float(len(completions[0][0]["content"]) % 2 == 0)]
+"""
+STAGES = ["0/evaluate"] + [f"{n}/{stage}" for n in (1, 2) for stage in ("sample", "pair", "train", "evaluate")]
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "letters.py").write_text(ENVIRONMENT)
+    for name, n in (("tasks", 6), ("held_out", 4)):
+        rows = [{"prompt": f"{name} {i}: what is {i} * 2?", "key": f"{name}-{i}"} for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+model_name_or_path: {tmp_path}/model
+dtype: float32
+dataset_mixer: {{{tmp_path}/none.jsonl: 1.0}}
+max_length: 300
+learning_rate: 1.0e-3
+num_train_epochs: 1
+per_device_train_batch_size: 2
+logging_steps: 1
+bf16: false
+dataset_num_proc: 1
+disable_tqdm: true
+report_to: none
+"""
+    )
+    return tmp_path
+
+
+def loop_file(folder: Path, **changes) -> Path:
+    sampling = {"environment": f"{folder}/letters.py:Letters", "rewards": f"{folder}/letters.py:even",
+                "max_turns": 1, "max_new_tokens": 8}  # fmt: skip
+    loop = {
+        "recipe": f"{folder}/recipe.yaml", "output_dir": f"{folder}/out", "tasks": f"{folder}/tasks.jsonl",
+        "held_out_tasks": f"{folder}/held_out.jsonl", "iterations": 2, "stop_when_worse": False,
+        "sample": {**sampling, "samples": 4, "temperature": 1.0}, "evaluate": sampling, "pair": {"pairs": "all"},
+        "train": {"learning_rate": 1e-4}, **changes,
+    }  # fmt: skip
+    path = folder / "loop.yaml"
+    path.write_text(json.dumps(loop))  # JSON is YAML
+    return path
+
+
+def start(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts/iterate.py"), str(folder / "loop.yaml")]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(folder: Path) -> list[str]:
+    return [stage for stage in STAGES if (folder / "out" / f"iteration-{stage}" / DONE).is_file()]
+
+
+def check_whole(folder: Path) -> None:
+    """All stages are there, and each trajectory once."""
+    assert finished(folder) == STAGES
+    for stage in ("0/evaluate", "1/sample", "2/evaluate"):
+        path = folder / "out" / f"iteration-{stage}" / "trajectories.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        jobs = sorted((row["key"], row["sample"]) for row in rows)
+        name, n, samples = ("tasks", 6, 4) if "sample" in stage else ("held_out", 4, 1)
+        assert jobs == sorted((f"{name}-{i}", k) for i in range(n) for k in range(samples))
+    figures = json.loads((folder / "out/loop.json").read_text())
+    assert [f["iteration"] for f in figures] == [0, 1, 2] and all(f["conversations"] == 4 for f in figures)
+
+
+@pytest.mark.slow
+def test_a_loop_that_is_killed_goes_on_where_it_was(workshop):
+    """SIGKILL at random moments, of the loop itself: its stage ends with it, and nothing is lost or done twice."""
+    loop_file(workshop)
+    rng, kept = random.Random(7), []
+    for _ in range(10):
+        process = start(workshop)
+        time.sleep(rng.uniform(4, 30))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 60
+        while orphans := processes_in(workshop):
+            assert time.monotonic() < deadline, orphans
+            time.sleep(0.2)
+        assert finished(workshop)[: len(kept)] == kept
+        kept = finished(workshop)
+    said = start(workshop).communicate()[0]
+    check_whole(workshop)
+    assert "held-out tasks" in said
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of processes that work on a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if any(str(folder / "out") in word for word in words):
+            found.append(" ".join(words))
+    return found
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_reaches_the_stage(workshop):
+    loop_file(workshop)
+    process = start(workshop)
+    while not processes_in(workshop):
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75 and said.rstrip().endswith("stopped by SIGTERM") and not processes_in(workshop)
+
+
+def test_the_stages_of_a_loop(workshop):
+    """Policies, references and files are handed on from stage to stage."""
+    loop = read_loop(loop_file(workshop, reference="first", accelerate_config="zero2_for_dpo.yaml"))
+    stages = [stage for _, stage in Iterations(loop, "first/policy").stages()]
+    out = f"{workshop}/out"
+    assert [str(s.folder) for s in stages] == [f"{out}/iteration-{stage}" for stage in STAGES]
+    sample, pair, train, evaluate = (s.command for s in stages[5:])
+    assert sample[2] == f"{out}/iteration-1/train" and evaluate[2] == f"{out}/iteration-2/train"
+    assert f"{out}/iteration-2/sample/trajectories.jsonl" == pair[2]
+    assert {"--model_name_or_path=" + f"{out}/iteration-1/train", "--ref_model_name_or_path=first/policy",
+            f"--output_dir={out}/iteration-2/train", "--learning_rate=0.0001"} <= set(train)  # fmt: skip
+    assert train[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "zero2_for_dpo.yaml"]
+    assert f'--dataset_mixer={{"{out}/iteration-2/pair/pairs.jsonl": 1.0}}' in train
+    moved = Iterations(read_loop(loop_file(workshop)), "p").trained(2).command
+    assert not any(word.startswith("--ref_model") for word in moved)
+
+
+def test_a_changed_key_of_a_finished_stage_is_refused(workshop):
+    stages = Iterations(read_loop(loop_file(workshop)), "p")
+    first = stages.evaluated(0)
+    first.folder.mkdir(parents=True)
+    (first.folder / DONE).write_text(json.dumps(first.settings))
+    assert first.finished()
+    other = Iterations(read_loop(loop_file(workshop, evaluate={"max_turns": 3})), "p")
+    with refused("evaluate", first.folder):
+        other.run(lambda n, stage: True)
+    assert not (workshop / "out/iteration-1").exists()
+
+
+def test_worse_is_below_the_interval():
+    """Of 80 right of 100 the interval begins at 0.711 (Wilson, by hand: (0.8 + 0.0192 - 0.0792) / 1.0384 = 0.7111)."""
+    before = {"accuracy": 0.8, "tasks": 100}
+    assert not got_worse(before, {"accuracy": 0.72}) and got_worse(before, {"accuracy": 0.71})
+
+
+BAD = {
+    "unknown key": ({"iteration": 3}, "iteration", "did you mean iterations"),
+    "type": ({"iterations": "three"}, "iterations", "'three'"),
+    "true is no number": ({"iterations": True}, "iterations", "True"),
+    "none": ({"iterations": 0}, "iterations", "0"),
+    "reference": ({"reference": "old"}, "reference", "'old'"),
+    "option of sampling": ({"sample": {"temperature": 1.0, "temperatur": 1}}, "sample", "--temperatur=1"),
+    "a seed": ({"sample": {"seed": 1, "temperature": 1.0}}, "sample", "seed"),
+    "greedy samples": ({"sample": {}}, "sample", "temperature"),
+    "option of pairing": ({"pair": {"pairs": "some"}}, "", "some"),
+    "a recipe's key": ({"train": {"betta": 1}}, "betta", "beta"),
+    "an adapter": ({"train": {"use_peft": True}}, "train", "use_peft"),
+    "no tasks": ({"tasks": "none.jsonl"}, "tasks", "none.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_named_before_a_stage_runs(name, workshop):
+    changes, key, detail = BAD[name]
+    path = loop_file(workshop, **changes)
+    with pytest.raises(iterate.UserError) as caught:
+        iterate.main([str(path)])
+    assert detail in str(caught.value) and (not key or caught.value.key == key), (caught.value.key, caught.value)
+    assert not (workshop / "out").exists()
+
+
+def test_a_file_that_is_no_loop(tmp_path):
+    for text, key in (("- a", "loop"), ("a: [", "loop"), ("recipe: a", "output_dir")):
+        (tmp_path / "l.yaml").write_text(text)
+        with refused(key, tmp_path / "l.yaml"):
+            read_loop(tmp_path / "l.yaml")
+    with refused("loop", "none.yaml"):
+        read_loop(tmp_path / "none.yaml")
+    assert Loop("r", "o", "t", "h").iterations == 3

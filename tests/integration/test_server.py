@@ -1,0 +1,163 @@
+"""mdpo/rollouts/server.py against a server of this process that answers as it is told, right and wrong."""
+
+import asyncio
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import sample as script
+from errors import refused
+from tiny import CHATML, tiny_llama, tokenizer_for
+
+from mdpo.rollouts import server as module
+from mdpo.rollouts.episode import Sampled
+from mdpo.rollouts.server import TRIES, Server
+
+STOPS, VOCABULARY = {2, 7}, 50
+
+
+def completion(ids=(5, 6, 2), reason="stop", logprobs=(-1.0, -2.0, -3.0), **more) -> dict:
+    choice = {"token_ids": list(ids), "finish_reason": reason, "text": "…", **more}
+    return {"choices": [{**choice, "logprobs": {"token_logprobs": list(logprobs)} if logprobs else None}]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the script's next item: an object as JSON, a number as that status, or one of these words."""
+
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        self.server.asked.append((self.path, json.loads(self.rfile.read(length)), dict(self.headers)))
+        told = self.server.script.pop(0) if self.server.script else completion()
+        if told == "close":
+            self.connection.close()
+            return
+        if told == "hang":
+            time.sleep(1.0)
+            return
+        status, body = (told, b'{"error": "told so"}') if isinstance(told, int) else (200, json.dumps(told).encode())
+        body = {"nothing": b"", "garbage": b"<html>"}.get(told if isinstance(told, str) else "", body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) + 50 if told == "half" else len(body)))
+        if status in (301, 307):
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
+        self.end_headers()
+        self.wfile.write(body[:5] if told == "half" else body)
+        if told == "half":
+            self.connection.close()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving(*script):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        http.script, http.asked = list(script), []
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield http, f"http://127.0.0.1:{http.server_port}/v1"
+        http.shutdown()
+
+
+def sample(address: str, **options) -> Sampled:
+    options = {"timeout_s": 0.3, "first_wait_s": 0.001, **options}
+    with Server([address], "mine", STOPS, VOCABULARY, **options) as server:
+        return asyncio.run(server.sample([1, 3], 4))
+
+
+def test_ids_go_in_and_come_out(monkeypatch):
+    monkeypatch.setenv(module.KEY, "sk-secret")
+    with serving() as (http, address):
+        assert sample(address, temperature=0.7, seed=3) == Sampled([5, 6, 2], False, [-1.0, -2.0, -3.0])
+    (path, body, headers), *more = http.asked
+    assert path == "/v1/completions" and not more and headers["Authorization"] == "Bearer sk-secret"
+    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0, "seed": 3}
+    how = {"stop_token_ids": [2, 7], "skip_special_tokens": False, "return_token_ids": True, "logprobs": 1}
+    assert body == {**asked, **how}
+
+
+FOUR = [-1.0] * 4
+READ = {
+    "cut": (completion([5, 6, 8, 9], "length", FOUR), Sampled([5, 6, 8, 9], True, FOUR)),
+    "the stop at the last place": (completion([5, 6, 8, 7], "length", FOUR), Sampled([5, 6, 8, 7], False, FOUR)),
+    "no log-probs": (completion(logprobs=None), Sampled([5, 6, 2])),
+    "the stop left out": (completion([5, 6], logprobs=[-1, -2], stop_reason=7), Sampled([5, 6, 7])),
+    "the stop alone, left out": (completion([], logprobs=[], stop_reason=2), Sampled([2])),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_answers_that_are_turns(name):
+    answer, wanted = READ[name]
+    with serving(answer) as (_, address):
+        assert sample(address) == wanted
+
+
+BAD = ["close", "hang", "half", "nothing", "garbage", 408, 425, 429, 500, 503, [], {}, {"choices": []},
+       {"choices": [5]}, completion([50]), completion([-1]), completion([1.5]), completion([True]), completion("5"),
+       completion([5] * 5), completion(reason="error"), completion(reason=None), completion([5], logprobs=[-1]),
+       completion([], "length", []), completion(logprobs=[-1.0])]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: json.dumps(bad)[:60])
+def test_what_is_no_turn_is_asked_for_again(bad):
+    with serving(bad, bad) as (http, address):
+        assert sample(address).ids == [5, 6, 2]
+    assert len(http.asked) == 3
+
+
+def test_a_server_that_never_answers_well_ends_the_run():
+    with serving(*[503] * TRIES) as (http, address), refused("base_url", address, "503", TRIES):
+        sample(address)
+    assert len(http.asked) == TRIES
+    with refused("base_url", "127.0.0.1:9"):  # nobody listens there
+        sample("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 307])
+def test_a_refusal_is_not_asked_again(status):
+    """A redirect is one too: no address is opened but the configured one."""
+    with serving(status) as (http, address), refused("base_url", address, status):
+        sample(address)
+    assert len(http.asked) == 1
+
+
+def test_a_server_without_ids_is_refused():
+    with serving({"choices": [{"text": "hello", "finish_reason": "stop"}]}) as (_, address):
+        with refused("base_url", "token_ids"):
+            sample(address)
+
+
+def test_requests_go_to_the_server_with_fewer_in_flight():
+    async def many(server):
+        return await asyncio.gather(*(server.sample([1], 4) for _ in range(20)))
+
+    with serving() as (one, a), serving() as (other, b):
+        with Server([a, b], "mine", STOPS, VOCABULARY) as server:
+            assert len(asyncio.run(many(server))) == 20
+        assert set(server.in_flight.values()) == {0}
+        assert len(one.asked) == len(other.asked) == 10
+
+
+def test_a_server_from_the_command_line(tmp_path, capsys):
+    """Each trajectory has the ids that the server sampled behind those of its prompt; it may be asked for from anew."""
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "q.jsonl").write_text('{"question": "6 * 7?", "answer": 42}\n')
+    (tmp_path / "r.yaml").write_text(f"model_name_or_path: {tmp_path}/model\ndataset_mixer: {{none.jsonl: 1.0}}\n")
+    turn = [*tokenizer("It is \\boxed{42}.").input_ids, tokenizer.eos_token_id]
+    command = [f"{tmp_path}/model", f"--recipe={tmp_path}/r.yaml", f"--tasks={tmp_path}/q.jsonl", "--dtype=float32",
+               "--backend=server", f"--save={tmp_path}/t.jsonl", "--bf16=false", "--max_new_tokens=100"]  # fmt: skip
+    with refused("base_url"):
+        script.main(command)
+    with serving(503, completion(turn, logprobs=[-0.5] * len(turn))) as (http, address):
+        script.main([*command, f"--base_url={address}", "--served_model=mine"])
+    (row,) = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
+    prompt = http.asked[0][1]["prompt"]
+    assert row["sequences"][0]["input_ids"] == prompt + turn and row["reward"] == 1 and row["ended"] == "done"
+    assert row["sequences"][0]["logprobs"] == [None] * len(prompt) + [-0.5] * len(turn)
+    assert http.asked[1][1]["model"] == "mine" and "1.0000" in capsys.readouterr().out
+    script.main([*command, "--base_url=http://127.0.0.1:9/v1"])  # all is there: nobody is asked

@@ -1,0 +1,346 @@
+"""mdpo/rollouts/episode.py and driver.py with a policy whose turns are written down."""
+
+import asyncio
+import errno
+import json
+import os
+import time
+
+import pytest
+from errors import refused
+from tiny import CHATML, tokenizer_for
+
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.rollouts.arguments import wrong_arguments
+from mdpo.rollouts.calls import call_form
+from mdpo.rollouts.driver import jobs, play_all, roll_out
+from mdpo.rollouts.environment import Environments, load_object
+from mdpo.rollouts.episode import Limits, Outcome, Player, Sampled, shortened
+from mdpo.rollouts.records import Records
+from mdpo.rollouts.rewards import Rewards, right_answer
+from mdpo.rollouts.tasks import Task
+
+TEMPLATE = ChatTemplate(tokenizer_for(CHATML, "byte", eos="<|im_end|>"))
+STOP = TEMPLATE.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+class Script:
+    """A policy: {task's text: [turn, …]}, a turn a text, or ids. Without `<|im_end|>` behind it a turn is cut."""
+
+    def __init__(self, turns: dict[str, list]):
+        self.turns, self.at_once, self.most = {key: list(texts) for key, texts in turns.items()}, 0, 0
+
+    async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0)
+        text = TEMPLATE.tokenizer.decode(prompt)
+        key = next(key for key in self.turns if f"[{key}]" in text)
+        turn = self.turns[key].pop(0)
+        ids = turn if isinstance(turn, list) else TEMPLATE.tokenizer(turn, add_special_tokens=False).input_ids
+        self.at_once -= 1
+        return Sampled(ids, cut=ids[-1] != STOP, logprobs=[-1.0] * len(ids))
+
+
+def call(name: str, **arguments) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call><|im_end|>"
+
+
+class Counter:
+    """A counter, as one for TRL's GRPOTrainer is written: nothing of this project is in it."""
+
+    def reset(self, start: int = 0, **kwargs) -> str | None:
+        self.value, self._secret = start, 7
+        return f" It stands at {start}."
+
+    def add(self, by: int) -> int:
+        """
+        Adds to the counter.
+
+        Args:
+            by: How much.
+        """
+        self.value += by
+        return self.value
+
+    async def double(self) -> str:
+        """
+        Doubles the counter.
+        """
+        await asyncio.sleep(0)
+        self.value *= 2
+        return f"now {self.value}"
+
+    def fail(self) -> str:
+        """
+        Fails.
+        """
+        raise RuntimeError("out of order")
+
+    def hang(self) -> str:
+        """
+        Never returns in time.
+        """
+        time.sleep(1)
+        return ""
+
+    def get_reward(self) -> float:
+        return float(self.value == 12)
+
+
+def player(script: Script, environments: Environments | None = None, rewards: Rewards | None = None, form: str = "text",
+           **limits) -> Player:  # fmt: skip
+    environments = environments or Environments(Counter)
+    calls = call_form(form, list(environments.schemas.values()), TEMPLATE, "user")
+    return Player(script, TEMPLATE, {STOP}, calls, environments, rewards or Rewards(), Limits(**limits))
+
+
+def task(key: str, **row) -> Task:
+    row = {"prompt": f"[{key}]", **row}
+    return Task(key, row, [{"role": "user", "content": row["prompt"]}])
+
+
+def play(player: Player, *tasks: Task, in_flight: int = 4) -> list:
+    ended = []
+    asyncio.run(play_all(player, [(one, 0) for one in tasks], in_flight, ended.append))
+    return sorted(ended, key=lambda t: t.key)
+
+
+def test_an_episode_from_reset_to_reward():
+    script = Script({"a": [call("add", by=1), call("double"), "Done.<|im_end|>"]})
+    (found,) = play(player(script), task("a", start=5))
+    answers = [m["content"] for m in found.messages if m["role"] == "user"]
+    assert answers == ["[a] It stands at 5.", "<tool_response>\n6\n</tool_response>",
+                       "<tool_response>\nnow 12\n</tool_response>"]  # fmt: skip
+    assert found.calls == [("add", "ok"), ("double", "ok")] and found.rewards == {"Counter": 1.0} and found.correct
+    assert (found.ended, found.turns, found.prompt_messages, found.error) == ("done", 3, 2, "")
+    (sequence,) = found.sequences
+    sampled = [t for t, s in zip(sequence["input_ids"], sequence["assistant_masks"], strict=True) if s]
+    assert TEMPLATE.tokenizer.decode(sampled).count("<|im_end|>") == 3 and sampled[-1] == STOP
+    assert [x is not None for x in sequence["logprobs"]] == [bool(m) for m in sequence["assistant_masks"]]
+
+
+# What the policy writes -> how the call ended, and what comes back.
+WRONG = {
+    "unknown": (call("subtract", by=1), "unknown", "no tool subtract"),
+    "no argument": (call("add"), "wrong arguments", "needs the argument by"),
+    "another argument": (call("add", by=1, to=2), "wrong arguments", "takes no argument to"),
+    "another type": (call("add", by="1"), "wrong arguments", "integer"),
+    "true is no number": (call("add", by=True), "wrong arguments", "integer"),
+    "raises": (call("fail"), "raised", "RuntimeError: out of order"),
+    "hangs": (call("hang"), "hung", "did not return"),
+    "malformed": ('<tool_call>{"name": </tool_call><|im_end|>', "malformed", "cannot be read"),
+    "a private method": (call("_secret"), "unknown", "no tool _secret"),
+    "reset": (call("reset", start=12), "unknown", "no tool reset"),
+    "get_reward": (call("get_reward"), "unknown", "no tool get_reward"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_goes_wrong_comes_back_and_is_counted(name):
+    text, ended, shown = WRONG[name]
+    script = Script({"a": [text, call("add", by=12), "Done.<|im_end|>"]})
+    (found,) = play(player(script, seconds=0.3), task("a"))
+    assert [kind for _, kind in found.calls] == [ended, "ok"] and found.ended == "done"
+    said = found.messages[3]["content"]
+    assert said.startswith("<tool_response>\nerror: ") and shown in said
+    assert found.rewards == {"Counter": 1.0}
+
+
+def test_how_episodes_end():
+    script = Script({
+        "cut": ["Let me th"], "one stop": [[STOP]], "turns": [call("add", by=1)] * 3,
+        "long": [call("add", by=1), "x" * 900 + "<tool_call><|im_end|>"],
+    })  # fmt: skip
+    tasks = [task(key) for key in script.turns]
+    found = {t.key: t for t in play(player(script, turns=3, new_tokens=200, context=1100), *tasks)}
+    assert {key: (t.ended, t.turns) for key, t in found.items()} == {
+        "cut": ("cut", 1), "one stop": ("done", 1), "turns": ("max turns", 3), "long": ("too long", 2),
+    }  # fmt: skip
+    assert found["one stop"].messages[-1] == {"role": "assistant", "content": ""}
+    assert sum(found["one stop"].sequences[0]["assistant_masks"]) == 1
+    assert [kind for _, kind in found["long"].calls] == ["ok", "malformed"]
+
+
+class Broken(Counter):
+    def reset(self, broken: str = "", **kwargs):
+        super().reset(**kwargs)
+        self.broken = broken
+        if broken == "reset":
+            raise OSError("no database")
+        if broken == "reset hangs":
+            time.sleep(1)
+        return 3 if broken == "returns a number" else None
+
+    def get_reward(self):
+        if self.broken == "reward":
+            raise KeyError("score")
+        return {"none": None, "nan": float("nan")}.get(self.broken, 1.0)
+
+
+BROKEN = {  # -> (what is said of it, reward)
+    "reset": ("OSError: no database", None),
+    "reset hangs": ("Hung: reset did not return", None),
+    "returns a number": ("TypeError: reset returned int", None),
+    "reward": ("KeyError: 'score'", None),
+    "nan": ("ValueError: get_reward returned nan", None),
+    "none": ("", None),
+    "": ("", 1.0),
+}
+
+
+def test_a_broken_environment_ends_its_own_episode_only():
+    script = Script({f"x{n}": ["Done.<|im_end|>"] for n in range(len(BROKEN))})
+    tasks = [task(f"x{n}", broken=broken) for n, broken in enumerate(BROKEN)]
+    found = play(player(script, Environments(Broken), seconds=0.3), *tasks)
+    for (broken, (error, reward)), t in zip(BROKEN.items(), found, strict=True):
+        assert t.error.startswith(error) and bool(t.error) == bool(error), broken
+        assert t.reward == reward and t.ended == ("environment error" if error else "done"), broken
+
+
+def test_a_hung_instance_is_not_used_again():
+    made = []
+
+    class Watched(Counter):
+        def __init__(self):
+            made.append(self)
+
+    environments = Environments(Watched)
+    script = Script({"a": [call("hang"), "x<|im_end|>"], "b": ["x<|im_end|>"], "c": ["x<|im_end|>"]})
+    one = player(script, environments, seconds=0.2)
+    play(one, task("a"), in_flight=1)
+    play(one, task("b"), task("c"), in_flight=1)
+    assert len(made) == 2 and one.hung == ["hang"]
+
+
+def test_places_are_filled_and_bounded():
+    script = Script({f"t{n}": [call("add", by=1)] * (n % 4) + ["x<|im_end|>"] for n in range(20)})
+    found = play(player(script), *(task(f"t{n}") for n in range(20)), in_flight=3)
+    assert len(found) == 20 and script.most <= 3
+    assert all(t.turns == 1 + int(t.key[1:]) % 4 for t in found)
+
+
+def test_rewards_are_summed_with_weights():
+    seen = []
+
+    def length(prompts, completions, completion_ids, environments, start, **kwargs):
+        seen.append((prompts[0][-1]["role"], completions[0][0]["role"], len(completion_ids[0]), start))
+        assert kwargs.keys() == set() and isinstance(environments[0], Counter)
+        return [len(completions[0])]
+
+    async def judge(completions, **kwargs):
+        await asyncio.sleep(0)
+        return [0.25]
+
+    script = Script({"a": [call("add", by=12), "Done.<|im_end|>"]})
+    (found,) = play(player(script, rewards=Rewards([length, judge], [0.5, 4.0])), task("a", start=0))
+    assert found.rewards == {"Counter": 1.0, "length": 3.0, "judge": 0.25} and found.reward == 1 + 1.5 + 1
+    assert seen[0][:2] == ("user", "assistant") and seen[0][3] == [0] and seen[0][2] > 2
+    with refused("reward_weights", 2):
+        Rewards([length, judge], [1.0])
+
+
+def test_right_answers_in_the_python_form():
+    environments = Environments(functions=[python])
+    script = Script({"a": ["```python\nprint(6*7)\n```<|im_end|>", "It is \\boxed{42}.<|im_end|>"],
+                     "b": ["\\boxed{41}<|im_end|>"], "c": ["No idea.<|im_end|>"]})  # fmt: skip
+    tasks = [task(key, answer="42") for key in "abc"]
+    found = play(player(script, environments, Rewards([right_answer]), form="python"), *tasks)
+    assert [t.reward for t in found] == [1, 0, 0] and found[0].calls == [("python", "error")]
+    assert found[0].messages[2] == {"role": "user", "content": "```output\nran print(6*7)\n```"}
+
+
+def python(code: str) -> str:
+    """
+    Runs a program.
+
+    Args:
+        code: It.
+    """
+    return Outcome.of(f"ran {code}", "error")
+
+
+def test_what_is_missing_is_sampled_and_nothing_twice(tmp_path):
+    tasks = [task(f"t{n}") for n in range(6)]
+    texts = {t.key: ["x<|im_end|>", "y<|im_end|>"] for t in tasks}
+    path = tmp_path / "r.jsonl"
+    roll_out(player(Script(texts)), jobs(tasks[:3], 1), Records(path, "p", {}))
+    again = Records(path, "p", {})
+    roll_out(player(Script(texts)), jobs(tasks, 2), again)
+    assert sorted((t.key, t.sample) for t in again.done) == [(t.key, n) for t in tasks for n in (0, 1)]
+    assert len(path.read_text().splitlines()) == 12 and [t.sample for t in again.done[:3]] == [0, 0, 0]
+
+
+def test_a_disk_that_is_full_loses_only_what_has_not_ended(tmp_path):
+    tasks, path = [task(f"t{n}") for n in range(4)], tmp_path / "r.jsonl"
+    records = Records(path, "p", {})
+    texts = {t.key: ["x<|im_end|>"] for t in tasks}
+    write, written = records._file.write, []
+
+    def full(text: str) -> int:
+        if len(written) == 2:
+            write(text[:40])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(text)
+        return write(text)
+
+    records._file = type("Full", (), {"write": staticmethod(full), "flush": records._file.flush,
+                                      "fileno": records._file.fileno})()  # fmt: skip
+    with refused("save", path, "2 trajectories"):
+        roll_out(player(Script(texts)), jobs(tasks, 1), records, in_flight=1)
+    records._file.flush()
+    again = Records(path, "p", {})
+    assert again.torn == 40 and [t.key for t in again.done] == ["t0", "t1"]
+    roll_out(player(Script(texts)), jobs(tasks, 1), again)
+    assert sorted(t.key for t in Records(path, "p", {}).done) == [t.key for t in tasks]
+
+
+NO_CLASS = {
+    "class NoReset:\n    pass": "reset",
+    "class Raises:\n    def __init__(self): raise OSError('gone')": "OSError: gone",
+    "class NoDoc:\n    def reset(self): pass\n    def tool(self, x: int): pass": "tool",
+    "class NoHint:\n    def reset(self): pass\n    def tool(self, x):\n        'Doc.\\n\\nArgs:\\n    x: X.'": "tool",
+}
+
+
+@pytest.mark.parametrize("source", NO_CLASS)
+def test_a_class_that_is_not_of_the_protocol_is_refused(source, tmp_path):
+    (tmp_path / "mine.py").write_text(source)
+    name = source.partition(":")[0].removeprefix("class ")
+    factory = load_object(f"{tmp_path / 'mine.py'}:{name}", "environment")
+    with refused("environment", NO_CLASS[source]):
+        Environments(factory)
+
+
+def test_a_name_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1")
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    for spec, detail in {
+        "mine": "mine", f"{tmp_path}/no.py:A": "no.py", f"{tmp_path}/mine.py:A": "x",
+        f"{tmp_path}/broken.py:A": "no_such_module", "no.such.module:A": "no.such.module",
+    }.items():  # fmt: skip
+        with refused("environment", detail):
+            load_object(spec, "environment")
+    assert load_object("mdpo.rollouts.shop:Shop", "environment").__name__ == "Shop"
+
+
+def test_arguments_against_a_schema():
+    properties = {
+        "n": {"type": "number"},
+        "s": {"type": ["string", "null"]},
+        "k": {"type": "string", "enum": ["a", "b"]},
+        "any": {},
+        "o": {"type": "object"},
+        "maybe": {"type": "integer", "nullable": True},
+    }
+    schema = {"name": "f", "parameters": {"properties": properties, "required": []}}
+    for good in ({"n": 1}, {"n": 1.5}, {"s": None}, {"k": "a"}, {"any": [1]}, {"o": {}}, {"maybe": None}, {}):
+        assert not wrong_arguments(good, schema), good
+    for bad in ({"n": "1"}, {"s": 1}, {"k": "c"}, {"o": []}, {"maybe": 1.5}, {"z": 1}, {"n": False}):
+        assert wrong_arguments(bad, schema), bad
+
+
+def test_long_results_are_shortened_in_the_middle():
+    text = "a" * 8000 + "b" * 100 + "c" * 8000
+    assert shortened(text) == "a" * 8000 + "\n… 100 characters left out …\n" + "c" * 8000
+    assert shortened(text[:16000]) == text[:16000]

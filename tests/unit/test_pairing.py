@@ -1,0 +1,102 @@
+"""mdpo/rollouts/pairing.py: which trajectories of a task are compared, by hand."""
+
+import json
+
+import pytest
+from errors import refused
+
+from mdpo.data.rows import row_to_pair
+from mdpo.rollouts.pairing import Pairing, Report, Scored, paired_rows, read_scored, same_turns
+
+
+def said(*turns: str) -> list[dict]:
+    """A question, then turns of the policy with the environment's between them."""
+    messages = [{"role": "user", "content": "q"}]
+    for n, turn in enumerate(turns):
+        messages += [{"role": "user", "content": f"r{n}"}] * bool(n) + [{"role": "assistant", "content": turn}]
+    return messages
+
+
+def scored(reward: float, *turns: str, tokens: int = 0) -> Scored:
+    sequence = {"input_ids": [9] * (tokens + 1), "assistant_masks": [0] + [1] * tokens}
+    return Scored(said(*turns), reward, [sequence] if tokens else [])
+
+
+A, B, C, D = scored(1, "x", "y"), scored(0, "x", "z"), scored(0.5, "w", "y"), scored(0, "x", "y", "v")
+RULES = {
+    "best_worst": [(A, B)],
+    "all": [(A, B), (A, D), (A, C), (C, B), (C, D)],
+    "adjacent": [(A, C), (C, B)],
+    "branch": [(A, B), (A, D)],
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_which_two_are_compared(rule):
+    assert Pairing(rule).pairs([A, B, C, D], "k") == RULES[rule]
+    assert Pairing(rule, max_pairs_per_prompt=1).pairs([A, B, C, D], "k") == RULES[rule][:1]
+    wide = [(a, b) for a, b in RULES[rule] if a.reward - b.reward >= 0.75]
+    assert Pairing(rule, min_reward_gap=0.75).pairs([A, B, C, D], "k") == wide
+    assert Pairing(rule).pairs([A, A], "k") == []
+
+
+def test_random_pairs_are_drawn_by_seed_and_task():
+    drawn = {json.dumps(Pairing("random", seed=n).pairs([A, B, C, D], "k")[0][0].messages) for n in range(20)}
+    assert len(drawn) > 1 and len(Pairing("random").pairs([A, B, C, D], "k")) == 1
+    assert Pairing("random", seed=3).pairs([A, B, C, D], "k") == Pairing("random", seed=3).pairs([A, B, C, D], "k")
+
+
+def test_a_branch_begins_where_the_way_is_no_longer_the_same():
+    """The last message of a trajectory is not on the way: after it nothing went on."""
+    assert same_turns(A, B) == 1 and same_turns(A, C) == 0
+    assert same_turns(scored(1, "x", "y", "v"), scored(0, "x", "y", "u")) == 2
+    assert same_turns(scored(1, "x"), scored(0, "y")) == 0
+    other_result = said("x", "z")
+    other_result[2] = {"role": "user", "content": "another"}
+    assert same_turns(A, Scored(other_result, 0)) == 1  # one turn was the same; the environment answered otherwise
+    two = [scored(1, "x", "y", "v"), scored(0, "x", "u", "t"), scored(0, "x", "y", "w")]
+    assert Pairing("branch").pairs(two, "k") == [(two[0], two[2]), (two[0], two[1])]
+
+
+def test_the_nearest_in_sampled_tokens_come_first():
+    good, short, long = scored(1, "a", tokens=10), scored(0, "b", tokens=3), scored(0, "c", tokens=12)
+    assert Pairing("all", length_matched=True).pairs([good, short, long], "k") == [(good, long), (good, short)]
+    assert Pairing("best_worst", length_matched=True).pairs([good, short, long], "k") == [(good, long)]
+    middle = scored(0.5, "d", tokens=10)  # nearest of all, and not the worst
+    assert Pairing("best_worst", length_matched=True).pairs([good, short, long, middle], "k") == [(good, long)]
+
+
+def test_rows_keep_what_was_sampled(tmp_path):
+    rows = [
+        {"key": "a", "messages": said("x"), "reward": 1.0, "ended": "done", "tools": [{"type": "function"}],
+         "sequences": [{"input_ids": [1, 2, 3], "assistant_masks": [0, 0, 1]}]},
+        {"key": "a", "messages": said("y"), "reward": 0.0, "ended": "max turns",
+         "sequences": [{"input_ids": [1, 2, 4, 5], "assistant_masks": [0, 0, 1, 1]}]},
+        {"key": "a", "messages": said("z"), "reward": None, "ended": "environment error"},
+        {"messages": said("z"), "correct": True}, {"messages": said("w"), "correct": False},
+        {"messages": said("z"), "correct": True}, {"messages": said("u"), "correct": False, "ended": "cut"},
+        {"messages": [{"role": "user", "content": "q"}], "correct": False},
+        {"key": "b", "messages": said("x"), "reward": 1},
+    ]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, report = paired_rows([tmp_path / "t.jsonl"], Pairing("best_worst"))
+    assert pairs[0]["chosen"] == {"messages": said("x"), "sequences": rows[0]["sequences"]} and pairs[0]["tools"]
+    assert pairs[0]["id"] == "a-0" and pairs[1]["chosen"] == said("z") and pairs[1]["rejected"] == said("w")
+    pair = row_to_pair({**pairs[0], "tools": None})
+    assert [side.sequences for side in pair.recorded] == [[([1, 2, 3], [0, 0, 1])], [([1, 2, 4, 5], [0, 0, 1, 1])]]
+    assert (report.trajectories, report.tasks, report.paired, report.pairs, report.longer) == (9, 3, 2, 2, 0)
+    assert dict(report.left_out) == {
+        "without a reward": 1, "the same as an earlier one": 1, "not ended by the policy": 2
+    }  # fmt: skip
+    assert dict(report.unpaired) == {"no two differ in reward": 1}
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"messages": said("x")}, {"messages": "x", "reward": 1}, {"messages": [5], "reward": 1},
+            {"messages": [{"role": "assistant", "content": "x"}], "reward": 1}],
+)  # fmt: skip
+def test_rows_that_are_no_trajectories_are_named(row):
+    with refused("trajectory", "f.jsonl:3"):
+        read_scored(row, "f.jsonl:3", Report())
+    with refused("reward", "f.jsonl:3", "'good'"):
+        read_scored({"messages": said("x"), "reward": "good"}, "f.jsonl:3", Report())

@@ -1,0 +1,95 @@
+"""mdpo/rollouts/records.py: trajectories on disk, and the sequences that were sampled."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from errors import refused
+
+from mdpo.rollouts.records import Records, SampledTurn, Trajectory, recorded_sequences
+from mdpo.rollouts.tasks import Task
+
+SETTINGS = {"temperature": 1.0, "turns": 6}
+
+
+def trajectory(key: str, sample: int = 0, text: str = "hello") -> Trajectory:
+    messages = [{"role": "user", "content": key}, {"role": "assistant", "content": text}]
+    return Trajectory(key, sample, {"prompt": key}, messages, calls=[("python", "ok")], ended="done", turns=1)
+
+
+def task(key: str) -> Task:
+    return Task(key, {}, [])
+
+
+def records(path, policy: str = "sha256:1", **settings) -> Records:
+    return Records(path, policy, {**SETTINGS, **settings})
+
+
+def test_what_was_written_is_read(tmp_path):
+    path = tmp_path / "t.jsonl"
+    first = records(path)
+    odd = 'a\u2028b\x85c\n"d" \ud800 é'  # line ends of Unicode, and half a character: one line each all the same
+    for one in (trajectory("a"), trajectory("a", 1, odd)):
+        first.append(one)
+    first.close()
+    again = records(path)
+    assert again.done == first.done and again.done[1].messages[1]["content"] == odd and not again.torn
+    assert again.done[0].policy == "sha256:1" and again.done[0].settings == SETTINGS
+    assert again.missing([(task("a"), 0), (task("a"), 1), (task("b"), 0)]) == [(task("b"), 0)]
+
+
+@pytest.mark.parametrize("cut", [1, 17, 300])
+def test_a_line_that_a_kill_cut_is_removed(tmp_path, cut):
+    path = tmp_path / "t.jsonl"
+    first = records(path)
+    first.append(trajectory("a"))
+    whole = path.read_bytes()
+    first.append(trajectory("b"))
+    path.write_bytes((whole + path.read_bytes()[len(whole) :])[: len(whole) + cut])
+    again = records(path)
+    assert again.torn == cut and [t.key for t in again.done] == ["a"] and path.read_bytes() == whole
+    again.append(trajectory("b"))
+    assert [t.key for t in records(path).done] == ["a", "b"]
+
+
+def test_records_of_other_settings_are_refused_by_name(tmp_path):
+    path = tmp_path / "t.jsonl"
+    records(path).append(trajectory("a"))
+    for other in ({"policy": "sha256:2"}, {"temperature": 0.5}, {"turns": 3}):
+        with refused("save", *other):
+            records(path, **other)
+    with refused("save", "'a'"):
+        records(path).missing([(task("b"), 0)])
+    path.write_text(path.read_text() * 2)
+    with refused("save", "'a'"):
+        records(path)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", json.dumps({"key": "a", "calls": [], "else": 1})])
+def test_a_line_that_is_no_trajectory_is_named(tmp_path, line):
+    path = tmp_path / "t.jsonl"
+    records(path).append(trajectory("a"))
+    path.write_text(path.read_text() + line + "\n")
+    with refused("trajectory", ":2:"):
+        records(path)
+
+
+def test_sequences_are_merged_while_the_next_prompt_begins_with_all_so_far():
+    a, b = SampledTurn([1, 2], [3], [-0.5]), SampledTurn([1, 2, 3, 4], [5, 6], [-0.1, -0.2])
+    assert recorded_sequences([a, b]) == [
+        {
+            "input_ids": [1, 2, 3, 4, 5, 6],
+            "assistant_masks": [0, 0, 1, 0, 1, 1],
+            "logprobs": [None, None, -0.5, None, -0.1, -0.2],
+        }
+    ]
+    rewritten = SampledTurn([1, 2, 9], [7])  # the template has taken token 3 out: another context
+    assert recorded_sequences([a, b, rewritten])[1:] == [{"input_ids": [1, 2, 9, 7], "assistant_masks": [0, 0, 0, 1]}]
+    assert recorded_sequences([replace(a, logprobs=None), b])[0].keys() == {"input_ids", "assistant_masks"}
+    assert recorded_sequences([]) == []
+
+
+def test_a_prompt_that_the_history_begins_with_is_another_sequence():
+    """Shorter than what was sampled so far: nothing of the earlier turn may be supervised in its context again."""
+    found = recorded_sequences([SampledTurn([1, 2], [3, 4]), SampledTurn([1, 2, 3], [5])])
+    assert [s["assistant_masks"] for s in found] == [[0, 0, 1, 1], [0, 0, 0, 1]]
