@@ -34,7 +34,9 @@ STAGES = ["0/evaluate"] + [f"{n}/{stage}" for n in (1, 2) for stage in ("sample"
 @pytest.fixture
 def workshop(tmp_path):
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
-    tiny_llama(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    model = tiny_llama(tokenizer, seed=0)
+    model.generation_config.eos_token_id = list(range(5, len(tokenizer), 4))  # a random model ends its turns so
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "letters.py").write_text(ENVIRONMENT)
     for name, n in (("tasks", 6), ("held_out", 4)):
