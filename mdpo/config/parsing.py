@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> list[Setting]:
 
 
 def _near_recipes(path: Path) -> str:
-    known = sorted(os.path.relpath(recipe) for recipe in (ROOT / "recipes").rglob("*.yaml"))
+    known = sorted(os.path.relpath(recipe) for recipe in (ROOT / "recipes").glob("*/dpo/*.yaml"))
     near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.5) or known[:5]
     return f"Recipes here: {', '.join(near)}." if near else ""
 

@@ -206,6 +206,17 @@ def test_mistakes_are_named_before_a_stage_runs(name, workshop):
     assert not (workshop / "out").exists()
 
 
+def test_the_shipped_loop_is_the_one_on_the_page(monkeypatch):
+    """Its recipe and options are right; the questions are the user's to bring."""
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes/gemma-2-9b-it/loop.yaml"
+    with refused("tasks", "data/questions.jsonl"):
+        iterate.checked(read_loop(path))
+    assert path.read_text(encoding="utf-8").partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_a_file_that_is_no_loop(tmp_path):
     for text, key in (("- a", "loop"), ("a: [", "loop"), ("recipe: a", "output_dir")):
         (tmp_path / "l.yaml").write_text(text)
