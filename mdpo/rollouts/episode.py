@@ -91,8 +91,7 @@ class Player:
         turns: list[SampledTurn] = []
         try:
             if instance is not None:
-                columns = {name: value for name, value in task.row.items() if name != "environment"}
-                observation = await self._limited("reset", lambda: instance.reset(**columns))
+                observation = await self._limited("reset", lambda: instance.reset(**task.row))
                 trajectory.messages = observed(task.messages, observation)
             trajectory.messages = self.form.opening(trajectory.messages)
             trajectory.prompt_messages = len(trajectory.messages)

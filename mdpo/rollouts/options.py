@@ -11,11 +11,13 @@ from mdpo.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Without `environment` the tasks are maths: Python blocks are run in the sandbox, and `answer` is compared."""
+    """Without `environment` and `tools` the tasks are maths: Python blocks are run in the sandbox, and `answer` is
+    compared."""
 
     save: Path
     instruction: str = ""
     environment: str | None = None  # path/to/file.py:Class or module:Class
+    tools: tuple[str, ...] = ()  # path/to/file.py:function or module:function
     rewards: tuple[str, ...] = ()  # path/to/file.py:function or module:function
     reward_weights: tuple[float, ...] = ()
     tool_calls: str = "auto"  # auto | template | text
@@ -54,9 +56,10 @@ HOW = "transformers batches continuously; generate in rounds, for any model; ser
 ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are those of SamplingOptions
     "save": (Path, None, "file for trajectories (default CHECKPOINT/trajectories.jsonl)"),
     "environment": (str, None, "path/to/file.py:Class or module:Class"),
+    "tools": (listed(str), None, "functions to call, path/to/file.py:function or module:function"),
     "rewards": (listed(str), None, "reward functions of TRL's form, path/to/file.py:function or module:function"),
     "reward_weights": (listed(float), None, "a number for each reward function; 1 where not given"),
-    "tool_calls": (("auto", "template", "text"), None, "how the policy writes calls; needs --environment"),
+    "tool_calls": (("auto", "template", "text"), None, "how the policy writes calls; needs --environment or --tools"),
     "instruction": (str, None, "text in front of each question, with an empty line between"),
     "max_turns": (int, 1, "turns of the model in a conversation, at most"),
     "max_new_tokens": (int, 1, "tokens in a turn, at most"),
@@ -73,6 +76,7 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     "tool_seconds": (float, 0.1, "time limit of a tool, of reset and of a reward"),
 }
 
+OF_MATHS = "with --environment or --tools"
 SAMPLED = ("samples", "seed")  # need a temperature
 DEFAULTS = {field.name: field.default for field in fields(SamplingOptions)}
 
@@ -94,8 +98,8 @@ def read_options(args: argparse.Namespace, save: Path) -> SamplingOptions:
         (SAMPLED, args.temperature, "at temperature 0; set --temperature"),
         (("base_url", "served_model"), args.backend == "server", "without --backend server"),
         (("seed",), args.backend != "server", "with --backend server, as each of its samples would be the same"),
-        (("tool_calls",), args.environment, "without --environment"),
-        (("code_seconds", "allow_unisolated_code"), not args.environment, "with --environment"),
+        (("tool_calls",), args.environment or args.tools, "without --environment or --tools"),
+        (("code_seconds", "allow_unisolated_code"), not (args.environment or args.tools), OF_MATHS),
     ):
         if not effect and (unused := [name for name in named if name in names]):
             raise UserError(f"--{unused[0]}: has no effect {without}.")

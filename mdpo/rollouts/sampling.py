@@ -56,10 +56,13 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
     """Reads the tasks, makes an environment, and asks the template. Raises UserError."""
     template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
     functions = [load_object(spec, "rewards") for spec in options.rewards]
-    if options.environment:
-        environments, kind = Environments(load_object(options.environment, "environment")), options.tool_calls
+    own = bool(options.environment or options.tools)
+    if own:
+        factory = load_object(options.environment, "environment") if options.environment else None
+        environments = Environments(factory, [load_object(spec, "tools") for spec in options.tools])
+        kind = options.tool_calls
         if not environments.has_reward and not functions:
-            raise UserError(f"rewards: {environments.name} has no get_reward; name a reward function.")
+            raise UserError("rewards: the environment has no get_reward; name a reward function.")
     else:
         refuse_missing_verifier()
         if not options.isolated:
@@ -68,7 +71,7 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
         environments, kind = Environments(functions=[python_tool(sandbox)]), "python"
         functions = [right_answer, *functions]
     rewards = Rewards(functions, options.reward_weights)
-    needs = None if options.environment else {"answer": gold_answer}
+    needs = None if own else {"answer": gold_answer}
     tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
     form = call_form(kind, list(environments.schemas.values()), template, options.tool_role)
     if not form.schemas:
@@ -138,5 +141,5 @@ def limits_of(options: SamplingOptions, context: int | None) -> Limits:
 def settings_of(prepared: Prepared) -> dict[str, Any]:
     """What a trajectory depends on beside its task and the policy."""
     settings = {name: value for name, value in asdict(prepared.options).items() if name not in NOT_OF_A_TRAJECTORY}
-    settings |= {"rewards": list(settings["rewards"]), "reward_weights": list(settings["reward_weights"])}
+    settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}  # as JSON has them
     return {**settings, "tool_calls": type(prepared.form).__name__}

@@ -178,6 +178,42 @@ def test_mistakes_end_in_one_line(name, workshop, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+MINE = '''
+def double(n: int) -> int:
+    """
+    Doubles a number.
+
+    Args:
+        n: The number.
+    """
+    return 2 * n
+
+
+def long(completions, answer, **columns):
+    return [float(len(completions[0][-1]["content"]) > 0 and answer[0].startswith("so"))]
+'''
+
+
+def test_plain_functions_and_a_reward(workshop, capsys, tmp_path):
+    """Tools beside which there is no environment; every other task is of one shard."""
+    (tmp_path / "mine.py").write_text(MINE)
+    tools = f"{tmp_path}/mine.py:double"
+    command = [f"{workshop}/model", f"--recipe={workshop}/recipe.yaml", f"--tasks={workshop}/questions.jsonl"]
+    command += [f"--tools={tools}", f"--save={tmp_path}/t.jsonl"]
+    with refused("rewards"):
+        sample.main(command)
+    options = [f"--rewards={tmp_path}/mine.py:long", "--reward_weights=0.5", "--max_new_tokens=6", "--shard=0/2"]
+    sample.main([*command, *options])
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert sorted(row["key"][-1] for row in rows) == ["1", "3"]
+    for row in rows:
+        assert row["rewards"] == {"long": 1.0} and row["reward"] == 0.5 and row["messages"][0]["role"] == "system"
+        assert '"name": "double"' in row["messages"][0]["content"] and row["settings"]["tools"] == [tools]
+    before = (tmp_path / "t.jsonl").read_bytes()
+    sample.main([*command, *options])
+    assert (tmp_path / "t.jsonl").read_bytes() == before
+
+
 def test_a_reference_of_its_own_revision(workshop, monkeypatch):
     """`model_revision` and the like say where the base's weights are: the checkpoint's are elsewhere."""
     loaded = []
