@@ -25,6 +25,14 @@ from mdpo.rollouts.tables import with_interval
 from mdpo.runs.entrypoint import run
 from mdpo.storage import replace_text
 
+OF_SAMPLING = ("save", "seed", "shard", "tasks", "recipe", "served_model")
+SET_BY_THE_LOOP = {
+    "sample": OF_SAMPLING,
+    "evaluate": OF_SAMPLING,
+    "pair": ("out", "replace"),
+    "train": ("model_name_or_path", "ref_model_name_or_path", "output_dir", "dataset_mixer"),
+}
+
 
 def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
@@ -55,15 +63,19 @@ def main(argv: list[str]) -> None:
 
 def checked(loop: Loop) -> str:
     """The recipe's model. Raises UserError for whatever a stage would refuse of its options, before one runs."""
+    for name, taken in SET_BY_THE_LOOP.items():
+        if own := sorted(set(taken) & set(getattr(loop, name))):
+            raise UserError(f"{name}: {own[0]} is set by the loop.", name)
     recipe = load_recipe([loop.recipe, *keys(loop.train), "--report_to=none", f"--output_dir={loop.output_dir}"])
     if recipe.model.use_peft:
         raise UserError("train: use_peft: a loop trains whole models; an adapter would have to be merged in between.")
+    if recipe.training.ref_model_name_or_path:
+        raise UserError("reference: the recipe names a ref_model_name_or_path of its own.", "reference")
+    if loop.accelerate_config and not Path(loop.accelerate_config).is_file():
+        raise UserError(f"accelerate_config: there is no file {loop.accelerate_config}.", "accelerate_config")
     if not loop.sample.get("temperature"):
         raise UserError("sample: temperature is missing: greedy samples of a task are all the same.")
     for name, options in (("sample", loop.sample), ("evaluate", loop.evaluate)):
-        for own in ("save", "seed", "shard"):
-            if own in getattr(loop, name):
-                raise UserError(f"{name}: {own} is set by the loop.", name)
         *_, rest = sample.parse(["policy", f"--recipe={loop.recipe}", f"--tasks={loop.tasks}", *flags(options)])
         if rest:
             raise UserError(f"{name}: {rest[0]} is not an option of scripts/sample.py.", name)

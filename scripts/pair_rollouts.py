@@ -2,8 +2,8 @@
 
 Reads what scripts/sample.py saved, and anybody's: {"messages", "reward" or "correct"} a line, with "key"
 where several lines are of one task. Two of one task that differ in reward are a pair; by default each task makes one,
-drawn at random. Left out are trajectories without a reward, those that a limit or a broken environment ended, and what
-is there twice.
+drawn at random. Left out are trajectories without a reward, those that a token limit or a broken environment ended,
+and what is there twice.
 """
 
 import argparse

@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
     args, options, overrides = parse(argv)
     recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *overrides])
     adapter_config(args.checkpoint)  # raises where there is no checkpoint
-    if recipe.training.world_size > 1 or recipe.training.n_gpu > 1:
-        raise UserError("sample.py runs in one process on one device. Choose one with CUDA_VISIBLE_DEVICES=0.")
+    if recipe.training.world_size > 1:
+        raise UserError("sample.py runs in one process. Start it with python, and several with --shard.")
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
     say(f"recipe {recipe.path}", *recipe.notes, *fix_day(recipe, tokenizer, args.checkpoint))
     prepared = prepare(args.tasks, options, recipe, tokenizer)
@@ -55,7 +55,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, SamplingOptions, list[st
         args, overrides = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    return args, read_options(args, Path(args.checkpoint, "trajectories.jsonl")), overrides
+    part = "-{}-of-{}".format(*args.shard) if args.shard else ""
+    return args, read_options(args, Path(args.checkpoint, f"trajectories{part}.jsonl")), overrides
 
 
 if __name__ == "__main__":

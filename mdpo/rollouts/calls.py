@@ -67,8 +67,9 @@ class PythonBlocks:
 
     def read(self, text: str, ids: list[int], prompt: list[int]) -> TurnCalls:
         message = {"role": "assistant", "content": text}
-        code = code_of(text)
-        if code is None or last_boxed(CODE.sub("", text)) is not None:
+        said = visible(text)
+        code = code_of(said)
+        if code is None or last_boxed(CODE.sub("", said)):  # an empty box only speaks of one
             return TurnCalls(message)
         return TurnCalls(message, [Call("python", {"code": code})])
 
@@ -101,7 +102,7 @@ class TaggedCalls:
     def read(self, text: str, ids: list[int], prompt: list[int]) -> TurnCalls:
         message = {"role": "assistant", "content": text}
         try:
-            calls = [_as_call(json.loads(found)) for found in TAGGED.findall(text)]
+            calls = [_as_call(json.loads(found)) for found in TAGGED.findall(visible(text))]
         except (ValueError, DropPair) as error:
             return TurnCalls(message, malformed=str(error))
         return TurnCalls(message, calls)
@@ -129,7 +130,7 @@ class TemplateCalls:
         message = {name: value for name, value in message.items() if value not in (None, [])}
         try:
             calls = read_calls(message.pop("tool_calls", None))
-            if not calls and self.opener in text:
+            if not calls and self.opener in visible(text):
                 raise DropPair("the call is not in the form that the tools' description asks for")
         except DropPair as error:
             return TurnCalls({"role": "assistant", "content": text}, malformed=str(error))
@@ -157,6 +158,11 @@ def call_form(kind: str, tools: list[dict[str, Any]], template: ChatTemplate, ro
         if kind == "template":
             raise
         return TaggedCalls(tools, template, role)
+
+
+def visible(text: str) -> str:
+    """A turn without its thoughts: what is behind the last </think>, and before a <think> that nothing closes."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def code_of(text: str) -> str | None:

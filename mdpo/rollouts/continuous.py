@@ -38,8 +38,10 @@ class ContinuousBatching:
             raise UserError(f"backend: transformers cannot batch this model continuously: {error}.") from error
         return self
 
-    def __exit__(self, *_) -> None:
-        self.manager.stop(block=True)
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:  # nobody waits for what is under way
+            self.manager.output_router.result_handlers.clear()
+        self.manager.stop(block=True, hard_stop=kind is not None)
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         """Raises UserError where generation fails."""

@@ -25,11 +25,13 @@ def roll_out(player: Player, wanted: list[tuple[Task, int]], records: Records, i
         say(f"{records.path}: the last line, cut by a kill, is removed: its trajectory is sampled again.")
     if len(missing) < len(wanted):
         say(f"{records.path}: {len(wanted) - len(missing)} of {len(wanted)} trajectories are there already.")
+    right = [sum(t.correct for t in records.done)]
     with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="rollouts", disable=None) as bar:
 
         def ended(trajectory: Trajectory) -> None:
             records.append(trajectory)
-            bar.set_postfix(right=sum(t.correct for t in records.done), refresh=False)
+            right[0] += trajectory.correct
+            bar.set_postfix(right=right[0], refresh=False)
             bar.update()
 
         asyncio.run(play_all(player, missing, in_flight, ended))
@@ -47,7 +49,7 @@ async def play_all(
             if not running:
                 return
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for episode in done:
+            for episode in sorted(done, key=lambda e: e.exception() is not None):  # those that ended are kept
                 ended(episode.result())
     finally:
         for episode in running:

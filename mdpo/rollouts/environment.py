@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from mdpo.console import first_line
 from mdpo.errors import UserError
+from mdpo.rollouts.worker import Worker
 
 NO_TOOLS = ("reset", "get_reward")  # public methods that the policy cannot call
 
@@ -53,55 +55,63 @@ def _of_file(path: Path, option: str) -> Any:
     return sys.modules[name]
 
 
+@dataclass
+class Place:
+    """An instance of the environment, None where there is no class, and the thread in which its methods run."""
+
+    instance: Any | None
+    worker: Worker
+
+
 class Environments:
-    """Instances of one environment class, constructed once and reset often; without a class, an episode has only
+    """Instances of one environment class, each constructed once and reset often; without a class, an episode has only
     `functions` as tools. `schemas` has the tools as chat templates take them, by name. Raises UserError for a class
     that is not of the protocol."""
 
     def __init__(self, factory: Callable[[], Any] | None = None, functions: Iterable[Callable[..., Any]] = ()):
         self.factory, self.functions = factory, list(functions)
-        self._free: list[Any] = []
+        self._free: list[Place] = []
         self.name = getattr(factory, "__name__", type(factory).__name__) if factory else ""
-        self.has_reward = False
-        probe = None
-        if factory is not None:
-            probe = self._construct()
-            if not callable(getattr(type(probe), "reset", None)):
-                raise UserError(f"environment: {self.name} has no method reset(**row).", "environment")
-            self.has_reward = callable(getattr(type(probe), "get_reward", None))
-            self._free.append(probe)
+        probe = None if factory is None else self._probe(factory)
+        self.has_reward = callable(getattr(type(probe), "get_reward", None))
+        names = [f.__name__ for f in self.functions] + list(_methods(probe))
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"tools: {twice[0]} is the name of two tools.", "tools")
         self.schemas = {name: _schema(tool) for name, tool in self.tools(probe).items()}
 
     def tools(self, instance: Any | None) -> dict[str, Callable[..., Any]]:
         """The tools of an episode by name: the plain functions, then the instance's public methods."""
-        tools = {f.__name__: f for f in self.functions}
-        if instance is not None:  # found on the class: properties are not evaluated
-            for name, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction):
-                if not name.startswith("_") and name not in NO_TOOLS:
-                    tools[name] = getattr(instance, name)
-        return tools
+        return {f.__name__: f for f in self.functions} | _methods(instance)
 
-    def take(self) -> Any | None:
-        """An instance that no other episode has; None where there is no class."""
-        if self.factory is None:
-            return None
-        return self._free.pop() if self._free else self._construct()
+    async def take(self, seconds: float) -> Place:
+        """One that no other episode has. Raises what the class raises, or Hung."""
+        if self._free:
+            return self._free.pop()
+        place = Place(None, Worker())
+        if self.factory is not None:
+            place.instance = await place.worker.call(f"{self.name}()", self.factory, seconds)
+        return place
 
-    def give_back(self, instance: Any | None) -> None:
+    def give_back(self, place: Place) -> None:
         """For the next episode. One whose method never returned must not be given back."""
-        if instance is not None:
-            self._free.append(instance)
+        self._free.append(place)
 
-    def _construct(self) -> Any:
-        assert self.factory is not None
+    def _probe(self, factory: Callable[[], Any]) -> Any:
         try:
-            return self.factory()
-        except UserError:
-            raise
+            probe = factory()
         except Exception as error:
             raise UserError(
                 f"environment: {self.name}() raised {type(error).__name__}: {first_line(error)}.", "environment"
             ) from error
+        if not callable(getattr(type(probe), "reset", None)):
+            raise UserError(f"environment: {self.name} has no method reset(**row).", "environment")
+        return probe
+
+
+def _methods(instance: Any | None) -> dict[str, Callable[..., Any]]:
+    """The public methods of an instance, found on its class: properties are not evaluated."""
+    found = [] if instance is None else inspect.getmembers(type(instance), predicate=inspect.isfunction)
+    return {name: getattr(instance, name) for name, _ in found if not name.startswith("_") and name not in NO_TOOLS}
 
 
 def _schema(function: Callable[..., Any]) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 next messages, until a turn without a call or another end."""
 
 import asyncio
-import inspect
-import json
+import copy
 import os
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,18 +15,15 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.spans import tokenize
 from mdpo.rollouts.arguments import wrong_arguments
 from mdpo.rollouts.calls import Call, CallForm, TurnCalls
-from mdpo.rollouts.environment import Environments
+from mdpo.rollouts.environment import Environments, Place
 from mdpo.rollouts.records import SampledTurn, Trajectory, recorded_sequences
 from mdpo.rollouts.rewards import IN_MAIN_THREAD, Rewards, checked_reward
 from mdpo.rollouts.tasks import Task, observed
+from mdpo.rollouts.worker import Hung, Worker
 from mdpo.types import Message
 
 RESULT_CHARACTERS = 16_000  # of a result that the policy sees: the first and the last half
 HUNG = 100  # methods that never returned, after which sampling ends: each holds a thread
-
-
-class Hung(Exception):
-    """A method of the environment did not return in time."""
 
 
 class Outcome(str):
@@ -85,19 +79,24 @@ class Player:
 
     async def play(self, task: Task, sample: int) -> Trajectory:
         """An episode from `reset` to its reward. Failures of the environment end it as "environment error"; a prompt
-        that the template refuses raises UserError, as every other one would be refused too."""
-        instance, hung_before = self.environments.take(), len(self.hung)
+        that the template refuses, and a backend that fails, raise UserError, as every other episode would."""
         trajectory = Trajectory(task.key, sample, task.row, list(task.messages), tools=self.form.schemas)
         turns: list[SampledTurn] = []
+        place, hung_before = None, len(self.hung)
         try:
+            async with self.slots:
+                place = await self.environments.take(self.limits.seconds)
+            instance = place.instance
             if instance is not None:
-                observation = await self._limited("reset", lambda: instance.reset(**task.row))
+                row = copy.deepcopy(task.row)  # which the environment may change
+                observation = await self._limited(place, "reset", lambda: instance.reset(**row))
                 trajectory.messages = observed(task.messages, observation)
             trajectory.messages = self.form.opening(trajectory.messages)
             trajectory.prompt_messages = len(trajectory.messages)
             while not trajectory.ended:
-                await self._turn(trajectory, turns, self.environments.tools(instance))
-            await self._judge(trajectory, turns, instance)
+                await self._turn(trajectory, turns, place)
+            if turns:
+                await self._judge(trajectory, turns, place)
         except UserError:
             raise
         except Exception as error:  # of the user's code
@@ -105,8 +104,8 @@ class Player:
             trajectory.error = f"{type(error).__name__}: {first_line(error)}"
             trajectory.reward = None
         trajectory.sequences = recorded_sequences(turns)
-        if len(self.hung) == hung_before:
-            self.environments.give_back(instance)
+        if place and not place.worker.lost and len(self.hung) == hung_before:
+            self.environments.give_back(place)
         return trajectory
 
     def prompt(self, messages: list[Message]) -> list[int]:
@@ -118,12 +117,12 @@ class Player:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{reason} (its messages: {roles}).", reason.key) from reason
 
-    async def _turn(self, trajectory: Trajectory, turns: list[SampledTurn], tools: dict[str, Callable]) -> None:
+    async def _turn(self, trajectory: Trajectory, turns: list[SampledTurn], place: Place) -> None:
         prompt, limits = self.prompt(trajectory.messages), self.limits
         if limits.context is not None and len(prompt) + limits.new_tokens > limits.context:
             trajectory.ended = "too long"
             return
-        sampled = await self.backend.sample(prompt, limits.new_tokens)
+        sampled = await self._sampled(prompt)
         turns.append(SampledTurn(prompt, sampled.ids, sampled.logprobs))
         trajectory.turns += 1
         end = next((t for t, token in enumerate(sampled.ids) if token in self.stops), len(sampled.ids))
@@ -139,90 +138,73 @@ class Player:
         elif trajectory.turns == limits.turns:
             trajectory.ended = "max turns"
         else:
-            trajectory.messages += self.form.results(turn, await self._results(trajectory, turn, tools))
+            trajectory.messages += self.form.results(turn, await self._results(trajectory, turn, place))
 
-    async def _results(self, trajectory: Trajectory, turn: TurnCalls, tools: dict[str, Callable]) -> list[str]:
+    async def _sampled(self, prompt: list[int]) -> Sampled:
+        try:
+            return await self.backend.sample(prompt, self.limits.new_tokens)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"backend: {type(error).__name__}: {first_line(error)}.") from error
+
+    async def _results(self, trajectory: Trajectory, turn: TurnCalls, place: Place) -> list[str]:
         """The text that comes back for each call, in order: one after another, as each may change the state."""
         if turn.malformed:
             trajectory.calls.append(("", "malformed"))
             return [f"error: the call cannot be read: {turn.malformed}"]
         texts = []
         for call in turn.calls:
-            text, ended = await self._called(call, tools)
+            text, ended = await self._called(call, place)
             trajectory.calls.append((call.name, ended))
             texts.append(shortened(text))
         return texts
 
-    async def _called(self, call: Call, tools: dict[str, Callable]) -> tuple[str, str]:
+    async def _called(self, call: Call, place: Place) -> tuple[str, str]:
+        tools = self.environments.tools(place.instance)
         function = tools.get(call.name)
         if function is None:
             return f"error: there is no tool {call.name}. There is {', '.join(tools) or 'none'}.", "unknown"
         if wrong := wrong_arguments(call.arguments, self.environments.schemas[call.name]["function"]):
             return f"error: {wrong}", "wrong arguments"
         try:
-            result = await self._limited(call.name, lambda: function(**call.arguments))
+            result = await self._limited(place, call.name, lambda: function(**call.arguments))
+        except UserError:
+            raise
         except Hung as error:
             return f"error: {error}", "hung"
         except Exception as error:
             return f"error: {type(error).__name__}: {first_line(error)}", "raised"
-        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        return text, getattr(result, "ended", "ok")
+        return str(result), result.ended if isinstance(result, Outcome) else "ok"
 
-    async def _judge(self, trajectory: Trajectory, turns: list[SampledTurn], instance: Any) -> None:
+    async def _judge(self, trajectory: Trajectory, turns: list[SampledTurn], place: Place) -> None:
         """The rewards, of every trajectory that the policy had a turn in."""
         rewards: dict[str, float | None] = {}
+        instance = place.instance
         if instance is not None and self.environments.has_reward:
-            value = await self._limited("get_reward", instance.get_reward)
+            value = await self._limited(place, "get_reward", instance.get_reward)
             rewards[self.environments.name] = checked_reward("get_reward", value)
         said = trajectory.messages
         prompt, completion = said[: trajectory.prompt_messages], said[trajectory.prompt_messages :]
         ids = [token for turn in turns for token in turn.ids]
         for name, call in self.rewards.calls(trajectory.task, prompt, completion, ids, instance).items():
             by_alarm = self.rewards.functions[self.rewards.names.index(name)] in IN_MAIN_THREAD
-            rewards[name] = call() if by_alarm else await self._limited(name, call)
+            rewards[name] = call() if by_alarm else await self._limited(place, name, call)
         trajectory.rewards, trajectory.reward = rewards, self.rewards.total(rewards)
 
-    async def _limited(self, name: str, function: Callable[[], Any]) -> Any:
-        """What the function returns, or raises, in a thread of its own. Raises TimeoutError; a thread that never ends
-        dies with the process. Raises UserError after many of these."""
-        async with self.slots:
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future = loop.create_future()
-            threading.Thread(target=_work, args=(function, future, loop), daemon=True, name=name).start()
-            done, _ = await asyncio.wait([future], timeout=self.limits.seconds)
-        if done:
-            return future.result()
-        future.cancel()
-        self.hung.append(name)
-        if len(self.hung) >= HUNG:
-            names = ", ".join(sorted(set(self.hung)))
-            raise UserError(f"environment: {HUNG} calls of {names} never returned.", "environment")
-        raise Hung(f"{name} did not return within {self.limits.seconds:g} s")
-
-
-def _work(function: Callable[[], Any], future: asyncio.Future, loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        result = function()
-        outcome = (asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result, None)
-    except BaseException as error:
-        outcome = (None, error)
-    with suppress(RuntimeError):  # the loop has been closed since
-        loop.call_soon_threadsafe(_settle, future, *outcome)
-
-
-def _settle(future: asyncio.Future, result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    elif isinstance(error, Exception) and not isinstance(error, StopIteration):
-        future.set_exception(error)
-    else:  # SystemExit and the like of the user's code end the call, not the run
-        future.set_exception(RuntimeError(f"{type(error).__name__}: {first_line(error)}"))
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
+    async def _limited(self, place: Place, name: str, function: Callable[[], Any]) -> Any:
+        """What the function returns, or raises, in the place's thread; after a Hung that is another one. Raises
+        UserError after many of these."""
+        try:
+            async with self.slots:
+                return await place.worker.call(name, function, self.limits.seconds)
+        except Hung as error:
+            self.hung.append(name)
+            if len(self.hung) >= HUNG:
+                names = ", ".join(sorted(set(self.hung)))
+                raise UserError(f"environment: {HUNG} calls of {names} never returned.", "environment") from error
+            place.worker = Worker()
+            raise
 
 
 def shortened(text: str) -> str:

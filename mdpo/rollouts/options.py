@@ -54,7 +54,11 @@ def shard(text: str) -> tuple[int, int]:
 
 HOW = "transformers batches continuously; generate in rounds, for any model; server asks vLLM or SGLang"
 ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are those of SamplingOptions
-    "save": (Path, None, "file for trajectories (default CHECKPOINT/trajectories.jsonl)"),
+    "save": (
+        Path,
+        None,
+        "file for trajectories (default CHECKPOINT/trajectories.jsonl, with --shard trajectories-K-of-N)",
+    ),
     "environment": (str, None, "path/to/file.py:Class or module:Class"),
     "tools": (listed(str), None, "functions to call, path/to/file.py:function or module:function"),
     "rewards": (listed(str), None, "reward functions of TRL's form, path/to/file.py:function or module:function"),
@@ -73,7 +77,11 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     "shard": (shard, None, "K/N: every N-th task from the K-th on, from 0"),
     "tool_role": (("user", "tool"), None, "role of results in text; M-DPO's data has user"),
     "code_seconds": (float, 0.1, "time limit of a program"),
-    "tool_seconds": (float, 0.1, "time limit of a tool, of reset and of a reward"),
+    "tool_seconds": (
+        float,
+        0.1,
+        "time limit of a tool, of reset and of a reward; of maths code_seconds and 30 more at least",
+    ),
 }
 
 OF_MATHS = "with --environment or --tools"

@@ -25,6 +25,7 @@ class Scored:
     reward: float
     sequences: list[dict[str, list]] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
+    n_prompt: int = 0  # messages before the policy's first turn
 
     @property
     def length(self) -> int:
@@ -72,10 +73,10 @@ class Pairing:
 def same_turns(a: Scored, b: Scored) -> int:
     """The policy's turns that two trajectories begin with alike, and after which both went on."""
     turns = 0
-    for one, other in zip(a.messages[:-1], b.messages[:-1], strict=False):
+    for number, (one, other) in enumerate(zip(a.messages[:-1], b.messages[:-1], strict=False)):
         if one != other:
             break
-        turns += one.get("role") == "assistant"
+        turns += number >= a.n_prompt and one.get("role") == "assistant"
     return turns
 
 
@@ -158,4 +159,6 @@ def read_scored(row: dict[str, Any], where: str, report: Report) -> tuple[str, S
     if reward is None or row.get("ended") in UNFINISHED or "assistant" not in turns:
         report.left_out[NO_REWARD if reward is None else NOT_ENDED] += 1
         return key, None
-    return key, Scored(messages, float(reward), row.get("sequences") or [], row.get("tools"))
+    return key, Scored(
+        messages, float(reward), row.get("sequences") or [], row.get("tools"), row.get("prompt_messages") or 0
+    )

@@ -1,11 +1,12 @@
 """Trajectories on disk: JSON Lines, one appended as each ends, so that a kill loses none that has ended, and the same
 command continues with those that are missing."""
 
+import fcntl
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,35 +82,36 @@ def recorded_sequences(turns: Iterable[SampledTurn]) -> list[dict[str, list]]:
 
 
 class Records:
-    """The trajectories of one file. Raises UserError where the file has other ones than this command would make: of
-    another policy, of other settings, of tasks that are not there."""
+    """The trajectories of one file, which one process writes; without their messages and sequences, which are on the
+    disk. Raises UserError where the file has other ones than this command would make: of another policy, of other
+    settings, of tasks that are not there."""
 
     def __init__(self, path: Path, policy: str, settings: dict[str, Any]):
         self.path, self.policy, self.settings = path, policy, settings
         self.torn = 0  # bytes of a line that a kill cut, removed
-        self.done = self._read() if path.exists() else []
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another process writes it.", "save") from None
+        self.done = self._read()
 
     def _read(self) -> list[Trajectory]:
-        text = self.path.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        if whole < len(text):
-            self.torn = len(text) - whole
-            with self.path.open("rb+") as file:
-                file.truncate(whole)
-        done = [
-            read_trajectory(line, f"{self.path}:{number}")
-            for number, line in enumerate(text[:whole].decode("utf-8").split("\n")[:-1], 1)
-        ]
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        tail, first = data[whole:], b'{"key"'
+        if not (tail.startswith(first) or first.startswith(tail)):
+            raise UserError(f"{self.path}: is no file of trajectories.", "save")
+        try:
+            lines = data[:whole].decode("utf-8").split("\n")[:-1]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: is not UTF-8 text (byte {error.start}).", "save") from None
+        done = [read_trajectory(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1)]
         for number, trajectory in enumerate(done, 1):
-            others = [
-                f"{name} {theirs!r}, now {ours!r}"
-                for name, theirs, ours in (
-                    ("policy", trajectory.policy, self.policy),
-                    *((n, trajectory.settings.get(n), v) for n, v in self.settings.items()),
-                )
-                if theirs != ours
-            ]
+            theirs = {"policy": trajectory.policy, **trajectory.settings}
+            ours = {"policy": self.policy, **self.settings}
+            others = [f"{name} {theirs.get(name)!r}, now {value!r}" for name, value in ours.items()
+                      if theirs.get(name) != value]  # fmt: skip
             if others:
                 raise UserError(
                     f"{self.path}:{number}: was sampled with {'; '.join(others)}. Give another file, or remove it.",
@@ -118,7 +120,11 @@ class Records:
         twice = [key for key, n in Counter((t.key, t.sample) for t in done).items() if n > 1]
         if twice:
             raise UserError(f"{self.path}: {twice[0][0]!r}, sample {twice[0][1]}, is there twice.", "save")
-        return done
+        if tail:  # nothing of another file has been touched
+            self.torn = len(tail)
+            with self.path.open("rb+") as file:
+                file.truncate(whole)
+        return [brief(trajectory) for trajectory in done]
 
     def missing(self, wanted: list[tuple[Task, int]]) -> list[tuple[Task, int]]:
         """Of (task, sample) those that have not ended yet. Raises UserError where the file has others."""
@@ -126,6 +132,9 @@ class Records:
         if foreign := there - {(task.key, sample) for task, sample in wanted}:
             key, sample = min(foreign)
             raise UserError(f"{self.path}: has {key!r}, sample {sample}, which these tasks do not have.", "save")
+        rows = {task.key: task.row for task, _ in wanted}
+        if changed := [trajectory.key for trajectory in self.done if trajectory.task != rows[trajectory.key]]:
+            raise UserError(f"{self.path}: the task {changed[0]!r} was another one.", "save")
         return [(task, sample) for task, sample in wanted if (task.key, sample) not in there]
 
     def append(self, trajectory: Trajectory) -> None:
@@ -140,10 +149,15 @@ class Records:
                 f"{self.path}: {error.strerror}; {len(self.done)} trajectories are there. The same command continues.",
                 "save",
             ) from error
-        self.done.append(trajectory)
+        self.done.append(brief(trajectory))
 
     def close(self) -> None:
         self._file.close()
+
+
+def brief(trajectory: Trajectory) -> Trajectory:
+    """Without what takes the memory: thousands of these are held."""
+    return replace(trajectory, messages=[], sequences=[], tools=None)
 
 
 def read_trajectory(line: str, where: str) -> Trajectory:

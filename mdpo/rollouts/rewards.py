@@ -1,6 +1,6 @@
 """How good a trajectory is: the sum of an environment's reward and of reward functions in TRL's form, weighted."""
 
-import asyncio
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from typing import Any
 
 from mdpo.errors import UserError
 from mdpo.rollouts.answers import gold_answer, is_right, last_boxed
-from mdpo.rollouts.calls import CODE
+from mdpo.rollouts.calls import CODE, visible
 from mdpo.types import Message
 
 RewardFunction = Callable[..., Any]
@@ -33,13 +33,15 @@ class Rewards:
                 "reward_weights",
             )
         names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"rewards: {twice[0]} is the name of two reward functions.")
         object.__setattr__(self, "names", names)
 
     def calls(
         self, task: dict[str, Any], prompt: list[Message], completion: list[Message], ids: list[int], instance: Any
     ) -> dict[str, Callable[[], float | None]]:
         """For each function by name, a call that returns its reward for a trajectory, or raises what it raises."""
-        columns = {name: [value] for name, value in task.items() if name not in ("prompt", "completion")}
+        columns = {n: [copy.deepcopy(value)] for n, value in task.items() if n not in ("prompt", "completion")}
         if instance is not None:
             columns["environments"] = [instance]
         given = {**columns, "prompts": [prompt], "completions": [completion], "completion_ids": [ids]}
@@ -56,17 +58,20 @@ class Rewards:
         return sum(weights.get(name, 1.0) * reward for name, reward in rewards.items() if reward is not None)
 
 
-def _one(name: str, function: RewardFunction, given: dict[str, Any]) -> float | None:
+def _one(name: str, function: RewardFunction, given: dict[str, Any]) -> Any:
+    """The reward, or what comes to it when awaited."""
     values = function(**given)
-    if inspect.isawaitable(values):
-        values = asyncio.run(_awaited(values))
+    return _number(name, values) if not inspect.isawaitable(values) else _awaited(name, values)
+
+
+async def _awaited(name: str, values: Any) -> float | None:
+    return _number(name, await values)
+
+
+def _number(name: str, values: Any) -> float | None:
     if not isinstance(values, list | tuple) or len(values) != 1:
         raise ValueError(f"{name} has to return a list of one number or None for one trajectory, not {values!r:.60}")
     return checked_reward(name, values[0])
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
 
 
 def checked_reward(name: str, value: Any) -> float | None:
@@ -94,4 +99,4 @@ IN_MAIN_THREAD = {right_answer}  # math-verify sets an alarm
 def final_answer(completion: list[Message]) -> str | None:
     """The last \\boxed{} outside code of the last turn; None where there is none, or no turn."""
     turns = [message for message in completion if message["role"] == "assistant"]
-    return last_boxed(CODE.sub("", turns[-1].get("content") or "")) if turns else None
+    return last_boxed(CODE.sub("", visible(turns[-1].get("content") or ""))) if turns else None

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import xxhash
 from transformers import AutoConfig, GenerationConfig
 
 from mdpo.config.caches import default_folder
@@ -20,14 +21,14 @@ from mdpo.rollouts.driver import jobs, roll_out
 from mdpo.rollouts.environment import Environments, load_object
 from mdpo.rollouts.episode import Backend, Limits, Player
 from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
-from mdpo.rollouts.load_policy import load_policy
+from mdpo.rollouts.load_policy import adapter_config, load_policy
 from mdpo.rollouts.options import SamplingOptions
 from mdpo.rollouts.python_maths import python_tool
 from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.rewards import Rewards, right_answer
 from mdpo.rollouts.sandbox import Limits as ProgramLimits
 from mdpo.rollouts.sandbox import Sandbox
-from mdpo.rollouts.server import Server
+from mdpo.rollouts.server import SLOWEST, TIMEOUT_S, Server, served_context
 from mdpo.rollouts.tasks import Task, read_tasks
 
 CODE_START_S = 30.0  # beside a program's own limit: the sandbox's start on a busy machine
@@ -74,6 +75,8 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
     needs = None if own else {"answer": gold_answer}
     tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
     form = call_form(kind, list(environments.schemas.values()), template, options.tool_role)
+    if form.schemas and options.tool_role != SamplingOptions.tool_role:
+        raise UserError("--tool_role: has no effect where the template has calls of its own; --tool_calls=text.")
     if not form.schemas:
         refuse_hidden_tool_role(template, options.tool_role)
     if not options.save.parent.is_dir():
@@ -86,10 +89,13 @@ def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajecto
     some are missing. Raises UserError."""
     options, shard = prepared.options, prepared.options.shard
     policy = named_digest(checkpoint, None, default_folder()) or checkpoint
-    records = Records(options.save, policy, settings_of(prepared))
+    records = Records(options.save, policy, settings_of(prepared, recipe))
     wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples)
+    if not wanted:
+        raise UserError("--shard: has no task of the file.")
     if records.missing(wanted):
-        with backend_of(checkpoint, recipe, prepared) as (backend, stops, context):
+        seed = options.seed + len(records.done)  # after a kill the same noise would give copies
+        with backend_of(checkpoint, recipe, prepared, seed) as (backend, stops, context):
             player = Player(
                 backend,
                 prepared.template,
@@ -105,21 +111,26 @@ def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajecto
 
 
 @contextmanager
-def backend_of(checkpoint: str, recipe: Recipe, prepared: Prepared) -> Iterator[tuple[Backend, set[int], int | None]]:
+def backend_of(
+    checkpoint: str, recipe: Recipe, prepared: Prepared, seed: int
+) -> Iterator[tuple[Backend, set[int], int | None]]:
     """(The backend, the ids that end a turn, the tokens of the model's context). Raises UserError."""
     options, template = prepared.options, prepared.template
     if options.backend == "server":
-        config, generation = AutoConfig.from_pretrained(checkpoint), _generation_config(checkpoint)
-        stops = stop_ids(generation, template)
+        source = recipe.model.model_name_or_path if adapter_config(checkpoint) else checkpoint
+        config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.training.trust_remote_code)
+        stops = stop_ids(_generation_config(source), template)
         vocabulary = max(template.tokenizer.get_vocab().values()) + 1
         name, addresses = options.served_model or checkpoint, list(options.base_url)
-        with Server(addresses, name, stops, vocabulary, options.temperature) as server:
-            yield server, stops, context_length(config)
+        timeout = max(TIMEOUT_S, options.max_new_tokens / SLOWEST)
+        with Server(addresses, name, stops, vocabulary, options.temperature, timeout_s=timeout) as server:
+            lengths = [context_length(config), *(served_context(address, name) for address in addresses)]
+            yield server, stops, min((n for n in lengths if n), default=None)
         return
     model = load_policy(checkpoint, recipe)
     stops = stop_ids(model.generation_config, template)
     sampling = sampling_config(stops, template.tokenizer.pad_token_id, options.temperature)
-    with BACKENDS[options.backend](model, sampling, options.seed) as backend:
+    with BACKENDS[options.backend](model, sampling, seed) as backend:
         yield backend, stops, context_length(model.config)
 
 
@@ -134,12 +145,16 @@ def limits_of(options: SamplingOptions, context: int | None) -> Limits:
     """Raises UserError where no turn fits into the model's context."""
     if context and options.max_new_tokens >= context:
         raise UserError(f"--max_new_tokens: {options.max_new_tokens} leaves no room in a context of {context} tokens.")
-    seconds = max(options.tool_seconds, options.code_seconds + CODE_START_S)
+    own = options.environment or options.tools
+    seconds = options.tool_seconds if own else max(options.tool_seconds, options.code_seconds + CODE_START_S)
     return Limits(options.max_turns, options.max_new_tokens, context, seconds)
 
 
-def settings_of(prepared: Prepared) -> dict[str, Any]:
+def settings_of(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """What a trajectory depends on beside its task and the policy."""
+    template = prepared.template
     settings = {name: value for name, value in asdict(prepared.options).items() if name not in NOT_OF_A_TRAJECTORY}
     settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}  # as JSON has them
-    return {**settings, "tool_calls": type(prepared.form).__name__}
+    written = xxhash.xxh3_64_hexdigest(f"{template.tokenizer.chat_template} {sorted(template.kwargs.items())}".encode())
+    calls, dtype = type(prepared.form).__name__, str(recipe.model.dtype)
+    return {**settings, "tool_calls": calls, "chat_template": written, "dtype": dtype}

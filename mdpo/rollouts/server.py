@@ -16,6 +16,8 @@ from mdpo.rollouts.episode import Sampled
 KEY = "OPENAI_API_KEY"  # of the environment: a key is in no file
 TRIES = 6  # of a request, waiting 1, 2, 4 … seconds between them
 LONGEST_WAIT_S = 60.0
+TIMEOUT_S = 600.0  # of a request, and longer where many tokens are asked for
+SLOWEST = 10.0  # tokens per second
 AGAIN = (408, 425, 429)  # and all from 500 on
 
 
@@ -25,8 +27,8 @@ class BadAnswer(Exception):
 
 @dataclass
 class Server:
-    """One address or more, each request goes to the one with the fewest in flight. In use as a context. `vocabulary` is
-    one more than the highest id. Raises UserError where no try succeeds."""
+    """One address or more; a request goes to the one with the fewest in flight, after a failure to another. In use as a
+    context. `vocabulary` is one more than the highest id. Raises UserError where no try succeeds."""
 
     addresses: list[str]
     model: str
@@ -34,7 +36,7 @@ class Server:
     vocabulary: int
     temperature: float = 0.0
     seed: int | None = None
-    timeout_s: float = 600.0
+    timeout_s: float = TIMEOUT_S
     first_wait_s: float = 1.0
     in_flight: dict[str, int] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)  # why -> how often
@@ -73,13 +75,13 @@ class Server:
 
     async def _tried(self, path: str, body: dict[str, Any], read) -> Any:
         """What `read` makes of the answer; network errors, refusals for load and bad answers are tried again."""
-        why = ""
+        why, failed = "", dict.fromkeys(self.addresses, 0)
         for number in range(TRIES):
             if number:
                 self.retried[why] = self.retried.get(why, 0) + 1
                 wait = min(self.first_wait_s * 2 ** (number - 1), LONGEST_WAIT_S)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-            address = min(self.addresses, key=lambda a: self.in_flight[a])
+            address = min(self.addresses, key=lambda a: (failed[a], self.in_flight[a]))
             self.in_flight[address] += 1
             try:
                 answer = await self._client.post(address.rstrip("/") + path, json=body)
@@ -93,6 +95,7 @@ class Server:
                 why = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
             finally:
                 self.in_flight[address] -= 1
+                failed[address] += 1
         raise UserError(f"base_url: {', '.join(self.addresses)}: {TRIES} tries failed; the last one: {why}.")
 
     def _read(self, answer: Any, most: int) -> Sampled:
@@ -121,6 +124,22 @@ class Server:
         if logprobs is not None and len(logprobs) != len(ids):
             raise BadAnswer(f"{len(logprobs)} logprobs beside {len(ids)} token_ids")
         return Sampled(ids, cut=reason == "length" and ids[-1] not in self.stops, logprobs=logprobs)
+
+
+def served_context(address: str, model: str) -> int | None:
+    """The tokens of context that a server serves a model with (vLLM's `max_model_len`); None where it does not say.
+    Raises UserError where it serves others only."""
+    key = os.environ.get(KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with httpx.Client(trust_env=False, follow_redirects=False, timeout=30.0, headers=headers) as client:
+            served = client.get(address.rstrip("/") + "/models").json()["data"]
+        names = {entry["id"]: entry.get("max_model_len") for entry in served}
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return None  # it may begin later, or have no such list
+    if model not in names:
+        raise UserError(f"--served_model: {address} serves {', '.join(names) or 'nothing'}, not {model}.")
+    return names[model]
 
 
 def _json(answer: httpx.Response) -> Any:

@@ -192,6 +192,10 @@ BAD = {
     "option of pairing": ({"pair": {"pairs": "some"}}, "", "some"),
     "a recipe's key": ({"train": {"betta": 1}}, "betta", "beta"),
     "an adapter": ({"train": {"use_peft": True}}, "train", "use_peft"),
+    "an own policy of training": ({"train": {"output_dir": "x"}}, "train", "output_dir"),
+    "an own file of pairs": ({"pair": {"out": "x"}}, "pair", "out"),
+    "a reference in the recipe": ({"recipe": "{folder}/other.yaml"}, "reference", "ref_model_name_or_path"),
+    "no accelerate file": ({"accelerate_config": "none.yaml"}, "accelerate_config", "none.yaml"),
     "no tasks": ({"tasks": "none.jsonl"}, "tasks", "none.jsonl"),
 }
 
@@ -199,6 +203,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_mistakes_are_named_before_a_stage_runs(name, workshop):
     changes, key, detail = BAD[name]
+    text = (workshop / "recipe.yaml").read_text()
+    (workshop / "other.yaml").write_text(f"{text}ref_model_name_or_path: {workshop}/model\n")
+    changes = {k: v.format(folder=workshop) if isinstance(v, str) else v for k, v in changes.items()}
     path = loop_file(workshop, **changes)
     with pytest.raises(iterate.UserError) as caught:
         iterate.main([str(path)])

@@ -14,7 +14,7 @@ from tiny import CHATML, tiny_llama, tokenizer_for
 
 from mdpo.rollouts import server as module
 from mdpo.rollouts.episode import Sampled
-from mdpo.rollouts.server import TRIES, Server
+from mdpo.rollouts.server import TRIES, Server, served_context
 
 STOPS, VOCABULARY = {2, 7}, 50
 
@@ -47,6 +47,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:5] if told == "half" else body)
         if told == "half":
             self.connection.close()
+
+    def do_GET(self):
+        body = json.dumps(getattr(self.server, "listed", None)).encode()
+        self.send_response(200 if self.path == "/v1/models" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -128,6 +135,25 @@ def test_a_server_without_ids_is_refused():
     with serving({"choices": [{"text": "hello", "finish_reason": "stop"}]}) as (_, address):
         with refused("base_url", "token_ids"):
             sample(address)
+
+
+def test_a_dead_server_is_no_end_while_another_lives():
+    with serving() as (http, address):
+        options = {"timeout_s": 0.3, "first_wait_s": 0.001}
+        with Server(["http://127.0.0.1:9/v1", address], "mine", STOPS, VOCABULARY, **options) as server:
+            assert asyncio.run(server.sample([1, 3], 4)).ids == [5, 6, 2]
+        assert server.retried and len(http.asked) == 1
+
+
+def test_what_a_server_says_of_its_models():
+    listed = {"data": [{"id": "mine", "max_model_len": 77}, {"id": "other"}]}
+    with serving() as (http, address):
+        assert served_context(address, "mine") is None  # it has no list
+        http.listed = listed
+        assert served_context(address, "mine") == 77 and served_context(address, "other") is None
+        with refused("served_model", "mine, other", "third"):
+            served_context(address, "third")
+    assert served_context("http://127.0.0.1:9/v1", "mine") is None
 
 
 def test_requests_go_to_the_server_with_fewer_in_flight():

@@ -6,6 +6,7 @@ from tiny import CHATML, TRL_TEMPLATES, tokenizer_for
 
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.rollouts.calls import Call, PythonBlocks, TaggedCalls, TemplateCalls, call_form
+from mdpo.rollouts.rewards import final_answer
 
 WEATHER = {
     "type": "function",
@@ -111,7 +112,24 @@ def test_calls_as_text(name):
     ]
 
 
+def test_thoughts_call_nothing():
+    """A policy that thinks of a call, of code or of a box has not written it yet."""
+    template = template_of("qwen3", "<|im_end|>")
+    form = call_form("auto", [WEATHER], template, "user")
+    turn = read(form, template, "<think>\nA <tool_call> would do.\n</think>\n\nIt is sunny.", "<|im_end|>")
+    assert not turn.calls and not turn.malformed and turn.message["content"] == "It is sunny."
+    thoughts = '<think>\n```python\nprint(0)\n```\n\\boxed{5} <tool_call>{"name": "a"}</tool_call>\n</think>\n'
+    assert PythonBlocks().read(f"{thoughts}```python\nprint(1)\n```", [], []).calls == [
+        Call("python", {"code": "print(1)\n"})
+    ]
+    assert not PythonBlocks().read(thoughts, [], []).calls
+    assert not TaggedCalls([WEATHER], template).read(thoughts, [], []).calls
+    assert final_answer([{"role": "assistant", "content": thoughts}]) is None
+    assert final_answer([{"role": "assistant", "content": f"{thoughts} \\boxed{{7}}"}]) == "7"
+
+
 PYTHON = {
+    "a box that is spoken of": ("In \\boxed{} then.\n```python\nprint(1)\n```", "print(1)\n"),
     "one block": ("```python\nprint(1)\n```", "print(1)\n"),
     "two blocks are one program": ("```python\nx = 1\n```\nand\n```python\nprint(x)\n```", "x = 1\n\nprint(x)\n"),
     "an open block": ("```python\nprint(1)", "print(1)"),

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import sqlite3
 import time
 
 import pytest
@@ -210,7 +211,95 @@ def test_a_hung_instance_is_not_used_again():
     one = player(script, environments, seconds=0.2)
     play(one, task("a"), in_flight=1)
     play(one, task("b"), task("c"), in_flight=1)
-    assert len(made) == 2 and one.hung == ["hang"]
+    assert len(made) == 3 and one.hung == ["hang"]  # one is only looked at, for its tools
+
+
+class Database(Counter):
+    """What belongs to one thread, and what belongs to one loop."""
+
+    def reset(self, goods: dict | None = None, **kwargs):
+        super().reset()
+        self.db, self.goods, self._loop = sqlite3.connect(":memory:"), goods, None
+        self.db.execute("create table t (n)")
+
+    def put(self, n: int) -> dict:
+        """
+        Puts a number in.
+
+        Args:
+            n: It.
+        """
+        self.db.execute("insert into t values (?)", (n,))
+        self.goods["left"] -= n
+        return {("a", 1): self.goods["left"]}
+
+    async def look(self) -> int:
+        """
+        Looks.
+        """
+        self._loop = self._loop or asyncio.get_running_loop()
+        assert self._loop is asyncio.get_running_loop()
+        return self.db.execute("select sum(n) from t").fetchone()[0]
+
+    def get_reward(self) -> float:
+        return float(self.db.execute("select count(*) from t").fetchone()[0])
+
+
+def test_an_instance_lives_in_one_thread_and_has_rows_of_its_own():
+    """As in TRL; and each episode of a task begins with the row as it is in the file."""
+    said = [call("put", n=2), call("look"), call("put", n=1), call("look"), "x<|im_end|>"]
+    script = Script({"a": [*said, *said]})
+    row = task("a", goods={"left": 9})
+    one = player(script, Environments(Database))
+    found = play(one, row, in_flight=1) + play(one, row, in_flight=1)
+    for t in found:
+        assert [ended for _, ended in t.calls] == ["ok"] * 4 and t.reward == 2, t
+        results = [m["content"].split("\n")[1] for m in t.messages if m["content"].startswith("<tool_response>")]
+        assert results == ["{('a', 1): 7}", "2", "{('a', 1): 6}", "3"] and t.task["goods"] == {"left": 9}
+
+
+class Fickle(Counter):
+    """Its third instance cannot be made."""
+
+    made = 0
+
+    def __init__(self):
+        Fickle.made += 1
+        if Fickle.made == 3:
+            raise OSError("too many")
+
+
+def test_an_instance_that_cannot_be_made_ends_its_episode_only():
+    script = Script({key: ["x<|im_end|>"] for key in "abc"})
+    found = play(player(script, Environments(Fickle)), *(task(key) for key in "abc"))
+    assert sorted(t.error for t in found) == ["", "", "OSError: too many"]
+
+
+def test_a_backend_that_fails_ends_the_run_and_records_nothing_of_it():
+    class Fails(Script):
+        async def sample(self, prompt, max_new_tokens):
+            if "[b]" in TEMPLATE.tokenizer.decode(prompt):
+                raise MemoryError("out of memory")
+            return await super().sample(prompt, max_new_tokens)
+
+    ended = []
+    with refused("backend", "MemoryError: out of memory"):
+        one = player(Fails({"a": ["x<|im_end|>"], "b": ["x<|im_end|>"]}))
+        asyncio.run(play_all(one, [(task("a"), 0), (task("b"), 0)], 2, ended.append))
+    assert [t.key for t in ended] in (["a"], []) and all(t.ended == "done" for t in ended)
+
+
+def test_a_tool_that_always_hangs_ends_the_run(monkeypatch):
+    monkeypatch.setattr("mdpo.rollouts.episode.HUNG", 2)
+    with refused("environment", "hang"):
+        play(player(Script({"a": [call("hang")] * 6}), seconds=0.1), task("a"))
+
+
+def test_two_of_one_name_are_refused():
+    with refused("tools", "python"):
+        Environments(functions=[python, python])
+    with refused("rewards", "right_answer"):
+        Rewards([right_answer, right_answer])
 
 
 def test_places_are_filled_and_bounded():

@@ -54,6 +54,9 @@ def test_a_branch_begins_where_the_way_is_no_longer_the_same():
     other_result = said("x", "z")
     other_result[2] = {"role": "user", "content": "another"}
     assert same_turns(A, Scored(other_result, 0)) == 1  # one turn was the same; the environment answered otherwise
+    history = [{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]
+    with_history = [Scored([*history, *one.messages], one.reward, n_prompt=3) for one in (A, C)]
+    assert same_turns(*with_history) == 0  # the prompt's own turns are none of the policy's
     two = [scored(1, "x", "y", "v"), scored(0, "x", "u", "t"), scored(0, "x", "y", "w")]
     assert Pairing("branch").pairs(two, "k") == [(two[0], two[2]), (two[0], two[1])]
 

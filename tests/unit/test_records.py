@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from errors import refused
 
-from mdpo.rollouts.records import Records, SampledTurn, Trajectory, recorded_sequences
+from mdpo.rollouts.records import Records, SampledTurn, Trajectory, read_trajectory, recorded_sequences
 from mdpo.rollouts.tasks import Task
 
 SETTINGS = {"temperature": 1.0, "turns": 6}
@@ -18,7 +18,7 @@ def trajectory(key: str, sample: int = 0, text: str = "hello") -> Trajectory:
 
 
 def task(key: str) -> Task:
-    return Task(key, {}, [])
+    return Task(key, {"prompt": key}, [])
 
 
 def records(path, policy: str = "sha256:1", **settings) -> Records:
@@ -33,7 +33,9 @@ def test_what_was_written_is_read(tmp_path):
         first.append(one)
     first.close()
     again = records(path)
-    assert again.done == first.done and again.done[1].messages[1]["content"] == odd and not again.torn
+    assert again.done == first.done and not again.torn
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert read_trajectory(lines[1], "t").messages[1]["content"] == odd
     assert again.done[0].policy == "sha256:1" and again.done[0].settings == SETTINGS
     assert again.missing([(task("a"), 0), (task("a"), 1), (task("b"), 0)]) == [(task("b"), 0)]
 
@@ -63,6 +65,22 @@ def test_records_of_other_settings_are_refused_by_name(tmp_path):
     path.write_text(path.read_text() * 2)
     with refused("save", "'a'"):
         records(path)
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a"}\n{"prompt": "b"}', '[{"prompt": "a"}]', "{}", "\xff", "a\n\xff\n"])
+def test_another_file_is_refused_and_left_as_it_is(tmp_path, text):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    with refused("save" if text not in ('{"prompt": "a"}\n{"prompt": "b"}',) else "save", path):
+        records(path)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+def test_a_changed_task_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    records(path).append(trajectory("a"))
+    with refused("save", "'a'"):
+        records(path).missing([(Task("a", {"prompt": "another"}, []), 0)])
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", json.dumps({"key": "a", "calls": [], "else": 1})])
