@@ -23,9 +23,7 @@ class Loop:
     held_out_tasks: str
     iterations: int = 3
     accelerate_config: str | None = None  # null: one process
-    reference: str = (
-        "moved"  # what training regularizes towards: moved, the policy before, or first, that of iteration 0
-    )
+    reference: str = "moved"  # training regularizes towards the policy before; or first: towards that of iteration 0
     policy: str | None = None  # null: the recipe's model_name_or_path
     stop_when_worse: bool = True  # after an iteration whose share of right answers fell by more than its interval
     sample: dict[str, Any] = field(default_factory=dict)

@@ -57,10 +57,12 @@ def _of_file(path: Path, option: str) -> Any:
 
 @dataclass
 class Place:
-    """An instance of the environment, None where there is no class, and the thread in which its methods run."""
+    """An instance of the environment, None where there is no class, and the thread in which its methods run; `lost`
+    where one of them never returned."""
 
     instance: Any | None
     worker: Worker
+    lost: bool = False
 
 
 class Environments:
@@ -93,8 +95,11 @@ class Environments:
         return place
 
     def give_back(self, place: Place) -> None:
-        """For the next episode. One whose method never returned must not be given back."""
-        self._free.append(place)
+        """For the next episode, unless it is lost."""
+        if place.lost:
+            place.worker.close()
+        else:
+            self._free.append(place)
 
     def _probe(self, factory: Callable[[], Any]) -> Any:
         try:

@@ -82,7 +82,7 @@ class Player:
         that the template refuses, and a backend that fails, raise UserError, as every other episode would."""
         trajectory = Trajectory(task.key, sample, task.row, list(task.messages), tools=self.form.schemas)
         turns: list[SampledTurn] = []
-        place, hung_before = None, len(self.hung)
+        place = None
         try:
             async with self.slots:
                 place = await self.environments.take(self.limits.seconds)
@@ -104,7 +104,7 @@ class Player:
             trajectory.error = f"{type(error).__name__}: {first_line(error)}"
             trajectory.reward = None
         trajectory.sequences = recorded_sequences(turns)
-        if place and not place.worker.lost and len(self.hung) == hung_before:
+        if place:
             self.environments.give_back(place)
         return trajectory
 
@@ -203,13 +203,13 @@ class Player:
             if len(self.hung) >= HUNG:
                 names = ", ".join(sorted(set(self.hung)))
                 raise UserError(f"environment: {HUNG} calls of {names} never returned.", "environment") from error
-            place.worker = Worker()
+            place.worker, place.lost = Worker(), True
             raise
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, characters: int = RESULT_CHARACTERS) -> str:
     """A result as the policy sees it."""
-    half = RESULT_CHARACTERS // 2
+    half = characters // 2
     if len(text) <= 2 * half:
         return text
     return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"

@@ -18,13 +18,12 @@ from mdpo.console import say
 from mdpo.errors import Preempted, UserError
 from mdpo.rollouts.records import brief, read_trajectory
 from mdpo.rollouts.tables import rollout_figures, wilson
+from mdpo.runs.preemption import EXIT_CODE, PR_SET_PDEATHSIG
 from mdpo.storage import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE = "stage.json"
 TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
-PREEMPTED = 75
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Stage:
             process.terminate()
             process.wait()
             raise
-        if code == PREEMPTED:
+        if code == EXIT_CODE:
             raise Preempted("its command")
         if code:
             raise UserError(f"{self.folder}: its command ended with {code}; its error is above.", "stage")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mdpo.rollouts.episode import Outcome
+from mdpo.rollouts.episode import Outcome, shortened
 from mdpo.rollouts.sandbox import RunResult, Sandbox
 
 OUTPUT_CHARACTERS = 2000  # of an output that are shown to the policy: the first and the last half
@@ -27,8 +27,6 @@ def python_tool(sandbox: Sandbox) -> Callable[[str], str]:
 
 def shown_output(run: RunResult) -> str:
     """What was printed, and which limit ended the program, if one did."""
-    text, half = run.output, OUTPUT_CHARACTERS // 2
-    if len(text) > 2 * half:
-        text = f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
+    text = shortened(run.output, OUTPUT_CHARACTERS)
     limit = LIMITS.get(run.ended, "")
     return text + "\n" * (limit != "" and text != "" and not text.endswith("\n")) + limit

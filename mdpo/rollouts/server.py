@@ -35,7 +35,6 @@ class Server:
     stops: set[int]
     vocabulary: int
     temperature: float = 0.0
-    seed: int | None = None
     timeout_s: float = TIMEOUT_S
     first_wait_s: float = 1.0
     in_flight: dict[str, int] = field(default_factory=dict)
@@ -69,8 +68,6 @@ class Server:
             "return_token_ids": True,
             "logprobs": 1,
         }
-        if self.seed is not None:
-            body["seed"] = self.seed
         return await self._tried("/completions", body, lambda answer: self._read(answer, max_new_tokens))
 
     async def _tried(self, path: str, body: dict[str, Any], read) -> Any:

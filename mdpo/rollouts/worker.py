@@ -17,11 +17,10 @@ class Hung(Exception):
 
 
 class Worker:
-    """Runs one function at a time. After a Hung its thread may never be free again: `lost`."""
+    """Runs one function at a time. After a Hung its thread may never be free again."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.lost = False
         threading.Thread(target=self._work, daemon=True).start()  # one that never ends dies with the process
 
     async def call(self, name: str, function: Callable[[], Any], seconds: float) -> Any:
@@ -32,11 +31,11 @@ class Worker:
         done, _ = await asyncio.wait([future], timeout=seconds)
         if not done:
             future.cancel()
-            self.lost = True
             raise Hung(f"{name} did not return within {seconds:g} s")
         return future.result()
 
     def close(self) -> None:
+        """Ends the thread when it is free."""
         self._jobs.put(None)
 
     def _work(self) -> None:

@@ -77,10 +77,10 @@ def sample(address: str, **options) -> Sampled:
 def test_ids_go_in_and_come_out(monkeypatch):
     monkeypatch.setenv(module.KEY, "sk-secret")
     with serving() as (http, address):
-        assert sample(address, temperature=0.7, seed=3) == Sampled([5, 6, 2], False, [-1.0, -2.0, -3.0])
+        assert sample(address, temperature=0.7) == Sampled([5, 6, 2], False, [-1.0, -2.0, -3.0])
     (path, body, headers), *more = http.asked
     assert path == "/v1/completions" and not more and headers["Authorization"] == "Bearer sk-secret"
-    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0, "seed": 3}
+    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0}
     how = {"stop_token_ids": [2, 7], "skip_special_tokens": False, "return_token_ids": True, "logprobs": 1}
     assert body == {**asked, **how}
 
