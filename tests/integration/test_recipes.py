@@ -511,7 +511,7 @@ def test_the_readme_s_rollouts_run(twins, tmp_path, monkeypatch):
         words[words.index(option) + 1] = value if option == "--samples" else str(tmp_path / value)
     script("sample").main([*words, f"--model_name_or_path={twin}", "--max_new_tokens=8"])
     saved = [json.loads(row) for row in (tmp_path / "saved.jsonl").read_text().splitlines()]
-    assert [row["sample"] for row in saved] == [0, 1]
+    assert {row["sample"] for row in saved} == {0, 1}  # written as they end, in either order
     assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
 
 
