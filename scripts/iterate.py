@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdpo.config.loop import Loop, read_loop
+from mdpo.config.parsing import read_yaml
 from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.errors import UserError
@@ -31,6 +32,7 @@ SET_BY_THE_LOOP = {
     "evaluate": OF_SAMPLING,
     "pair": ("out", "replace"),
     "train": ("model_name_or_path", "ref_model_name_or_path", "output_dir", "dataset_mixer"),
+    "sft": ("model_name_or_path", "dataset_name", "datasets", "output_dir", "max_length", "resume_from_checkpoint"),
 }
 
 
@@ -43,8 +45,7 @@ def main(argv: list[str]) -> None:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     loop = read_loop(args.loop)
-    first = checked(loop)
-    iterations, found = Iterations(loop, loop.policy or first), list[dict]()
+    iterations, found = checked(loop), list[dict]()
 
     def after(n: int, stage: Stage) -> bool:
         """Shows the figures so far; False where the policy got worse."""
@@ -61,18 +62,17 @@ def main(argv: list[str]) -> None:
     iterations.run(after)
 
 
-def checked(loop: Loop) -> str:
-    """The recipe's model. Raises UserError for whatever a stage would refuse of its options, before one runs."""
+def checked(loop: Loop) -> Iterations:
+    """Raises UserError for whatever a stage would refuse of its options, before one runs."""
+    refuse_missing(loop, "accelerate_config", "sft", "sft_data")
     for name, taken in SET_BY_THE_LOOP.items():
-        if own := sorted(set(taken) & set(getattr(loop, name))):
+        given = getattr(loop, name) or {}
+        own = {setting.key for setting in read_yaml(Path(given))} if isinstance(given, str) else set(given)
+        if own := sorted(own & set(taken)):
             raise UserError(f"{name}: {own[0]} is set by the loop.", name)
     recipe = load_recipe([loop.recipe, *keys(loop.train), "--report_to=none", f"--output_dir={loop.output_dir}"])
-    if recipe.model.use_peft:
-        raise UserError("train: use_peft: a loop trains whole models; an adapter would have to be merged in between.")
     if recipe.training.ref_model_name_or_path:
         raise UserError("reference: the recipe names a ref_model_name_or_path of its own.", "reference")
-    if loop.accelerate_config and not Path(loop.accelerate_config).is_file():
-        raise UserError(f"accelerate_config: there is no file {loop.accelerate_config}.", "accelerate_config")
     if not loop.sample.get("temperature"):
         raise UserError("sample: temperature is missing: greedy samples of a task are all the same.")
     for name, options in (("sample", loop.sample), ("evaluate", loop.evaluate)):
@@ -80,10 +80,16 @@ def checked(loop: Loop) -> str:
         if rest:
             raise UserError(f"{name}: {rest[0]} is not an option of scripts/sample.py.", name)
     pair_rollouts.parse(["t.jsonl", f"--out={Path(loop.output_dir).resolve().anchor}pairs.jsonl", *flags(loop.pair)])
-    for tasks in (loop.tasks, loop.held_out_tasks):
-        if not Path(tasks).is_file():
-            raise UserError(f"tasks: there is no file {tasks}.", "tasks")
-    return recipe.model.model_name_or_path
+    refuse_missing(loop, "tasks", "held_out_tasks")
+    first = loop.policy or recipe.model.model_name_or_path
+    return Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length)
+
+
+def refuse_missing(loop: Loop, *keys: str) -> None:
+    for key in keys:
+        path = getattr(loop, key)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{key}: there is no file {path}.", key)
 
 
 def table(found: list[dict]) -> Table:

@@ -15,7 +15,7 @@ from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from mdpo.config.loop import Loop, read_loop
-from mdpo.rollouts.iterations import DONE, Iterations, got_worse
+from mdpo.rollouts.iterations import DONE, Iterations, got_worse, last_checkpoint
 
 ENVIRONMENT = """
 class Letters:
@@ -162,6 +162,33 @@ def test_the_stages_of_a_loop(workshop):
     assert not any(word.startswith("--ref_model") for word in moved)
 
 
+def test_the_stages_of_sft_and_of_adapters(workshop):
+    """SFT comes first, its policy is the one of iteration 0; an adapter is merged before it is sampled."""
+    loop = read_loop(loop_file(workshop, iterations=1, sft="s.yaml", sft_data="d.jsonl", reference="first"))
+    iterations = Iterations(loop, "p", adapters=True, max_length=300)
+    stages, out = [stage for _, stage in iterations.stages()], f"{workshop}/out"
+    names = ["0/rows", "0/sft", "0/evaluate", "1/sample", "1/pair", "1/train", "1/merge", "1/evaluate"]
+    assert [str(s.folder) for s in stages] == [f"{out}/iteration-{name}" for name in names]
+    rows, sft, first, sample, _, train, merge, last = (s.command for s in stages)
+    assert rows[2] == "d.jsonl" and {"--model_name_or_path=p", "--max_length=300"} <= set(rows)
+    assert sft[1:5] == ["-m", "trl.scripts.sft", "--config", "s.yaml"] and {
+        "--model_name_or_path=p", f"--dataset_name={out}/iteration-0/rows", f"--output_dir={out}/iteration-0/sft",
+        "--max_length=300"} == set(sft[5:])  # fmt: skip
+    policy = f"{out}/iteration-0/sft"
+    assert first[2] == sample[2] == policy and f"--model_name_or_path={policy}" in train
+    assert merge[2:] == [f"{out}/iteration-1/train", f"{out}/iteration-1/merge/model"] and last[2] == merge[3]
+    assert stages[6].anew == Path(merge[3])
+    assert f"--ref_model_name_or_path={policy}" in iterations.trained(2).command
+
+
+def test_sft_resumes_its_last_whole_checkpoint(tmp_path):
+    for step, state in ((9, '{"a": 1}'), (10, '{"a": 1}'), (11, '{"a'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10" and last_checkpoint(tmp_path / "none") is None
+
+
 def test_a_changed_key_of_a_finished_stage_is_refused(workshop):
     stages = Iterations(read_loop(loop_file(workshop)), "p")
     first = stages.evaluated(0)
@@ -191,12 +218,15 @@ BAD = {
     "greedy samples": ({"sample": {}}, "sample", "temperature"),
     "option of pairing": ({"pair": {"pairs": "some"}}, "", "some"),
     "a recipe's key": ({"train": {"betta": 1}}, "betta", "beta"),
-    "an adapter": ({"train": {"use_peft": True}}, "train", "use_peft"),
+    "SFT of nothing": ({"sft": "{folder}/recipe.yaml"}, "sft", "sft_data"),
+    "no file of SFT": ({"sft": "none.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "none.yaml"),
+    "a model of SFT": ({"sft": "{folder}/recipe.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "max_length"),
     "an own policy of training": ({"train": {"output_dir": "x"}}, "train", "output_dir"),
     "an own file of pairs": ({"pair": {"out": "x"}}, "pair", "out"),
     "a reference in the recipe": ({"recipe": "{folder}/other.yaml"}, "reference", "ref_model_name_or_path"),
     "no accelerate file": ({"accelerate_config": "none.yaml"}, "accelerate_config", "none.yaml"),
     "no tasks": ({"tasks": "none.jsonl"}, "tasks", "none.jsonl"),
+    "no held-out tasks": ({"held_out_tasks": "none.jsonl"}, "held_out_tasks", "none.jsonl"),
 }
 
 
