@@ -1,4 +1,4 @@
-# make quickstart | quick | test | test-slow | test-all | style | quality
+# make quickstart | loop | quick | test | test-slow | test-all | style | quality
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
 PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --du
 MORE := $(shell expr $(CORES) + 1)
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
 
-.PHONY: help venv model quickstart quick test test-slow test-all style quality clean
+.PHONY: help venv model quickstart loop quick test test-slow test-all style quality clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -27,6 +27,9 @@ model: .venv/.complete
 
 quickstart: model
 	$(BIN)/python run_dpo.py recipes/smollm2-135m/dpo/config_quickstart.yaml
+
+loop: model
+	$(BIN)/python scripts/iterate.py recipes/smollm2-135m/loop.yaml
 
 quick: .venv/.complete
 	$(PYTEST) -n $(CORES) -m "not slow" tests/unit

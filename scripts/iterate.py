@@ -26,7 +26,7 @@ from mdpo.rollouts.tables import with_interval
 from mdpo.runs.entrypoint import run
 from mdpo.storage import replace_text
 
-OF_SAMPLING = ("save", "seed", "shard", "tasks", "recipe", "served_model")
+OF_SAMPLING = ("save", "shard", "tasks", "recipe", "served_model")
 SET_BY_THE_LOOP = {
     "sample": OF_SAMPLING,
     "evaluate": OF_SAMPLING,

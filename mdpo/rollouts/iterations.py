@@ -135,8 +135,9 @@ class Iterations:
         return [sys.executable, *script]
 
     def sampled(self, n: int) -> Stage:
-        seed = {} if self.loop.sample.get("backend") == "server" else {"seed": n}
-        return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**self.loop.sample, **seed})
+        options = self.loop.sample  # each iteration samples with a seed of its own
+        seed = {} if options.get("backend") == "server" else {"seed": options.get("seed", 0) + n}
+        return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**options, **seed})
 
     def evaluated(self, n: int) -> Stage:
         return self._sampling(n, "evaluate", self.policy(n), self.loop.held_out_tasks, self.loop.evaluate)

@@ -15,6 +15,7 @@ from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from mdpo.config.loop import Loop, read_loop
+from mdpo.reference.fingerprint import named_digest
 from mdpo.rollouts.iterations import DONE, Iterations, got_worse, last_checkpoint
 
 ENVIRONMENT = """
@@ -120,6 +121,45 @@ def test_a_loop_that_is_killed_goes_on_where_it_was(workshop):
     assert "held-out tasks" in said
 
 
+SFT = """
+per_device_train_batch_size: 2
+max_steps: 6
+save_steps: 1
+learning_rate: 1.0e-3
+bf16: false
+use_cpu: true
+report_to: none
+"""
+
+
+@pytest.mark.slow
+def test_a_loop_with_sft_and_adapters(workshop):
+    """One iteration. SFT is killed behind its first checkpoint, and resumed; the merged policy is another one."""
+    (workshop / "sft.yaml").write_text(SFT)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "What is 3 * 4?"}]
+    (workshop / "experts.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
+    text = (workshop / "recipe.yaml").read_text()
+    (workshop / "recipe.yaml").write_text(f"{text}use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\n")
+    loop_file(workshop, iterations=1, sft=f"{workshop}/sft.yaml", sft_data=f"{workshop}/experts.jsonl")
+    process, sft = start(workshop), workshop / "out/iteration-0/sft"
+    while process.poll() is None and last_checkpoint(sft) is None:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    while processes_in(workshop):
+        time.sleep(0.2)
+    process = start(workshop)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said[-2000:]
+    assert "--resume_from_checkpoint=" in said
+    assert json.loads((sft / "checkpoint-6/trainer_state.json").read_text())["global_step"] == 6
+    policies = [named_digest(str(workshop / "out" / name), None, workshop) for name in (
+        "../model", "iteration-0/sft", "iteration-1/merge/model")]  # fmt: skip
+    assert len(set(policies)) == 3 and None not in policies
+    rows = [json.loads(line) for line in (workshop / "out/iteration-1/evaluate/trajectories.jsonl").open()]
+    assert {row["policy"] for row in rows} == {policies[2]}
+
+
 def processes_in(folder: Path) -> list[str]:
     """Command lines of processes that work on a folder."""
     found = []
@@ -158,6 +198,7 @@ def test_the_stages_of_a_loop(workshop):
             f"--output_dir={out}/iteration-2/train", "--learning_rate=0.0001"} <= set(train)  # fmt: skip
     assert train[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "zero2_for_dpo.yaml"]
     assert f'--dataset_mixer={{"{out}/iteration-2/pair/pairs.jsonl": 1.0}}' in train
+    assert "--seed=2" in sample
     moved = Iterations(read_loop(loop_file(workshop)), "p").trained(2).command
     assert not any(word.startswith("--ref_model") for word in moved)
 
@@ -214,7 +255,11 @@ BAD = {
     "none": ({"iterations": 0}, "iterations", "0"),
     "reference": ({"reference": "old"}, "reference", "'old'"),
     "option of sampling": ({"sample": {"temperature": 1.0, "temperatur": 1}}, "sample", "--temperatur=1"),
-    "a seed": ({"sample": {"seed": 1, "temperature": 1.0}}, "sample", "seed"),
+    "a seed of servers": (
+        {"sample": {"seed": 1, "temperature": 1.0, "backend": "server", "base_url": "http://a"}},
+        "",
+        "seed",
+    ),
     "greedy samples": ({"sample": {}}, "sample", "temperature"),
     "option of pairing": ({"pair": {"pairs": "some"}}, "", "some"),
     "a recipe's key": ({"train": {"betta": 1}}, "betta", "beta"),
