@@ -71,7 +71,7 @@ def page(folder: Path, facts: dict[str, Any], settings: dict[str, Any], stopped:
         columns={name: list(facts[name]) for name in ("evaluations", "samples", "pairs")} | {"training": list(trained)},
         tasks=facts["tasks"],
         visible=lambda text: str(text).translate(AS_TEXT),
-        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110),
+        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=10_000),
     )
     return text.encode("utf-8", "backslashreplace").decode("utf-8")  # half of a surrogate pair is in no encoding
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mdpo.reporting.plots import BLUE, GRAY, GREEN, INK, ORANGE, STYLE, TURNS, new_figure, number_ticks, page_svg
+from mdpo.reporting.token_view import VISIBLE
 
 ENDED = {"done": GREEN, "cut": ORANGE, "too long": "#8a7a1f", "max turns": BLUE, "environment error": "#c9433f"}
-MOST_KINDS = len(TURNS)
+MOST_KINDS, MOST_TICKS, MOST_LETTERS = len(TURNS), 12, 24
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,35 @@ def plain(label: str, color: str, values: dict[int, float | None]) -> Series:
     return Series(label, color, [(n, v, v, v) for n, v in values.items() if v is not None])
 
 
-def over_iterations(title: str, unit: str, series: list[Series], limits: tuple[float, float] | None = None) -> Figure:
+def over_iterations(title: str, unit: str, series: list[Series], shares: bool = False) -> Figure:
+    """Lines with their intervals; the axis of `shares` goes from 0 to 1."""
     figure, axes = new_figure(title)
     for place, line in enumerate(series):
-        aside = 0.04 * (place - (len(series) - 1) / 2)  # else intervals would hide each other
         n, value, low, high = (list(column) for column in zip(*line.points, strict=True))
-        x = [one + aside for one in n]
+        style = {"color": line.color, "linewidth": 1.8, "marker": "o", "markersize": 4, "label": line.label}
+        if low == value == high:
+            axes.plot(n, value, **style)
+            continue
+        aside = 0.04 * (place - (len(series) - 1) / 2)  # else intervals would hide each other
         below = [max(0.0, v - bound) for v, bound in zip(value, low, strict=True)]
         above = [max(0.0, bound - v) for v, bound in zip(value, high, strict=True)]
-        axes.errorbar(
-            *(x, value), yerr=[below, above], color=line.color, linewidth=1.8, elinewidth=1.2, capsize=3,
-            marker="o", markersize=4, label=line.label,
-        )  # fmt: skip
-    if limits:
-        axes.set_ylim(*limits)
-    else:
-        bounds = [bound for line in series for _, _, low, high in line.points for bound in (low, high)]
-        room = (max(bounds) - min(bounds)) * (0.25 if len(series) > 1 else 0.1) or 0.1 * abs(bounds[0]) or 1
-        axes.set_ylim(0 if min(bounds) >= 0 else min(bounds) - 0.3 * room, max(bounds) + room)
+        axes.errorbar([x + aside for x in n], value, yerr=[below, above], elinewidth=1.2, capsize=3, **style)
+    bounds = [bound for line in series for _, _, low, high in line.points for bound in (low, high)]
+    bottom = 0.0 if min(bounds) >= 0 else min(bounds) - 0.1 * (max(bounds) - min(bounds))
+    room = (max(bounds) - bottom) * (0.25 if len(series) > 1 else 0.1) or 1.0
+    axes.set_ylim(bottom, max(bounds) + room)
+    if shares:
+        _share_axis(axes, legend=len(series) > 1)
     if len(series) > 1:
-        axes.legend(loc="best", ncols=2)
+        axes.legend(loc="upper center", ncols=3)
     return _finished(figure, axes, unit, [n for line in series for n, *_ in line.points])
 
 
-def stacked(title: str, unit: str, stacks: list[Stack], numbers: dict[int, str] | None = None) -> Figure:
-    """A bar for each iteration, its kinds upon each other; `numbers` stand above the bars."""
+def stacked(
+    title: str, unit: str, stacks: list[Stack], numbers: dict[int, str] | None = None, whole: bool = False
+) -> Figure:
+    """A bar for each iteration, its kinds upon each other; `numbers` stand above the bars. `whole` are shares of
+    1 together."""
     figure, axes = new_figure(title)
     iterations = sorted({n for stack in stacks for n in stack.values})
     base = dict.fromkeys(iterations, 0.0)
@@ -72,16 +76,25 @@ def stacked(title: str, unit: str, stacks: list[Stack], numbers: dict[int, str] 
     for n, text in (numbers or {}).items():
         axes.annotate(text, (n, base[n]), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=INK)
     axes.set_ylim(0, (max(base.values()) or 1) * (1.3 if len(stacks) > 1 or numbers else 1.1))
+    if whole:
+        _share_axis(axes, legend=len(stacks) > 1)
     if len(stacks) > 1:
         axes.legend(loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.0)
     return _finished(figure, axes, unit, iterations)
 
 
+def _share_axis(axes: Any, legend: bool) -> None:
+    axes.set_ylim(-0.03 if axes.lines else 0, 1.3 if legend else 1.05)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+
+
 def _finished(figure: Figure, axes: Any, unit: str, iterations: list[int]) -> Figure:
     axes.set_xlabel("iteration")
     axes.set_ylabel(unit)
-    axes.set_xlim(min(iterations) - 0.5, max(max(iterations), min(iterations) + 2) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    first, last = min(iterations), max(iterations)
+    aside = 0.6 + max(0, 2 - (last - first)) / 2  # few bars are no wider than many
+    axes.set_xlim(first - aside, last + aside)
+    axes.set_xticks(sorted(set(iterations))[:: 1 + (last - first) // MOST_TICKS])
     number_ticks(axes)
     return figure
 
@@ -102,7 +115,7 @@ def _held_out(found: dict[int, dict[str, Any]]) -> Iterable[tuple[str, str, Figu
     lines = [("right", "pass@1", BLUE)] + [("any", f"pass@{k}", GREEN), ("all", f"pass^{k}", ORANGE)] * (k > 1)
     shares = [Series(label, color, [(n, *f["shares"][name]) for n, f in found.items()]) for name, label, color in lines]
     title = "Right answers, held-out tasks"
-    yield "right", title, over_iterations(title, "share, 95 % interval", shares, (-0.03, 1.03))
+    yield "right", title, over_iterations(title, "share, 95 % interval", shares, shares=True)
     rewards = [(n, f["reward"], *(f["reward_interval"] or [f["reward"]] * 2)) for n, f in found.items()
                if f["reward"] is not None]  # fmt: skip
     if rewards:
@@ -120,7 +133,7 @@ def _held_out(found: dict[int, dict[str, Any]]) -> Iterable[tuple[str, str, Figu
     ended = [stack for stack in ended if any(stack.values.values())]
     if ended:
         title = "How trajectories ended"
-        yield "ended", title, stacked(title, "share of trajectories", ended)
+        yield "ended", title, stacked(title, "share of trajectories", ended, whole=True)
     if failed := failed_calls(found):
         yield "calls", "Calls that failed", stacked("Calls that failed", "share of calls", failed)
 
@@ -140,9 +153,15 @@ def failed_calls(found: dict[int, dict[str, Any]]) -> list[Stack]:
     for group, color in zip(groups, TURNS, strict=False):
         shares = {n: sum(f["calls"].get(kind, 0) for kind in group) / (sum(f["calls"].values()) or 1)
                   for n, f in found.items()}  # fmt: skip
-        label = group[0].replace("$", r"\$") if len(group) == 1 else f"{len(group)} other kinds"
+        label = _label(group[0]) if len(group) == 1 else f"{len(group)} other kinds"
         stacks.append(Stack(label, color, shares))
     return stacks
+
+
+def _label(kind: str) -> str:
+    """Of a legend: in letters that a font and an SVG have, no formula."""
+    text = kind.encode("utf-8", "backslashreplace").decode("utf-8").translate(VISIBLE)
+    return (text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 1] + "…").replace("$", r"\$").lstrip("_")
 
 
 def _pairs(reports: dict[int, dict[str, Any]]) -> Iterable[tuple[str, str, Figure]]:
@@ -155,12 +174,12 @@ def _pairs(reports: dict[int, dict[str, Any]]) -> Iterable[tuple[str, str, Figur
 
 def _training(found: dict[int, dict[str, Any]]) -> Iterable[tuple[str, str, Figure]]:
     plots = (
-        ("accuracy", "Reward accuracy of training", "share of pairs", (("", "accuracy", BLUE),), (-0.03, 1.03)),
-        ("margin", "Reward margin of training", "chosen − rejected (β · nats)", (("", "margin", BLUE),), None),
+        ("accuracy", "Reward accuracy of training", "share of pairs", (("", "accuracy", BLUE),)),
+        ("margin", "Reward margin of training", "chosen − rejected (β · nats)", (("", "margin", BLUE),)),
         ("ratio", "Policy against reference", "log π − log π_ref (nats a pair)",
-         (("chosen", "chosen_ratio", GREEN), ("rejected", "rejected_ratio", ORANGE)), None),
+         (("chosen", "chosen_ratio", GREEN), ("rejected", "rejected_ratio", ORANGE))),
     )  # fmt: skip
-    for name, title, unit, lines, limits in plots:
+    for name, title, unit, lines in plots:
         series = [plain(label, color, {n: f[key] for n, f in found.items()}) for label, key, color in lines]
         if series := [line for line in series if line.points]:
-            yield f"training_{name}", title, over_iterations(title, unit, series, limits)
+            yield f"training_{name}", title, over_iterations(title, unit, series, shares=name == "accuracy")

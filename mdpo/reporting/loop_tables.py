@@ -22,7 +22,8 @@ def trajectory_rows(found: dict[int, dict[str, Any]]) -> list[Row]:
     rows.append(("trajectories", [_count(f["conversations"]) for f in all_figures]))
     rows.append(("turns, mean", [f"{f['turns']:.2f}" for f in all_figures]))
     for name, label in (("turn", "a turn, mean"), ("trajectory", "a trajectory, mean"), ("longest", "longest")):
-        cells = [f"{f['tokens'][name]:,.1f}".removesuffix(".0") if f["tokens"] else NONE for f in all_figures]
+        form = "{:,.0f}" if name == "longest" else "{:,.1f}"
+        cells = [form.format(f["tokens"][name]) if f["tokens"] else NONE for f in all_figures]
         rows.append((f"sampled tokens, {label}", cells))
     rows.append(("calls", [_count(sum(f["calls"].values())) for f in all_figures]))
     for kind in sorted({kind for f in all_figures for kind in f["calls"]} - {"ok"}):
@@ -104,4 +105,4 @@ def _count(number: int) -> str:
 
 
 def _part(number: int, of: int) -> str:
-    return f"{number:,} ({number / of:.0%})" if of and number else f"{number:,}"
+    return f"{number:,} ({100 * number / of:.0f} %)" if of and number else f"{number:,}"
