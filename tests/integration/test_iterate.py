@@ -213,15 +213,32 @@ def test_mistakes_are_named_before_a_stage_runs(name, workshop):
     assert not (workshop / "out").exists()
 
 
-def test_the_shipped_loop_is_the_one_on_the_page(monkeypatch):
-    """Its recipe and options are right; the questions are the user's to bring."""
+LOOPS = sorted((ROOT / "recipes").glob("*/loop.yaml"))
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.parent.name)
+def test_the_shipped_loops(path, monkeypatch):
+    """Recipe and options are right; the questions are the user's to bring. Each trains its own family's full recipe."""
     monkeypatch.chdir(ROOT)
-    path = ROOT / "recipes/gemma-2-9b-it/loop.yaml"
+    loop, family = read_loop(path), path.parent.name
     with refused("tasks", "data/questions.jsonl"):
-        iterate.checked(read_loop(path))
-    assert path.read_text(encoding="utf-8").partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(
-        encoding="utf-8"
-    )
+        iterate.checked(loop)
+    assert loop.recipe == f"recipes/{family}/dpo/config_full.yaml" and loop.output_dir == f"outputs/{family}-loop"
+    assert loop.sample["samples"] == 20 and loop.evaluate == {"instruction": loop.sample["instruction"]}
+    command = f"python scripts/iterate.py recipes/{family}/loop.yaml"
+    assert command in path.read_text(encoding="utf-8").partition("\n")[0]
+    assert f"    {command}\n" in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_family_has_a_loop():
+    assert {path.parent.name for path in LOOPS} == {path.name for path in (ROOT / "recipes").iterdir()} - {
+        "smollm2-135m"
+    }
+
+
+def test_the_loop_of_the_page():
+    text = (ROOT / "recipes/gemma-2-9b-it/loop.yaml").read_text(encoding="utf-8")
+    assert text.partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def test_a_file_that_is_no_loop(tmp_path):
