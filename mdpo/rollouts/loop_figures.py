@@ -121,18 +121,24 @@ def readable(messages: list[Message]) -> list[dict[str, str]]:
     return [_message(message) for message in messages]
 
 
-def _message(message: Message) -> dict[str, str]:
+def _message(message: Message | Any) -> dict[str, str]:
+    message = message if isinstance(message, dict) else {"content": message}
     parts = [_text(message.get(name)) for name in ("reasoning_content", "thinking", "content")]
-    for call in message.get("tool_calls") or []:
-        function = call.get("function", call) if isinstance(call, dict) else {"name": str(call)}
-        arguments = function.get("arguments", {})
-        given = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        parts.append(f"→ {function.get('name')}({given})")
+    parts += [_call(call) for call in message.get("tool_calls") or []]
     text = "\n".join(part for part in parts if part)
     left_out = len(text) - HEAD - TAIL
     if left_out > 0:
         text = f"{text[:HEAD]}\n… {left_out:,} characters …\n{text[-TAIL:]}"
     return {"role": str(message.get("role", "")), "text": text}
+
+
+def _call(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        return f"→ {_text(function)}"
+    arguments = function.get("arguments", {})
+    given = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return f"→ {function.get('name')}({given})"
 
 
 def _text(content: Any) -> str:

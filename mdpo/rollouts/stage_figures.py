@@ -39,12 +39,18 @@ def stage_figures(path: Path) -> StageFigures:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, size: int, changed_ns: int) -> StageFigures:
+    """`size` and `changed_ns` are what a file is known by."""
     kept, places, first = list[Trajectory](), dict[str, Place](), dict[str, int]()
     counted, offset = Tokens(), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             one = _trajectory(line, f"{path}:{number}")
-            counted.add(one)
+            try:
+                counted.add(one)
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}:{number}: sequences have no assistant_masks ({error}).", "sequences"
+                ) from error
             kept.append(replace(brief(one), task={}, settings={}))
             if one.sample < first.get(one.key, one.sample + 1):
                 first[one.key], places[one.key] = one.sample, Place(offset, one.correct)

@@ -107,6 +107,9 @@ def test_broken_stages_are_named(tmp_path):
     for line, name in zip(facts["broken"], named, strict=True):
         assert f"iteration{name}/" in line
     assert list(facts["evaluations"]) == [2] and [len(task["columns"]) for task in facts["tasks"]] == [1, 1, 1]
+    broken = trajectory("a", True, sequences=[{"input_ids": [1]}])
+    with refused("sequences", "trajectories.jsonl:1", "assistant_masks"):
+        stage_figures(write_trajectories(tmp_path / "ids", [broken]))
     with refused("trajectories", "no trajectory"):
         stage_figures(tmp_path / "iteration-2/sample" / TRAJECTORIES)
 
@@ -127,8 +130,17 @@ def test_messages_of_any_form_are_texts():
         {"role": "tool", "content": [{"type": "text", "text": "bought"}, {"type": "text", "text": "2"}]},
         {"role": "tool", "content": {"left": 3}},
         {"role": "assistant", "content": "", "tool_calls": [{"name": "stop", "arguments": "{}"}]},
+        {"role": "assistant", "tool_calls": ["go", {"function": 3}]},
+        "none of these",
     ]
-    texts = ['Let me buy.\n→ buy({"item": "pën", "n": 2})', "bought\n2", '{"left": 3}', "→ stop({})"]
+    texts = [
+        'Let me buy.\n→ buy({"item": "pën", "n": 2})',
+        "bought\n2",
+        '{"left": 3}',
+        "→ stop({})",
+        "→ go\n→ 3",
+        "none of these",
+    ]
     assert [message["text"] for message in readable(said)] == texts
 
 
