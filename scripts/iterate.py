@@ -2,10 +2,12 @@
 
 Each iteration samples trajectories of the policy, pairs them, trains on the pairs (run_dpo.py) and measures the new
 policy on held-out tasks. Every stage is a command, printed as it starts, and a folder below output_dir. After a kill
-the same command continues in the middle of the stage it was in. loop.json and the table have the figures so far.
+the same command continues in the middle of the stage it was in. loop_report.html, drawn anew after each stage,
+loop.json and the table have the figures so far.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,7 +23,9 @@ from mdpo.config.parsing import read_yaml
 from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.errors import UserError
+from mdpo.reporting.loop_page import LoopPage
 from mdpo.rollouts.iterations import Iterations, Stage, figures_of, flags, got_worse, keys
+from mdpo.rollouts.loop_figures import loop_figures
 from mdpo.rollouts.tables import with_interval
 from mdpo.runs.entrypoint import run
 from mdpo.storage import replace_text
@@ -46,20 +50,46 @@ def main(argv: list[str]) -> None:
         raise UserError(str(error)) from error
     loop = read_loop(args.loop)
     iterations, found = checked(loop), list[dict]()
+    stages = [(n, stage, stage.finished()) for n, stage in iterations.stages()]
+    say(progress(loop.output_dir, stages))
+    earlier = {stage.folder for _, stage, finished in stages if finished}
+    page = LoopPage(Path(loop.output_dir), dataclasses.asdict(loop))
+
+    def draw(stopped: str = "") -> None:
+        page.draw(lambda: loop_figures((n, stage.folder) for n, stage, _ in stages), stopped)
 
     def after(n: int, stage: Stage) -> bool:
         """Shows the figures so far; False where the policy got worse."""
-        if stage.folder.name != "evaluate":
-            return True
-        found.append({"iteration": n, **figures_of(stage.folder)})
-        replace_text(Path(loop.output_dir, "loop.json"), json.dumps(found, indent=1))
-        Console(highlight=False).print(table(found))
-        if loop.stop_when_worse and n and got_worse(found[-2], found[-1]):
-            say(f"iteration {n} got worse by more than the interval: stopped. stop_when_worse: false goes on.")
-            return False
+        if stage.folder.name == "evaluate":
+            found.append({"iteration": n, **figures_of(stage.folder)})
+            replace_text(Path(loop.output_dir, "loop.json"), json.dumps(found, indent=1))
+            Console(highlight=False).print(table(found))
+            if loop.stop_when_worse and n and got_worse(found[-2], found[-1]):
+                stopped = f"iteration {n} got worse by more than the interval: stopped."
+                say(f"{stopped} stop_when_worse: false goes on.")
+                draw(stopped)
+                return False
+        if stage.folder not in earlier:
+            draw()
         return True
 
+    if earlier:
+        draw()
     iterations.run(after)
+    if page.path.is_file():
+        say(f"page  {page.path}")
+
+
+def progress(folder: str, stages: list[tuple[int, Stage, bool]]) -> str:
+    """One line: which stages are finished, and which one is next."""
+    done = dict[int, list[str]]()
+    for n, stage, finished in stages:
+        if finished:
+            done.setdefault(n, []).append(stage.folder.name)
+    named = "; ".join(f"iteration {n}: {', '.join(names)}" for n, names in done.items())
+    following = next((f"; next: iteration {n}, {stage.folder.name}" for n, stage, there in stages if not there), "")
+    count = sum(map(len, done.values()))
+    return f"{folder}: {count} of {len(stages)} stages are finished{f' ({named})' if named else ''}{following}"
 
 
 def checked(loop: Loop) -> Iterations:
@@ -93,15 +123,17 @@ def refuse_missing(loop: Loop, *keys: str) -> None:
 
 
 def table(found: list[dict]) -> Table:
-    shown = Table(title="held-out tasks")
-    for column in ("iteration", "right answers", "mean reward", "turns", "calls that failed"):
+    """Of 80 columns. pass^k is the share of tasks whose k samples are all right."""
+    shown, k = Table(title="held-out tasks"), max(figures["samples"] for figures in found)
+    shares = ["right answers"] + [f"pass^{k}"] * (k > 1)
+    for column in ("iteration", *shares, "reward", "turns", "failed calls"):
         shown.add_column(column, justify="right")
     for figures in found:
-        turns = sum(n * count for n, (count, _) in figures["by_turns"].items()) / figures["conversations"]
         failed = sum(n for end, n in figures["calls"].items() if end != "ok")
         reward = "" if figures["reward"] is None else f"{figures['reward']:.4f}"
-        right = with_interval(figures["accuracy"], figures["tasks"])
-        shown.add_row(str(figures["iteration"]), right, reward, f"{turns:.2f}", str(failed))
+        right = with_interval(figures["accuracy"], figures["tasks"], 3)
+        all_right = [f"{figures['all_correct']:.3f}"] * (k > 1)
+        shown.add_row(str(figures["iteration"]), right, *all_right, reward, f"{figures['turns']:.2f}", str(failed))
     return shown
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
-from mdpo.rollouts.records import brief, read_trajectory
-from mdpo.rollouts.tables import rollout_figures, wilson
+from mdpo.rollouts.stage_figures import stage_figures
+from mdpo.rollouts.tables import wilson
 from mdpo.runs.preemption import EXIT_CODE, PR_SET_PDEATHSIG
 from mdpo.storage import replace_text
 
@@ -212,10 +212,8 @@ def _text(value: Any) -> str:
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
-    """`rollout_figures` of a finished stage's trajectories."""
-    lines = (folder / TRAJECTORIES).read_text(encoding="utf-8").split("\n")[:-1]
-    where = folder / TRAJECTORIES
-    return rollout_figures(brief(read_trajectory(line, f"{where}:{n}")) for n, line in enumerate(lines, 1))
+    """`rollout_figures` of a finished stage's trajectories, and their sampled `tokens`."""
+    return stage_figures(folder / TRAJECTORIES).figures
 
 
 def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:

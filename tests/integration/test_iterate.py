@@ -1,7 +1,9 @@
 """scripts/iterate.py: two iterations of a tiny model, killed and started again; what a loop refuses."""
 
+import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +13,15 @@ from pathlib import Path
 import iterate
 import pytest
 from errors import refused
+from loop_folder import trajectory, write_loop, write_trajectories
 from repository import ROOT
+from rich.console import Console
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from mdpo.config.loop import Loop, read_loop
 from mdpo.reference.fingerprint import named_digest
-from mdpo.rollouts.iterations import DONE, Iterations, got_worse, last_checkpoint
+from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
+from mdpo.rollouts.iterations import DONE, Iterations, Stage, got_worse, last_checkpoint
 
 ENVIRONMENT = """
 class Letters:
@@ -95,6 +100,12 @@ def check_whole(folder: Path) -> None:
         name, n, samples = ("tasks", 6, 4) if "sample" in stage else ("held_out", 4, 1)
         assert jobs == sorted((f"{name}-{i}", k) for i in range(n) for k in range(samples))
     figures = json.loads((folder / "out/loop.json").read_text())
+    assert all({"all_correct", "tokens", "reward_interval"} <= f.keys() for f in figures)
+    text = (folder / "out" / LOOP_PAGE).read_text(encoding="utf-8")
+    assert "finished: <b>9</b> stages" in text and "cannot be read" not in text and text.count("<figure ") == 9
+    links = [f"iteration-{n}/train/run_report.html" for n in (1, 2)]
+    assert re.findall('<a href="([^"]*)"', text) == links and all((folder / "out" / link).is_file() for link in links)
+    assert len(re.findall('<div class="task">', text)) == 3 and text.count("<b>iteration 2</b>") == 3
     assert [f["iteration"] for f in figures] == [0, 1, 2] and all(f["conversations"] == 4 for f in figures)
 
 
@@ -118,7 +129,8 @@ def test_a_loop_that_is_killed_goes_on_where_it_was(workshop):
         kept = finished(workshop)
     said = start(workshop).communicate()[0]
     check_whole(workshop)
-    assert "held-out tasks" in said
+    assert "held-out tasks" in said and f"page  {workshop}/out/{LOOP_PAGE}" in said
+    assert f"{workshop}/out: {len(kept)} of 9 stages are finished" in said
 
 
 SFT = """
@@ -242,6 +254,77 @@ def test_a_changed_key_of_a_finished_stage_is_refused(workshop):
     assert not (workshop / "out/iteration-1").exists()
 
 
+def finished_loop(folder: Path) -> list[Stage]:
+    """The stages of a loop whose folders were written by hand, each of them finished."""
+    write_loop(folder / "out")
+    stages = [stage for _, stage in Iterations(read_loop(loop_file(folder)), f"{folder}/model").stages()]
+    for stage in stages:
+        (stage.folder / DONE).write_text(json.dumps(stage.settings))
+    return stages
+
+
+def test_it_says_what_is_finished_and_draws_after_each_stage(workshop, capsys, monkeypatch):
+    """Once at the start for the stages of earlier runs, then after each of the two that are missing."""
+    stages, drawn = finished_loop(workshop), []
+    for stage in stages[-2:]:
+        (stage.folder / DONE).unlink()
+    monkeypatch.setattr(Stage, "run", lambda self: (self.folder / DONE).write_text(json.dumps(self.settings)))
+    draw = LoopPage.draw
+    monkeypatch.setattr(LoopPage, "draw", lambda self, *args: drawn.append(finished(workshop)) or draw(self, *args))
+    iterate.main([str(workshop / "loop.yaml")])
+    assert [len(done) for done in drawn] == [7, 8, 9]
+    lines = capsys.readouterr().out.splitlines()
+    out, done = (
+        f"{workshop}/out",
+        "iteration 0: evaluate; iteration 1: sample, pair, train, evaluate; iteration 2: sample, pair",
+    )
+    assert lines[0] == f"{out}: 7 of 9 stages are finished ({done}); next: iteration 2, train"
+    assert lines[-1] == f"page  {out}/{LOOP_PAGE}"
+    iterate.main([str(workshop / "loop.yaml")])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{out}: 9 of 9 stages are finished ({done}, train, evaluate)" and len(drawn) == 4
+
+
+def test_a_page_that_cannot_be_written_ends_no_loop(workshop, capsys):
+    finished_loop(workshop)
+    (workshop / "out" / LOOP_PAGE).mkdir()
+    iterate.main([str(workshop / "loop.yaml")])
+    text = capsys.readouterr().out
+    assert text.count("warning: loop_report.html could not be written") == 1 and "page  " not in text
+
+
+def test_a_loop_that_got_worse_says_so_on_its_page(workshop, capsys):
+    """32 of 40 tasks are right, then 12."""
+    stages = finished_loop(workshop)
+    loop_file(workshop, stop_when_worse=True)
+    for stage, right in ((stages[0], 32), (stages[4], 12)):
+        write_trajectories(stage.folder, [trajectory(f"task-{i}", i < right) for i in range(40)])
+        (stage.folder / DONE).write_text(json.dumps(stage.settings))
+    iterate.main([str(workshop / "loop.yaml")])
+    text = (workshop / "out" / LOOP_PAGE).read_text(encoding="utf-8")
+    assert "iteration 1 got worse by more than the interval: stopped." in capsys.readouterr().out
+    assert "Warning: Iteration 1 got worse by more than the interval: stopped." in text and "stopped after" in text
+
+
+def test_a_loop_begins():
+    stage = Stage(Path("out/iteration-0/evaluate"), [], {})
+    assert (
+        iterate.progress("out", [(0, stage, False)]) == "out: 0 of 1 stages are finished; next: iteration 0, evaluate"
+    )
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    """Each row is one line, with pass^k where tasks have several samples."""
+    figures = {"accuracy": 0.625, "all_correct": 0.25, "tasks": 8, "turns": 12.5, "reward": -0.6251}
+    for samples, column in ((1, ""), (20, "pass^20")):
+        found = [{**figures, "iteration": n, "samples": samples, "calls": {"ok": 9, "error": 1234}} for n in (0, 10)]
+        console = Console(width=80, file=io.StringIO())
+        console.print(iterate.table(found))
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) == 1 + 3 + 2 + 1 and all(len(line) <= 80 for line in lines) and column in lines[2]
+        assert lines[4].split()[1:6] == ["0", "│", "0.625", "(0.31", "to"] and "…" not in "".join(lines)
+
+
 def test_worse_is_below_the_interval():
     """Of 80 right of 100 the interval begins at 0.711 (Wilson, by hand: (0.8 + 0.0192 - 0.0792) / 1.0384 = 0.7111)."""
     before = {"accuracy": 0.8, "tasks": 100}
@@ -288,15 +371,34 @@ def test_mistakes_are_named_before_a_stage_runs(name, workshop):
     assert not (workshop / "out").exists()
 
 
-def test_the_shipped_loop_is_the_one_on_the_page(monkeypatch):
-    """Its recipe and options are right; the questions are the user's to bring."""
+SMALL = ROOT / "recipes/smollm2-135m/loop.yaml"  # whose questions are there
+LOOPS = sorted(set((ROOT / "recipes").glob("*/loop.yaml")) - {SMALL})
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.parent.name)
+def test_the_shipped_loops(path, monkeypatch):
+    """Recipe and options are right; the questions are the user's to bring. Each trains its own family's full recipe."""
     monkeypatch.chdir(ROOT)
-    path = ROOT / "recipes/gemma-2-9b-it/loop.yaml"
+    loop, family = read_loop(path), path.parent.name
     with refused("tasks", "data/questions.jsonl"):
-        iterate.checked(read_loop(path))
-    assert path.read_text(encoding="utf-8").partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(
-        encoding="utf-8"
-    )
+        iterate.checked(loop)
+    assert loop.recipe == f"recipes/{family}/dpo/config_full.yaml" and loop.output_dir == f"outputs/{family}-loop"
+    assert loop.sample["samples"] == 20 and loop.evaluate == {"instruction": loop.sample["instruction"]}
+    command = f"python scripts/iterate.py recipes/{family}/loop.yaml"
+    assert command in path.read_text(encoding="utf-8").partition("\n")[0]
+    assert f"    {command}\n" in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_family_has_a_loop(monkeypatch):
+    assert {path.parent for path in [*LOOPS, SMALL]} == set((ROOT / "recipes").iterdir())
+    monkeypatch.chdir(ROOT)
+    stages = [stage for _, stage in iterate.checked(read_loop(SMALL)).stages()]
+    assert [stage.folder.name for stage in stages[:4]] == ["rows", "sft", "evaluate", "sample"]
+
+
+def test_the_loop_of_the_page():
+    text = (ROOT / "recipes/gemma-2-9b-it/loop.yaml").read_text(encoding="utf-8")
+    assert text.partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def test_a_file_that_is_no_loop(tmp_path):
