@@ -75,11 +75,10 @@ def stacked(
         base = {n: base[n] + height for n, height in zip(iterations, heights, strict=True)}
     for n, text in (numbers or {}).items():
         axes.annotate(text, (n, base[n]), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=INK)
-    axes.set_ylim(0, (max(base.values()) or 1) * (1.3 if len(stacks) > 1 or numbers else 1.1))
+    axes.set_ylim(0, (max(base.values()) or 1) * 1.3)
     if whole:
-        _share_axis(axes, legend=len(stacks) > 1)
-    if len(stacks) > 1:
-        axes.legend(loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.0)
+        _share_axis(axes, legend=True)
+    axes.legend(loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.0)
     return _finished(figure, axes, unit, iterations)
 
 

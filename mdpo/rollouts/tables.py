@@ -37,6 +37,15 @@ def mean_interval(groups: Iterable[Sequence[float]]) -> tuple[float, float] | No
     return mean - Z * spread, mean + Z * spread
 
 
+def reward_interval(rewards: Iterable[Sequence[float]]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean reward, of each task's rewards: Wilson's where all are 0 or 1, as of a share."""
+    groups = [group for group in rewards if group]
+    values = [value for group in groups for value in group]
+    if values and set(values) <= {0, 1}:
+        return wilson(sum(values) / len(values), len(groups))
+    return mean_interval(groups)
+
+
 def count_turns(mask: Sequence[int]) -> int:
     """The supervised turns of a side: runs of 1 in its mask. Example: [0, 1, 1, 0, 1] -> 2."""
     return int(turn_begins(mask).sum())
@@ -90,7 +99,7 @@ def rollout_figures(trajectories: Iterable[Trajectory]) -> dict:
         "any_correct": sum(map(any, by_key.values())) / len(by_key),
         "all_correct": sum(map(all, by_key.values())) / len(by_key),
         "reward": sum(map(sum, rewards.values())) / rewarded if rewarded else None,
-        "reward_interval": mean_interval(rewards.values()),
+        "reward_interval": reward_interval(rewards.values()),
         "without_reward": len(done) - rewarded,
         "turns": sum(t.turns for t in done) / len(done),
         "ended": {end: sum(t.ended == end for t in done) for end in ENDS},

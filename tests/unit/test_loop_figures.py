@@ -10,7 +10,7 @@ from mdpo.reporting.loop_training import training_figures
 from mdpo.rollouts.iterations import DONE, TRAJECTORIES
 from mdpo.rollouts.loop_figures import FIRST, HEAD, LAST, TAIL, loop_figures, readable, telling
 from mdpo.rollouts.stage_figures import stage_figures, trajectory_at
-from mdpo.rollouts.tables import mean_interval
+from mdpo.rollouts.tables import mean_interval, reward_interval
 
 
 def test_all_k_samples_right(tmp_path):
@@ -41,6 +41,13 @@ def test_the_interval_of_a_mean_is_over_tasks():
     assert mean_interval([[1, 0, 1, 0], [1, 1, 1, 1]]) == pytest.approx((0.75 - 0.489991, 0.75 + 0.489991))
     assert mean_interval([[1], [0], [1], [1]] * 2) == pytest.approx((0.75 - 0.320774, 0.75 + 0.320774), abs=1e-5)
     assert mean_interval([[1, 0], []]) is None and mean_interval([]) is None
+
+
+def test_the_interval_of_rewards_of_0_and_1_is_that_of_a_share():
+    """8 of 10 right: Wilson's, of tasks and not of samples; all right: not of width 0. With a half it is a mean."""
+    assert reward_interval([[1.0]] * 8 + [[0.0], [0.0], []]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert reward_interval([[1.0, 1.0]] * 4) == pytest.approx((0.5101, 1.0), abs=1e-4)
+    assert reward_interval([[1.0], [0.5]]) == mean_interval([[1.0], [0.5]]) and reward_interval([]) is None
 
 
 def test_tasks_to_look_at():
