@@ -1,7 +1,7 @@
 """What of M-DPO makes a policy better: python benchmarks/iterations.py --arms mdpo all_tokens winners --seeds 1
 
 Three iterations of each arm and seed from one SFT policy (SmolLM2-135M, recipes/smollm2-135m/loop.yaml), judged by
-greedy answers to 300 questions of known templates and 300 of new ones. Each iteration ends as a small file in
+greedy answers to 300 questions of the templates that are asked and 300 of those that SFT showed. Each iteration ends as a small file in
 benchmarks/iterations/, and the same command continues with what is missing. --table prints all that are there, --figure
 draws them. Models and trajectories go to --work.
 """
@@ -26,7 +26,7 @@ from mdpo.rollouts.tables import wilson, with_interval  # noqa: E402
 
 DATA = ROOT / "recipes/smollm2-135m/data"
 RESULTS = ROOT / "benchmarks/iterations"
-SETS = {"known": "loop_heldout", "new": "loop_new"}  # of questions; a task's key begins with its file's name
+SETS = {"asked": "loop_heldout", "SFT's": "loop_known"}  # of questions; a task's key begins with its file's name
 ARMS = {  # arm: (what it changes, said for the table)
     "mdpo": ({}, "M-DPO: the policy's own tokens"),
     "all_tokens": ({"mask_user_turns": False}, "DPO over all tokens behind the prompt, TRL's rule"),

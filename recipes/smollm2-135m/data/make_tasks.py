@@ -2,7 +2,8 @@
 
     python recipes/smollm2-135m/data/make_tasks.py [FOLDER]
 
-The questions are those of make_pairs.py's short templates with other numbers, and none of its files has one of them.
+SFT shows how questions of make_pairs.py's short training templates are answered. The loop asks those of the held-out
+templates: what it learns of them it has from its own trajectories. No file of make_pairs.py has one of the questions.
 The same seed gives the same bytes.
 """
 
@@ -20,9 +21,9 @@ KNOWN = (SHORT, T.SHORT_WORDS, T.TRAIN_RANGES, T.TRAIN_NAMES)
 NEW = (T.HELDOUT, T.SHORT_WORDS, T.HELDOUT_RANGES, T.HELDOUT_NAMES)
 FILES = {  # name: (rows, source); of the first one the whole trajectory
     "loop_sft": (160, KNOWN),
-    "loop_tasks": (192, KNOWN),
-    "loop_heldout": (300, KNOWN),
-    "loop_new": (300, NEW),  # other templates, numbers and names
+    "loop_tasks": (192, NEW),  # nobody shows the policy how templates of these are answered
+    "loop_heldout": (300, NEW),
+    "loop_known": (300, KNOWN),
 }
 
 
