@@ -2,10 +2,8 @@
 on held-out tasks, again and again. Each stage is a command that can be run by hand, and a folder that is whole when
 `stage.json` is in it: the same loop, started again, continues in the stage that it was in."""
 
-import ctypes
 import json
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from mdpo.console import say
 from mdpo.errors import Preempted, UserError
 from mdpo.rollouts.records import brief, read_trajectory
 from mdpo.rollouts.tables import rollout_figures, wilson
-from mdpo.runs.preemption import EXIT_CODE, PR_SET_PDEATHSIG
+from mdpo.runs.preemption import EXIT_CODE, end_with_parent
 from mdpo.storage import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +51,7 @@ class Stage:
         """Raises UserError where the command fails, Preempted where it was asked to stop."""
         self.folder.mkdir(parents=True, exist_ok=True)
         say(f"{self.folder}: {shlex.join(self.command)}")
-        process = subprocess.Popen(self.command, preexec_fn=_ends_with_its_parent)  # noqa: PLW1509
+        process = subprocess.Popen(self.command, preexec_fn=end_with_parent)  # noqa: PLW1509
         try:
             code = process.wait()
         except BaseException:
@@ -65,12 +63,6 @@ class Stage:
         if code:
             raise UserError(f"{self.folder}: its command ended with {code}; its error is above.", "stage")
         replace_text(self.folder / DONE, json.dumps(self.settings, indent=1))
-
-
-def _ends_with_its_parent() -> None:
-    """Of Linux: a killed loop leaves no process behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Iterations:

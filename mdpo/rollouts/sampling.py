@@ -29,6 +29,7 @@ from mdpo.rollouts.rewards import Rewards, right_answer
 from mdpo.rollouts.sandbox import Limits as ProgramLimits
 from mdpo.rollouts.sandbox import Sandbox
 from mdpo.rollouts.server import SLOWEST, TIMEOUT_S, Server, served_context
+from mdpo.rollouts.serving import Servers, servable
 from mdpo.rollouts.tasks import Task, read_tasks
 
 CODE_START_S = 30.0  # beside a program's own limit: the sandbox's start on a busy machine
@@ -39,6 +40,9 @@ NOT_OF_A_TRAJECTORY = (
     "samples",
     "base_url",
     "served_model",
+    "serve",
+    "servers",
+    "gpus_per_server",
 )  # options that change nothing in it
 BACKENDS = {"transformers": ContinuousBatching, "generate": Rounds}
 
@@ -121,17 +125,31 @@ def backend_of(
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.training.trust_remote_code)
         stops = stop_ids(_generation_config(source), template)
         vocabulary = max(template.tokenizer.get_vocab().values()) + 1
-        name, addresses = options.served_model or checkpoint, list(options.base_url)
-        timeout = max(TIMEOUT_S, options.max_new_tokens / SLOWEST)
-        with Server(addresses, name, stops, vocabulary, options.temperature, timeout_s=timeout) as server:
-            lengths = [context_length(config), *(served_context(address, name) for address in addresses)]
-            yield server, stops, min((n for n in lengths if n), default=None)
+        with served(checkpoint, recipe, options) as (name, addresses, own):
+            timeout = max(TIMEOUT_S, options.max_new_tokens / SLOWEST)
+            arguments = (addresses, name, stops, vocabulary, options.temperature)
+            with Server(*arguments, timeout_s=timeout, own=own) as server:
+                lengths = [context_length(config), *(served_context(address, name) for address in addresses)]
+                yield server, stops, min((n for n in lengths if n), default=None)
         return
     model = load_policy(checkpoint, recipe)
     stops = stop_ids(model.generation_config, template)
     sampling = sampling_config(stops, template.tokenizer.pad_token_id, options.temperature)
     with BACKENDS[options.backend](model, sampling, seed) as backend:
         yield backend, stops, context_length(model.config)
+
+
+@contextmanager
+def served(
+    checkpoint: str, recipe: Recipe, options: SamplingOptions
+) -> Iterator[tuple[str, list[str], Servers | None]]:
+    """(What servers call the checkpoint, their addresses, those of them that were started here). Raises UserError."""
+    if not options.serve:
+        yield options.served_model or checkpoint, list(options.base_url), None
+        return
+    with servable(checkpoint, recipe, options.save) as model:
+        with Servers(options.serve, model, options.save, options.servers, options.gpus_per_server or 0) as own:
+            yield options.served_model or model, list(own.by_address), own
 
 
 def _generation_config(checkpoint: str) -> GenerationConfig | None:

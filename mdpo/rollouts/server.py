@@ -12,6 +12,7 @@ import httpx
 from mdpo.console import first_line
 from mdpo.errors import UserError
 from mdpo.rollouts.episode import Sampled
+from mdpo.rollouts.serving import LOOK_S, Servers
 
 KEY = "OPENAI_API_KEY"  # of the environment: a key is in no file
 TRIES = 6  # of a request, waiting 1, 2, 4 … seconds between them
@@ -28,7 +29,8 @@ class BadAnswer(Exception):
 @dataclass
 class Server:
     """One address or more; a request goes to the one with the fewest in flight, after a failure to another. In use as a
-    context. `vocabulary` is one more than the highest id. Raises UserError where no try succeeds."""
+    context. `vocabulary` is one more than the highest id. `own` are servers that were started here: a request waits
+    while none of them answers, and the death of one is no failed try. Raises UserError where no try succeeds."""
 
     addresses: list[str]
     model: str
@@ -37,6 +39,7 @@ class Server:
     temperature: float = 0.0
     timeout_s: float = TIMEOUT_S
     first_wait_s: float = 1.0
+    own: Servers | None = None
     in_flight: dict[str, int] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)  # why -> how often
 
@@ -72,13 +75,15 @@ class Server:
 
     async def _tried(self, path: str, body: dict[str, Any], read) -> Any:
         """What `read` makes of the answer; network errors, refusals for load and bad answers are tried again."""
-        why, failed = "", dict.fromkeys(self.addresses, 0)
-        for number in range(TRIES):
-            if number:
+        why, failed, number = "", dict.fromkeys(self.addresses, 0), 0
+        while number < TRIES:
+            if why:
                 self.retried[why] = self.retried.get(why, 0) + 1
-                wait = min(self.first_wait_s * 2 ** (number - 1), LONGEST_WAIT_S)
+                wait = min(self.first_wait_s * 2 ** max(number - 1, 0), LONGEST_WAIT_S)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-            address = min(self.addresses, key=lambda a: (failed[a], self.in_flight[a]))
+            up = await self._up()
+            address = min(up, key=lambda a: (failed[a], self.in_flight[a]))
+            starts = self.own.starts(address) if self.own else 0
             self.in_flight[address] += 1
             try:
                 answer = await self._client.post(address.rstrip("/") + path, json=body)
@@ -93,7 +98,16 @@ class Server:
             finally:
                 self.in_flight[address] -= 1
                 failed[address] += 1
+            number += not (self.own and await self.own.died(address, starts))
         raise UserError(f"base_url: {', '.join(self.addresses)}: {TRIES} tries failed; the last one: {why}.")
+
+    async def _up(self) -> list[str]:
+        """The addresses to ask, as soon as there is one. Raises UserError where no server is left."""
+        if self.own is None:
+            return self.addresses
+        while not (up := self.own.up()):
+            await asyncio.sleep(LOOK_S)
+        return up
 
     def _read(self, answer: Any, most: int) -> Sampled:
         """A turn from an answer of /v1/completions. Raises BadAnswer, and UserError for a server without token ids."""
