@@ -19,6 +19,8 @@ TRIES = 6  # of a request, waiting 1, 2, 4 … seconds between them
 LONGEST_WAIT_S = 60.0
 TIMEOUT_S = 600.0  # of a request, and longer where many tokens are asked for
 SLOWEST = 10.0  # tokens per second
+# Said each time: vLLM takes what is missing from the model's generation_config.json, of which many have such values.
+PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 AGAIN = (408, 425, 429)  # and all from 500 on
 
 
@@ -65,7 +67,7 @@ class Server:
             "prompt": prompt,
             "max_tokens": max_new_tokens,
             "temperature": self.temperature,
-            "top_p": 1.0,
+            **PLAIN,
             "stop_token_ids": sorted(self.stops),
             "skip_special_tokens": False,
             "return_token_ids": True,

@@ -80,7 +80,7 @@ def test_ids_go_in_and_come_out(monkeypatch):
         assert sample(address, temperature=0.7) == Sampled([5, 6, 2], False, [-1.0, -2.0, -3.0])
     (path, body, headers), *more = http.asked
     assert path == "/v1/completions" and not more and headers["Authorization"] == "Bearer sk-secret"
-    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0}
+    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, **module.PLAIN}
     how = {"stop_token_ids": [2, 7], "skip_special_tokens": False, "return_token_ids": True, "logprobs": 1}
     assert body == {**asked, **how}
 
