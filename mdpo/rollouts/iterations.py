@@ -14,6 +14,7 @@ from typing import Any
 from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
+from mdpo.rollouts.options import OF_SERVERS, SERVED
 from mdpo.rollouts.records import brief, read_trajectory
 from mdpo.rollouts.tables import rollout_figures, wilson
 from mdpo.runs.preemption import EXIT_CODE, end_with_parent
@@ -89,7 +90,7 @@ class Iterations:
             yield n, self.evaluated(n)
 
     def sampled(self, n: int) -> Stage:
-        seed = {} if self.loop.sample.get("backend") == "server" else {"seed": n}
+        seed = {} if self.loop.sample.get("backend") in SERVED else {"seed": n}
         return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**self.loop.sample, **seed})
 
     def evaluated(self, n: int) -> Stage:
@@ -99,7 +100,8 @@ class Iterations:
         folder = self.folder(n, stage)
         command = [sys.executable, str(ROOT / "scripts/sample.py"), policy, "--recipe", self.loop.recipe]
         command += ["--tasks", tasks, "--save", str(folder / TRAJECTORIES), *flags(options)]
-        return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: options})
+        chosen = {name: value for name, value in options.items() if name not in ("in_flight", *OF_SERVERS)}
+        return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen})
 
     def paired(self, n: int) -> Stage:
         folder, source = self.folder(n, "pair"), self.folder(n, "sample") / TRAJECTORIES

@@ -169,7 +169,7 @@ def test_a_server_that_never_answers(workshop, monkeypatch):
 
 def test_a_server_that_talks_nonsense(workshop, monkeypatch):
     monkeypatch.setattr("mdpo.rollouts.server.TRIES", 2)
-    with refused("base_url", "no choice"):
+    with refused("serve", "no choice"):
         script.main(arguments(workshop, f"{LITTLE} garbage"))
     all_end(workshop)
 
