@@ -172,8 +172,8 @@ class TemplateCalls:
 def call_form(
     kind: str, tools: list[dict[str, Any]], template: ChatTemplate, role: str, served: bool = False
 ) -> CallForm:
-    """The form of that name; `auto` is the template's where it shows tools and its calls can be read, by the server where
-    they are `served`, else text. Raises UserError."""
+    """The form of that name; `auto` is the template's where it shows tools and its calls can be read, else text. With
+    `served` the server reads them. Raises UserError."""
     if kind == "python":
         return PythonBlocks(role)
     if kind == "text" or not tools:

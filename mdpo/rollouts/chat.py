@@ -1,5 +1,5 @@
-"""Turns of servers that speak no token ids: `/v1/chat/completions`, messages and tools in, a message out. What is trained
-on is then the text, tokenized again: where a server can return ids, `server.py` is the better one."""
+"""Turns of servers that speak no token ids: `/v1/chat/completions`, messages and tools in, a message out. What is
+trained on is then the text, tokenized again: where a server can return ids, `server.py` is the better one."""
 
 import json
 from dataclasses import dataclass

@@ -40,8 +40,8 @@ class Outcome(str):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the policy sampled, its stop included; of a Speaker a message in place of ids. `cut` says that the token limit
-    ended it."""
+    """What the policy sampled, its stop included; of a Speaker a message in place of ids. `cut` says that the token
+    limit ended it."""
 
     ids: list[int]
     cut: bool = False

@@ -57,8 +57,8 @@ def shard(text: str) -> tuple[int, int]:
 
 
 HOW = (
-    "transformers batches continuously; generate in rounds, for any model; server asks vLLM or SGLang; chat any server, "
-    "for text without token ids"
+    "transformers batches continuously; generate in rounds, for any model; server asks vLLM or SGLang; chat any "
+    "server, for text without token ids"
 )
 SERVED = ("server", "chat")  # backends of servers
 ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are those of SamplingOptions

@@ -127,8 +127,8 @@ class Server:
         choice = only_choice(answer)
         if choice.get("token_ids") is None:
             raise UserError(
-                f"{self.option}: the server returns no token_ids. vLLM and SGLang do, by return_token_ids; --backend chat "
-                "takes text."
+                f"{self.option}: the server returns no token_ids. vLLM and SGLang do, by return_token_ids; "
+                "--backend chat takes text."
             )
         ids, reason = choice["token_ids"], choice.get("finish_reason")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):

@@ -12,8 +12,8 @@ import sample as script
 from errors import refused
 from tiny import CHATML, TRL_TEMPLATES, tiny_llama, tokenizer_for
 
-from mdpo.rollouts.chat import Chat
 from mdpo.rollouts import server as module
+from mdpo.rollouts.chat import Chat
 from mdpo.rollouts.episode import Sampled
 from mdpo.rollouts.server import TRIES, Server, served_context
 
@@ -220,7 +220,8 @@ def test_messages_that_are_turns(name):
     ((path, body, _),) = http.asked
     hello = {"role": "user", "content": "Hi."}
     assert path == "/v1/chat/completions" and body == {
-        "model": "mine", "messages": [hello], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0, "tools": [{"a": "tool"}]
+        "model": "mine", "messages": [hello], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0,
+        "tools": [{"a": "tool"}],
     }  # fmt: skip
 
 
