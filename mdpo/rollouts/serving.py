@@ -96,13 +96,17 @@ class Served:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
-            log.write(f"--- {shlex.join(self.words)}\n".encode())
-            self.log_begins = log.tell()
-            command = [sys.executable, "-I", "-S", str(KEEPER), *self.words]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment, start_new_session=True
-            )
+        """Raises UserError where the log cannot be written."""
+        command = [sys.executable, "-I", "-S", str(KEEPER), *self.words]
+        try:
+            with self.log.open("ab", buffering=0) as log:
+                log.write(f"--- {shlex.join(self.words)}\n".encode())
+                self.log_begins = log.tell()
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment, start_new_session=True
+                )
+        except OSError as error:
+            raise UserError(f"serve: {self.log}: {error.strerror}.", "serve") from error
         self.state, self.began = "starting", time.monotonic()
         self.starts += 1
 
@@ -223,7 +227,7 @@ class Servers:
                     elif server.state != before:
                         say(f"serve: server {server.number} answers again")
         except Exception as error:  # a full disk, for example: nobody looks after the servers any more
-            self._failure = f"serve: {type(error).__name__}: {first_line(error)}."
+            self._failure = str(error) if isinstance(error, UserError) else f"serve: {error!r}."
 
     def _again(self, server: Served, why: str) -> None:
         """Starts a server that died, or gives it up."""

@@ -18,7 +18,9 @@ from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
 
+from mdpo.config.loop import Loop
 from mdpo.rollouts import serving
+from mdpo.rollouts.iterations import Iterations
 from mdpo.rollouts.serving import Servers, device_groups, free_ports, served_words
 
 LITTLE = f"{sys.executable} -S {ROOT}/tests/helpers/little_server.py {{model}} {{port}}"
@@ -226,6 +228,18 @@ def test_options_beside_serve(workshop):
             script.main([a for a in arguments(workshop, LITTLE, "model", option) if not a.startswith("--serve=")])
     with refused("serve", "--backend"):
         script.main([a for a in arguments(workshop) if not a.startswith("--backend")])
+
+
+def test_servers_are_no_setting_of_a_stage():
+    """A loop's finished stages are not refused where others serve; its samples have no seed, as servers take none."""
+    own = {"backend": "server", "temperature": 1.0}
+    served = {**own, "serve": LITTLE, "servers": 2, "gpus_per_server": 1, "in_flight": 8}
+    loops = [Iterations(Loop("r", "o", "t", "h", sample=options), "p") for options in (own, served)]
+    assert loops[0].sampled(1).settings == loops[1].sampled(1).settings
+    assert loops[0].sampled(1).settings["sample"] == own
+    command = loops[1].sampled(1).command
+    assert {f"--serve={LITTLE}", "--servers=2", "--gpus_per_server=1", "--in_flight=8"} <= set(command)
+    assert not any(word.startswith("--seed") for word in command)
 
 
 def test_words_devices_and_ports(monkeypatch):
