@@ -35,8 +35,6 @@ from mdpo.rollouts.tasks import Task, read_tasks
 
 CODE_START_S = 30.0  # beside a program's own limit: the sandbox's start on a busy machine
 BACKENDS = {"transformers": ContinuousBatching, "generate": Rounds}
-
-
 ASKED = {"server": Server, "chat": Chat}
 
 

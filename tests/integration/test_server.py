@@ -186,7 +186,8 @@ def test_a_server_from_the_command_line(tmp_path, capsys):
     prompt = http.asked[0][1]["prompt"]
     assert row["sequences"][0]["input_ids"] == prompt + turn and row["reward"] == 1 and row["ended"] == "done"
     assert row["sequences"][0]["logprobs"] == [None] * len(prompt) + [-0.5] * len(turn)
-    assert http.asked[1][1]["model"] == "mine" and "1.0000" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert http.asked[1][1]["model"] == "mine" and "1.0000" in told and "made again: 1 x status 503" in told
     script.main([*command, "--base_url=http://127.0.0.1:9/v1"])  # all is there: nobody is asked
 
 
