@@ -2,9 +2,10 @@
 trained on is then the text, tokenized again: where a server can return ids, `server.py` is the better one."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from mdpo.console import say
 from mdpo.data.tool_calls import linked
 from mdpo.rollouts.episode import Sampled
 from mdpo.rollouts.server import BadAnswer, Server, only_choice
@@ -15,7 +16,18 @@ THOUGHTS = ("reasoning_content", "reasoning")  # vLLM has had either
 
 @dataclass
 class Chat(Server):
-    """Its `stops` and `vocabulary` are of no use here: the server ends turns and decodes them."""
+    """Its `stops` and `vocabulary` are of no use here: the server ends turns and decodes them. At its end it says where
+    the server has never sampled, at a temperature: then all samples of a task are the same."""
+
+    answers: dict[int, list[int]] = field(default_factory=dict)  # of a prompt, both by their hashes
+
+    def __exit__(self, *rest) -> None:
+        super().__exit__(*rest)
+        several = [given for given in self.answers.values() if len(given) > 1]
+        if self.temperature and several and all(len(set(given)) == 1 for given in several):
+            say(f"backend chat: {len(several)} prompts got the same answer each time, at temperature {self.temperature:g}: "
+                "the server takes the likeliest token (transformers serve, where generation_config.json has no "
+                "do_sample).")  # fmt: skip
 
     async def answer(self, messages: list[Message], tools: list[dict] | None, max_new_tokens: int) -> Sampled:
         """The assistant's next message. Beside temperature and top_p the server's own sampling holds: many refuse what
@@ -28,7 +40,9 @@ class Chat(Server):
             "top_p": 1.0,
             **({"tools": tools} if tools else {}),
         }
-        return await self._tried("/chat/completions", body, read_message)
+        sampled = await self._tried("/chat/completions", body, read_message)
+        self.answers.setdefault(hash(json.dumps(body["messages"])), []).append(hash(json.dumps(sampled.message)))
+        return sampled
 
 
 def as_sent(message: Message) -> Message:

@@ -235,6 +235,17 @@ def test_what_is_no_message_is_asked_for_again(bad):
     assert len(http.asked) == 2
 
 
+@pytest.mark.parametrize(("second", "told"), [("Hello.", True), ("Good day.", False)])
+def test_a_server_that_never_samples_is_named(second, told, capsys):
+    async def both(server):
+        return [await server.answer([{"role": "user", "content": "Hi."}], None, 4) for _ in range(2)]
+
+    with serving(said(), said(second)) as (_, address):
+        with Chat([address], "mine", set(), 0, 0.7) as server:
+            asyncio.run(both(server))
+    assert ("1 prompts got the same answer each time, at temperature 0.7" in capsys.readouterr().out) is told
+
+
 COUNTER = """
 class Counter:
     def reset(self, **row):
