@@ -25,9 +25,11 @@ class Chat(Server):
         super().__exit__(*rest)
         several = [given for given in self.answers.values() if len(given) > 1]
         if self.temperature and several and all(len(set(given)) == 1 for given in several):
-            say(f"backend chat: {len(several)} prompts got the same answer each time, at temperature {self.temperature:g}: "
-                "the server takes the likeliest token (transformers serve, where generation_config.json has no "
-                "do_sample).")  # fmt: skip
+            say(
+                f"backend chat: {len(several)} prompts got the same answer each time, at temperature "
+                f"{self.temperature:g}: the server takes the likeliest token (transformers serve does where "
+                "generation_config.json has no do_sample)."
+            )
 
     async def answer(self, messages: list[Message], tools: list[dict] | None, max_new_tokens: int) -> Sampled:
         """The assistant's next message. Beside temperature and top_p the server's own sampling holds: many refuse what
