@@ -2,10 +2,12 @@
 
 Each iteration samples trajectories of the policy, pairs them, trains on the pairs (run_dpo.py) and measures the new
 policy on held-out tasks. Every stage is a command, printed as it starts, and a folder below output_dir. After a kill
-the same command continues in the middle of the stage it was in. loop.json and the table have the figures so far.
+the same command continues in the middle of the stage it was in. loop_report.html, drawn anew after each stage,
+loop.json and the table have the figures so far.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,20 +19,24 @@ from rich.console import Console
 from rich.table import Table
 
 from mdpo.config.loop import Loop, read_loop
+from mdpo.config.parsing import read_yaml
 from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.errors import UserError
+from mdpo.reporting.loop_page import LoopPage
 from mdpo.rollouts.iterations import Iterations, Stage, figures_of, flags, got_worse, keys
+from mdpo.rollouts.loop_figures import loop_figures
 from mdpo.rollouts.tables import with_interval
 from mdpo.runs.entrypoint import run
 from mdpo.storage import replace_text
 
-OF_SAMPLING = ("save", "seed", "shard", "tasks", "recipe", "served_model")
+OF_SAMPLING = ("save", "shard", "tasks", "recipe", "served_model")
 SET_BY_THE_LOOP = {
     "sample": OF_SAMPLING,
     "evaluate": OF_SAMPLING,
     "pair": ("out", "replace"),
     "train": ("model_name_or_path", "ref_model_name_or_path", "output_dir", "dataset_mixer"),
+    "sft": ("model_name_or_path", "dataset_name", "datasets", "output_dir", "max_length", "resume_from_checkpoint"),
 }
 
 
@@ -43,36 +49,60 @@ def main(argv: list[str]) -> None:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
     loop = read_loop(args.loop)
-    first = checked(loop)
-    iterations, found = Iterations(loop, loop.policy or first), list[dict]()
+    iterations, found = checked(loop), list[dict]()
+    stages = [(n, stage, stage.finished()) for n, stage in iterations.stages()]
+    say(progress(loop.output_dir, stages))
+    earlier = {stage.folder for _, stage, finished in stages if finished}
+    page = LoopPage(Path(loop.output_dir), dataclasses.asdict(loop))
+
+    def draw(stopped: str = "") -> None:
+        page.draw(lambda: loop_figures((n, stage.folder) for n, stage, _ in stages), stopped)
 
     def after(n: int, stage: Stage) -> bool:
         """Shows the figures so far; False where the policy got worse."""
-        if stage.folder.name != "evaluate":
-            return True
-        found.append({"iteration": n, **figures_of(stage.folder)})
-        replace_text(Path(loop.output_dir, "loop.json"), json.dumps(found, indent=1))
-        Console(highlight=False).print(table(found))
-        if loop.stop_when_worse and n and got_worse(found[-2], found[-1]):
-            say(f"iteration {n} got worse by more than the interval: stopped. stop_when_worse: false goes on.")
-            return False
+        if stage.folder.name == "evaluate":
+            found.append({"iteration": n, **figures_of(stage.folder)})
+            replace_text(Path(loop.output_dir, "loop.json"), json.dumps(found, indent=1))
+            Console(highlight=False).print(table(found))
+            if loop.stop_when_worse and n and got_worse(found[-2], found[-1]):
+                stopped = f"iteration {n} got worse by more than the interval: stopped."
+                say(f"{stopped} stop_when_worse: false goes on.")
+                draw(stopped)
+                return False
+        if stage.folder not in earlier:
+            draw()
         return True
 
+    if earlier:
+        draw()
     iterations.run(after)
+    if page.path.is_file():
+        say(f"page  {page.path}")
 
 
-def checked(loop: Loop) -> str:
-    """The recipe's model. Raises UserError for whatever a stage would refuse of its options, before one runs."""
+def progress(folder: str, stages: list[tuple[int, Stage, bool]]) -> str:
+    """One line: which stages are finished, and which one is next."""
+    done = dict[int, list[str]]()
+    for n, stage, finished in stages:
+        if finished:
+            done.setdefault(n, []).append(stage.folder.name)
+    named = "; ".join(f"iteration {n}: {', '.join(names)}" for n, names in done.items())
+    following = next((f"; next: iteration {n}, {stage.folder.name}" for n, stage, there in stages if not there), "")
+    count = sum(map(len, done.values()))
+    return f"{folder}: {count} of {len(stages)} stages are finished{f' ({named})' if named else ''}{following}"
+
+
+def checked(loop: Loop) -> Iterations:
+    """Raises UserError for whatever a stage would refuse of its options, before one runs."""
+    refuse_missing(loop, "accelerate_config", "sft", "sft_data")
     for name, taken in SET_BY_THE_LOOP.items():
-        if own := sorted(set(taken) & set(getattr(loop, name))):
+        given = getattr(loop, name) or {}
+        own = {setting.key for setting in read_yaml(Path(given))} if isinstance(given, str) else set(given)
+        if own := sorted(own & set(taken)):
             raise UserError(f"{name}: {own[0]} is set by the loop.", name)
     recipe = load_recipe([loop.recipe, *keys(loop.train), "--report_to=none", f"--output_dir={loop.output_dir}"])
-    if recipe.model.use_peft:
-        raise UserError("train: use_peft: a loop trains whole models; an adapter would have to be merged in between.")
     if recipe.training.ref_model_name_or_path:
         raise UserError("reference: the recipe names a ref_model_name_or_path of its own.", "reference")
-    if loop.accelerate_config and not Path(loop.accelerate_config).is_file():
-        raise UserError(f"accelerate_config: there is no file {loop.accelerate_config}.", "accelerate_config")
     if not loop.sample.get("temperature"):
         raise UserError("sample: temperature is missing: greedy samples of a task are all the same.")
     for name, options in (("sample", loop.sample), ("evaluate", loop.evaluate)):
@@ -80,22 +110,30 @@ def checked(loop: Loop) -> str:
         if rest:
             raise UserError(f"{name}: {rest[0]} is not an option of scripts/sample.py.", name)
     pair_rollouts.parse(["t.jsonl", f"--out={Path(loop.output_dir).resolve().anchor}pairs.jsonl", *flags(loop.pair)])
-    for tasks in (loop.tasks, loop.held_out_tasks):
-        if not Path(tasks).is_file():
-            raise UserError(f"tasks: there is no file {tasks}.", "tasks")
-    return recipe.model.model_name_or_path
+    refuse_missing(loop, "tasks", "held_out_tasks")
+    first = loop.policy or recipe.model.model_name_or_path
+    return Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length)
+
+
+def refuse_missing(loop: Loop, *keys: str) -> None:
+    for key in keys:
+        path = getattr(loop, key)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{key}: there is no file {path}.", key)
 
 
 def table(found: list[dict]) -> Table:
-    shown = Table(title="held-out tasks")
-    for column in ("iteration", "right answers", "mean reward", "turns", "calls that failed"):
+    """Of 80 columns. pass^k is the share of tasks whose k samples are all right."""
+    shown, k = Table(title="held-out tasks"), max(figures["samples"] for figures in found)
+    shares = ["right answers"] + [f"pass^{k}"] * (k > 1)
+    for column in ("iteration", *shares, "reward", "turns", "failed calls"):
         shown.add_column(column, justify="right")
     for figures in found:
-        turns = sum(n * count for n, (count, _) in figures["by_turns"].items()) / figures["conversations"]
         failed = sum(n for end, n in figures["calls"].items() if end != "ok")
         reward = "" if figures["reward"] is None else f"{figures['reward']:.4f}"
-        right = with_interval(figures["accuracy"], figures["tasks"])
-        shown.add_row(str(figures["iteration"]), right, reward, f"{turns:.2f}", str(failed))
+        right = with_interval(figures["accuracy"], figures["tasks"], 3)
+        all_right = [f"{figures['all_correct']:.3f}"] * (k > 1)
+        shown.add_row(str(figures["iteration"]), right, *all_right, reward, f"{figures['turns']:.2f}", str(failed))
     return shown
 
 

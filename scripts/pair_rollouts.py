@@ -3,7 +3,7 @@
 Reads what scripts/sample.py saved, and anybody's: {"messages", "reward" or "correct"} a line, with "key"
 where several lines are of one task. Two of one task that differ in reward are a pair; by default each task makes one,
 drawn at random. Left out are trajectories without a reward, those that a token limit or a broken environment ended,
-and what is there twice.
+and what is there twice. PAIRS.report.json beside the pairs counts both.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import _clone  # noqa: F401
 
 from mdpo.console import say
 from mdpo.errors import UserError
-from mdpo.rollouts.pairing import Pairing, paired_rows
+from mdpo.rollouts.pairing import Pairing, paired_rows, report_of
 from mdpo.runs.entrypoint import run
 from mdpo.storage import replace_text
 
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
     say(*report.lines())
     if not rows:
         raise UserError(f"None of the {report.tasks} tasks has two trajectories to compare.", "tasks")
+    replace_text(report_of(args.out), json.dumps({"pairs_by": args.pairs, **report.as_dict()}, indent=1))
     replace_text(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     say(f"{args.out}: {len(rows)} pairs")
 

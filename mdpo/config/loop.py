@@ -25,6 +25,8 @@ class Loop:
     accelerate_config: str | None = None  # null: one process
     reference: str = "moved"  # training regularizes towards the policy before; or first: towards that of iteration 0
     policy: str | None = None  # null: the recipe's model_name_or_path
+    sft: str | None = None  # a recipe of `trl sft`, for the policy before the first iteration
+    sft_data: str | None = None  # the trajectories that it learns
     stop_when_worse: bool = True  # after an iteration whose share of right answers fell by more than its interval
     sample: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +62,9 @@ def read_loop(path: Path) -> Loop:
         raise UserError(f"{path}: iterations: {loop.iterations} is out of range; give a number >= 1.", "iterations")
     if loop.reference not in ("moved", "first"):
         raise UserError(f"{path}: reference: {loop.reference!r} is neither moved nor first.", "reference")
+    if bool(loop.sft) != bool(loop.sft_data):
+        given, other = ("sft", "sft_data") if loop.sft else ("sft_data", "sft")
+        raise UserError(f"{path}: {given}: needs {other} as well.", given)
     return loop
 
 

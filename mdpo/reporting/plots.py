@@ -116,7 +116,7 @@ def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tu
 
 
 def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, float] | None = None) -> Figure:
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     for line in lines:
         if line.raw:
             axes.plot(*zip(*line.raw, strict=True), color=line.color, alpha=0.3, linewidth=0.8)
@@ -133,7 +133,7 @@ def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, fl
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _number(axes)
+    number_ticks(axes)
     if limits:
         axes.set_ylim(*limits)
     else:
@@ -146,7 +146,7 @@ def over_steps(title: str, unit: str, lines: list[Line], limits: tuple[float, fl
     return figure
 
 
-def _number(axes) -> None:
+def number_ticks(axes) -> None:
     """Each tick label is a complete number: a common factor would be printed over the title."""
     axes.yaxis.set_major_formatter(
         lambda v, _: (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}").replace("e-0", "e-").replace("-", "−")
@@ -155,7 +155,7 @@ def _number(axes) -> None:
 
 def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value: str) -> Figure:
     """One bar for each row of `table`: its number `key`, its height `value`, and its count of pairs."""
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     heights = [row[value] for row in table]
     drawn = axes.bar([str(row[key]) for row in table], heights, color=BLUE, width=0.6)
     numbers = [f"{row[value]:.2f}\n{row['pairs']:,.0f} pairs" for row in table]
@@ -172,7 +172,8 @@ def bars(title: str, xlabel: str, unit: str, table: list[dict], key: str, value:
     return figure
 
 
-def _figure(title: str) -> tuple[Figure, Any]:
+def new_figure(title: str) -> tuple[Figure, Any]:
+    """(figure, axes) of a plot's size, with its title."""
     figure = Figure(figsize=SIZE)
     figure.subplots_adjust(left=0.18, right=0.97, bottom=0.16, top=0.89)  # a layout engine would take half of the time
     axes = figure.add_subplot()

@@ -3,6 +3,7 @@ cache's memory holds, and a conversation's next prompt finds its beginning in th
 
 import asyncio
 import itertools
+from contextlib import nullcontext
 
 import psutil
 import torch
@@ -16,6 +17,9 @@ PAGE = 32  # tokens; what fills no page of a prompt is computed again in the nex
 CPU_SHARE = 0.25  # of the memory that is free, for the cache on a CPU
 CPU_TOKENS = 1 << 16  # of the cache on a CPU, at most: an attention mask has as many columns
 CPU_BATCH_TOKENS = 512  # computed at a time on a CPU: prompts join in parts of that size
+# Turns in the batch at a time on a CPU: without a kernel for paged caches each token is compared with all tokens of the
+# others too, and masked, so that the attention of n turns costs n² times that of one.
+CPU_TURNS = 16
 
 
 class ContinuousBatching:
@@ -26,6 +30,7 @@ class ContinuousBatching:
         self.options = {"page_size": PAGE, "seed": seed, "return_logprobs": True}
         if model.device.type == "cpu":
             self.options |= {"num_blocks": _cpu_blocks(model), "max_batch_tokens": CPU_BATCH_TOKENS}
+        self._places = asyncio.Semaphore(CPU_TURNS) if model.device.type == "cpu" else nullcontext()
         self._numbers = itertools.count()
 
     def __enter__(self) -> "ContinuousBatching":
@@ -45,6 +50,10 @@ class ContinuousBatching:
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         """Raises UserError where generation fails."""
+        async with self._places:
+            return await self._sampled(prompt, max_new_tokens)
+
+    async def _sampled(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         loop, name = asyncio.get_running_loop(), f"turn-{next(self._numbers)}"
         future: asyncio.Future = loop.create_future()
         self.manager.register_result_handler(name, lambda output: future.done() or future.set_result(output))

@@ -4,6 +4,7 @@ on held-out tasks, again and again. Each stage is a command that can be run by h
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,23 +16,26 @@ from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
 from mdpo.rollouts.options import OF_SERVERS, SERVED
-from mdpo.rollouts.records import brief, read_trajectory
-from mdpo.rollouts.tables import rollout_figures, wilson
+from mdpo.rollouts.stage_figures import stage_figures
+from mdpo.rollouts.tables import wilson
 from mdpo.runs.preemption import EXIT_CODE, end_with_parent
 from mdpo.storage import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE = "stage.json"
+MODEL = "model"
 TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `settings` are what its result depends on: a finished stage of other settings is refused."""
+    """One command. `settings` are what its result depends on: a finished stage of other settings is refused. `anew` is
+    what an interrupted start may have left and the command would refuse."""
 
     folder: Path
     command: list[str]
     settings: dict[str, Any]
+    anew: Path | None = None
 
     def finished(self) -> bool:
         """Raises UserError where the folder is whole, but of other settings."""
@@ -51,6 +55,8 @@ class Stage:
     def run(self) -> None:
         """Raises UserError where the command fails, Preempted where it was asked to stop."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.anew:
+            shutil.rmtree(self.anew, ignore_errors=True)
         say(f"{self.folder}: {shlex.join(self.command)}")
         process = subprocess.Popen(self.command, preexec_fn=end_with_parent)  # noqa: PLW1509
         try:
@@ -67,31 +73,64 @@ class Stage:
 
 
 class Iterations:
-    """The stages of a loop in order; each is made from the results of those before."""
+    """The stages of a loop in order; each is made from the results of those before. With `adapters` training writes
+    LoRA adapters, which are merged. SFT takes trajectories of `max_length` tokens at most."""
 
-    def __init__(self, loop: Loop, first_policy: str):
-        self.loop, self.first = loop, first_policy
+    def __init__(self, loop: Loop, first_policy: str, adapters: bool = False, max_length: int | None = None):
+        self.loop, self.given, self.adapters, self.max_length = loop, first_policy, adapters, max_length
         self.out = Path(loop.output_dir)
 
     def folder(self, n: int, stage: str) -> Path:
         return self.out / f"iteration-{n}" / stage
 
     def policy(self, n: int) -> str:
-        """The policy that iteration `n` ends with; of 0 the first one."""
-        return str(self.folder(n, "train")) if n else self.first
+        """The policy that iteration `n` ends with; of 0 the first one that samples."""
+        if n:
+            return str(self.folder(n, "merge") / MODEL if self.adapters else self.folder(n, "train"))
+        return str(self.folder(0, "sft")) if self.loop.sft else self.given
 
     def stages(self) -> Iterator[tuple[int, Stage]]:
         """(iteration, stage)."""
+        if self.loop.sft:
+            yield 0, self.rows()
+            yield 0, self.sft()
         yield 0, self.evaluated(0)
         for n in range(1, self.loop.iterations + 1):
             yield n, self.sampled(n)
             yield n, self.paired(n)
             yield n, self.trained(n)
+            if self.adapters:
+                yield n, self.merged(n)
             yield n, self.evaluated(n)
 
+    def rows(self) -> Stage:
+        """What SFT learns, with the masks of preference learning."""
+        folder, loop = self.folder(0, "rows"), self.loop
+        command = [sys.executable, str(ROOT / "scripts/sft_rows.py"), str(loop.sft_data), "--recipe", loop.recipe]
+        command += ["--out", str(folder), *keys({"model_name_or_path": self.given, "max_length": self.max_length})]
+        return Stage(folder, command, {"recipe": loop.recipe, "sft_data": loop.sft_data, "policy": self.given})
+
+    def sft(self) -> Stage:
+        """TRL's. Its last whole checkpoint is resumed, where its recipe writes any."""
+        folder, loop = self.folder(0, "sft"), self.loop
+        command = [*self._launcher(["-m", "trl.scripts.sft"]), "--config", str(loop.sft)]
+        own = {"model_name_or_path": self.given, "dataset_name": str(self.folder(0, "rows")), "output_dir": str(folder)}
+        length, last = self.max_length, last_checkpoint(folder)
+        own |= ({"max_length": str(length)} if length else {}) | ({"resume_from_checkpoint": str(last)} if last else {})
+        command += keys(own)
+        return Stage(folder, command, {"sft": loop.sft, "sft_data": loop.sft_data, "policy": self.given})
+
+    def _launcher(self, script: list[str]) -> list[str]:
+        """A script, or a module behind -m, in the loop's processes."""
+        if self.loop.accelerate_config:
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", self.loop.accelerate_config]
+            return [*launch, *script]
+        return [sys.executable, *script]
+
     def sampled(self, n: int) -> Stage:
-        seed = {} if self.loop.sample.get("backend") in SERVED else {"seed": n}
-        return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**self.loop.sample, **seed})
+        options = self.loop.sample  # each iteration samples with a seed of its own
+        seed = {} if options.get("backend") in SERVED else {"seed": options.get("seed", 0) + n}
+        return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**options, **seed})
 
     def evaluated(self, n: int) -> Stage:
         return self._sampling(n, "evaluate", self.policy(n), self.loop.held_out_tasks, self.loop.evaluate)
@@ -112,15 +151,18 @@ class Iterations:
     def trained(self, n: int) -> Stage:
         folder, loop = self.folder(n, "train"), self.loop
         mixer = json.dumps({str(self.folder(n, "pair") / PAIRS): 1.0})
-        reference = {"ref_model_name_or_path": self.first} if loop.reference == "first" and n > 1 else {}
+        reference = {"ref_model_name_or_path": self.policy(0)} if loop.reference == "first" and n > 1 else {}
         own = {"model_name_or_path": self.policy(n - 1), **reference, "output_dir": str(folder)}
-        launcher = [sys.executable]
-        if loop.accelerate_config:
-            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", loop.accelerate_config]
-        command = [*launcher, str(ROOT / "run_dpo.py"), loop.recipe, f"--dataset_mixer={mixer}"]
+        command = [*self._launcher([str(ROOT / "run_dpo.py")]), loop.recipe, f"--dataset_mixer={mixer}"]
         command += keys({**loop.train, **own})
         settings = {"recipe": loop.recipe, "train": loop.train, "reference": loop.reference}
         return Stage(folder, command, settings)
+
+    def merged(self, n: int) -> Stage:
+        """A model as any other of the adapter that training wrote."""
+        folder, adapter = self.folder(n, "merge"), self.folder(n, "train")
+        command = [sys.executable, str(ROOT / "scripts/merge_adapter.py"), str(adapter), str(folder / MODEL)]
+        return Stage(folder, command, {"recipe": self.loop.recipe, "train": self.loop.train}, anew=folder / MODEL)
 
     def run(self, after: Callable[[int, Stage], bool]) -> None:
         """Runs what is not finished, in order. `after` each stage, finished now or earlier, says whether to go on."""
@@ -132,6 +174,19 @@ class Iterations:
                 stage.run()
             if not after(n, stage):
                 return
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Of TRL's SFT: the last one with a trainer_state.json, which is written when all else is there."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -151,10 +206,8 @@ def _text(value: Any) -> str:
 
 
 def figures_of(folder: Path) -> dict[str, Any]:
-    """`rollout_figures` of a finished stage's trajectories."""
-    lines = (folder / TRAJECTORIES).read_text(encoding="utf-8").split("\n")[:-1]
-    where = folder / TRAJECTORIES
-    return rollout_figures(brief(read_trajectory(line, f"{where}:{n}")) for n, line in enumerate(lines, 1))
+    """`rollout_figures` of a finished stage's trajectories, and their sampled `tokens`."""
+    return stage_figures(folder / TRAJECTORIES).figures
 
 
 def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:

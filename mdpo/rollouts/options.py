@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mdpo.errors import UserError
-from mdpo.rollouts.serving import served_words
+from mdpo.rollouts.server_commands import served_words
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,15 @@ class Report:
             )
         return lines
 
+    def as_dict(self) -> dict[str, Any]:
+        """For `pairs.report.json`."""
+        return {**vars(self), "left_out": dict(self.left_out), "unpaired": dict(self.unpaired)}
+
+
+def report_of(pairs: Path) -> Path:
+    """Where the report of a file of pairs is. Example: pairs.jsonl -> pairs.report.json."""
+    return pairs.with_suffix(".report.json")
+
 
 def paired_rows(paths: Iterable[Path], pairing: Pairing) -> tuple[list[dict[str, Any]], Report]:
     """(rows for a recipe's dataset, report). Raises UserError."""

@@ -24,6 +24,28 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
+def mean_interval(groups: Iterable[Sequence[float]]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean m of all N values, where only groups (the samples of a task) are independent:
+    m ± Z · √(n / (n − 1) · Σ_g (Σ_g v − m |g|)²) / N, of n groups. None of fewer than two groups.
+    Example: [[1, 0], [1, 1]] -> m = 0.75, √(2 · (0.25 + 0.25)) / 4 = 0.25, (0.2600, 1.2400)."""
+    groups = [group for group in groups if group]
+    n, count = len(groups), sum(map(len, groups))
+    if n < 2:
+        return None
+    mean = sum(map(sum, groups)) / count
+    spread = math.sqrt(n / (n - 1) * sum((sum(group) - mean * len(group)) ** 2 for group in groups)) / count
+    return mean - Z * spread, mean + Z * spread
+
+
+def reward_interval(rewards: Iterable[Sequence[float]]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean reward, of each task's rewards: Wilson's where all are 0 or 1, as of a share."""
+    groups = [group for group in rewards if group]
+    values = [value for group in groups for value in group]
+    if values and set(values) <= {0, 1}:
+        return wilson(sum(values) / len(values), len(groups))
+    return mean_interval(groups)
+
+
 def count_turns(mask: Sequence[int]) -> int:
     """The supervised turns of a side: runs of 1 in its mask. Example: [0, 1, 1, 0, 1] -> 2."""
     return int(turn_begins(mask).sum())
@@ -59,21 +81,27 @@ def held_out_table(figures: dict[str, dict[str, float]]) -> Table:
 
 
 def rollout_figures(trajectories: Iterable[Trajectory]) -> dict:
-    """Tasks, conversations, the share of those with the whole reward, the share of tasks with at least one, the mean
-    reward of those that have one, how conversations and calls ended, and (conversations, right) by number of turns."""
-    done, by_key, turns = list(trajectories), defaultdict(list), defaultdict(list)
+    """Tasks, conversations, samples of a task, the share of conversations with the whole reward (pass@1), of tasks with
+    at least one (pass@k) and with no other (pass^k), the mean reward of those that have one with its interval, mean
+    turns, how conversations and calls ended, and (conversations, right) by number of turns."""
+    done, by_key, turns, rewards = list(trajectories), defaultdict(list), defaultdict(list), defaultdict(list)
     for trajectory in done:
         by_key[trajectory.key].append(trajectory.correct)
         turns[trajectory.turns].append(trajectory.correct)
+        if trajectory.reward is not None:
+            rewards[trajectory.key].append(trajectory.reward)
+    rewarded = sum(map(len, rewards.values()))
     return {
         "tasks": len(by_key),
         "conversations": len(done),
+        "samples": max(map(len, by_key.values())),
         "accuracy": sum(t.correct for t in done) / len(done),
         "any_correct": sum(map(any, by_key.values())) / len(by_key),
-        "reward": sum(rewards) / len(rewards)
-        if (rewards := [t.reward for t in done if t.reward is not None])
-        else None,
-        "without_reward": sum(t.reward is None for t in done),
+        "all_correct": sum(map(all, by_key.values())) / len(by_key),
+        "reward": sum(map(sum, rewards.values())) / rewarded if rewarded else None,
+        "reward_interval": reward_interval(rewards.values()),
+        "without_reward": len(done) - rewarded,
+        "turns": sum(t.turns for t in done) / len(done),
         "ended": {end: sum(t.ended == end for t in done) for end in ENDS},
         "calls": dict(Counter(ended for t in done for _, ended in t.calls)),
         "by_turns": {n: (len(right), sum(right)) for n, right in sorted(turns.items())},
@@ -87,7 +115,9 @@ def rollout_tables(figures: dict) -> list[Table]:
     table.show_header = False
     table.add_row("right answers", with_interval(figures["accuracy"], tasks))
     if conversations > tasks:
-        table.add_row("tasks with a right one", with_interval(figures["any_correct"], tasks))
+        k = figures["samples"]
+        table.add_row(f"tasks with a right one (pass@{k})", with_interval(figures["any_correct"], tasks))
+        table.add_row(f"tasks with no wrong one (pass^{k})", with_interval(figures["all_correct"], tasks))
     if figures["reward"] is not None:
         table.add_row("mean reward", f"{figures['reward']:.4f}")
     if figures["without_reward"]:
@@ -104,10 +134,10 @@ def rollout_tables(figures: dict) -> list[Table]:
     return [table, turns]
 
 
-def with_interval(share: float, n: int) -> str:
-    """A share of n independent trials, with its 95 % interval."""
+def with_interval(share: float, n: int, digits: int = 4) -> str:
+    """A share of n independent trials, with its 95 % interval to a digit less."""
     low, high = wilson(share, n)
-    return f"{share:.4f} ({low:.3f} to {high:.3f})"
+    return f"{share:.{digits}f} ({low:.{digits - 1}f} to {high:.{digits - 1}f})"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,7 +1,9 @@
 """scripts/iterate.py: two iterations of a tiny model, killed and started again; what a loop refuses."""
 
+import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ from pathlib import Path
 import iterate
 import pytest
 from errors import refused
+from loop_folder import trajectory, write_loop, write_trajectories
 from repository import ROOT
+from rich.console import Console
 from tiny import CHATML, tiny_llama, tokenizer_for
 
 from mdpo.config.loop import Loop, read_loop
-from mdpo.rollouts.iterations import DONE, Iterations, got_worse
+from mdpo.reference.fingerprint import named_digest
+from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
+from mdpo.rollouts.iterations import DONE, Iterations, Stage, got_worse, last_checkpoint
 
 ENVIRONMENT = """
 class Letters:
@@ -94,6 +100,12 @@ def check_whole(folder: Path) -> None:
         name, n, samples = ("tasks", 6, 4) if "sample" in stage else ("held_out", 4, 1)
         assert jobs == sorted((f"{name}-{i}", k) for i in range(n) for k in range(samples))
     figures = json.loads((folder / "out/loop.json").read_text())
+    assert all({"all_correct", "tokens", "reward_interval"} <= f.keys() for f in figures)
+    text = (folder / "out" / LOOP_PAGE).read_text(encoding="utf-8")
+    assert "finished: <b>9</b> stages" in text and "cannot be read" not in text and text.count("<figure ") == 9
+    links = [f"iteration-{n}/train/run_report.html" for n in (1, 2)]
+    assert re.findall('<a href="([^"]*)"', text) == links and all((folder / "out" / link).is_file() for link in links)
+    assert len(re.findall('<div class="task">', text)) == 3 and text.count("<b>iteration 2</b>") == 3
     assert [f["iteration"] for f in figures] == [0, 1, 2] and all(f["conversations"] == 4 for f in figures)
 
 
@@ -117,7 +129,47 @@ def test_a_loop_that_is_killed_goes_on_where_it_was(workshop):
         kept = finished(workshop)
     said = start(workshop).communicate()[0]
     check_whole(workshop)
-    assert "held-out tasks" in said
+    assert "held-out tasks" in said and f"page  {workshop}/out/{LOOP_PAGE}" in said
+    assert f"{workshop}/out: {len(kept)} of 9 stages are finished" in said
+
+
+SFT = """
+per_device_train_batch_size: 2
+max_steps: 6
+save_steps: 1
+learning_rate: 1.0e-3
+bf16: false
+use_cpu: true
+report_to: none
+"""
+
+
+@pytest.mark.slow
+def test_a_loop_with_sft_and_adapters(workshop):
+    """One iteration. SFT is killed behind its first checkpoint, and resumed; the merged policy is another one."""
+    (workshop / "sft.yaml").write_text(SFT)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "What is 3 * 4?"}]
+    (workshop / "experts.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
+    text = (workshop / "recipe.yaml").read_text()
+    (workshop / "recipe.yaml").write_text(f"{text}use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\n")
+    loop_file(workshop, iterations=1, sft=f"{workshop}/sft.yaml", sft_data=f"{workshop}/experts.jsonl")
+    process, sft = start(workshop), workshop / "out/iteration-0/sft"
+    while process.poll() is None and last_checkpoint(sft) is None:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    while processes_in(workshop):
+        time.sleep(0.2)
+    process = start(workshop)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said[-2000:]
+    assert "--resume_from_checkpoint=" in said
+    assert json.loads((sft / "checkpoint-6/trainer_state.json").read_text())["global_step"] == 6
+    policies = [named_digest(str(workshop / "out" / name), None, workshop) for name in (
+        "../model", "iteration-0/sft", "iteration-1/merge/model")]  # fmt: skip
+    assert len(set(policies)) == 3 and None not in policies
+    rows = [json.loads(line) for line in (workshop / "out/iteration-1/evaluate/trajectories.jsonl").open()]
+    assert {row["policy"] for row in rows} == {policies[2]}
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -158,8 +210,36 @@ def test_the_stages_of_a_loop(workshop):
             f"--output_dir={out}/iteration-2/train", "--learning_rate=0.0001"} <= set(train)  # fmt: skip
     assert train[1:5] == ["-m", "accelerate.commands.launch", "--config_file", "zero2_for_dpo.yaml"]
     assert f'--dataset_mixer={{"{out}/iteration-2/pair/pairs.jsonl": 1.0}}' in train
+    assert "--seed=2" in sample
     moved = Iterations(read_loop(loop_file(workshop)), "p").trained(2).command
     assert not any(word.startswith("--ref_model") for word in moved)
+
+
+def test_the_stages_of_sft_and_of_adapters(workshop):
+    """SFT comes first, its policy is the one of iteration 0; an adapter is merged before it is sampled."""
+    loop = read_loop(loop_file(workshop, iterations=1, sft="s.yaml", sft_data="d.jsonl", reference="first"))
+    iterations = Iterations(loop, "p", adapters=True, max_length=300)
+    stages, out = [stage for _, stage in iterations.stages()], f"{workshop}/out"
+    names = ["0/rows", "0/sft", "0/evaluate", "1/sample", "1/pair", "1/train", "1/merge", "1/evaluate"]
+    assert [str(s.folder) for s in stages] == [f"{out}/iteration-{name}" for name in names]
+    rows, sft, first, sample, _, train, merge, last = (s.command for s in stages)
+    assert rows[2] == "d.jsonl" and {"--model_name_or_path=p", "--max_length=300"} <= set(rows)
+    assert sft[1:5] == ["-m", "trl.scripts.sft", "--config", "s.yaml"] and {
+        "--model_name_or_path=p", f"--dataset_name={out}/iteration-0/rows", f"--output_dir={out}/iteration-0/sft",
+        "--max_length=300"} == set(sft[5:])  # fmt: skip
+    policy = f"{out}/iteration-0/sft"
+    assert first[2] == sample[2] == policy and f"--model_name_or_path={policy}" in train
+    assert merge[2:] == [f"{out}/iteration-1/train", f"{out}/iteration-1/merge/model"] and last[2] == merge[3]
+    assert stages[6].anew == Path(merge[3])
+    assert f"--ref_model_name_or_path={policy}" in iterations.trained(2).command
+
+
+def test_sft_resumes_its_last_whole_checkpoint(tmp_path):
+    for step, state in ((9, '{"a": 1}'), (10, '{"a": 1}'), (11, '{"a'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10" and last_checkpoint(tmp_path / "none") is None
 
 
 def test_a_changed_key_of_a_finished_stage_is_refused(workshop):
@@ -172,6 +252,77 @@ def test_a_changed_key_of_a_finished_stage_is_refused(workshop):
     with refused("evaluate", first.folder):
         other.run(lambda n, stage: True)
     assert not (workshop / "out/iteration-1").exists()
+
+
+def finished_loop(folder: Path) -> list[Stage]:
+    """The stages of a loop whose folders were written by hand, each of them finished."""
+    write_loop(folder / "out")
+    stages = [stage for _, stage in Iterations(read_loop(loop_file(folder)), f"{folder}/model").stages()]
+    for stage in stages:
+        (stage.folder / DONE).write_text(json.dumps(stage.settings))
+    return stages
+
+
+def test_it_says_what_is_finished_and_draws_after_each_stage(workshop, capsys, monkeypatch):
+    """Once at the start for the stages of earlier runs, then after each of the two that are missing."""
+    stages, drawn = finished_loop(workshop), []
+    for stage in stages[-2:]:
+        (stage.folder / DONE).unlink()
+    monkeypatch.setattr(Stage, "run", lambda self: (self.folder / DONE).write_text(json.dumps(self.settings)))
+    draw = LoopPage.draw
+    monkeypatch.setattr(LoopPage, "draw", lambda self, *args: drawn.append(finished(workshop)) or draw(self, *args))
+    iterate.main([str(workshop / "loop.yaml")])
+    assert [len(done) for done in drawn] == [7, 8, 9]
+    lines = capsys.readouterr().out.splitlines()
+    out, done = (
+        f"{workshop}/out",
+        "iteration 0: evaluate; iteration 1: sample, pair, train, evaluate; iteration 2: sample, pair",
+    )
+    assert lines[0] == f"{out}: 7 of 9 stages are finished ({done}); next: iteration 2, train"
+    assert lines[-1] == f"page  {out}/{LOOP_PAGE}"
+    iterate.main([str(workshop / "loop.yaml")])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{out}: 9 of 9 stages are finished ({done}, train, evaluate)" and len(drawn) == 4
+
+
+def test_a_page_that_cannot_be_written_ends_no_loop(workshop, capsys):
+    finished_loop(workshop)
+    (workshop / "out" / LOOP_PAGE).mkdir()
+    iterate.main([str(workshop / "loop.yaml")])
+    text = capsys.readouterr().out
+    assert text.count("warning: loop_report.html could not be written") == 1 and "page  " not in text
+
+
+def test_a_loop_that_got_worse_says_so_on_its_page(workshop, capsys):
+    """32 of 40 tasks are right, then 12."""
+    stages = finished_loop(workshop)
+    loop_file(workshop, stop_when_worse=True)
+    for stage, right in ((stages[0], 32), (stages[4], 12)):
+        write_trajectories(stage.folder, [trajectory(f"task-{i}", i < right) for i in range(40)])
+        (stage.folder / DONE).write_text(json.dumps(stage.settings))
+    iterate.main([str(workshop / "loop.yaml")])
+    text = (workshop / "out" / LOOP_PAGE).read_text(encoding="utf-8")
+    assert "iteration 1 got worse by more than the interval: stopped." in capsys.readouterr().out
+    assert "Warning: Iteration 1 got worse by more than the interval: stopped." in text and "stopped after" in text
+
+
+def test_a_loop_begins():
+    stage = Stage(Path("out/iteration-0/evaluate"), [], {})
+    assert (
+        iterate.progress("out", [(0, stage, False)]) == "out: 0 of 1 stages are finished; next: iteration 0, evaluate"
+    )
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    """Each row is one line, with pass^k where tasks have several samples."""
+    figures = {"accuracy": 0.625, "all_correct": 0.25, "tasks": 8, "turns": 12.5, "reward": -0.6251}
+    for samples, column in ((1, ""), (20, "pass^20")):
+        found = [{**figures, "iteration": n, "samples": samples, "calls": {"ok": 9, "error": 1234}} for n in (0, 10)]
+        console = Console(width=80, file=io.StringIO())
+        console.print(iterate.table(found))
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) == 1 + 3 + 2 + 1 and all(len(line) <= 80 for line in lines) and column in lines[2]
+        assert lines[4].split()[1:6] == ["0", "│", "0.625", "(0.31", "to"] and "…" not in "".join(lines)
 
 
 def test_worse_is_below_the_interval():
@@ -187,16 +338,23 @@ BAD = {
     "none": ({"iterations": 0}, "iterations", "0"),
     "reference": ({"reference": "old"}, "reference", "'old'"),
     "option of sampling": ({"sample": {"temperature": 1.0, "temperatur": 1}}, "sample", "--temperatur=1"),
-    "a seed": ({"sample": {"seed": 1, "temperature": 1.0}}, "sample", "seed"),
+    "a seed of servers": (
+        {"sample": {"seed": 1, "temperature": 1.0, "backend": "server", "base_url": "http://a"}},
+        "",
+        "seed",
+    ),
     "greedy samples": ({"sample": {}}, "sample", "temperature"),
     "option of pairing": ({"pair": {"pairs": "some"}}, "", "some"),
     "a recipe's key": ({"train": {"betta": 1}}, "betta", "beta"),
-    "an adapter": ({"train": {"use_peft": True}}, "train", "use_peft"),
+    "SFT of nothing": ({"sft": "{folder}/recipe.yaml"}, "sft", "sft_data"),
+    "no file of SFT": ({"sft": "none.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "none.yaml"),
+    "a model of SFT": ({"sft": "{folder}/recipe.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "max_length"),
     "an own policy of training": ({"train": {"output_dir": "x"}}, "train", "output_dir"),
     "an own file of pairs": ({"pair": {"out": "x"}}, "pair", "out"),
     "a reference in the recipe": ({"recipe": "{folder}/other.yaml"}, "reference", "ref_model_name_or_path"),
     "no accelerate file": ({"accelerate_config": "none.yaml"}, "accelerate_config", "none.yaml"),
     "no tasks": ({"tasks": "none.jsonl"}, "tasks", "none.jsonl"),
+    "no held-out tasks": ({"held_out_tasks": "none.jsonl"}, "held_out_tasks", "none.jsonl"),
 }
 
 
@@ -213,15 +371,34 @@ def test_mistakes_are_named_before_a_stage_runs(name, workshop):
     assert not (workshop / "out").exists()
 
 
-def test_the_shipped_loop_is_the_one_on_the_page(monkeypatch):
-    """Its recipe and options are right; the questions are the user's to bring."""
+SMALL = ROOT / "recipes/smollm2-135m/loop.yaml"  # whose questions are there
+LOOPS = sorted(set((ROOT / "recipes").glob("*/loop.yaml")) - {SMALL})
+
+
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.parent.name)
+def test_the_shipped_loops(path, monkeypatch):
+    """Recipe and options are right; the questions are the user's to bring. Each trains its own family's full recipe."""
     monkeypatch.chdir(ROOT)
-    path = ROOT / "recipes/gemma-2-9b-it/loop.yaml"
+    loop, family = read_loop(path), path.parent.name
     with refused("tasks", "data/questions.jsonl"):
-        iterate.checked(read_loop(path))
-    assert path.read_text(encoding="utf-8").partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(
-        encoding="utf-8"
-    )
+        iterate.checked(loop)
+    assert loop.recipe == f"recipes/{family}/dpo/config_full.yaml" and loop.output_dir == f"outputs/{family}-loop"
+    assert loop.sample["samples"] == 20 and loop.evaluate == {"instruction": loop.sample["instruction"]}
+    command = f"python scripts/iterate.py recipes/{family}/loop.yaml"
+    assert command in path.read_text(encoding="utf-8").partition("\n")[0]
+    assert f"    {command}\n" in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_each_family_has_a_loop(monkeypatch):
+    assert {path.parent for path in [*LOOPS, SMALL]} == set((ROOT / "recipes").iterdir())
+    monkeypatch.chdir(ROOT)
+    stages = [stage for _, stage in iterate.checked(read_loop(SMALL)).stages()]
+    assert [stage.folder.name for stage in stages[:4]] == ["rows", "sft", "evaluate", "sample"]
+
+
+def test_the_loop_of_the_page():
+    text = (ROOT / "recipes/gemma-2-9b-it/loop.yaml").read_text(encoding="utf-8")
+    assert text.partition("\n")[2] in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
 def test_a_file_that_is_no_loop(tmp_path):

@@ -66,6 +66,29 @@ def test_making_them_again_gives_the_same_bytes(tmp_path):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes(), name
 
 
+LOOP = {"loop_sft": 160, "loop_tasks": 192, "loop_heldout": 300, "loop_new": 300}
+
+
+def test_making_the_loop_s_questions_again_gives_the_same_bytes(tmp_path):
+    script = ROOT / "recipes/smollm2-135m/data/make_tasks.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(LOOP)
+    asked = {question(row) for rows in ROWS.values() for row in rows}
+    asked |= {row["messages"][0]["content"].partition("\n\n")[2] for row in ATTEMPTS}
+    for name, n in LOOP.items():
+        text = (DATA / f"{name}.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert text == (tmp_path / f"{name}.jsonl").read_text() and len(rows) == n, name
+        own = {row["question"] if "question" in row else row["messages"][0]["content"].split("\n\n")[1] for row in rows}
+        assert len(own) == n and not own & asked, name
+        asked |= own
+        numbers = [set(re.findall(r"\d+", row.get("question", ""))) for row in rows]
+        assert all(row.get("answer") not in known for row, known in zip(rows, numbers, strict=True)), name
+    sft = [json.loads(line) for line in (DATA / "loop_sft.jsonl").open()]
+    for row in sft:
+        assert str(boxed(row["messages"])) == blocks(row["messages"])[-1][1].strip(), row["key"]
+
+
 def test_form():
     for row, messages in SIDES:
         name = row["id"].rpartition("-")[0]

@@ -24,6 +24,7 @@ import mdpo.config.precision
 import mdpo.config.recipe
 import run_dpo
 from dpo_trainer import DPOTrainer
+from mdpo.config.loop import read_loop
 from mdpo.config.parsing import FIELDS
 from mdpo.config.recipe import load_recipe
 from mdpo.config.validation import check_options
@@ -31,6 +32,7 @@ from mdpo.data.rows import row_to_pair
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.memory.sharding import Sharding
+from mdpo.rollouts.iterations import Iterations
 from mdpo.types import sequence_lengths, split
 
 RECIPES = sorted((ROOT / "recipes").glob("*/dpo/config_*.yaml"))
@@ -499,20 +501,20 @@ def test_memory_tables_of_full_recipes_are_what_the_planner_says(family):
 
 
 @pytest.mark.slow
-def test_the_readme_s_rollouts_run(twins, tmp_path, monkeypatch):
-    """The command of a family without pairs yet, on its small twin, with two samples of eight tokens."""
+def test_the_loop_s_rollouts_run(twins, tmp_path, monkeypatch):
+    """The first stages of a family's loop, on its small twin, with two samples of eight tokens."""
     monkeypatch.chdir(ROOT)
-    text = Path("recipes/gemma-2-9b-it/README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^    python scripts/sample.py (.*)$", text, re.MULTILINE)
-    (tmp_path / "questions.jsonl").write_text('{"question": "What is 1 + 2?", "answer": "3"}\n')
-    twin, changes = str(twins("gemma-2-9b-it")[0]), {"--tasks": "questions.jsonl", "--save": "saved.jsonl"}
-    words = [twin if word == "google/gemma-2-9b-it" else word for word in shlex.split(line)]
-    for option, value in {**changes, "--samples": "2"}.items():
-        words[words.index(option) + 1] = value if option == "--samples" else str(tmp_path / value)
-    script("sample").main([*words, f"--model_name_or_path={twin}", "--max_new_tokens=8"])
-    saved = [json.loads(row) for row in (tmp_path / "saved.jsonl").read_text().splitlines()]
-    assert {row["sample"] for row in saved} == {0, 1}  # written as they end, in either order
-    assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
+    twin, question = str(twins("gemma-2-9b-it")[0]), '{"question": "What is 1 + 2?", "answer": "3"}\n'
+    (tmp_path / "questions.jsonl").write_text(question)
+    loop = read_loop(Path("recipes/gemma-2-9b-it/loop.yaml"))
+    files = dict.fromkeys(("tasks", "held_out_tasks"), str(tmp_path / "questions.jsonl"))
+    loop = dataclasses.replace(loop, output_dir=str(tmp_path), sample={**loop.sample, "samples": 2}, **files)
+    for stage, samples in ((Iterations(loop, twin).evaluated(0), {0}), (Iterations(loop, twin).sampled(1), {0, 1})):
+        stage.folder.mkdir(parents=True)
+        script("sample").main([*stage.command[2:], f"--model_name_or_path={twin}", "--max_new_tokens=8"])
+        saved = [json.loads(row) for row in (stage.folder / "trajectories.jsonl").read_text().splitlines()]
+        assert {row["sample"] for row in saved} == samples
+        assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
 
 
 def conversation(key: str, sample: int, correct: bool, ended: str = "done", **changes) -> dict:
@@ -547,6 +549,12 @@ def test_right_is_paired_with_wrong(tmp_path, capsys):
         "  the chosen side is longer in 0 of 4 (0%)",
         f"{tmp_path / 'pairs.jsonl'}: 4 pairs",
     ]
+    report = json.loads((tmp_path / "pairs.report.json").read_text())
+    assert report == {
+        **{"pairs_by": "all", "trajectories": 9, "tasks": 3, "paired": 1, "pairs": 4, "longer": 0},
+        "left_out": {"not ended by the policy": 2, "the same as an earlier one": 1},
+        "unpaired": {"no two differ in reward": 2},
+    }
     assert paired(tmp_path, others[:1] + a, "--pairs=all") == rows
     assert len(paired(tmp_path, a)) == 1 and paired(tmp_path, a) == paired(tmp_path, others + a)
     drawn = {json.dumps(paired(tmp_path, a, f"--seed={seed}")) for seed in range(30)}

@@ -395,4 +395,5 @@ def test_rollout_figures():
     assert figures["calls"] == {"ok": 1, "error": 1, "timeout": 1} and figures["without_reward"] == 1
     assert figures["by_turns"] == {1: (2, 0), 2: (2, 1)}
     cells = list(rollout_tables(figures)[0].columns[1].cells)
-    assert cells[:3] == ["0.2500 (0.027 to 0.802)", "0.5000 (0.095 to 0.905)", "0.5000"]  # of 2 tasks, not of 4
+    shares = ["0.2500 (0.027 to 0.802)", "0.5000 (0.095 to 0.905)", "0.0000 (0.000 to 0.658)"]  # of 2 tasks, not of 4
+    assert cells[:4] == [*shares, "0.5000"] and figures["samples"] == 2

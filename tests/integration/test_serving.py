@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from mdpo.config.loop import Loop
 from mdpo.rollouts import serving
 from mdpo.rollouts.iterations import Iterations
-from mdpo.rollouts.serving import Servers, device_groups, free_ports, served_words
+from mdpo.rollouts.server_commands import PORTS, device_groups, free_ports, served_words
+from mdpo.rollouts.serving import Servers
 
 LITTLE = f"{sys.executable} -S {ROOT}/tests/helpers/little_server.py {{model}} {{port}}"
 N = 40  # tasks
@@ -251,4 +252,4 @@ def test_words_devices_and_ports(monkeypatch):
     with refused("gpus_per_server", "2 x 2", "where 2"):
         device_groups(2, 2)
     ports = free_ports(5)
-    assert len(set(ports)) == 5 and all(serving.PORTS[0] <= port < serving.PORTS[1] for port in ports)
+    assert len(set(ports)) == 5 and all(PORTS[0] <= port < PORTS[1] for port in ports)

@@ -1,0 +1,56 @@
+"""Rows for TRL's SFT: python scripts/sft_rows.py TRAJECTORIES.jsonl ... --recipe RECIPE.yaml --out FOLDER
+
+Each trajectory, {"messages"} a line, becomes token ids and masks (FOLDER/train.jsonl), by the recipe's tokenizer and
+chat template: learned are the assistant's turns, each in the context in which preference learning would score it. What
+scripts/sample.py saved is taken as it was sampled. With a "reward" or "correct", only those of --min_reward.
+
+    trl sft --config SFT.yaml --dataset_name FOLDER --max_length N
+
+N is the recipe's max_length: longer trajectories are left out here, and TRL would cut them.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import _clone  # noqa: F401
+
+from mdpo.config.recipe import load_recipe
+from mdpo.console import say
+from mdpo.errors import UserError
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.dates import fix_day
+from mdpo.masking.tokenizer import load_tokenizer
+from mdpo.rollouts.supervised import sft_rows
+from mdpo.runs.entrypoint import run
+from mdpo.storage import replace_text
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False, formatter_class=form)
+    parser.add_argument("trajectories", nargs="+", type=Path)
+    parser.add_argument("--recipe", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument("--min_reward", type=float, default=1.0, help="default 1; without a reward a row is taken")
+    try:
+        args, overrides = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *overrides])
+    tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+    say(f"recipe {recipe.path}", *recipe.notes, *fix_day(recipe, tokenizer))
+    template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
+    rows, report = sft_rows(args.trajectories, template, recipe.training.max_length, args.min_reward)
+    say(*report.lines())
+    if not rows:
+        raise UserError("None of the trajectories can be learned.", "trajectories")
+    args.out.mkdir(parents=True, exist_ok=True)
+    replace_text(args.out / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    say(f"{args.out}/train.jsonl: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

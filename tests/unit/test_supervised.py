@@ -1,0 +1,90 @@
+"""mdpo/rollouts/supervised.py: what SFT learns of a trajectory, by hand and by TRL's own labels."""
+
+import json
+
+import pytest
+from errors import refused
+from tiny import CHATML, tiny_llama, tokenizer_for
+
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.rollouts.supervised import sft_rows
+
+TURNS = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "x"},
+    {"role": "user", "content": "r"},
+    {"role": "assistant", "content": "y"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+
+
+def rows_of(tmp_path, tokenizer, *rows: dict, max_length: int | None = None, **options):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sft_rows([path], ChatTemplate(tokenizer), max_length, **options)
+
+
+def learned(tokenizer, row: dict) -> str:
+    """The text of the row, with what is learned in brackets."""
+    text = ""
+    for token, mask in zip(row["input_ids"], row["assistant_masks"], strict=True):
+        text += ("[{}]" if mask else "{}").format(tokenizer.decode([token]))
+    return text.replace("][", "")
+
+
+def test_the_turns_are_learned_and_their_stops(tmp_path, tokenizer):
+    (row,), report = rows_of(tmp_path, tokenizer, {"messages": TURNS})
+    assert learned(tokenizer, row) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[x<|im_end|>]\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[y<|im_end|>]\n"
+    )
+    assert report.lines() == [f"1 of 1 trajectories, 1 sequences: {len(row['input_ids'])} tokens, 4 of them learned"]
+    (row,), _ = rows_of(tmp_path, tokenizer, {"messages": TURNS, "prompt_messages": 3})
+    assert learned(tokenizer, row).endswith("assistant\n[y<|im_end|>]\n") and learned(tokenizer, row).count("[") == 1
+
+
+def test_what_was_sampled_is_taken_as_it_was(tmp_path, tokenizer):
+    sequences = [{"input_ids": [5, 6, 7], "assistant_masks": [0, 1, 1], "logprobs": [None, -1, -2]},
+                 {"input_ids": [5, 8], "assistant_masks": [0, 1]}]  # fmt: skip
+    rows, report = rows_of(tmp_path, tokenizer, {"messages": TURNS, "sequences": sequences, "reward": 1})
+    assert rows == [{k: s[k] for k in ("input_ids", "assistant_masks")} for s in sequences]
+    assert (report.sequences, report.tokens, report.learned) == (2, 5, 3)
+
+
+def test_what_is_left_out_is_counted(tmp_path, tokenizer):
+    beyond = [{"input_ids": [5, 10**6], "assistant_masks": [0, 1]}]
+    rows, report = rows_of(
+        tmp_path, tokenizer,
+        {"messages": TURNS, "reward": 0.5}, {"messages": TURNS, "correct": False}, {"messages": TURNS, "reward": None},
+        {"messages": TURNS, "reward": 1, "ended": "cut"}, {"messages": TURNS[:1]}, {"no": 1},
+        {"messages": TURNS, "sequences": beyond}, {"messages": [*TURNS, *TURNS]}, {"messages": TURNS, "reward": 2},
+        max_length=40,
+    )  # fmt: skip
+    left = dict(report.left_out)
+    assert len(rows) == report.taken == 1 and report.trajectories == 9 == sum(left.values()) + 1
+    assert left["of a reward below 1"] == 2 and left["longer than max_length 40"] == 1
+    assert left["without a reward"] == left["not ended by the policy"] == left["no assistant turn"] == 1
+    assert rows_of(tmp_path, tokenizer, {"messages": TURNS, "reward": 0.5}, min_reward=0.5)[1].taken == 1
+
+
+def test_a_reward_that_is_no_number_is_named(tmp_path, tokenizer):
+    with refused("reward", "t.jsonl:2", "'good'"):
+        rows_of(tmp_path, tokenizer, {"messages": TURNS}, {"messages": TURNS, "reward": "good"})
+
+
+def test_trl_learns_these_tokens_and_no_others(tmp_path, tokenizer):
+    """Its labels are the ids where the mask is 1, else -100."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows, _ = rows_of(tmp_path, tokenizer, {"messages": TURNS}, {"messages": TURNS[:2]})
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=100)
+    trainer = SFTTrainer(tiny_llama(tokenizer), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(2)])
+    for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
+        expected = [i if m else -100 for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True)]
+        assert labels == expected + [-100] * (len(labels) - len(expected))
