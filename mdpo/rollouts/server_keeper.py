@@ -4,7 +4,8 @@ import.
 The command, and all that it starts, ends when stdin is closed, however the process at its other end died; and what a
 command leaves behind that ended by itself is killed: vLLM's engine outlives its API server. Children that were
 orphaned, or have a session of their own, come to this process (PR_SET_CHILD_SUBREAPER). All are in its process group,
-for sampling to kill if this process is; where both are killed at once, only the command's first process ends. Exit code: the command's, 128 + N where signal N ended it.
+for sampling to kill if this process is; where both are killed at once, only the command's first process ends.
+Exit code: the command's, 128 + N where signal N ended it.
 """
 
 import ctypes
