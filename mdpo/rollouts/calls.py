@@ -8,7 +8,7 @@ python    a ```python block in the content, run by the tool `python`; M-DPO's an
 import copy
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from trl.chat_template_utils import add_response_schema, parse_response
@@ -44,16 +44,30 @@ class TurnCalls:
 
 class CallForm(Protocol):
     """`opening` adds what the policy has to know of its tools to the first messages; `schemas` are what the template
-    gets as `tools`; `read` reads a turn; `results` are the messages that answer it, one text for each call."""
+    gets as `tools`; `read` reads a turn, `of_message` one that a server has read; `results` are messages that answer,
+    one text for each call."""
 
     def opening(self, messages: list[Message]) -> list[Message]: ...
     @property
     def schemas(self) -> list[dict[str, Any]] | None: ...
     def read(self, text: str, ids: list[int], prompt: list[int]) -> TurnCalls: ...
+    def of_message(self, message: Message) -> TurnCalls: ...
     def results(self, turn: TurnCalls, texts: list[str]) -> list[Message]: ...
 
 
-class PythonBlocks:
+class _InText:
+    """Calls are in the text, for us to read."""
+
+    def of_message(self, message: Message) -> TurnCalls:
+        if message.get("tool_calls"):
+            raise UserError("tool_calls: the server returned calls beside the text. Set template.", "tool_calls")
+        return replace(self.read(message["content"], [], []), message=message)
+
+    def read(self, text: str, ids: list[int], prompt: list[int]) -> TurnCalls:
+        raise NotImplementedError
+
+
+class PythonBlocks(_InText):
     """All Python blocks of a turn are one program: earlier turns' variables are gone, as in the data of recipes/. A box
     outside code is the answer, whatever code is beside it: the policy did not wait for its output."""
 
@@ -78,7 +92,7 @@ class PythonBlocks:
         return [{"role": self.role, "content": f"```output\n{text}```"} for text in ended]
 
 
-class TaggedCalls:
+class TaggedCalls(_InText):
     """Calls as text; the tools are described in the system message, or before the first user message where the template
     takes none."""
 
@@ -116,9 +130,10 @@ class TemplateCalls:
     """Calls in the template's own syntax. A call that cannot be read is text of the turn, as `parse_response` leaves
     it, and is answered by a message of the role tool, or user where the template wants a call before one."""
 
-    def __init__(self, tools: list[dict[str, Any]], template: ChatTemplate):
+    def __init__(self, tools: list[dict[str, Any]], template: ChatTemplate, served: bool = False):
+        """`served` calls come from `of_message` alone."""
         self.schemas, self.opener = tools, _opener(template, tools)
-        self.tokenizer = _with_response_form(template.tokenizer)
+        self.tokenizer = template.tokenizer if served else _with_response_form(template.tokenizer)
         said = [("user", "Qz0"), ("assistant", "Qz1"), ("tool", "Qz2")]
         self.error_role = "tool" if _renders(template, said) else "user"
 
@@ -137,6 +152,15 @@ class TemplateCalls:
         message |= {"tool_calls": calls} if calls else {}
         return TurnCalls(message, [Call(c["function"]["name"], c["function"]["arguments"]) for c in calls])
 
+    def of_message(self, message: Message) -> TurnCalls:
+        own = {name: value for name, value in message.items() if name != "tool_calls"}
+        try:
+            calls = read_calls(message.get("tool_calls"))
+        except DropPair as error:
+            return TurnCalls(own, malformed=str(error))
+        own |= {"tool_calls": calls} if calls else {}
+        return TurnCalls(own, [Call(c["function"]["name"], c["function"]["arguments"]) for c in calls])
+
     def results(self, turn: TurnCalls, texts: list[str]) -> list[Message]:
         if turn.malformed:
             return [{"role": self.error_role, "content": text} for text in texts]
@@ -145,15 +169,17 @@ class TemplateCalls:
         ]
 
 
-def call_form(kind: str, tools: list[dict[str, Any]], template: ChatTemplate, role: str) -> CallForm:
-    """The form of that name; `auto` is the template's where it shows tools and its calls can be read, else text. Raises
-    UserError."""
+def call_form(
+    kind: str, tools: list[dict[str, Any]], template: ChatTemplate, role: str, served: bool = False
+) -> CallForm:
+    """The form of that name; `auto` is the template's where it shows tools and its calls can be read, else text. With
+    `served` the server reads them. Raises UserError."""
     if kind == "python":
         return PythonBlocks(role)
     if kind == "text" or not tools:
         return TaggedCalls(tools, template, role)
     try:
-        return TemplateCalls(tools, template)
+        return TemplateCalls(tools, template, served)
     except UserError:
         if kind == "template":
             raise

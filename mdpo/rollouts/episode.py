@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mdpo.console import first_line
 from mdpo.data.tool_calls import linked
@@ -40,15 +40,24 @@ class Outcome(str):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the policy sampled, its stop included. `cut` says that the token limit ended it."""
+    """What the policy sampled, its stop included; of a Speaker a message in place of ids. `cut` says that the token
+    limit ended it."""
 
     ids: list[int]
     cut: bool = False
     logprobs: list[float] | None = None
+    message: Message | None = None
 
 
 class Backend(Protocol):
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled: ...
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """A backend without token ids."""
+
+    async def answer(self, messages: list[Message], tools: list[dict] | None, max_new_tokens: int) -> Sampled: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Limits:
 class Player:
     """All that the episodes of one run have in common. `stops` are the ids that end a turn."""
 
-    backend: Backend
+    backend: Backend | Speaker
     template: ChatTemplate
     stops: set[int]
     form: CallForm
@@ -95,7 +104,7 @@ class Player:
             trajectory.prompt_messages = len(trajectory.messages)
             while not trajectory.ended:
                 await self._turn(trajectory, turns, place)
-            if turns:
+            if trajectory.turns:
                 await self._judge(trajectory, turns, place)
         except UserError:
             raise
@@ -122,14 +131,11 @@ class Player:
         if limits.context is not None and len(prompt) + limits.new_tokens > limits.context:
             trajectory.ended = "too long"
             return
-        sampled = await self._sampled(prompt)
-        turns.append(SampledTurn(prompt, sampled.ids, sampled.logprobs))
+        sampled = await self._sampled(prompt, trajectory.messages)
+        if sampled.message is None:
+            turns.append(SampledTurn(prompt, sampled.ids, sampled.logprobs))
         trajectory.turns += 1
-        end = next((t for t, token in enumerate(sampled.ids) if token in self.stops), len(sampled.ids))
-        text = self.template.tokenizer.decode(
-            sampled.ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        turn = self.form.read(text, sampled.ids, prompt)
+        turn = self._read(sampled, prompt)
         trajectory.messages.append(turn.message)
         if sampled.cut:
             trajectory.ended = "cut"
@@ -140,8 +146,19 @@ class Player:
         else:
             trajectory.messages += self.form.results(turn, await self._results(trajectory, turn, place))
 
-    async def _sampled(self, prompt: list[int]) -> Sampled:
+    def _read(self, sampled: Sampled, prompt: list[int]) -> TurnCalls:
+        if sampled.message is not None:
+            return self.form.of_message(sampled.message)
+        end = next((t for t, token in enumerate(sampled.ids) if token in self.stops), len(sampled.ids))
+        text = self.template.tokenizer.decode(
+            sampled.ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return self.form.read(text, sampled.ids, prompt)
+
+    async def _sampled(self, prompt: list[int], messages: list[Message]) -> Sampled:
         try:
+            if isinstance(self.backend, Speaker):
+                return await self.backend.answer(messages, self.form.schemas, self.limits.new_tokens)
             return await self.backend.sample(prompt, self.limits.new_tokens)
         except UserError:
             raise

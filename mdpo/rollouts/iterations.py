@@ -2,11 +2,9 @@
 on held-out tasks, again and again. Each stage is a command that can be run by hand, and a folder that is whole when
 `stage.json` is in it: the same loop, started again, continues in the stage that it was in."""
 
-import ctypes
 import json
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +15,10 @@ from typing import Any
 from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
+from mdpo.rollouts.options import OF_SERVERS, SERVED
 from mdpo.rollouts.stage_figures import stage_figures
 from mdpo.rollouts.tables import wilson
-from mdpo.runs.preemption import EXIT_CODE, PR_SET_PDEATHSIG
+from mdpo.runs.preemption import EXIT_CODE, end_with_parent
 from mdpo.storage import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +58,7 @@ class Stage:
         if self.anew:
             shutil.rmtree(self.anew, ignore_errors=True)
         say(f"{self.folder}: {shlex.join(self.command)}")
-        process = subprocess.Popen(self.command, preexec_fn=_ends_with_its_parent)  # noqa: PLW1509
+        process = subprocess.Popen(self.command, preexec_fn=end_with_parent)  # noqa: PLW1509
         try:
             code = process.wait()
         except BaseException:
@@ -71,12 +70,6 @@ class Stage:
         if code:
             raise UserError(f"{self.folder}: its command ended with {code}; its error is above.", "stage")
         replace_text(self.folder / DONE, json.dumps(self.settings, indent=1))
-
-
-def _ends_with_its_parent() -> None:
-    """Of Linux: a killed loop leaves no process behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Iterations:
@@ -136,7 +129,7 @@ class Iterations:
 
     def sampled(self, n: int) -> Stage:
         options = self.loop.sample  # each iteration samples with a seed of its own
-        seed = {} if options.get("backend") == "server" else {"seed": options.get("seed", 0) + n}
+        seed = {} if options.get("backend") in SERVED else {"seed": options.get("seed", 0) + n}
         return self._sampling(n, "sample", self.policy(n - 1), self.loop.tasks, {**options, **seed})
 
     def evaluated(self, n: int) -> Stage:
@@ -146,7 +139,8 @@ class Iterations:
         folder = self.folder(n, stage)
         command = [sys.executable, str(ROOT / "scripts/sample.py"), policy, "--recipe", self.loop.recipe]
         command += ["--tasks", tasks, "--save", str(folder / TRAJECTORIES), *flags(options)]
-        return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: options})
+        chosen = {name: value for name, value in options.items() if name not in ("in_flight", *OF_SERVERS)}
+        return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen})
 
     def paired(self, n: int) -> Stage:
         folder, source = self.folder(n, "pair"), self.folder(n, "sample") / TRAJECTORIES

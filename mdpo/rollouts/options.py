@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mdpo.errors import UserError
+from mdpo.rollouts.server_commands import served_words
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class SamplingOptions:
     reward_weights: tuple[float, ...] = ()
     tool_calls: str = "auto"  # auto | template | text
     tool_role: str = "user"
-    backend: str = "transformers"  # transformers | generate | server
+    backend: str = "transformers"  # transformers | generate | server | chat
     base_url: tuple[str, ...] = ()
     served_model: str = ""
+    serve: str = ""
+    servers: int = 1
+    gpus_per_server: int | None = None
     samples: int = 1
     temperature: float = 0.0
     seed: int = 42
@@ -52,7 +56,11 @@ def shard(text: str) -> tuple[int, int]:
     return k, n
 
 
-HOW = "transformers batches continuously; generate in rounds, for any model; server asks vLLM or SGLang"
+HOW = (
+    "transformers batches continuously; generate in rounds, for any model; server asks vLLM or SGLang; chat any "
+    "server, for text without token ids"
+)
+SERVED = ("server", "chat")  # backends of servers
 ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are those of SamplingOptions
     "save": (
         Path,
@@ -68,9 +76,12 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     "max_turns": (int, 1, "turns of the model in a conversation, at most"),
     "max_new_tokens": (int, 1, "tokens in a turn, at most"),
     "in_flight": (int, 1, "conversations at a time, at most"),
-    "backend": (("transformers", "generate", "server"), None, HOW),
+    "backend": (("transformers", "generate", *SERVED), None, HOW),
     "base_url": (listed(str), None, "of servers that serve CHECKPOINT, such as http://127.0.0.1:8000/v1"),
     "served_model": (str, None, "what the servers call CHECKPOINT (default: as it is written here)"),
+    "serve": (str, None, "in place of --base_url: starts servers by this command, with {model} and {port} in it"),
+    "servers": (int, 1, "servers that --serve starts"),
+    "gpus_per_server": (int, 1, "each server has that many of the GPUs (default: its environment is as it is)"),
     "temperature": (float, 0, "0 takes the most likely token"),
     "samples": (int, 1, "conversations for each task; needs a temperature"),
     "seed": (int, 0, "seed of sampling; what joins a batch when depends on the machine"),
@@ -84,6 +95,8 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     ),
 }
 
+OF_SERVERS = ("base_url", "served_model", "serve", "servers", "gpus_per_server")
+NOT_OF_A_TRAJECTORY = ("save", "in_flight", "shard", "samples", *OF_SERVERS)  # options that change nothing in one
 OF_MATHS = "with --environment or --tools"
 SAMPLED = ("samples", "seed")  # need a temperature
 DEFAULTS = {field.name: field.default for field in fields(SamplingOptions)}
@@ -104,8 +117,13 @@ def read_options(args: argparse.Namespace, save: Path) -> SamplingOptions:
     named = [*given, *(["allow_unisolated_code"] if args.allow_unisolated_code else [])]
     for names, effect, without in (
         (SAMPLED, args.temperature, "at temperature 0; set --temperature"),
-        (("base_url", "served_model"), args.backend == "server", "without --backend server"),
-        (("seed",), args.backend != "server", "with --backend server, as each of its samples would be the same"),
+        (("base_url", "served_model", "serve"), args.backend in SERVED, "without --backend server"),
+        (("servers", "gpus_per_server"), args.serve, "without --serve"),
+        (
+            ("seed",),
+            args.backend not in SERVED,
+            f"with --backend {args.backend}, as each of its samples would be the same",
+        ),
         (("tool_calls",), args.environment or args.tools, "without --environment or --tools"),
         (("code_seconds", "allow_unisolated_code"), not (args.environment or args.tools), OF_MATHS),
     ):
@@ -115,6 +133,8 @@ def read_options(args: argparse.Namespace, save: Path) -> SamplingOptions:
         least = ROLLOUTS[name][1]
         if least is not None and not least <= value < float("inf"):
             raise UserError(f"--{name}: {value} is out of range; give a number >= {least}.")
-    if args.backend == "server" and not args.base_url:
-        raise UserError("--base_url: --backend server needs an address.")
+    if args.backend in SERVED and bool(args.base_url) == bool(args.serve):
+        raise UserError(f"--base_url: --backend {args.backend} needs an address, or --serve, not both.")
+    if args.serve:
+        served_words(args.serve)
     return SamplingOptions(**{"save": save, **given}, isolated=not args.allow_unisolated_code)

@@ -16,31 +16,26 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.reference.fingerprint import named_digest
 from mdpo.rollouts.answers import gold_answer, refuse_missing_verifier
 from mdpo.rollouts.calls import CallForm, call_form
+from mdpo.rollouts.chat import Chat
 from mdpo.rollouts.continuous import ContinuousBatching
 from mdpo.rollouts.driver import jobs, roll_out
 from mdpo.rollouts.environment import Environments, load_object
 from mdpo.rollouts.episode import Backend, Limits, Player
 from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
 from mdpo.rollouts.load_policy import adapter_config, load_policy
-from mdpo.rollouts.options import SamplingOptions
+from mdpo.rollouts.options import NOT_OF_A_TRAJECTORY, SERVED, SamplingOptions
 from mdpo.rollouts.python_maths import python_tool
 from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.rewards import Rewards, right_answer
 from mdpo.rollouts.sandbox import Limits as ProgramLimits
 from mdpo.rollouts.sandbox import Sandbox
 from mdpo.rollouts.server import SLOWEST, TIMEOUT_S, Server, served_context
+from mdpo.rollouts.serving import Servers, servable
 from mdpo.rollouts.tasks import Task, read_tasks
 
 CODE_START_S = 30.0  # beside a program's own limit: the sandbox's start on a busy machine
-NOT_OF_A_TRAJECTORY = (
-    "save",
-    "in_flight",
-    "shard",
-    "samples",
-    "base_url",
-    "served_model",
-)  # options that change nothing in it
 BACKENDS = {"transformers": ContinuousBatching, "generate": Rounds}
+ASKED = {"server": Server, "chat": Chat}
 
 
 @dataclass(frozen=True)
@@ -74,11 +69,13 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
     rewards = Rewards(functions, options.reward_weights)
     needs = None if own else {"answer": gold_answer}
     tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
-    form = call_form(kind, list(environments.schemas.values()), template, options.tool_role)
+    form = call_form(kind, list(environments.schemas.values()), template, options.tool_role, options.backend == "chat")
     if form.schemas and options.tool_role != SamplingOptions.tool_role:
         raise UserError("--tool_role: has no effect where the template has calls of its own; --tool_calls=text.")
     if not form.schemas:
         refuse_hidden_tool_role(template, options.tool_role)
+    if options.backend == "chat":
+        say("backend chat: its trajectories have no token ids: training tokenizes their text again.")
     if not options.save.parent.is_dir():
         raise UserError(f"--save: {options.save} has no folder.")
     return Prepared(options, tasks, template, environments, rewards, form)
@@ -116,22 +113,38 @@ def backend_of(
 ) -> Iterator[tuple[Backend, set[int], int | None]]:
     """(The backend, the ids that end a turn, the tokens of the model's context). Raises UserError."""
     options, template = prepared.options, prepared.template
-    if options.backend == "server":
+    if options.backend in SERVED:
         source = recipe.model.model_name_or_path if adapter_config(checkpoint) else checkpoint
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.training.trust_remote_code)
         stops = stop_ids(_generation_config(source), template)
         vocabulary = max(template.tokenizer.get_vocab().values()) + 1
-        name, addresses = options.served_model or checkpoint, list(options.base_url)
-        timeout = max(TIMEOUT_S, options.max_new_tokens / SLOWEST)
-        with Server(addresses, name, stops, vocabulary, options.temperature, timeout_s=timeout) as server:
-            lengths = [context_length(config), *(served_context(address, name) for address in addresses)]
-            yield server, stops, min((n for n in lengths if n), default=None)
+        with served(checkpoint, recipe, options) as (name, addresses, own):
+            timeout = max(TIMEOUT_S, options.max_new_tokens / SLOWEST)
+            arguments = (addresses, name, stops, vocabulary, options.temperature)
+            with ASKED[options.backend](*arguments, timeout_s=timeout, own=own) as server:
+                listed = options.backend == "server"  # transformers serve lists what is in its cache alone
+                served_lengths = [served_context(address, name, listed) for address in addresses]
+                lengths = [context_length(config), *served_lengths]
+                yield server, stops, min((n for n in lengths if n), default=None)
         return
     model = load_policy(checkpoint, recipe)
     stops = stop_ids(model.generation_config, template)
     sampling = sampling_config(stops, template.tokenizer.pad_token_id, options.temperature)
     with BACKENDS[options.backend](model, sampling, seed) as backend:
         yield backend, stops, context_length(model.config)
+
+
+@contextmanager
+def served(
+    checkpoint: str, recipe: Recipe, options: SamplingOptions
+) -> Iterator[tuple[str, list[str], Servers | None]]:
+    """(What servers call the checkpoint, their addresses, those of them that were started here). Raises UserError."""
+    if not options.serve:
+        yield options.served_model or checkpoint, list(options.base_url), None
+        return
+    with servable(checkpoint, recipe, options.save) as model:
+        with Servers(options.serve, model, options.save, options.servers, options.gpus_per_server or 0) as own:
+            yield options.served_model or model, list(own.by_address), own
 
 
 def _generation_config(checkpoint: str) -> GenerationConfig | None:

@@ -9,15 +9,19 @@ from typing import Any
 
 import httpx
 
-from mdpo.console import first_line
+from mdpo.console import first_line, say
 from mdpo.errors import UserError
 from mdpo.rollouts.episode import Sampled
+from mdpo.rollouts.serving import LOOK_S, Servers
 
 KEY = "OPENAI_API_KEY"  # of the environment: a key is in no file
 TRIES = 6  # of a request, waiting 1, 2, 4 … seconds between them
 LONGEST_WAIT_S = 60.0
 TIMEOUT_S = 600.0  # of a request, and longer where many tokens are asked for
 SLOWEST = 10.0  # tokens per second
+# Said each time: vLLM takes what is missing from the model's generation_config.json, of which many have such values.
+PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+SAID = 3  # reasons of failures that are said, the most frequent ones
 AGAIN = (408, 425, 429)  # and all from 500 on
 
 
@@ -28,7 +32,8 @@ class BadAnswer(Exception):
 @dataclass
 class Server:
     """One address or more; a request goes to the one with the fewest in flight, after a failure to another. In use as a
-    context. `vocabulary` is one more than the highest id. Raises UserError where no try succeeds."""
+    context. `vocabulary` is one more than the highest id. `own` are servers that were started here: a request waits
+    while none of them answers, and the death of one is no failed try. Raises UserError where no try succeeds."""
 
     addresses: list[str]
     model: str
@@ -37,6 +42,7 @@ class Server:
     temperature: float = 0.0
     timeout_s: float = TIMEOUT_S
     first_wait_s: float = 1.0
+    own: Servers | None = None
     in_flight: dict[str, int] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)  # why -> how often
 
@@ -54,7 +60,15 @@ class Server:
         return self
 
     def __exit__(self, *_) -> None:
-        pass  # connections belong to the loop, which has ended
+        """Connections belong to the loop, which has ended."""
+        if self.retried:
+            whys = sorted(self.retried.items(), key=lambda item: -item[1])
+            said = "; ".join(f"{n} x {why}" for why, n in whys[:SAID])
+            say(f"{self.option}: {sum(self.retried.values())} requests were made again: {said}")
+
+    @property
+    def option(self) -> str:
+        return "serve" if self.own else "base_url"
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         body = {
@@ -62,7 +76,7 @@ class Server:
             "prompt": prompt,
             "max_tokens": max_new_tokens,
             "temperature": self.temperature,
-            "top_p": 1.0,
+            **PLAIN,
             "stop_token_ids": sorted(self.stops),
             "skip_special_tokens": False,
             "return_token_ids": True,
@@ -72,20 +86,24 @@ class Server:
 
     async def _tried(self, path: str, body: dict[str, Any], read) -> Any:
         """What `read` makes of the answer; network errors, refusals for load and bad answers are tried again."""
-        why, failed = "", dict.fromkeys(self.addresses, 0)
-        for number in range(TRIES):
-            if number:
+        why, failed, number = "", dict.fromkeys(self.addresses, 0), 0
+        while number < TRIES:
+            if why:
                 self.retried[why] = self.retried.get(why, 0) + 1
-                wait = min(self.first_wait_s * 2 ** (number - 1), LONGEST_WAIT_S)
+                wait = min(self.first_wait_s * 2 ** max(number - 1, 0), LONGEST_WAIT_S)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-            address = min(self.addresses, key=lambda a: (failed[a], self.in_flight[a]))
+            up = await self._up()
+            address = min(up, key=lambda a: (failed[a], self.in_flight[a]))
+            starts = self.own.starts(address) if self.own else 0
             self.in_flight[address] += 1
             try:
                 answer = await self._client.post(address.rstrip("/") + path, json=body)
                 if answer.status_code in AGAIN or answer.status_code >= 500:
                     why = f"status {answer.status_code}"
                 elif answer.status_code != 200:
-                    raise UserError(f"base_url: {address}{path}: {answer.status_code}: {answer.text.strip()[:200]}")
+                    raise UserError(
+                        f"{self.option}: {address}{path}: {answer.status_code}: {answer.text.strip()[:200]}"
+                    )
                 else:
                     return read(_json(answer))
             except (httpx.TransportError, BadAnswer) as error:
@@ -93,16 +111,25 @@ class Server:
             finally:
                 self.in_flight[address] -= 1
                 failed[address] += 1
-        raise UserError(f"base_url: {', '.join(self.addresses)}: {TRIES} tries failed; the last one: {why}.")
+            number += not (self.own and await self.own.died(address, starts))
+        raise UserError(f"{self.option}: {', '.join(self.addresses)}: {TRIES} tries failed; the last one: {why}.")
+
+    async def _up(self) -> list[str]:
+        """The addresses to ask, as soon as there is one. Raises UserError where no server is left."""
+        if self.own is None:
+            return self.addresses
+        while not (up := self.own.up()):
+            await asyncio.sleep(LOOK_S)
+        return up
 
     def _read(self, answer: Any, most: int) -> Sampled:
         """A turn from an answer of /v1/completions. Raises BadAnswer, and UserError for a server without token ids."""
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise BadAnswer("the answer has no choice")
-        choice = choices[0]
+        choice = only_choice(answer)
         if choice.get("token_ids") is None:
-            raise UserError("base_url: the server returns no token_ids. vLLM and SGLang do, by return_token_ids.")
+            raise UserError(
+                f"{self.option}: the server returns no token_ids. vLLM and SGLang do, by return_token_ids; "
+                "--backend chat takes text."
+            )
         ids, reason = choice["token_ids"], choice.get("finish_reason")
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < self.vocabulary for i in ids):
             raise BadAnswer("token_ids are no ids of the vocabulary")
@@ -123,9 +150,17 @@ class Server:
         return Sampled(ids, cut=reason == "length" and ids[-1] not in self.stops, logprobs=logprobs)
 
 
-def served_context(address: str, model: str) -> int | None:
+def only_choice(answer: Any) -> dict[str, Any]:
+    """Raises BadAnswer where there is none, or more than one."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadAnswer("the answer has no choice")
+    return choices[0]
+
+
+def served_context(address: str, model: str, listed: bool = True) -> int | None:
     """The tokens of context that a server serves a model with (vLLM's `max_model_len`); None where it does not say.
-    Raises UserError where it serves others only."""
+    Raises UserError where it serves others only, by a list that should have it (`listed`)."""
     key = os.environ.get(KEY)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
@@ -134,9 +169,9 @@ def served_context(address: str, model: str) -> int | None:
         names = {entry["id"]: entry.get("max_model_len") for entry in served}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return None  # it may begin later, or have no such list
-    if model not in names:
+    if listed and model not in names:
         raise UserError(f"--served_model: {address} serves {', '.join(names) or 'nothing'}, not {model}.")
-    return names[model]
+    return names.get(model)
 
 
 def _json(answer: httpx.Response) -> Any:

@@ -54,6 +54,12 @@ def listening():
             signal.signal(number, action)
 
 
+def end_with_parent() -> None:
+    """Of Linux, for a child's `preexec_fn`: SIGTERM when its parent's thread is gone, however it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _on_signal(number: int, frame) -> None:
     name, now = signal.Signals(number).name, time.monotonic()
     if os.getpid() != _request.process:  # a forked worker of a dataset or loader: its parent decides, by SIGTERM

@@ -10,9 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import sample as script
 from errors import refused
-from tiny import CHATML, tiny_llama, tokenizer_for
+from tiny import CHATML, TRL_TEMPLATES, tiny_llama, tokenizer_for
 
 from mdpo.rollouts import server as module
+from mdpo.rollouts.chat import Chat
 from mdpo.rollouts.episode import Sampled
 from mdpo.rollouts.server import TRIES, Server, served_context
 
@@ -80,7 +81,7 @@ def test_ids_go_in_and_come_out(monkeypatch):
         assert sample(address, temperature=0.7) == Sampled([5, 6, 2], False, [-1.0, -2.0, -3.0])
     (path, body, headers), *more = http.asked
     assert path == "/v1/completions" and not more and headers["Authorization"] == "Bearer sk-secret"
-    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0}
+    asked = {"model": "mine", "prompt": [1, 3], "max_tokens": 4, "temperature": 0.7, **module.PLAIN}
     how = {"stop_token_ids": [2, 7], "skip_special_tokens": False, "return_token_ids": True, "logprobs": 1}
     assert body == {**asked, **how}
 
@@ -185,5 +186,129 @@ def test_a_server_from_the_command_line(tmp_path, capsys):
     prompt = http.asked[0][1]["prompt"]
     assert row["sequences"][0]["input_ids"] == prompt + turn and row["reward"] == 1 and row["ended"] == "done"
     assert row["sequences"][0]["logprobs"] == [None] * len(prompt) + [-0.5] * len(turn)
-    assert http.asked[1][1]["model"] == "mine" and "1.0000" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert http.asked[1][1]["model"] == "mine" and "1.0000" in told and "made again: 1 x status 503" in told
     script.main([*command, "--base_url=http://127.0.0.1:9/v1"])  # all is there: nobody is asked
+
+
+# ---- /v1/chat/completions
+
+
+def said(content="Hello.", reason="stop", **more) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": content, **more}, "finish_reason": reason}]}
+
+
+def answer(address: str, messages=({"role": "user", "content": "Hi."},), tools=None) -> Sampled:
+    with Chat([address], "mine", set(), 0, 0.7, timeout_s=0.3, first_wait_s=0.001) as server:
+        return asyncio.run(server.answer(list(messages), tools, 4))
+
+
+GIVEN = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"by": 5}'}}
+SAID = {
+    "text": (said(), {"content": "Hello."}, False),
+    "cut": (said(reason="length"), {"content": "Hello."}, True),
+    "nothing": (said(None), {"content": ""}, False),
+    "thoughts": (said(reasoning="Hm."), {"content": "Hello.", "reasoning_content": "Hm."}, False),
+    "calls": (said(None, "tool_calls", tool_calls=[GIVEN]), {"content": "", "tool_calls": [GIVEN]}, False),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_messages_that_are_turns(name):
+    told, message, cut = SAID[name]
+    with serving(told) as (http, address):
+        assert answer(address, tools=[{"a": "tool"}]) == Sampled([], cut, None, {"role": "assistant", **message})
+    ((path, body, _),) = http.asked
+    hello = {"role": "user", "content": "Hi."}
+    assert path == "/v1/chat/completions" and body == {
+        "model": "mine", "messages": [hello], "max_tokens": 4, "temperature": 0.7, "top_p": 1.0,
+        "tools": [{"a": "tool"}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bad", [500, "garbage", "half", {}, {"choices": [{}]}, said(5), said(reason="abort"), said(tool_calls="add")]
+)
+def test_what_is_no_message_is_asked_for_again(bad):
+    with serving(bad, said()) as (http, address):
+        assert answer(address).message["content"] == "Hello."
+    assert len(http.asked) == 2
+
+
+@pytest.mark.parametrize(("second", "told"), [("Hello.", True), ("Good day.", False)])
+def test_a_server_that_never_samples_is_named(second, told, capsys):
+    async def both(server):
+        return [await server.answer([{"role": "user", "content": "Hi."}], None, 4) for _ in range(2)]
+
+    with serving(said(), said(second)) as (_, address):
+        with Chat([address], "mine", set(), 0, 0.7) as server:
+            asyncio.run(both(server))
+    assert ("1 prompts got the same answer each time, at temperature 0.7" in capsys.readouterr().out) is told
+
+
+COUNTER = """
+class Counter:
+    def reset(self, **row):
+        self.value = 7
+
+    def add(self, by: int) -> int:
+        \"\"\"
+        Adds to the counter.
+
+        Args:
+            by: How much.
+        \"\"\"
+        self.value += by
+        return self.value
+
+    def get_reward(self) -> float:
+        return float(self.value == 12)
+"""
+
+
+def chatting(tmp_path, template: str) -> list[str]:
+    tokenizer = tokenizer_for(template, "byte", eos="<|im_end|>")
+    model = tiny_llama(tokenizer, seed=0)
+    model.config.max_position_embeddings = 10_000
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "counter.py").write_text(COUNTER)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "It stands at 7. Make it 12."}\n')
+    (tmp_path / "r.yaml").write_text(f"model_name_or_path: {tmp_path}/model\ndataset_mixer: {{none.jsonl: 1.0}}\n")
+    return [f"{tmp_path}/model", f"--recipe={tmp_path}/r.yaml", f"--tasks={tmp_path}/q.jsonl", "--dtype=float32",
+            "--backend=chat", f"--save={tmp_path}/t.jsonl", "--bf16=false", "--max_new_tokens=100",
+            f"--environment={tmp_path}/counter.py:Counter"]  # fmt: skip
+
+
+def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
+    """They go into the messages as it gave them, and back to it with their results; there are no ids to train on."""
+    command = chatting(tmp_path, (TRL_TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"))
+    broken = {**GIVEN, "function": {"name": "add", "arguments": "{by"}}
+    script_of = [said(None, "tool_calls", tool_calls=[broken]), said("Five.", "tool_calls", tool_calls=[GIVEN]), said()]
+    with serving(*script_of) as (http, address):
+        script.main([*command, f"--base_url={address}"])
+    (row,) = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
+    assert row["reward"] == 1 and row["sequences"] == [] and row["settings"]["backend"] == "chat"
+    assert row["calls"] == [["", "malformed"], ["add", "ok"]] and row["turns"] == 3 and row["ended"] == "done"
+    called, result, last = row["messages"][-3:]
+    assert called["content"] == "Five." and called["tool_calls"][0]["function"]["arguments"] == {"by": 5}
+    assert result["content"] == "12" and last == {"role": "assistant", "content": "Hello."}
+    bodies = [body for _, body, _ in http.asked]
+    assert all([tool["function"]["name"] for tool in body["tools"]] == ["add"] for body in bodies)
+    sent = bodies[2]["messages"]
+    assert sent[-2]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"by": 5}'}
+    assert sent[-1]["tool_call_id"] == sent[-2]["tool_calls"][0]["id"]
+    assert "no token ids" in capsys.readouterr().out
+
+
+def test_calls_in_text_of_a_template_without_tools(tmp_path):
+    command = chatting(tmp_path, CHATML)
+    call = '<tool_call>{"name": "add", "arguments": {"by": 5}}</tool_call>'
+    with serving(said(call, reasoning_content="Hm."), said()) as (http, address):
+        script.main([*command, f"--base_url={address}"])
+    (row,) = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
+    assert row["reward"] == 1 and row["messages"][-3]["reasoning_content"] == "Hm."
+    assert all("tools" not in body for _, body, _ in http.asked)
+    (tmp_path / "t.jsonl").unlink()
+    with serving(said(call, tool_calls=[GIVEN])) as (_, address), refused("tool_calls", "template"):
+        script.main([*command, f"--base_url={address}"])
