@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from mdpo.console import say
 from mdpo.data.report import quantities, sequence_lines
 from mdpo.reporting.environment import hardware, repository, versions
-from mdpo.reporting.log_history import ADVICE, before_and_after, chosen_logps, latest_turns, not_finite
+from mdpo.reporting.health import health_warnings
+from mdpo.reporting.log_history import before_and_after, chosen_logps, latest_turns, not_finite
 from mdpo.reporting.plots import write_plots
 from mdpo.reporting.progress import StepTimer, clock
 from mdpo.reporting.run_report import RESOLVED, SHOWN, speed_line
@@ -139,9 +140,9 @@ def template(name: str) -> jinja2.Template:
 
 def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> list[tuple[str, bool]]:
     """(line, whether it is a warning) for what a reader should look at first."""
-    line, fell = chosen_logps(history, beta)
-    line = f"{line} {ADVICE}" if fell else line
-    lines = [(line[:1].upper() + line[1:], fell)] if line else []
+    line, _ = chosen_logps(history, beta)
+    lines = [(line[:1].upper() + line[1:], False)] if line else []
+    lines += [(warning[:1].upper() + warning[1:], True) for warning in health_warnings(history, beta)]
     for name, count in not_finite(history).items():
         lines.append((f"Non-finite values of {name}: {count}. Plots leave them out.", True))
     return lines + [(warning, True) for warning in data["warnings"]]

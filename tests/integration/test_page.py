@@ -130,7 +130,8 @@ def test_in_a_browser(finished):
     assert all(width > 300 and height > 180 for _, width, height in page["plots"])
     texts = page["texts"]
     assert "0.2078" in texts["figures"] and "1.50 pairs/s over 200 steps" in texts["figures"]
-    assert "Warning: Log-probs of the chosen side fell by 11.57 nats a pair" in texts["notes"]
+    assert "Log-probs of the chosen side fell by 11.57 nats a pair" in texts["notes"]
+    assert "Warning: The chosen side grew less likely by 11.57 nats a pair" in texts["notes"]
     assert "Non-finite values of grad_norm: 1" in texts["notes"]
     assert "lengths tell <em>chosen</em> apart" in texts["notes"] and "<i>set" in texts["data"]
     assert "dropped 1: over-long (row:3)" in texts["data"] and "beta: 0.1 # <b>" in texts["recipe"]
