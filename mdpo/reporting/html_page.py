@@ -46,6 +46,7 @@ class RunPage(TrainerCallback):
 
     def __init__(self, timer: StepTimer, data: dict[str, Any], train_dataset, tokenizer):
         self.timer, self.data, self.train_dataset, self.tokenizer = timer, data, train_dataset, tokenizer
+        self.answers: list[dict[str, Any]] = []  # of `mdpo.reporting.shown_answers`
         self._facts: dict[str, Any] = {}
         self._last, self._cost, self._warned = 0.0, 0.0, False
 
@@ -94,12 +95,13 @@ class RunPage(TrainerCallback):
         return {"data": self.data, "pairs": pairs, "machine": rows, "beta": args.beta}
 
     def _now(self, args, state, report: dict[str, Any] | None) -> dict[str, Any]:
+        shown = {"answers": self.answers}
         if report is not None:
-            return {"finished": True, "speed": [speed_line(report)], "left": ""}
+            return {**shown, "finished": True, "speed": [speed_line(report)], "left": ""}
         left = self.timer.remaining_seconds(state)
         pairs = self.timer.figures(args)["pairs_per_second"]
         speed = [f"{pairs:.2f} pairs/s, training steps alone"] if pairs else []
-        return {"finished": False, "speed": speed, "left": "" if left is None else clock(left)}
+        return {**shown, "finished": False, "speed": speed, "left": "" if left is None else clock(left)}
 
 
 def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mdpo.reporting.answer_lines import lines_of
 from mdpo.reporting.environment import hardware, repository, versions
 from mdpo.reporting.health import health_warnings
 from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns
@@ -60,6 +61,9 @@ def of_the_training(path: Path, steps: int) -> dict:
 def show_result(report: dict) -> None:
     """The table at the end of a run: held-out metrics before and after, speed and memory."""
     console = Console(highlight=False)
+    if answers := report.get("answers"):
+        for line in lines_of(answers, min(console.width, 80)):
+            console.print(line, soft_wrap=True, markup=False)
     before, after = report["before"], report["after"]
     if after:
         table = Table(title=f"held-out pairs: {int(after['eval_pairs'])}")
