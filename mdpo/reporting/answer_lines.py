@@ -11,7 +11,8 @@ def lines_of(rows: list[dict[str, Any]], width: int = 80, most: int = 4) -> list
         same, cut = sum(a["as_chosen"] for a in known), sum(a["cut"] for a in known)
         lines.append(f"  {name:6}  {same} as chosen, {cut} without an end" if known else f"  {name:6}  missing")
     for row in rows[:most]:
-        lines.append(short(f"{row['key']} turn {row['turn']}: {row['asked']}", width, keep_end=True))
+        key = row["key"].rpartition("/")[2]  # a file's folder would fill the line
+        lines.append(short(f"{key} turn {row['turn']}: {row['asked']}", width, keep_end=True))
         lines.append(short(f"  chosen  {row['chosen']}", width))
         lines += [short(f"  {name:6}  {_shown(row[name])}", width) for name in ("before", "after")]
     return [*lines, *([f"{len(rows) - most} more turns are in run_report.html."] if len(rows) > most else [])]

@@ -17,6 +17,8 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.ranks import gathered
 
 SLACK, LEAST, MOST = 2, 32, 512  # tokens of a turn: so many times the chosen one's, at least and at most
+# What would move a terminal's cursor is made visible.
+CONTROL = {i: chr(0x2400 + i) for i in range(32) if i not in (9, 10)} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
 AT_ONCE = 16_384  # tokens of a batch, new ones included, unless one turn has more
 
 
@@ -143,4 +145,4 @@ def _generated(model, batch: list[Turn], pad: int) -> list[list[int]]:
 
 
 def text_of(ids: list[int], tokenizer) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return tokenizer.decode(ids, skip_special_tokens=True).strip().translate(CONTROL)

@@ -36,6 +36,7 @@ from mdpo.forward.collators import PairCollator
 from mdpo.forward.pair_logps import sum_by_pair
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.masking.loss_mask import RenderSettings
+from mdpo.reporting.greedy import text_of
 from mdpo.reporting.shown_answers import turns_of
 
 
@@ -68,7 +69,7 @@ def own_answers(folder, rows, workshop) -> list[str]:
         turn = turns[line(row["key"]), row["turn"]]
         ids, options = torch.tensor([turn.prompt]), {"do_sample": False, "max_new_tokens": turn.limit}
         new = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=tokenizer.eos_token_id, **options)
-        texts.append(tokenizer.decode(new[0, len(turn.prompt) :], skip_special_tokens=True).strip())
+        texts.append(text_of(new[0, len(turn.prompt) :], tokenizer))
     return texts
 
 

@@ -121,6 +121,22 @@ def test_the_page_is_one_file(finished):
     assert len(text) < 600_000
 
 
+def test_answers_are_shown_side_by_side(tmp_path):
+    """Before the end "after" is not there yet; a run that resumed without them has no "before"."""
+    page, args, state, _ = run_page(tmp_path, history(60), step=60)
+    page.draw(args, state)
+    assert 'id="answers"' not in (tmp_path / PAGE).read_text(encoding="utf-8")
+    row = {"key": "a", "turn": 2, "asked": "<b>1</b>?", "chosen": "one", "after": None}
+    page.answers = [{**row, "before": {"text": "<i>two", "cut": True, "as_chosen": False}}]
+    page.draw(args, state)
+    text = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "&lt;b&gt;1&lt;/b&gt;?" in text and "&lt;i&gt;two (no end)" in text and "<i>not yet</i>" in text
+    page.answers = [{**row, "before": None, "after": {"text": "one", "cut": False, "as_chosen": True}}]
+    page.finish(args, state, REPORT)
+    text = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "<i>missing</i>" in text and "<i>as chosen</i>" in text and not page._warned
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_browser(finished):
     page, console = seen(finished)

@@ -10,7 +10,7 @@ from trainers import mdpo_trainer
 from transformers import TrainerCallback
 
 from mdpo.reporting.answer_lines import lines_of, short
-from mdpo.reporting.greedy import LEAST, MOST, Turn
+from mdpo.reporting.greedy import LEAST, MOST, Turn, text_of
 from mdpo.reporting.shown_answers import show_answers, turns_of
 from mdpo.runs.output_dir import ANSWERS
 
@@ -64,7 +64,7 @@ def test_answers_are_the_policy_s_own_greedy_ones(run):
                 ids.append(trainer.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
         new = ids[len(turn.prompt) :]
         assert row["after"] == {
-            "text": TOKENIZER.decode(new, skip_special_tokens=True).strip(),
+            "text": text_of(new, TOKENIZER),
             "cut": new[-1] != TOKENIZER.eos_token_id,
             "as_chosen": new == turn.ids,
         }
@@ -146,3 +146,8 @@ def test_lines_for_a_terminal():
         "  after   missing",
     ]
     assert short("abcdef", 4) == "abc…" and short("abc\n", 4) == "abc"
+
+
+def test_a_policy_cannot_move_the_cursor():
+    ids = TOKENIZER("a\x1b[2Jb\tc\nd")["input_ids"]
+    assert text_of(ids, TOKENIZER) == "a\u241b[2Jb\tc\nd"
