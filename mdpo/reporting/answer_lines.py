@@ -21,7 +21,7 @@ def lines_of(rows: list[dict[str, Any]], width: int = 80, most: int = 4) -> list
 def _shown(answer: dict[str, Any] | None) -> str:
     if answer is None:
         return "missing"
-    return "as chosen" if answer["as_chosen"] else answer["text"] + " (no end)" * answer["cut"]
+    return "as chosen" if answer["as_chosen"] else "(no end) " * answer["cut"] + answer["text"]
 
 
 def short(text: str, width: int, keep_end: bool = False) -> str:

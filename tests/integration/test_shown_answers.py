@@ -134,7 +134,7 @@ def test_lines_for_a_terminal():
         "  after   1 as chosen, 0 without an end",
         "a turn 1: xxxxxxxxx…xxxxxxxxxxxHow many?",
         "  chosen  ```↵1↵```",
-        "  before  no (no end)",
+        "  before  (no end) no",
         "  after   as chosen",
         "1 more turns are in run_report.html.",
     ]
