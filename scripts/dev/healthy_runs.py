@@ -43,12 +43,14 @@ def _history(folder: Path) -> list[dict]:
 
 
 def _drawn(histories: list[list[dict]]) -> Figure:
-    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     for axes, (metric, title, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for history, label, color in zip(histories, ("healthy", "broken"), (BLUE, ORANGE), strict=True):
             axes.plot(*zip(*curve(history, metric).training, strict=True), color=color, label=label, linewidth=1.8)
         axes.axhline(0, color=GRAY, linewidth=0.8)
-        axes.set(title=title, xlabel="step", ylabel=unit)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylabel(unit, fontsize=9)
     figure.axes[0].legend(loc="upper left")
     return figure
 

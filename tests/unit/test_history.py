@@ -126,6 +126,19 @@ def test_all_warnings_at_once_have_one_advice():
     assert len(found) == 4 and found[-1] == ADVICE and "learning_rate" in ADVICE and "nll_coefficient" in ADVICE
 
 
+def test_the_runs_of_the_page():
+    """Held-out figures of docs/healthy-runs.md: the quickstart's, and at ten times its learning rate."""
+
+    def ends(chosen, rejected, token, stop):
+        more = [
+            {"eval_logps_per_token/chosen": t, "eval_stop_logps/chosen": s} for t, s in zip(token, stop, strict=True)
+        ]
+        return [evaluation(20 * i, chosen[i], rejected[i], **more[i]) for i in (0, 1)]
+
+    assert health_warnings(ends((-45.5, -40.1), (-53.2, -73.0), (-1.273, -1.122), (-1.7, -0.084)), 0.1) == []
+    assert len(health_warnings(ends((-49.0, -176.1), (-56.9, -260.1), (-1.351, -4.859), (-1.665, -18.734)), 0.1)) == 4
+
+
 def test_warnings_of_training_alone():
     """The last of ten logs says how far the policy is from its reference."""
 
