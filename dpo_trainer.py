@@ -375,7 +375,7 @@ class DPOTrainer(ResumableTrainer):
         if self.render_settings.mask_turns and batch.turn is not None:
             turns = turn_rewards(batch, scores.logps, reference_logps, self.loss_settings.beta, weights)
         ############## MODIFICATION 13 END
-        table = pair_table(batch, scores, losses, terms, nll, turns)
+        table = pair_table(batch, scores, losses, terms, nll, reference_logps, turns)
         self.tables.append(table, self.model.training, batch)
         loss = self.nonfinite.loss(losses.mean().float())
         return (loss, policy) if return_outputs else loss

@@ -33,6 +33,7 @@ from mdpo.ranks import agreed
 from mdpo.reporting.html_page import PAGE, RunPage
 from mdpo.reporting.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.reporting.run_report import REPORT, RESOLVED, show_result, write_report
+from mdpo.reporting.shown_answers import show_answers
 from mdpo.runs.checkpoints import writing
 from mdpo.runs.entrypoint import clear_stale_build_locks, run
 from mdpo.runs.output_dir import prepare_output_dir, refuse_another_run
@@ -86,12 +87,13 @@ def main(argv: list[str]) -> None:
         trainers.append(trainer := _trainer(recipe, tokenizer, train_dataset, eval_dataset, [timer, page]))
         trainer.run_facts = facts
         show_progress(trainer, timer)
+        show_answers(trainer, tokenizer, eval_dataset, page)
         if trainer.is_world_process_zero():
             recipe.write(Path(args.output_dir, RESOLVED))
         result = trainer.train(resume_from_checkpoint=resume)
         after = trainer.evaluate() if eval_dataset is not None else {}
     metrics = {"recipe": recipe.resolved(), "after": after, "train": result.metrics, **timer.figures(args)}
-    metrics |= {"peak_memory_gb": peak_memory_gb(args.device)}
+    metrics |= {"peak_memory_gb": peak_memory_gb(args.device), "answers": page.answers}
     with defer_signals(), writing(args.output_dir):  # finishing takes less time than starting again
         trainer.save_model()
         trainer.save_state()

@@ -175,6 +175,7 @@ WORKS = {
     ),
     "mdpo/runs/checkpoint_writer.py": ("save_total_limit",),
     "mdpo/runs/nonfinite_guard.py": ("max_nonfinite_steps",),
+    "mdpo/reporting/shown_answers.py": ("show_answers",),
     "run_dpo.py": (
         "on_bad_rows",
         "max_bad_fraction",

@@ -10,7 +10,7 @@ COUNTS = """dataset_num_proc precompute_ref_batch_size dataloader_prefetch_facto
     pad_to_multiple_of eval_accumulation_steps"""
 NOT_NEGATIVE = """nll_coefficient margin_scale length_penalty learning_rate weight_decay max_grad_norm
     neftune_noise_alpha eval_delay adam_epsilon seed data_seed router_aux_loss_coef dataloader_num_workers
-    warmup_steps"""
+    warmup_steps show_answers"""
 
 
 PAIRINGS = ("best_worst", "all", "adjacent", "random")  # of a row with several answers

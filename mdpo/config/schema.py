@@ -117,6 +117,7 @@ TRL_VALUES = {
     "sanity_check": False,
     "overwrite_output_dir": False,
     "max_nonfinite_steps": None,
+    "show_answers": 0,
 }
 
 
@@ -194,6 +195,10 @@ class MDPOConfig(DPOConfig):
         metadata={
             "help": "So many non-finite steps (NaN or Inf loss or gradient) in a row end the run; each is skipped."
         },
+    )
+
+    show_answers: int = field(
+        default=0, metadata={"help": "Show the policy's greedy turns in so many held-out pairs, before and after."}
     )
 
     logging_nan_inf_filter: bool = field(

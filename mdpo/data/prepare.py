@@ -48,8 +48,10 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
         if held_out is not None:
             raise UserError("test_split_size: there already are pairs to evaluate on. Leave one of the two out.")
         train, held_out = hold_out(train, data.test_split_size, args.seed)
-    if held_out is None and (args.eval_strategy != "no" or args.eval_on_start):
-        key = "eval_on_start" if args.eval_on_start else "eval_strategy"
+    needs = {"eval_on_start": args.eval_on_start, "eval_strategy": args.eval_strategy != "no"}
+    needs |= {"show_answers": args.show_answers}
+    if held_out is None and any(needs.values()):
+        key = next(key for key, needed in needs.items() if needed)
         raise UserError(f"{key}: there are no pairs to evaluate on. Set eval_dataset_mixer or test_split_size.")
     train, held_out = _first(train, data.max_training_samples), _first(held_out, data.max_eval_samples)
     if is_main_process():

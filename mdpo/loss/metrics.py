@@ -5,6 +5,7 @@ from torch.nn.functional import pad
 
 from mdpo.forward.pair_logps import counted
 from mdpo.forward.token_logps import TokenScores
+from mdpo.loss.health import HEALTH, health_columns, health_figures
 from mdpo.loss.registry import PairTerms
 from mdpo.loss.turn_metrics import pad_and_cat, turn_figures
 from mdpo.ranks import gathered_tensor
@@ -26,6 +27,7 @@ COLUMNS = (
     "chosen_top1",
     "nll",
     "aux_loss",  # the batch's, of a mixture of experts; else 0
+    *HEALTH,
 )
 
 
@@ -35,11 +37,12 @@ def pair_table(
     losses: torch.Tensor,
     terms: PairTerms,
     nll: torch.Tensor,
+    reference: torch.Tensor,
     turns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """COLUMNS for the B pairs of a batch, float64 (B, len(COLUMNS)), on the batch's device, without gradient.
-    `losses` and `nll` are (B,). Tokens whose turn has weight 0 are left out, as if they were masked. `turns`, of
-    `mdpo.loss.turn_metrics`, come after COLUMNS."""
+    `losses` and `nll` are (B,), `reference` the reference's log-probs of all supervised tokens (S,). Tokens whose turn
+    has weight 0 are left out, as if they were masked. `turns`, of `mdpo.loss.turn_metrics`, come after COLUMNS."""
     n = len(losses)
     sequence, logps = batch.sequence_of_token, terms.policy
 
@@ -62,6 +65,7 @@ def pair_table(
         top1[0],
         nll,
         torch.zeros_like(nll) if scores.aux_loss is None else scores.aux_loss.expand(n),
+        *health_columns(batch, scores, reference),
     )
     table = torch.stack([c.detach().double() for c in columns], dim=1)
     return table if turns is None else torch.cat([table, turns], dim=1)
@@ -73,7 +77,7 @@ def summarize(table: torch.Tensor) -> dict[str, float]:
 
 
 def averages(table: torch.Tensor) -> dict[str, float]:
-    """Means over pairs; entropy, logits and accuracy over tokens."""
+    """Means over pairs; entropy, logits and accuracy over tokens. Of a table with turns also `health_figures`."""
     column = dict(zip(COLUMNS, table.unbind(1), strict=False))
     tokens = {side: column[f"{side}_tokens"].sum().clamp(min=1) for side in SIDES}
     margins = column["chosen_reward"] - column["rejected_reward"]
@@ -91,6 +95,7 @@ def averages(table: torch.Tensor) -> dict[str, float]:
         "nll_loss": column["nll"].mean(),
         "aux_loss": column["aux_loss"].mean(),
     }
+    metrics |= health_figures(column) if table.size(1) > len(COLUMNS) else {}
     return {name: value.item() for name, value in metrics.items()}
 
 

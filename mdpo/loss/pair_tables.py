@@ -4,12 +4,14 @@ from collections.abc import Iterable
 
 import torch
 
+from mdpo.loss.health import HEALTH
 from mdpo.loss.metrics import COLUMNS
 from mdpo.loss.turn_metrics import pad_and_cat
 from mdpo.types import PairBatch
 
 FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # columns that show a pair at fault
 ROW = COLUMNS.index("row")
+OF_OLDER = COLUMNS.index(HEALTH[0])  # columns of checkpoints that do not say how many they have
 
 
 class PairTables:
@@ -52,10 +54,12 @@ class PairTables:
         return pad_and_cat(taken)
 
     def state_dict(self) -> dict:
-        return {"train": self.train, "tokens": self.tokens, "distinct": self.distinct}
+        columns = len(COLUMNS)
+        return {"train": self.train, "tokens": self.tokens, "distinct": self.distinct, "columns": columns}
 
     def load_state_dict(self, state: dict) -> None:
-        self.train = [table.to(self.device) for table in state["train"]]
+        columns = state.get("columns", OF_OLDER)
+        self.train = [_with_columns(table, columns).to(self.device) for table in state["train"]]
         self._earlier, self.tokens = len(self.train), state["tokens"]
         self.distinct = state.get("distinct", 0)  # older checkpoints lack it
 
@@ -69,3 +73,10 @@ def rows_at_fault(table: torch.Tensor) -> list[int]:
     """The pairs whose loss, rewards or log-probs are NaN or Inf."""
     finite: Iterable[bool] = table[:, FINITE].isfinite().all(1).tolist()
     return [row for row, good in zip(rows_of(table), finite, strict=True) if not good]
+
+
+def _with_columns(table: torch.Tensor, columns: int) -> torch.Tensor:
+    """A table of an older checkpoint, whose first `columns` are not by turn, with those that it lacks as NaN: so their
+    figures are in the next log, rather than means over a part of its steps."""
+    lacking = table.new_full((len(table), len(COLUMNS) - columns), torch.nan)
+    return torch.cat([table[:, :columns], lacking, table[:, columns:]], 1)

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from mdpo.console import say
 from mdpo.data.report import quantities, sequence_lines
 from mdpo.reporting.environment import hardware, repository, versions
-from mdpo.reporting.log_history import ADVICE, before_and_after, chosen_logps, latest_turns, not_finite
+from mdpo.reporting.health import health_warnings
+from mdpo.reporting.log_history import before_and_after, chosen_logps, latest_turns, not_finite
 from mdpo.reporting.plots import write_plots
 from mdpo.reporting.progress import StepTimer, clock
 from mdpo.reporting.run_report import RESOLVED, SHOWN, speed_line
@@ -45,6 +46,7 @@ class RunPage(TrainerCallback):
 
     def __init__(self, timer: StepTimer, data: dict[str, Any], train_dataset, tokenizer):
         self.timer, self.data, self.train_dataset, self.tokenizer = timer, data, train_dataset, tokenizer
+        self.answers: list[dict[str, Any]] = []  # of `mdpo.reporting.shown_answers`
         self._facts: dict[str, Any] = {}
         self._last, self._cost, self._warned = 0.0, 0.0, False
 
@@ -93,12 +95,13 @@ class RunPage(TrainerCallback):
         return {"data": self.data, "pairs": pairs, "machine": rows, "beta": args.beta}
 
     def _now(self, args, state, report: dict[str, Any] | None) -> dict[str, Any]:
+        shown = {"answers": self.answers}
         if report is not None:
-            return {"finished": True, "speed": [speed_line(report)], "left": ""}
+            return {**shown, "finished": True, "speed": [speed_line(report)], "left": ""}
         left = self.timer.remaining_seconds(state)
         pairs = self.timer.figures(args)["pairs_per_second"]
         speed = [f"{pairs:.2f} pairs/s, training steps alone"] if pairs else []
-        return {"finished": False, "speed": speed, "left": "" if left is None else clock(left)}
+        return {**shown, "finished": False, "speed": speed, "left": "" if left is None else clock(left)}
 
 
 def write_page(folder: Path, state, facts: dict[str, Any], now: dict[str, Any]) -> None:
@@ -139,9 +142,9 @@ def template(name: str) -> jinja2.Template:
 
 def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> list[tuple[str, bool]]:
     """(line, whether it is a warning) for what a reader should look at first."""
-    line, fell = chosen_logps(history, beta)
-    line = f"{line} {ADVICE}" if fell else line
-    lines = [(line[:1].upper() + line[1:], fell)] if line else []
+    line, _ = chosen_logps(history, beta)
+    lines = [(line[:1].upper() + line[1:], False)] if line else []
+    lines += [(warning[:1].upper() + warning[1:], True) for warning in health_warnings(history, beta)]
     for name, count in not_finite(history).items():
         lines.append((f"Non-finite values of {name}: {count}. Plots leave them out.", True))
     return lines + [(warning, True) for warning in data["warnings"]]

@@ -10,10 +10,6 @@ from typing import Any
 
 HELD_OUT = "eval_"
 FALL = 0.01  # of |log-prob|: a smaller fall is stated without a warning
-ADVICE = (
-    "The policy grows less likely to write what it should prefer, and the margin grows because rejected falls faster. "
-    "nll_coefficient (RPO), a higher beta or a lower learning_rate work against it."
-)
 
 
 @dataclass
@@ -81,10 +77,24 @@ def latest_turns(history: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     return "", {}
 
 
-def chosen_logps(history: list[dict[str, Any]], beta: float) -> tuple[str, bool]:
-    """(one line on how far the chosen side's log-probs moved, whether they fell). From the first and the last
-    evaluation; without two, from training's rewards, which are β · (log π − log π_ref) of the same pairs: their mean
-    over the last tenth of the logs. ("", False) where neither is there."""
+@dataclass(frozen=True)
+class Moved:
+    """By how many nats a pair the log-probs of both sides moved, chosen's from `was`, and a line that says so."""
+
+    chosen: float
+    rejected: float
+    was: float
+    line: str
+
+    @property
+    def fell(self) -> bool:
+        """Whether chosen fell by more than FALL."""
+        return self.chosen < -FALL * abs(self.was)
+
+
+def moved(history: list[dict[str, Any]], beta: float) -> Moved | None:
+    """From the first and the last evaluation; without two, from training's rewards, which are β · (log π − log π_ref)
+    of the same pairs: their mean over the last tenth of the logs. None where neither is there."""
     logs = [log for log in evaluations(history) if math.isfinite(log["eval_logps/chosen"])]
     if logs and logs[0]["step"] != logs[-1]["step"]:
         first, last = logs[0], logs[-1]
@@ -93,18 +103,40 @@ def chosen_logps(history: list[dict[str, Any]], beta: float) -> tuple[str, bool]
         where = f"held-out pairs, {was:.2f} at step {first['step']}, {now:.2f} at step {last['step']}"
         text = f"log-probs of the chosen side {_moved(change)} nats a pair ({where}); rejected {_moved(rejected)}"
     else:
-        rewards = [curve(history, f"rewards/{side}").training for side in ("chosen", "rejected")]
-        if not all(rewards):
-            return "", False
-        tail = max(1, len(rewards[0]) // 10)
-        tails = [points[-tail:] for points in rewards]
-        change, rejected = (sum(value for _, value in points) / len(points) / beta for points in tails)
+        tails = [tail(history, f"rewards/{side}") for side in ("chosen", "rejected")]
+        if not all(tails):
+            return None
+        change, rejected = (sum(values) / len(values) / beta for values in tails)
         was = curve(history, "logps/chosen").training[-1][1] - change
-        where = f"training pairs, mean of the last {tail} logs" if tail > 1 else "training pairs, the last log"
+        n = len(tails[0])
+        where = f"training pairs, mean of the last {n} logs" if n > 1 else "training pairs, the last log"
         text = f"log-probs of the chosen side less the reference's: {change:+.2f} nats ({where})"
         text += f", rejected {rejected:+.2f}"
-    fell = change < -FALL * abs(was)
-    return f"{text}.", fell
+    return Moved(change, rejected, was, f"{text}.")
+
+
+def chosen_logps(history: list[dict[str, Any]], beta: float) -> tuple[str, bool]:
+    """(one line on how far the chosen side's log-probs moved, whether they fell), of `moved`; ("", False) without."""
+    found = moved(history, beta)
+    return (found.line, found.fell) if found else ("", False)
+
+
+def fall_of(history: list[dict[str, Any]], name: str, to_reference: str) -> tuple[float, str]:
+    """(by how much the held-out metric `name` fell from its first to its last evaluation, where); without two of them,
+    how far the training metric `to_reference` is below 0, the mean over the last tenth of its logs. (0, "") where
+    neither is there."""
+    points = curve(history, name).held_out
+    if len(points) > 1:
+        (first, before), (last, after) = points[0], points[-1]
+        return before - after, f"held-out pairs, step {first} to {last}"
+    values = tail(history, to_reference)
+    return (-sum(values) / len(values), "training pairs, against the reference") if values else (0.0, "")
+
+
+def tail(history: list[dict[str, Any]], name: str) -> list[float]:
+    """The last tenth of what training logged of the metric `name`, one value at least where there is any."""
+    points = curve(history, name).training
+    return [value for _, value in points[-max(1, len(points) // 10) :]]
 
 
 def _moved(change: float) -> str:

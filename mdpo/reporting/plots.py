@@ -66,6 +66,13 @@ PLOTS = (
         "log π of a side (nats)",
         (("chosen", "logps/chosen", GREEN), ("rejected", "logps/rejected", ORANGE)),
     ),
+    Plot(
+        "logps_per_token",
+        "Log-probs by token",
+        "log π of a token (nats)",
+        (("chosen", "logps_per_token/chosen", GREEN), ("rejected", "logps_per_token/rejected", ORANGE)),
+    ),
+    Plot("stops", "Stop tokens of chosen turns", "log π of a stop (nats)", (("", "stop_logps/chosen", GREEN),)),
     Plot("grad_norm", "Gradient norm, before clipping", "L2 norm", (("", "grad_norm", BLUE),)),
     Plot("learning_rate", "Learning rate", "learning rate", (("", "learning_rate", BLUE),)),
     Plot("tokens_per_second", "Speed", "tokens/s, all processes", (("", "tokens_per_second", BLUE),)),

@@ -6,7 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mdpo.reporting.answer_lines import lines_of
 from mdpo.reporting.environment import hardware, repository, versions
+from mdpo.reporting.health import health_warnings
 from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns
 from mdpo.reporting.turn_tables import turn_tables
 
@@ -24,8 +26,8 @@ SHOWN = (
 
 def write_report(folder: str | Path, metrics: dict, history: list[dict], data: dict, args) -> dict:
     """Writes `run_report.json` into the output folder and returns it: metrics, the evaluation before the first step if
-    there was one, the first loss, metrics by turn, how far chosen log-probs moved, row accounting, versions, commit and
-    machine."""
+    there was one, the first loss, metrics by turn, how far chosen log-probs moved, warnings of a policy that breaks,
+    row accounting, versions, commit and machine."""
     metrics = {**metrics, **of_the_training(Path(folder, REPORT), metrics["steps"])}
     losses, (pairs, turns) = curve(history, "loss").training, latest_turns(history)
     line, fell = chosen_logps(history, args.beta)
@@ -35,6 +37,7 @@ def write_report(folder: str | Path, metrics: dict, history: list[dict], data: d
         "first_loss": losses[0][1] if losses else None,
         "turns": {"of": pairs, **turn_tables(turns)},
         "chosen_logps": {"line": line, "fell": fell},
+        "warnings": health_warnings(history, args.beta),
         "data": data,
         "versions": versions(),
         "repository": repository(),
@@ -58,6 +61,9 @@ def of_the_training(path: Path, steps: int) -> dict:
 def show_result(report: dict) -> None:
     """The table at the end of a run: held-out metrics before and after, speed and memory."""
     console = Console(highlight=False)
+    if answers := report.get("answers"):
+        for line in lines_of(answers, min(console.width, 80)):
+            console.print(line, soft_wrap=True, markup=False)
     before, after = report["before"], report["after"]
     if after:
         table = Table(title=f"held-out pairs: {int(after['eval_pairs'])}")
@@ -72,10 +78,9 @@ def show_result(report: dict) -> None:
         console.print(f"first training loss {report['first_loss']:.4f}")
     console.print(speed_line(report))
     if line := report["chosen_logps"]["line"]:
-        fell = report["chosen_logps"]["fell"]
-        console.print(
-            f"warning: {line}" if fell else line, style="yellow" if fell else "", soft_wrap=True, markup=False
-        )
+        console.print(line, soft_wrap=True, markup=False)
+    for line in report["warnings"]:
+        console.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
 
 
 def speed_line(report: dict) -> str:

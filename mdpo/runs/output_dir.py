@@ -17,6 +17,7 @@ from mdpo.runs.run_fingerprint import differences
 from mdpo.storage import manifest
 
 LEFT_BY_A_RUN = (f"{PREFIX}*", "*.safetensors", "*.safetensors.index.json", "run_report.json", "trainer_state.json")
+ANSWERS = "_answers_before.json"  # of `mdpo.reporting.shown_answers`, until a new run begins
 LOCK = "_lock"  # names a machine: what begins with _ is not pushed to the hub
 SHARED_S = 20.0  # a network file system shows a new file elsewhere after some seconds
 _locks = []  # held until the process ends, however it ends
@@ -88,6 +89,7 @@ def _cleared(folder: Path, checkpoint: Path | None, overwrite: bool, facts: dict
         say(f"resuming from {checkpoint}")
         if checkpoint.parent.resolve() == folder.resolve():
             return str(checkpoint)
+    (folder / ANSWERS).unlink(missing_ok=True)  # of another run
     leftovers = [path for pattern in LEFT_BY_A_RUN for path in sorted(folder.glob(pattern))]
     if leftovers and not overwrite:
         raise UserError(

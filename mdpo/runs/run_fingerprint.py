@@ -68,6 +68,7 @@ FREE = (
     "eval_dataset_mixer",
     "max_eval_samples",
     "max_nonfinite_steps",
+    "show_answers",
     "ddp_timeout",
     "debug",
     "torch_empty_cache_steps",

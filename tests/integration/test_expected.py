@@ -73,3 +73,5 @@ def test_a_run_ends_with_them(name, tmp_path):
     for figure, (before, after, off_by) in expected()[recipe].items():
         assert report["before"][KEYS[figure]] == pytest.approx(before, abs=off_by), figure
         assert report["after"][KEYS[figure]] == pytest.approx(after, abs=off_by), figure
+    if name == "quickstart":
+        assert report["warnings"] == [] and len(report["answers"]) == 8

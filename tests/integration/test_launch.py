@@ -36,6 +36,8 @@ from mdpo.forward.collators import PairCollator
 from mdpo.forward.pair_logps import sum_by_pair
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.masking.loss_mask import RenderSettings
+from mdpo.reporting.greedy import text_of
+from mdpo.reporting.shown_answers import turns_of
 
 
 def own_log_probs(folder, workshop):
@@ -52,6 +54,25 @@ def own_log_probs(folder, workshop):
         return sum_by_pair(score_tokens(model, batch).logps, batch).chosen.mean().item()
 
 
+def own_answers(folder, rows, workshop) -> list[str]:
+    """Greedy turns of a model on the disk in the place of those that a report shows, by transformers' own generate."""
+    from datasets import load_dataset
+
+    tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    data = load_dataset("json", data_files=str(workshop / "pairs.jsonl"), split="train")
+    data, _ = tokenize_dataset(data, tokenizer, RenderSettings(300), "pairs")
+    line = lambda key: key.rpartition(":")[2]  # noqa: E731
+    turns = {(line(turn.key), turn.number): turn for turn in turns_of(data, tokenizer)}
+    texts = []
+    for row in rows:
+        turn = turns[line(row["key"]), row["turn"]]
+        ids, options = torch.tensor([turn.prompt]), {"do_sample": False, "max_new_tokens": turn.limit}
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=tokenizer.eos_token_id, **options)
+        texts.append(text_of(new[0, len(turn.prompt) :], tokenizer))
+    return texts
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_path):
     out = tmp_path / "out"
@@ -59,6 +80,7 @@ def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_p
         "--per_device_train_batch_size=2",
         f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}",
         "--eval_on_start",
+        "--show_answers=2",
     ]
     code, text = launch(f"zero{stage}_cpu", workshop, extensions, out, *flags)
     assert code == 0, text[-4000:]
@@ -68,6 +90,11 @@ def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_p
     report = json.loads((out / "run_report.json").read_text())
     assert report["after"]["eval_pairs"] == 16
     assert report["after"]["eval_logps/chosen"] == pytest.approx(own_log_probs(out, workshop), rel=1e-5)
+    # A policy of random weights repeats itself; that of before training is on the disk as it was.
+    found = [row["before"]["text"] for row in report["answers"]]
+    assert found == own_answers(workshop / "model", report["answers"], workshop) and len(found) == 4
+    assert [row["after"]["text"] for row in report["answers"]] == own_answers(out, report["answers"], workshop)
+    assert "Greedy answers to 4 chosen turns" in text and "Greedy answers" in (out / "run_report.html").read_text()
 
 
 MOVE = ["--sync_ref_model", "--ref_model_sync_steps=1", "--ref_model_mixup_alpha=0.3", "--save_strategy=steps"]
@@ -80,9 +107,10 @@ def several_of(folder, workshop, pairs: int) -> dict[str, list[str]]:
         (workshop / "recipe.yaml").read_text().replace("ref_model_name_or_path", "# ref_model_name_or_path")
     )
     size = f"--per_device_train_batch_size={pairs}"
+    shown = ["--show_answers=2", f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}"]
     ahead = ["--precompute_ref_log_probs=true", f"--reference_cache_dir={folder}/cache-lora"]
     return {
-        "lora": ["lora.yaml", *LORA, size],
+        "lora": ["lora.yaml", *LORA, *shown, size],
         "lora-ahead": ["lora.yaml", *LORA, size, *ahead],
         "moving": ["recipe.yaml", *MOVE, "--save_steps=2", size],
     }
@@ -129,6 +157,10 @@ def test_lora_under_zero(name, under_zero, in_one_process):
     for key, wanted in one.items():
         assert (two[key] - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, key
     assert losses(in_one_process / name)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    reports = [
+        json.loads((folder / name / "run_report.json").read_text()) for folder in (under_zero[0], in_one_process)
+    ]
+    assert reports[0]["answers"] == reports[1]["answers"] and len(reports[0]["answers"]) == 4 * (name == "lora")
 
 
 @pytest.mark.slow

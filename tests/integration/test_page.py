@@ -121,6 +121,22 @@ def test_the_page_is_one_file(finished):
     assert len(text) < 600_000
 
 
+def test_answers_are_shown_side_by_side(tmp_path):
+    """Before the end "after" is not there yet; a run that resumed without them has no "before"."""
+    page, args, state, _ = run_page(tmp_path, history(60), step=60)
+    page.draw(args, state)
+    assert 'id="answers"' not in (tmp_path / PAGE).read_text(encoding="utf-8")
+    row = {"key": "a", "turn": 2, "asked": "<b>1</b>?", "chosen": "one", "after": None}
+    page.answers = [{**row, "before": {"text": "<i>two", "cut": True, "as_chosen": False}}]
+    page.draw(args, state)
+    text = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "&lt;b&gt;1&lt;/b&gt;?" in text and "&lt;i&gt;two (no end)" in text and "<i>not yet</i>" in text
+    page.answers = [{**row, "before": None, "after": {"text": "one", "cut": False, "as_chosen": True}}]
+    page.finish(args, state, REPORT)
+    text = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "<i>missing</i>" in text and "<i>as chosen</i>" in text and not page._warned
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_browser(finished):
     page, console = seen(finished)
@@ -130,7 +146,8 @@ def test_in_a_browser(finished):
     assert all(width > 300 and height > 180 for _, width, height in page["plots"])
     texts = page["texts"]
     assert "0.2078" in texts["figures"] and "1.50 pairs/s over 200 steps" in texts["figures"]
-    assert "Warning: Log-probs of the chosen side fell by 11.57 nats a pair" in texts["notes"]
+    assert "Log-probs of the chosen side fell by 11.57 nats a pair" in texts["notes"]
+    assert "Warning: The chosen side grew less likely by 11.57 nats a pair" in texts["notes"]
     assert "Non-finite values of grad_norm: 1" in texts["notes"]
     assert "lengths tell <em>chosen</em> apart" in texts["notes"] and "<i>set" in texts["data"]
     assert "dropped 1: over-long (row:3)" in texts["data"] and "beta: 0.1 # <b>" in texts["recipe"]

@@ -141,6 +141,8 @@ def test_both_layouts_train_and_evaluate_to_the_same_figures(runs):
         by_turn = {k: v for k, v in wanted.items() if "turn" in k}
         assert len(by_turn) == 2 * 2 + 3  # two turns on the chosen side always
         assert {k: got[k] for k in by_turn} == pytest.approx(by_turn, abs=2e-4)
+        health = {k: v for k, v in wanted.items() if "per_token" in k or "stop_log" in k or "entropy/" in k}
+        assert len(health) == 7 and {k: got[k] for k in health} == pytest.approx(health, abs=2e-4)
 
 
 def test_the_trainers_turns_add_up_to_its_rewards(runs):

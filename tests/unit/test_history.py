@@ -7,6 +7,7 @@ import pytest
 from histories import HISTORY, evaluation
 from repository import ROOT
 
+from mdpo.reporting.health import ADVICE, STOP_FALL, TOKEN_FALL, health_warnings
 from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
 from mdpo.reporting.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
 from mdpo.reporting.run_report import REPORT, of_the_training, show_result
@@ -92,6 +93,67 @@ def test_chosen_logps_of_training_alone():
     assert chosen_logps([evaluation(0, -50.0, -60.0)], 0.1) == ("", False)  # one evaluation tells of no change
 
 
+def of_a_run(chosen=0.0, rejected=0.0, token=0.0, stop=0.0):
+    """Two evaluations: both sides begin at -50 and -60 nats a pair, a chosen token at -2, a stop at -0.1."""
+    first = {"eval_logps_per_token/chosen": -2.0, "eval_stop_logps/chosen": -0.1}
+    last = {"eval_logps_per_token/chosen": -2.0 + token, "eval_stop_logps/chosen": -0.1 + stop}
+    return [evaluation(0, -50.0, -60.0, **first), evaluation(8, -50.0 + chosen, -60.0 + rejected, **last)]
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"token": -TOKEN_FALL - 0.01}, f"by {TOKEN_FALL + 0.01:.2f} nats a token (held-out pairs, step 0 to 8; more"),
+        ({"token": -TOKEN_FALL + 0.01}, ""),
+        ({"token": 1.0}, ""),
+        ({"stop": -STOP_FALL - 0.01}, f"fell by {STOP_FALL + 0.01:.2f} nats a turn (held-out pairs, step 0 to 8; more"),
+        ({"stop": -STOP_FALL + 0.01}, ""),
+        ({"stop": 0.1}, ""),
+        ({"chosen": -0.51, "rejected": -0.52}, "by 0.51 nats a pair (more than 1% of its log-prob is a warning): the "),
+        ({"chosen": -0.51, "rejected": -0.52}, "the margin grows only because rejected falls faster."),
+        ({"chosen": -0.51, "rejected": -0.50}, "rejected does not fall as fast, and the margin shrinks."),
+        ({"chosen": -0.49, "rejected": -20.0}, ""),  # under 1 % of 50
+        ({"chosen": 5.0, "rejected": -20.0}, ""),
+    ],
+)
+def test_warnings_of_both_sides_of_each_threshold(change, warning):
+    found = health_warnings(of_a_run(**change), 0.1)
+    assert found == [] if not warning else len(found) == 2 and warning in found[0] and found[1] == ADVICE
+
+
+def test_all_warnings_at_once_have_one_advice():
+    found = health_warnings(of_a_run(-20.0, -30.0, -1.0, -3.0), 0.1)
+    assert len(found) == 4 and found[-1] == ADVICE and "learning_rate" in ADVICE and "nll_coefficient" in ADVICE
+
+
+def test_the_runs_of_the_page():
+    """Held-out figures of docs/healthy-runs.md: the quickstart's, and at ten times its learning rate."""
+
+    def ends(chosen, rejected, token, stop):
+        more = [
+            {"eval_logps_per_token/chosen": t, "eval_stop_logps/chosen": s} for t, s in zip(token, stop, strict=True)
+        ]
+        return [evaluation(20 * i, chosen[i], rejected[i], **more[i]) for i in (0, 1)]
+
+    assert health_warnings(ends((-45.5, -40.1), (-53.2, -73.0), (-1.273, -1.122), (-1.7, -0.084)), 0.1) == []
+    assert len(health_warnings(ends((-49.0, -176.1), (-56.9, -260.1), (-1.351, -4.859), (-1.665, -18.734)), 0.1)) == 4
+
+
+def test_warnings_of_training_alone():
+    """The last of ten logs says how far the policy is from its reference."""
+
+    def logs(token, stop):
+        ratios = {"log_ratios_per_token/chosen": token, "stop_log_ratios/chosen": stop}
+        return [
+            {"loss": 0.6, **(ratios if step == 10 else dict.fromkeys(ratios, -9.0)), "step": step}
+            for step in range(1, 11)
+        ]
+
+    [token, stop, _] = health_warnings(logs(-TOKEN_FALL - 0.1, -STOP_FALL - 0.1), 0.1)
+    assert "training pairs, against the reference" in token and "training pairs, against the reference" in stop
+    assert health_warnings(logs(-TOKEN_FALL + 0.05, -STOP_FALL + 0.05), 0.1) == health_warnings([], 0.1) == []
+
+
 def agrees_with_itself(screen: str) -> bool:
     """Whether the table's rows of log-probs and the line below it tell of the same evaluations."""
     rows = re.findall(r"│ log-probs (\w+) +│ +(-[\d.]+) │ +(-[\d.]+) │", screen)
@@ -117,9 +179,9 @@ def test_the_end_s_table_and_line_agree(last, word, capsys):
     line, fell = chosen_logps(history, 0.1)
     report = {"before": before_and_after(history)[0], "after": history[-1], "first_loss": 0.69, "steps": 4}
     report |= {"pairs_per_second": 1.0, "train_seconds": 4.0, "peak_memory_gb": 1.0}
-    show_result(report | {"chosen_logps": {"line": line, "fell": fell}})
+    show_result(report | {"chosen_logps": {"line": line, "fell": fell}, "warnings": health_warnings(history, 0.1)})
     screen = capsys.readouterr().out
-    assert agrees_with_itself(screen) and f"side {word} by" in screen
+    assert agrees_with_itself(screen) and f"side {word} by" in screen and ("warning: " in screen) == fell
     assert not agrees_with_itself(screen.replace(f"{last:.4f}", "-57.5000"))
 
 

@@ -18,7 +18,7 @@ from mdpo.config.parsing import FIELDS, ROOT
 from mdpo.config.recipe import key_facts, key_groups, load_recipe
 from mdpo.errors import UserError
 from mdpo.loss.registry import LOSSES, OF_TRL
-from scripts.dev import draw_masks, recipe_keys, recipe_memory
+from scripts.dev import draw_masks, healthy_runs, recipe_keys, recipe_memory
 
 QUICKSTART = "recipes/smollm2-135m/dpo/config_quickstart.yaml"
 LOG = ROOT / "docs/log.md"  # a history: it names files and commands that are gone
@@ -299,7 +299,7 @@ def test_a_stale_page_of_keys_is_named(tmp_path, monkeypatch):
         recipe_keys.main(["--chek"])
 
 
-@pytest.mark.parametrize("script", [draw_masks, recipe_keys, recipe_memory])
+@pytest.mark.parametrize("script", [draw_masks, healthy_runs, recipe_keys, recipe_memory])
 def test_scripts_for_this_repository_say_what_they_do(script, capsys):
     script.main(["--help"])
     assert capsys.readouterr().out.strip() == script.__doc__.strip()

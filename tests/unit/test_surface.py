@@ -50,6 +50,7 @@ OWN_KEYS = {
     "sanity_check": False,
     "overwrite_output_dir": False,
     "max_nonfinite_steps": 3,
+    "show_answers": 0,
 }
 
 
