@@ -1,9 +1,9 @@
 """What of M-DPO makes a policy better: python benchmarks/iterations.py --arms mdpo all_tokens winners --seeds 1
 
 Three iterations of each arm and seed from one SFT policy (SmolLM2-135M, recipes/smollm2-135m/loop.yaml), judged by
-greedy answers to 300 questions of the templates that are asked and 300 of those that SFT showed. Each iteration ends as a small file in
-benchmarks/iterations/, and the same command continues with what is missing. --table prints all that are there, --figure
-draws them. Models and trajectories go to --work.
+greedy answers to 300 questions of the templates that the loop asks, and 300 of those that SFT showed. Each iteration
+ends as a small file in benchmarks/iterations/, and the same command continues with what is missing. --table prints all
+that are there, --figure draws them. Models and trajectories go to --work.
 """
 
 import argparse

@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from mdpo.console import say
 from mdpo.reporting.html_page import PAGE, template
-from mdpo.reporting.log_history import ADVICE
 from mdpo.reporting.loop_plots import draw_loop
 from mdpo.reporting.loop_tables import pair_rows, training_rows, trajectory_rows
 from mdpo.reporting.loop_training import training_figures
@@ -116,5 +115,6 @@ def notes(
             lines.append((f"Iteration {now}: right answers {fell}.", True))
     for n, found in training.items():
         if found["line"]:
-            lines.append((f"Iteration {n}: {found['line']}" + (f" {ADVICE}" if found["fell"] else ""), found["fell"]))
+            lines.append((f"Iteration {n}: {found['line']}", False))
+        lines += [(f"Iteration {n}: {warning}", True) for warning in found["warnings"]]
     return lines

@@ -16,9 +16,9 @@ SHARE_AT_THE_END = 10  # training's metrics are means of the last tenth of its l
 
 def training_figures(folder: Path) -> dict[str, Any]:
     """{"of": which pairs and logs, "steps", "seconds", "pairs", "first_loss", "loss", "accuracy", "margin", "chosen"
-    and "rejected" (log-probs), "chosen_ratio" and "rejected_ratio" (log π − log π_ref, nats a pair), "line", "fell",
-    "page": whether its report is there}. Metrics are those of the last evaluation, without one of the last logs of
-    training; None where they are not there. Raises OSError, ValueError, KeyError or TypeError of damaged files."""
+    and "rejected" (log-probs), "chosen_ratio" and "rejected_ratio" (log π − log π_ref, nats a pair), "line",
+    "warnings", "page": whether its report is there}. Metrics are those of the last evaluation, without one of the last
+    logs of training; None where they are not there. Raises OSError, ValueError, KeyError or TypeError of damaged files."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     history = json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
     after = before_and_after(history)[1]
@@ -35,7 +35,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
     }
     kept = sum(counts["kept"] for counts in report["data"]["sets"].values())
     facts = {"of": of, "steps": report["steps"], "seconds": report["train_seconds"], "pairs": kept}
-    said = {"line": report["chosen_logps"]["line"], "fell": report["chosen_logps"]["fell"]}
+    said = {"line": report["chosen_logps"]["line"], "warnings": report["warnings"]}
     return {**facts, "first_loss": report["first_loss"], **values, **ratios, **said, "page": (folder / PAGE).is_file()}
 
 

@@ -61,7 +61,11 @@ def write_training(folder: Path, history: list[dict], **changes) -> None:
     finish(folder)
     report = {
         **{"recipe": {"beta": 0.2}, "steps": 40, "train_seconds": 90.0, "first_loss": 0.6931},
-        **{"data": {"sets": {"pairs.jsonl (train)": {"kept": 5}}}, "chosen_logps": {"line": "", "fell": False}},
+        **{
+            "data": {"sets": {"pairs.jsonl (train)": {"kept": 5}}},
+            "chosen_logps": {"line": "", "fell": False},
+            "warnings": [],
+        },
     }
     (folder / "run_report.json").write_text(json.dumps({**report, **changes}))
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))

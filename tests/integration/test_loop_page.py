@@ -40,7 +40,9 @@ def finished(tmp_path_factory):
     rows = [trajectory(row["key"], row["reward"] == 1, row["sample"]) for row in rows[2:]]
     write_trajectories(path, hostile + rows)
     line = f"log-probs of the chosen side fell {HOSTILE[:20]}"
-    write_training(folder / "iteration-2/train", [logs(1, 0.1)], chosen_logps={"line": line, "fell": True})
+    write_training(
+        folder / "iteration-2/train", [logs(1, 0.1)], chosen_logps={"line": line, "fell": True}, warnings=[line]
+    )
     return drawn(folder, instruction=HOSTILE)
 
 

@@ -159,7 +159,7 @@ def test_nothing_is_left_of_a_keeper_that_is_killed(workshop, monkeypatch):
 
 
 def test_a_server_that_dies_while_it_starts(workshop):
-    with refused("serve", "exit code 3", "no such model, says the little server", workshop / "t.server-0.log"):
+    with refused("serve", "exit code 3", "no such model", workshop / "t.server-0.log"):
         script.main(arguments(workshop, f"{LITTLE} dies"))
 
 
