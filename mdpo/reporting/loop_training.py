@@ -18,7 +18,8 @@ def training_figures(folder: Path) -> dict[str, Any]:
     """{"of": which pairs and logs, "steps", "seconds", "pairs", "first_loss", "loss", "accuracy", "margin", "chosen"
     and "rejected" (log-probs), "chosen_ratio" and "rejected_ratio" (log π − log π_ref, nats a pair), "line",
     "warnings", "page": whether its report is there}. Metrics are those of the last evaluation, without one of the last
-    logs of training; None where they are not there. Raises OSError, ValueError, KeyError or TypeError of damaged files."""
+    logs of training; None where they are not there. Raises OSError, ValueError, KeyError or TypeError of damaged
+    files."""
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     history = json.loads((folder / STATE).read_text(encoding="utf-8"))["log_history"]
     after = before_and_after(history)[1]
