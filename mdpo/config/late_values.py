@@ -22,6 +22,7 @@ from mdpo.config.effects import reads_targets
 from mdpo.config.parsing import nearest
 from mdpo.console import first_line, is_main_process
 from mdpo.errors import UserError
+from mdpo.loss.health import health_names
 from mdpo.loss.metrics import COLUMNS, averages
 
 OF_TRAINER = {"loss", "pairs", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
@@ -48,7 +49,7 @@ def metric_names(args: Any) -> set[str]:
     """What an evaluation yields, without `eval_` and without metrics by turn, whose number depends on the data."""
     names = set(averages(torch.zeros(1, len(COLUMNS), dtype=torch.float64)))
     names -= set() if args.nll_coefficient else {"nll_loss"}
-    return names | OF_TRAINER
+    return names | health_names() | OF_TRAINER
 
 
 def _refuse_best_model(args: Any) -> None:

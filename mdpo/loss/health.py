@@ -65,3 +65,9 @@ def health_figures(column: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     figures["stop_logps/chosen"] = (column["stop_nats"].sum(), stops)
     figures["stop_log_ratios/chosen"] = (column["stop_log_ratio"].sum(), stops)
     return {name: total / count for name, (total, count) in figures.items() if count}
+
+
+def health_names() -> set[str]:
+    """What `health_figures` has of a table with tokens and turns."""
+    columns = (*HEALTH, "chosen_tokens", "rejected_tokens")
+    return set(health_figures(dict.fromkeys(columns, torch.ones(1))))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import evaluate
@@ -251,12 +252,13 @@ def test_an_adapter_without_all_of_its_weights(workshop, tmp_path):
         evaluate.main([str(tmp_path), "--recipe", str(workshop / "recipe.yaml"), *flags])
 
 
-def test_the_page_shows_the_commands(tmp_path):
+def test_the_page_shows_the_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr("mdpo.rollouts.server_commands.shutil.which", lambda name: name)  # vllm need not be here
     for script in (evaluate, sample):
         commands = re.findall(rf"^ +python scripts/{script.__name__}\.py (.*)$", PAGE, re.MULTILINE)
         assert commands
         for command in commands:
-            args, *_, rest = script.parse(command.split())
+            args, *_, rest = script.parse(shlex.split(command))
             assert Path(args.recipe).is_file() and not rest
     [shown] = re.findall(r'^\{"question".*\}$', PAGE, re.MULTILINE)
     (tmp_path / "q.jsonl").write_text(shown)
