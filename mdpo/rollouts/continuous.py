@@ -3,7 +3,6 @@ cache's memory holds, and a conversation's next prompt finds its beginning in th
 
 import asyncio
 import itertools
-from contextlib import nullcontext
 
 import psutil
 import torch
@@ -13,13 +12,10 @@ from mdpo.errors import UserError
 from mdpo.rollouts.episode import Sampled
 
 ALIVE_S = 5.0  # how often a waiting turn looks whether the thread of generation is still there
-PAGE = 32  # tokens; what fills no page of a prompt is computed again in the next one
+PAGE, CPU_PAGE = 32, 8  # tokens; what fills no page of a prompt is computed again in the next one
 CPU_SHARE = 0.25  # of the memory that is free, for the cache on a CPU
 CPU_TOKENS = 1 << 16  # of the cache on a CPU, at most: an attention mask has as many columns
 CPU_BATCH_TOKENS = 512  # computed at a time on a CPU: prompts join in parts of that size
-# Turns in the batch at a time on a CPU: without a kernel for paged caches each token is compared with all tokens of the
-# others too, and masked, so that the attention of n turns costs n² times that of one.
-CPU_TURNS = 16
 
 
 class ContinuousBatching:
@@ -29,8 +25,8 @@ class ContinuousBatching:
         self.model, self.config, self.stops = model.eval(), config, set(config.eos_token_id)
         self.options = {"page_size": PAGE, "seed": seed, "return_logprobs": True}
         if model.device.type == "cpu":
-            self.options |= {"num_blocks": _cpu_blocks(model), "max_batch_tokens": CPU_BATCH_TOKENS}
-        self._places = asyncio.Semaphore(CPU_TURNS) if model.device.type == "cpu" else nullcontext()
+            pages = {"page_size": CPU_PAGE, "num_blocks": _cpu_blocks(model)}
+            self.options |= {**pages, "max_batch_tokens": CPU_BATCH_TOKENS}
         self._numbers = itertools.count()
 
     def __enter__(self) -> "ContinuousBatching":
@@ -50,10 +46,6 @@ class ContinuousBatching:
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         """Raises UserError where generation fails."""
-        async with self._places:
-            return await self._sampled(prompt, max_new_tokens)
-
-    async def _sampled(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         loop, name = asyncio.get_running_loop(), f"turn-{next(self._numbers)}"
         future: asyncio.Future = loop.create_future()
         self.manager.register_result_handler(name, lambda output: future.done() or future.set_result(output))
@@ -76,4 +68,4 @@ def _cpu_blocks(model: torch.nn.Module) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * torch.finfo(model.dtype).bits // 8
-    return max(min(int(psutil.virtual_memory().available * CPU_SHARE) // token, CPU_TOKENS) // PAGE, 8)
+    return max(min(int(psutil.virtual_memory().available * CPU_SHARE) // token, CPU_TOKENS) // CPU_PAGE, 8)
