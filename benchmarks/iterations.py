@@ -113,7 +113,7 @@ def take_over(theirs: Stage, own: Stage) -> None:
 def trained(folder: Path) -> dict:
     """Of a run's report: its last training metrics, and its seconds."""
     report = json.loads((folder / "run_report.json").read_text())
-    return {name: report[name] for name in ("train_runtime", "train_loss") if name in report}
+    return {name: report[name] for name in ("train_seconds", "steps")}
 
 
 def write(arm: str, seed: int, n: int, stage: Stage, more: dict) -> None:

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mdpo.config.loop import Loop, read_loop
-from mdpo.config.parsing import read_yaml
 from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.errors import UserError
@@ -35,9 +34,9 @@ SET_BY_THE_LOOP = {
     "sample": OF_SAMPLING,
     "evaluate": OF_SAMPLING,
     "pair": ("out", "replace"),
-    "train": ("model_name_or_path", "ref_model_name_or_path", "output_dir", "dataset_mixer"),
-    "sft": ("model_name_or_path", "dataset_name", "datasets", "output_dir", "max_length", "resume_from_checkpoint"),
+    "train": ("model_name_or_path", "ref_model_name_or_path", "output_dir", "overwrite_output_dir", "dataset_mixer"),
 }
+OF_THE_RECIPE = ("chat_template", "chat_template_kwargs", "tokenizer_name_or_path")  # sampling has to know them too
 
 
 def main(argv: list[str]) -> None:
@@ -96,13 +95,17 @@ def checked(loop: Loop) -> Iterations:
     """Raises UserError for whatever a stage would refuse of its options, before one runs."""
     refuse_missing(loop, "accelerate_config", "sft", "sft_data")
     for name, taken in SET_BY_THE_LOOP.items():
-        given = getattr(loop, name) or {}
-        own = {setting.key for setting in read_yaml(Path(given))} if isinstance(given, str) else set(given)
-        if own := sorted(own & set(taken)):
+        if own := sorted(set(taken) & set(getattr(loop, name))):
             raise UserError(f"{name}: {own[0]} is set by the loop.", name)
+    if own := sorted(set(OF_THE_RECIPE) & set(loop.train)):
+        raise UserError(f"train: {own[0]} belongs into the recipe, where sampling reads it too.", "train")
     recipe = load_recipe([loop.recipe, *keys(loop.train), "--report_to=none", f"--output_dir={loop.output_dir}"])
     if recipe.training.ref_model_name_or_path:
         raise UserError("reference: the recipe names a ref_model_name_or_path of its own.", "reference")
+    if loop.accelerate_config is None and recipe.training.n_gpu > 1:
+        raise UserError(f"accelerate_config: is missing; {recipe.training.n_gpu} GPUs are there.", "accelerate_config")
+    if loop.sft and recipe.model.model_revision not in (None, "main"):
+        raise UserError("model_revision: SFT takes main; download that revision and name its folder.", "model_revision")
     if not loop.sample.get("temperature"):
         raise UserError("sample: temperature is missing: greedy samples of a task are all the same.")
     for name, options in (("sample", loop.sample), ("evaluate", loop.evaluate)):
@@ -112,7 +115,9 @@ def checked(loop: Loop) -> Iterations:
     pair_rollouts.parse(["t.jsonl", f"--out={Path(loop.output_dir).resolve().anchor}pairs.jsonl", *flags(loop.pair)])
     refuse_missing(loop, "tasks", "held_out_tasks")
     first = loop.policy or recipe.model.model_name_or_path
-    return Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length)
+    iterations = Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length)
+    list(iterations.stages())  # reads SFT's recipe
+    return iterations
 
 
 def refuse_missing(loop: Loop, *keys: str) -> None:

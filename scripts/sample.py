@@ -20,10 +20,12 @@ from rich.console import Console
 from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.errors import UserError
+from mdpo.masking.dates import NAME as DAY
 from mdpo.masking.dates import fix_day
 from mdpo.masking.tokenizer import load_tokenizer
 from mdpo.rollouts.load_policy import adapter_config
 from mdpo.rollouts.options import SamplingOptions, add_options, read_options
+from mdpo.rollouts.records import first_settings
 from mdpo.rollouts.sampling import prepare, sample
 from mdpo.rollouts.tables import rollout_figures, rollout_tables
 from mdpo.runs.entrypoint import run
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> None:
     if recipe.training.world_size > 1:
         raise UserError("sample.py runs in one process. Start it with python, and several with --shard.")
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
+    if day := first_settings(options.save).get(DAY):  # begun on another day: its texts stay those of that day
+        recipe.data.chat_template_kwargs = {DAY: day, **(recipe.data.chat_template_kwargs or {})}
     say(f"recipe {recipe.path}", *recipe.notes, *fix_day(recipe, tokenizer, args.checkpoint))
     prepared = prepare(args.tasks, options, recipe, tokenizer)
     figures = rollout_figures(sample(prepared, args.checkpoint, recipe))

@@ -141,7 +141,9 @@ def _generated(model, batch: list[Turn], pad: int) -> list[list[int]]:
     rows = [[pad] * (longest - len(t.prompt)) + t.prompt for t in batch]
     mask = [[0] * (longest - len(t.prompt)) + [1] * len(t.prompt) for t in batch]
     ids, attention = (torch.tensor(x, device=model.device) for x in (rows, mask))
-    return model.generate(input_ids=ids, attention_mask=attention, max_new_tokens=limit)[:, longest:].tolist()
+    # The weights are whole on each rank: ranks with fewer batches than others must not be waited for at each token.
+    rows = model.generate(input_ids=ids, attention_mask=attention, max_new_tokens=limit, synced_gpus=False)
+    return rows[:, longest:].tolist()
 
 
 def text_of(ids: list[int], tokenizer) -> str:

@@ -19,6 +19,7 @@ class Chat(Server):
     """Its `stops` and `vocabulary` are of no use here: the server ends turns and decodes them. At its end it says where
     the server has never sampled, at a temperature: then all samples of a task are the same."""
 
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # as vLLM and SGLang take them
     answers: dict[int, list[int]] = field(default_factory=dict)  # of a prompt, both by their hashes
 
     def __exit__(self, *rest) -> None:
@@ -41,6 +42,7 @@ class Chat(Server):
             "temperature": self.temperature,
             "top_p": 1.0,
             **({"tools": tools} if tools else {}),
+            **({"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}),
         }
         sampled = await self._tried("/chat/completions", body, read_message)
         self.answers.setdefault(hash(json.dumps(body["messages"])), []).append(hash(json.dumps(sampled.message)))

@@ -2,12 +2,14 @@
 on held-out tasks, again and again. Each stage is a command that can be run by hand, and a folder that is whole when
 `stage.json` is in it: the same loop, started again, continues in the stage that it was in."""
 
+import fcntl
 import json
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
 from mdpo.rollouts.options import OF_SERVERS, SERVED
+from mdpo.rollouts.sft_recipe import sft_values
 from mdpo.rollouts.stage_figures import stage_figures
 from mdpo.rollouts.tables import wilson
+from mdpo.runs.checkpoints import newest_complete
 from mdpo.runs.preemption import EXIT_CODE, end_with_parent
 from mdpo.storage import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
-DONE = "stage.json"
+DONE, BEGUN = "stage.json", "begun.json"
+NO_LIMIT = 2**31 - 1  # tokens: TRL's own max_length would cut at 1024
 MODEL = "model"
 TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
 
@@ -36,27 +41,36 @@ class Stage:
     command: list[str]
     settings: dict[str, Any]
     anew: Path | None = None
+    strict: bool = False  # an interrupted start of other settings is refused too: the command would mix them
+
+    def begun(self) -> None:
+        """Writes down with which settings the command begins. Raises UserError where it had begun with others."""
+        self._refuse_others(BEGUN, "was begun", "Take them back, or remove the folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.folder / BEGUN, json.dumps(self.settings, indent=1))
 
     def finished(self) -> bool:
         """Raises UserError where the folder is whole, but of other settings."""
-        done = self.folder / DONE
-        if not done.exists():
+        return self._refuse_others(DONE, "is finished", "Take them back, or give another output_dir")
+
+    def _refuse_others(self, file: str, what: str, advice: str) -> bool:
+        """Whether the file is there."""
+        if not (self.folder / file).exists():
             return False
-        theirs = json.loads(done.read_text(encoding="utf-8"))
+        theirs = json.loads((self.folder / file).read_text(encoding="utf-8"))
         changed = sorted(k for k in theirs.keys() | self.settings.keys() if theirs.get(k) != self.settings.get(k))
         if changed:
-            raise UserError(
-                f"{self.folder}: is finished, with other values of {', '.join(changed)}. Take them back, or give "
-                "another output_dir.",
-                changed[0],
-            )
+            raise UserError(f"{self.folder}: {what}, with other values of {', '.join(changed)}. {advice}.", changed[0])
         return True
 
     def run(self) -> None:
         """Raises UserError where the command fails, Preempted where it was asked to stop."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.strict:
+            self.begun()
         if self.anew:
-            shutil.rmtree(self.anew, ignore_errors=True)
+            for path in (self.anew, *self.folder.glob(".merge-*")):
+                shutil.rmtree(path, ignore_errors=True)
         say(f"{self.folder}: {shlex.join(self.command)}")
         process = subprocess.Popen(self.command, preexec_fn=end_with_parent)  # noqa: PLW1509
         try:
@@ -108,20 +122,22 @@ class Iterations:
         folder, loop = self.folder(0, "rows"), self.loop
         command = [sys.executable, str(ROOT / "scripts/sft_rows.py"), str(loop.sft_data), "--recipe", loop.recipe]
         command += ["--out", str(folder), *keys({"model_name_or_path": self.given, "max_length": self.max_length})]
-        return Stage(folder, command, {"recipe": loop.recipe, "sft_data": loop.sft_data, "policy": self.given})
+        settings = {"recipe": loop.recipe, "sft_data": loop.sft_data, "policy": self.given}
+        return Stage(folder, command, {**settings, "max_length": self.max_length})
 
     def sft(self) -> Stage:
         """TRL's. Its last whole checkpoint is resumed, where its recipe writes any."""
         folder, loop = self.folder(0, "sft"), self.loop
-        command = [*self._launcher(["-m", "trl.scripts.sft"]), "--config", str(loop.sft)]
+        command = [*self._launcher([str(ROOT / "scripts/sft.py")]), "--config", str(loop.sft)]
         own = {"model_name_or_path": self.given, "dataset_name": str(self.folder(0, "rows")), "output_dir": str(folder)}
-        length, last = self.max_length, last_checkpoint(folder)
-        own |= ({"max_length": str(length)} if length else {}) | ({"resume_from_checkpoint": str(last)} if last else {})
-        command += keys(own)
-        return Stage(folder, command, {"sft": loop.sft, "sft_data": loop.sft_data, "policy": self.given})
+        last, values = last_checkpoint(folder), sft_values(Path(str(loop.sft)))
+        own |= {"max_length": str(self.max_length or NO_LIMIT)}
+        command += keys(own | ({"resume_from_checkpoint": str(last)} if last else {}))
+        settings = {"sft": values, "sft_data": loop.sft_data, "policy": self.given, "max_length": self.max_length}
+        return Stage(folder, command, settings, strict=True)
 
     def _launcher(self, script: list[str]) -> list[str]:
-        """A script, or a module behind -m, in the loop's processes."""
+        """A script in the loop's processes."""
         if self.loop.accelerate_config:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", self.loop.accelerate_config]
             return [*launch, *script]
@@ -138,6 +154,7 @@ class Iterations:
     def _sampling(self, n: int, stage: str, policy: str, tasks: str, options: dict[str, Any]) -> Stage:
         folder = self.folder(n, stage)
         command = [sys.executable, str(ROOT / "scripts/sample.py"), policy, "--recipe", self.loop.recipe]
+        command += [f"--model_name_or_path={policy}"]  # whose tokenizer and chat template training uses
         command += ["--tasks", tasks, "--save", str(folder / TRAJECTORIES), *flags(options)]
         chosen = {name: value for name, value in options.items() if name not in ("in_flight", *OF_SERVERS)}
         return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen})
@@ -153,6 +170,8 @@ class Iterations:
         mixer = json.dumps({str(self.folder(n, "pair") / PAIRS): 1.0})
         reference = {"ref_model_name_or_path": self.policy(0)} if loop.reference == "first" and n > 1 else {}
         own = {"model_name_or_path": self.policy(n - 1), **reference, "output_dir": str(folder)}
+        # What a kill left is resumed where it has a checkpoint, whatever the recipe says, and else begun anew.
+        own["overwrite_output_dir"] = newest_complete(folder)[0] is None
         command = [*self._launcher([str(ROOT / "run_dpo.py")]), loop.recipe, f"--dataset_mixer={mixer}"]
         command += keys({**loop.train, **own})
         settings = {"recipe": loop.recipe, "train": loop.train, "reference": loop.reference}
@@ -169,16 +188,31 @@ class Iterations:
         stages = list(self.stages())
         for _, stage in stages:
             stage.finished()  # raises before anything runs
-        for n, stage in stages:
-            if not stage.finished():
-                stage.run()
-            if not after(n, stage):
-                return
+        with alone(self.out):
+            for n, stage in stages:
+                if not stage.finished():
+                    stage.run()
+                if not after(n, stage):
+                    return
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raises UserError where another loop works in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"output_dir: another loop works in {folder}.", "output_dir") from None
+        yield
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Of TRL's SFT: the last one with a trainer_state.json, which is written when all else is there."""
+    """Of TRL's SFT: the last one with a trainer_state.json, which is written when all else is there, and a schedule:
+    without, as save_only_model leaves them, training would begin anew in its middle."""
     found = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
+    found = [path for path in found if (path / "scheduler.pt").is_file() or [*path.glob("global_step*")]]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -190,8 +224,9 @@ def _is_json(path: Path) -> bool:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """A switch without a value where the option is true; none where it is false."""
-    return [f"--{k}" if v is True else f"--{k}={_text(v)}" for k, v in options.items() if v is not False]
+    """A switch without a value where the option is true; none where it is false or null."""
+    given = {name: value for name, value in options.items() if value is not False and value is not None}
+    return [f"--{name}" if value is True else f"--{name}={_text(value)}" for name, value in given.items()]
 
 
 def keys(train: dict[str, Any]) -> list[str]:

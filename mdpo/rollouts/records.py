@@ -81,6 +81,15 @@ def recorded_sequences(turns: Iterable[SampledTurn]) -> list[dict[str, list]]:
     return sequences
 
 
+def first_settings(path: Path) -> dict[str, Any]:
+    """Of the first trajectory in a file; {} where there is none."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return json.loads(file.readline())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 class Records:
     """The trajectories of one file, which one process writes; without their messages and sequences, which are on the
     disk. Raises UserError where the file has other ones than this command would make: of another policy, of other

@@ -13,6 +13,7 @@ from mdpo.config.recipe import Recipe
 from mdpo.console import say
 from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.dates import NAME as DAY
 from mdpo.reference.fingerprint import named_digest
 from mdpo.rollouts.answers import gold_answer, refuse_missing_verifier
 from mdpo.rollouts.calls import CallForm, call_form
@@ -121,7 +122,10 @@ def backend_of(
         with served(checkpoint, recipe, options) as (name, addresses, own):
             timeout = max(TIMEOUT_S, options.max_new_tokens / SLOWEST)
             arguments = (addresses, name, stops, vocabulary, options.temperature)
-            with ASKED[options.backend](*arguments, timeout_s=timeout, own=own) as server:
+            more = {"timeout_s": timeout, "own": own}
+            if options.backend == "chat":
+                more["template_kwargs"] = {name: v for name, v in template.kwargs.items() if name != DAY}
+            with ASKED[options.backend](*arguments, **more) as server:
                 listed = options.backend == "server"  # transformers serve lists what is in its cache alone
                 served_lengths = [served_context(address, name, listed) for address in addresses]
                 lengths = [context_length(config), *served_lengths]
@@ -170,4 +174,5 @@ def settings_of(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}  # as JSON has them
     written = xxhash.xxh3_64_hexdigest(f"{template.tokenizer.chat_template} {sorted(template.kwargs.items())}".encode())
     calls, dtype = type(prepared.form).__name__, str(recipe.model.dtype)
-    return {**settings, "tool_calls": calls, "chat_template": written, "dtype": dtype}
+    day = {DAY: template.kwargs[DAY]} if DAY in template.kwargs else {}
+    return {**settings, "tool_calls": calls, "chat_template": written, "dtype": dtype, **day}

@@ -72,7 +72,7 @@ def descendants() -> list[int]:
 def send(process: int, number: int) -> None:
     try:
         os.kill(process, number)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # it has ended, or is another user's
         pass
 
 

@@ -21,7 +21,7 @@ from tiny import CHATML, tiny_llama, tokenizer_for
 from mdpo.config.loop import Loop, read_loop
 from mdpo.reference.fingerprint import named_digest
 from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
-from mdpo.rollouts.iterations import DONE, Iterations, Stage, got_worse, last_checkpoint
+from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, flags, got_worse, last_checkpoint
 
 ENVIRONMENT = """
 class Letters:
@@ -217,28 +217,67 @@ def test_the_stages_of_a_loop(workshop):
 
 def test_the_stages_of_sft_and_of_adapters(workshop):
     """SFT comes first, its policy is the one of iteration 0; an adapter is merged before it is sampled."""
-    loop = read_loop(loop_file(workshop, iterations=1, sft="s.yaml", sft_data="d.jsonl", reference="first"))
+    config = workshop / "s.yaml"
+    config.write_text("learning_rate: 1.0e-5\n")
+    loop = read_loop(loop_file(workshop, iterations=1, sft=str(config), sft_data="d.jsonl", reference="first"))
     iterations = Iterations(loop, "p", adapters=True, max_length=300)
     stages, out = [stage for _, stage in iterations.stages()], f"{workshop}/out"
     names = ["0/rows", "0/sft", "0/evaluate", "1/sample", "1/pair", "1/train", "1/merge", "1/evaluate"]
     assert [str(s.folder) for s in stages] == [f"{out}/iteration-{name}" for name in names]
     rows, sft, first, sample, _, train, merge, last = (s.command for s in stages)
     assert rows[2] == "d.jsonl" and {"--model_name_or_path=p", "--max_length=300"} <= set(rows)
-    assert sft[1:5] == ["-m", "trl.scripts.sft", "--config", "s.yaml"] and {
+    assert sft[1:4] == [str(ROOT / "scripts/sft.py"), "--config", str(config)] and {
         "--model_name_or_path=p", f"--dataset_name={out}/iteration-0/rows", f"--output_dir={out}/iteration-0/sft",
-        "--max_length=300"} == set(sft[5:])  # fmt: skip
+        "--max_length=300"} == set(sft[4:])  # fmt: skip
+    assert stages[1].settings["sft"] == {"learning_rate": 1e-5} and "--overwrite_output_dir=true" in train
+    assert f"--max_length={2**31 - 1}" in Iterations(loop, "p").sft().command  # not TRL's own limit
     policy = f"{out}/iteration-0/sft"
+    assert f"--model_name_or_path={policy}" in sample and f"--model_name_or_path={merge[3]}" in last
     assert first[2] == sample[2] == policy and f"--model_name_or_path={policy}" in train
     assert merge[2:] == [f"{out}/iteration-1/train", f"{out}/iteration-1/merge/model"] and last[2] == merge[3]
     assert stages[6].anew == Path(merge[3])
     assert f"--ref_model_name_or_path={policy}" in iterations.trained(2).command
 
 
+def test_sft_that_was_begun_otherwise_is_refused(workshop):
+    """Its checkpoints would go on with the schedule of the first start."""
+    config = workshop / "s.yaml"
+    config.write_text("learning_rate: 1.0e-5\n")
+    loop = read_loop(loop_file(workshop, sft=str(config), sft_data="d.jsonl"))
+    Iterations(loop, "p").sft().begun()
+    Iterations(loop, "p").sft().begun()
+    config.write_text("learning_rate: 2.0e-5\n")
+    with refused("sft", workshop / "out/iteration-0/sft"):
+        Iterations(loop, "p").sft().begun()
+
+
+def test_one_loop_at_a_time(workshop):
+    code = "from pathlib import Path\nfrom mdpo.rollouts.iterations import alone\n"
+    code += f"alone(Path({str(workshop)!r})).__enter__()"
+    with alone(workshop):
+        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode and str(workshop) in second.stderr.splitlines()[-1]
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode
+
+
+def test_training_that_left_a_checkpoint_is_resumed(workshop, monkeypatch):
+    """Whatever the recipe says of overwriting."""
+    stages = Iterations(read_loop(loop_file(workshop)), "p")
+    monkeypatch.setattr("mdpo.rollouts.iterations.newest_complete", lambda folder: (folder / "checkpoint-1", []))
+    assert "--overwrite_output_dir=false" in stages.trained(1).command
+
+
+def test_null_is_no_option():
+    assert flags({"instruction": None, "isolated": False, "listed": [1, 2], "on": True}) == ["--listed=1,2", "--on"]
+
+
 def test_sft_resumes_its_last_whole_checkpoint(tmp_path):
-    for step, state in ((9, '{"a": 1}'), (10, '{"a": 1}'), (11, '{"a'), (12, None)):
+    for step, state in ((9, '{"a": 1}'), (10, '{"a": 1}'), (11, '{"a'), (12, None), (13, '{"a": 1}')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        if step != 13:  # save_only_model: what training would need is not there
+            (tmp_path / f"checkpoint-{step}" / "scheduler.pt").touch()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10" and last_checkpoint(tmp_path / "none") is None
 
 
@@ -348,7 +387,14 @@ BAD = {
     "a recipe's key": ({"train": {"betta": 1}}, "betta", "beta"),
     "SFT of nothing": ({"sft": "{folder}/recipe.yaml"}, "sft", "sft_data"),
     "no file of SFT": ({"sft": "none.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "none.yaml"),
-    "a model of SFT": ({"sft": "{folder}/recipe.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "max_length"),
+    "a model of SFT": ({"sft": "{folder}/recipe.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "recipe.yaml:2"),
+    "a misspelt key of SFT": (
+        {"sft": "{folder}/sft.yaml", "sft_data": "{folder}/tasks.jsonl"},
+        "sft",
+        "num_train_epochs",
+    ),
+    "an adapter of SFT": ({"sft": "{folder}/lora.yaml", "sft_data": "{folder}/tasks.jsonl"}, "sft", "use_peft"),
+    "a template of training alone": ({"train": {"chat_template": "t.jinja"}}, "train", "chat_template"),
     "an own policy of training": ({"train": {"output_dir": "x"}}, "train", "output_dir"),
     "an own file of pairs": ({"pair": {"out": "x"}}, "pair", "out"),
     "a reference in the recipe": ({"recipe": "{folder}/other.yaml"}, "reference", "ref_model_name_or_path"),
@@ -363,6 +409,8 @@ def test_mistakes_are_named_before_a_stage_runs(name, workshop):
     changes, key, detail = BAD[name]
     text = (workshop / "recipe.yaml").read_text()
     (workshop / "other.yaml").write_text(f"{text}ref_model_name_or_path: {workshop}/model\n")
+    (workshop / "sft.yaml").write_text("num_train_epoch: 1\n")
+    (workshop / "lora.yaml").write_text("use_peft: true\n")
     changes = {k: v.format(folder=workshop) if isinstance(v, str) else v for k, v in changes.items()}
     path = loop_file(workshop, **changes)
     with pytest.raises(iterate.UserError) as caught:
