@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import sample
 from datasets import Dataset
 from errors import dropped, refused
 from safetensors.torch import load_file
@@ -98,6 +99,29 @@ def test_the_resolved_recipe_and_the_scripts_have_the_day(start, clock, tmp_path
     out, recipe = str(tmp_path / "out"), str(tmp_path / "recipe.yaml")
     assert run(evaluate.main, [out, f"--recipe={recipe}", "--test_split_size=2"]) == 0
     assert f"2026-11-27, the day of the first start, which {out} keeps" in capsys.readouterr().out
+
+
+def test_sampling_goes_on_tomorrow_with_the_day_of_its_start(start, clock, tmp_path, capsys):
+    """Of a policy that keeps no day, as TRL's SFT and a hub's models: the trajectories do."""
+    model, recipe = (
+        load_recipe([str(tmp_path / "recipe.yaml"), "--report_to=none"]).model,
+        str(tmp_path / "recipe.yaml"),
+    )
+    (tmp_path / "t.jsonl").write_text('{"prompt": "Hi", "key": "a"}\n{"prompt": "Ho", "key": "b"}\n')
+    (tmp_path / "e.py").write_text("def nothing(completions, **row):\n    return [0.0]\n\n\nclass E:\n"
+                                   "    def reset(self, **row):\n        return None\n")  # fmt: skip
+    told = [model.model_name_or_path, f"--recipe={recipe}", f"--tasks={tmp_path}/t.jsonl", f"--save={tmp_path}/s.jsonl",
+            f"--environment={tmp_path}/e.py:E", f"--rewards={tmp_path}/e.py:nothing", "--max_turns=1",
+            "--max_new_tokens=3", "--temperature=1"]  # fmt: skip
+    clock("2026-11-27")
+    sample.main([*told, "--samples=1"])
+    clock("2026-11-28")
+    sample.main([*told, "--samples=2"])
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").open()]
+    assert len(rows) == 4 and {row["settings"]["strftime_now"] for row in rows} == {"2026-11-27"}
+    assert len({json.dumps(row["sequences"][0]["input_ids"][:20]) for row in rows if row["key"] == "a"}) == 1
+    sample.main([*told[:3], f"--save={tmp_path}/other.jsonl", *told[4:]])
+    assert json.loads((tmp_path / "other.jsonl").open().readline())["settings"]["strftime_now"] == "2026-11-28"
 
 
 def test_tokens_kept_from_yesterday_are_not_todays(clock):
