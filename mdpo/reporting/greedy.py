@@ -3,6 +3,7 @@
 No number of the training depends on them: modes, settings and the generators of random numbers are put back.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,9 +87,12 @@ def whole_policy(trainer) -> Iterator[Any]:
 
     with deepspeed.zero.GatheredParameters(trainer.model_wrapped.parameters()):
         remove_hooks(trainer.model_wrapped)  # they would release each layer's weights after it
+        # And one of the whole model that is left compares the ranks at each forward, of which each has its own number.
+        hooks, model._forward_pre_hooks = model._forward_pre_hooks, OrderedDict()
         try:
             yield model
         finally:
+            model._forward_pre_hooks = hooks
             add_hooks(trainer.model_wrapped)
 
 

@@ -116,6 +116,19 @@ def several_of(folder, workshop, pairs: int) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
+def test_a_rank_without_a_turn_to_show_is_not_waited_for(workshop, extensions, tmp_path):
+    """Under ZeRO-3, where `generate` would let all ranks sample as long as one does: here one has nothing to sample."""
+    sides = {side: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+             for side, text in (("chosen", "Hello there"), ("rejected", "No"))}  # fmt: skip
+    (tmp_path / "one.jsonl").write_text(json.dumps(sides) + "\n")
+    flags = ["--show_answers=1", f"--eval_dataset_mixer={{{tmp_path}/one.jsonl: 1.0}}", "--max_steps=1"]
+    code, text = launch("zero3_cpu", workshop, extensions, tmp_path / "out", *flags)
+    assert code == 0, text[-4000:]
+    (shown,) = json.loads((tmp_path / "out/run_report.json").read_text())["answers"]
+    assert shown["before"]["text"] and shown["after"]["text"]
+
+
 @pytest.fixture(scope="module")
 def in_one_process(workshop, extensions, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one-several")
