@@ -72,6 +72,7 @@ OTHERS = {
     "_dynamo": torch,
     "_buffers": torch.nn.Module(),
     "_compiled_call_impl": torch.nn.Module,
+    "_forward_pre_hooks": torch.nn.Module(),
     "_modules": torch.nn.Module(),
     "_parameters": torch.nn.Module(),
     "_cdata": torch.UntypedStorage,
