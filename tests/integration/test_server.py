@@ -286,7 +286,7 @@ def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
     broken = {**GIVEN, "function": {"name": "add", "arguments": "{by"}}
     script_of = [said(None, "tool_calls", tool_calls=[broken]), said("Five.", "tool_calls", tool_calls=[GIVEN]), said()]
     with serving(*script_of) as (http, address):
-        script.main([*command, f"--base_url={address}"])
+        script.main([*command, f"--base_url={address}", '--chat_template_kwargs={"thinking": false}'])
     (row,) = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
     assert row["reward"] == 1 and row["sequences"] == [] and row["settings"]["backend"] == "chat"
     assert row["calls"] == [["", "malformed"], ["add", "ok"]] and row["turns"] == 3 and row["ended"] == "done"
@@ -295,6 +295,7 @@ def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
     assert result["content"] == "12" and last == {"role": "assistant", "content": "Hello."}
     bodies = [body for _, body, _ in http.asked]
     assert all([tool["function"]["name"] for tool in body["tools"]] == ["add"] for body in bodies)
+    assert all(body["chat_template_kwargs"] == {"thinking": False} for body in bodies)  # the recipe's
     sent = bodies[2]["messages"]
     assert sent[-2]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"by": 5}'}
     assert sent[-1]["tool_call_id"] == sent[-2]["tool_calls"][0]["id"]
