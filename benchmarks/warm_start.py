@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options = [f"--max_training_samples={args.pairs}", "--eval_on_start=false", "--eval_dataset_mixer=null"]
-        options += [f"--output_dir={folder}/run", f"--reference_cache_dir={folder}/cache"]
+        options += ["--show_answers=0", f"--output_dir={folder}/run", f"--reference_cache_dir={folder}/cache"]
         for name in ("empty", "filled", "filled, another beta and learning rate"):
             overrides = ["--beta=0.3", "--learning_rate=1e-6"] if "another" in name else []
             print(f"{name:40} {seconds_to_first_step(args.recipe, *options, *overrides):6.1f} s", flush=True)

@@ -48,11 +48,12 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
         if held_out is not None:
             raise UserError("test_split_size: there already are pairs to evaluate on. Leave one of the two out.")
         train, held_out = hold_out(train, data.test_split_size, args.seed)
-    needs = {"eval_on_start": args.eval_on_start, "eval_strategy": args.eval_strategy != "no"}
-    needs |= {"show_answers": args.show_answers}
-    if held_out is None and any(needs.values()):
-        key = next(key for key, needed in needs.items() if needed)
-        raise UserError(f"{key}: there are no pairs to evaluate on. Set eval_dataset_mixer or test_split_size.")
+    needs = {"eval_on_start": (args.eval_on_start, "false"), "eval_strategy": (args.eval_strategy != "no", '"no"')}
+    needs |= {"show_answers": (args.show_answers, "0")}
+    for key, (needed, off) in needs.items():
+        if needed and held_out is None:
+            todo = f"Set eval_dataset_mixer, test_split_size or {key}: {off}"
+            raise UserError(f"{key}: there are no pairs to evaluate on. {todo}.")
     train, held_out = _first(train, data.max_training_samples), _first(held_out, data.max_eval_samples)
     if is_main_process():
         _tell(report, train, held_out, folder)

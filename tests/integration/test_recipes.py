@@ -511,7 +511,7 @@ def test_the_loop_s_rollouts_run(twins, tmp_path, monkeypatch):
     loop = dataclasses.replace(loop, output_dir=str(tmp_path), sample={**loop.sample, "samples": 2}, **files)
     for stage, samples in ((Iterations(loop, twin).evaluated(0), {0}), (Iterations(loop, twin).sampled(1), {0, 1})):
         stage.folder.mkdir(parents=True)
-        script("sample").main([*stage.command[2:], f"--model_name_or_path={twin}", "--max_new_tokens=8"])
+        script("sample").main([*stage.command[2:], "--max_new_tokens=8"])
         saved = [json.loads(row) for row in (stage.folder / "trajectories.jsonl").read_text().splitlines()]
         assert {row["sample"] for row in saved} == samples
         assert saved[0]["messages"][0]["content"].startswith("Use Python and put the answer in \\boxed{}.")
