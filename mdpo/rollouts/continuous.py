@@ -3,12 +3,14 @@ cache's memory holds, and a conversation's next prompt finds its beginning in th
 
 import asyncio
 import itertools
+from contextlib import ExitStack
 
 import psutil
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from mdpo.errors import UserError
+from mdpo.rollouts.by_conversation import attention_by_conversation
 from mdpo.rollouts.episode import Sampled
 
 ALIVE_S = 5.0  # how often a waiting turn looks whether the thread of generation is still there
@@ -27,15 +29,18 @@ class ContinuousBatching:
         if model.device.type == "cpu":
             pages = {"page_size": CPU_PAGE, "num_blocks": _cpu_blocks(model)}
             self.options |= {**pages, "max_batch_tokens": CPU_BATCH_TOKENS}
-        self._numbers = itertools.count()
+        self._numbers, self._attention = itertools.count(), ExitStack()
 
     def __enter__(self) -> "ContinuousBatching":
+        if self.model.device.type == "cpu":
+            self._attention.enter_context(attention_by_conversation())
         try:
             self.manager = self.model.init_continuous_batching(
                 generation_config=self.config, continuous_batching_config=ContinuousBatchingConfig(**self.options)
             )
             self.manager.start()
         except (ValueError, NotImplementedError, AttributeError) as error:
+            self._attention.close()
             raise UserError(f"backend: transformers cannot batch this model continuously: {error}.") from error
         return self
 
@@ -43,6 +48,7 @@ class ContinuousBatching:
         if kind is not None:  # nobody waits for what is under way
             self.manager.output_router.result_handlers.clear()
         self.manager.stop(block=True, hard_stop=kind is not None)
+        self._attention.close()
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
         """Raises UserError where generation fails."""

@@ -13,9 +13,11 @@ from mdpo.rollouts.tasks import Task
 IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
 
 
-def jobs(tasks: list[Task], samples: int) -> list[tuple[Task, int]]:
-    """(task, sample) of each episode, the samples of a task one behind the other."""
-    return [(task, sample) for task in tasks for sample in range(samples)]
+def jobs(tasks: list[Task], samples: int, in_flight: int = IN_FLIGHT) -> list[tuple[Task, int]]:
+    """(task, sample) of each episode. As many tasks as there are places come one behind the other, then their next
+    samples: by then the cache has the prompt, which samples that start together compute each for itself."""
+    parts = (tasks[first : first + in_flight] for first in range(0, len(tasks), in_flight))
+    return [(task, sample) for part in parts for sample in range(samples) for task in part]
 
 
 def roll_out(player: Player, wanted: list[tuple[Task, int]], records: Records, in_flight: int = IN_FLIGHT) -> None:

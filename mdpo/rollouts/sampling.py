@@ -88,7 +88,7 @@ def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajecto
     options, shard = prepared.options, prepared.options.shard
     policy = named_digest(checkpoint, None, default_folder()) or checkpoint
     records = Records(options.save, policy, settings_of(prepared, recipe))
-    wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples)
+    wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples, options.in_flight)
     if not wanted:
         raise UserError("--shard: has no task of the file.")
     if records.missing(wanted):

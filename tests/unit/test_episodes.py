@@ -349,6 +349,12 @@ def python(code: str) -> str:
     return Outcome.of(f"ran {code}", "error")
 
 
+def test_samples_of_a_task_start_when_the_cache_has_its_prompt():
+    tasks = [task(f"t{n}") for n in range(3)]
+    found = [(one.key, sample) for one, sample in jobs(tasks, samples=2, in_flight=2)]
+    assert found == [("t0", 0), ("t1", 0), ("t0", 1), ("t1", 1), ("t2", 0), ("t2", 1)]
+
+
 def test_what_is_missing_is_sampled_and_nothing_twice(tmp_path):
     tasks = [task(f"t{n}") for n in range(6)]
     texts = {t.key: ["x<|im_end|>", "y<|im_end|>"] for t in tasks}
