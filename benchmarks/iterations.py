@@ -1,14 +1,16 @@
 """What of M-DPO makes a policy better: python benchmarks/iterations.py --arms mdpo all_tokens winners --seeds 1
 
 Three iterations of each arm and seed from one SFT policy (SmolLM2-135M, recipes/smollm2-135m/loop.yaml), judged by
-greedy answers to 300 questions of the templates that the loop asks, and 300 of those that SFT showed. Each iteration
-ends as a small file in benchmarks/iterations/, and the same command continues with what is missing. --table prints all
-that are there, --figure draws them. Models and trajectories go to --work.
+greedy answers to 300 questions of the templates that the loop asks, and 100 of those that SFT showed. --tasks shop:
+the same on the tool-calling environment (shop.yaml), 300 tasks. Each iteration ends as a small file in
+benchmarks/iterations/, and the same command continues with what is missing. The table of all that are there is
+printed at the end, or alone without --arms; --figure draws it. Models and trajectories go to --work.
 """
 
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +26,13 @@ from mdpo.config.loop import read_loop  # noqa: E402
 from mdpo.rollouts.iterations import DONE, TRAJECTORIES, Iterations, Stage  # noqa: E402
 from mdpo.rollouts.tables import wilson, with_interval  # noqa: E402
 
-DATA = ROOT / "recipes/smollm2-135m/data"
+RECIPES = ROOT / "recipes/smollm2-135m"
+LOOPS = {"maths": RECIPES / "loop.yaml", "shop": RECIPES / "shop.yaml"}
 RESULTS = ROOT / "benchmarks/iterations"
-SETS = {"asked": "loop_heldout", "SFT's": "loop_known"}  # of questions; a task's key begins with its file's name
+SETS = {  # of held-out tasks: (how their keys begin, their file beside the loop's own, how many)
+    "maths": {"asked": ("loop_heldout", None, 300), "SFT's": ("loop_known", RECIPES / "data/loop_known.jsonl", 100)},
+    "shop": {"orders": ("shop", None, 300)},
+}
 ARMS = {  # arm: (what it changes, said for the table)
     "mdpo": ({}, "M-DPO: the policy's own tokens"),
     "all_tokens": ({"mask_user_turns": False}, "DPO over all tokens behind the prompt, TRL's rule"),
@@ -39,40 +45,46 @@ ARMS = {  # arm: (what it changes, said for the table)
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[])
+    parser.add_argument("--tasks", choices=list(LOOPS), default="maths")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/iterations")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--figure", type=Path, metavar="FILE.png")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     if args.arms:
-        first = first_policy(args.work)
+        first = first_policy(args.tasks, args.work / args.tasks)
     for seed in args.seeds:
         for arm in args.arms:
-            run_arm(arm, seed, args.iterations, first, args.work)
-    if args.table or args.arms:
-        Console().print(table(results()))
+            run_arm(args.tasks, arm, seed, args.iterations, first, args.work / args.tasks)
+    found = {tasks: results(tasks) for tasks in LOOPS}
+    for tasks, own in found.items():
+        if own:
+            Console().print(table(tasks, own))
     if args.figure:
-        draw(results(), args.figure)
+        draw(found, args.figure)
 
 
-def first_policy(work: Path) -> Iterations:
+def first_policy(tasks: str, work: Path) -> Iterations:
     """SFT and its evaluation, which all arms share."""
     work.mkdir(parents=True, exist_ok=True)
-    asked = work / "held_out.jsonl"
-    asked.write_text("".join((DATA / f"{name}.jsonl").read_text() for name in SETS.values()))
-    shipped = read_loop(ROOT / "recipes/smollm2-135m/loop.yaml")
+    if tasks == "shop" and not (ROOT / "outputs/shop/model").is_dir():
+        subprocess.run([sys.executable, str(RECIPES / "data/make_shop.py")], check=True)
+    shipped, asked = read_loop(LOOPS[tasks]), work / "held_out.jsonl"
+    with asked.open("w", encoding="utf-8") as file:
+        for _, path, count in SETS[tasks].values():
+            lines = Path(path or ROOT / shipped.held_out_tasks).read_text(encoding="utf-8").splitlines(keepends=True)
+            file.writelines(lines[:count])
     loop = replace(shipped, output_dir=str(work / "start"), held_out_tasks=str(asked), iterations=1)
     iterations = iterate.checked(loop)
     for stage in (iterations.rows(), iterations.sft(), iterations.evaluated(0)):
         if not stage.finished():
             stage.run()
-    write("start", 0, 0, iterations.evaluated(0), {})
+    write(tasks, "start", 0, 0, iterations.evaluated(0), {})
     return iterations
 
 
-def run_arm(arm: str, seed: int, count: int, first: Iterations, work: Path) -> None:
+def run_arm(tasks: str, arm: str, seed: int, count: int, first: Iterations, work: Path) -> None:
     """`count` iterations, from the trajectories that the first policy samples with this seed."""
     shared, changes = first.loop, ARMS[arm][0]
     out = work / f"{arm}-{seed}"
@@ -94,7 +106,7 @@ def run_arm(arm: str, seed: int, count: int, first: Iterations, work: Path) -> N
 
     def after(n: int, stage: Stage) -> bool:
         if n and stage.folder.name == "evaluate":
-            write(arm, seed, n, stage, trained(iterations.trained(n).folder))
+            write(tasks, arm, seed, n, stage, trained(iterations.trained(n).folder))
             if n > 1:  # two models of each arm at a time
                 for path in Path(iterations.policy(n - 1)).glob("*.safetensors"):
                     path.unlink()
@@ -116,19 +128,19 @@ def trained(folder: Path) -> dict:
     return {name: report[name] for name in ("train_seconds", "steps")}
 
 
-def write(arm: str, seed: int, n: int, stage: Stage, more: dict) -> None:
+def write(tasks: str, arm: str, seed: int, n: int, stage: Stage, more: dict) -> None:
     found = [json.loads(line) for line in (stage.folder / TRAJECTORIES).open(encoding="utf-8")]
-    result = {"arm": arm, "seed": seed, "iteration": n, **more}
-    for name, prefix in SETS.items():
+    result = {"tasks": tasks, "arm": arm, "seed": seed, "iteration": n, **more}
+    for name, (prefix, *_) in SETS[tasks].items():
         own = [row for row in found if row["key"].startswith(f"{prefix}-")]
         result[name] = {"right": sum(row["reward"] == 1 for row in own), "tasks": len(own),
                         "cut": sum(row["ended"] == "cut" for row in own),
                         "failed calls": sum(how != "ok" for row in own for _, how in row["calls"])}  # fmt: skip
-    (RESULTS / f"{arm}-{seed}-{n}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{tasks}-{arm}-{seed}-{n}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def results() -> list[dict]:
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+def results(tasks: str) -> list[dict]:
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{tasks}-*.json"))]
     return sorted(found, key=lambda r: (["start", *ARMS].index(r["arm"]), r["iteration"], r["seed"]))
 
 
@@ -145,39 +157,42 @@ def share(group: list[dict], name: str) -> tuple[float, int]:
     return sum(r[name]["right"] / r[name]["tasks"] for r in group) / len(group), group[0][name]["tasks"]
 
 
-def table(found: list[dict]) -> Table:
-    shown = Table(title="right answers, the mean of the seeds")
-    for column in ("arm", "iteration", "seeds", *(f"{name} templates" for name in SETS)):
+def table(tasks: str, found: list[dict]) -> Table:
+    shown = Table(title=f"{tasks}: right answers, the mean of the seeds")
+    for column in ("arm", "iteration", "seeds", *SETS[tasks]):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for (arm, n), group in by_arm(found).items():
-        shares = [with_interval(*share(group, name)) for name in SETS]
+        shares = [with_interval(*share(group, name)) for name in SETS[tasks]]
         shown.add_row(arm, str(n), ", ".join(str(r["seed"]) for r in group), *shares)
     return shown
 
 
-def draw(found: list[dict], path: Path) -> None:
+def draw(found: dict[str, list[dict]], path: Path) -> None:
     """Right answers by iteration, an arm a line, with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = by_arm(found)
-    figure, panels = pyplot.subplots(1, len(SETS), figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, name in zip(panels, SETS, strict=True):
+    shown = [(tasks, name) for tasks, own in found.items() if own for name in SETS[tasks]]
+    width = 5 * len(shown)
+    figure, panels = pyplot.subplots(
+        1, len(shown), figsize=(width, 4), sharey=True, layout="constrained", squeeze=False
+    )
+    for panel, (tasks, name) in zip(panels[0], shown, strict=True):
+        groups = by_arm(found[tasks])
         for shift, arm in enumerate(a for a in ARMS if any(key[0] == a for key in groups)):
             points = [(n, *share(group, name)) for (of, n), group in groups.items() if of in ("start", arm)]
             xs, ys = [n + 0.04 * shift for n, _, _ in points], [y for _, y, _ in points]
-            bounds = [wilson(y, tasks) for _, y, tasks in points]
-            errors = [
-                [y - b[0] for y, b in zip(ys, bounds, strict=True)],
-                [b[1] - y for y, b in zip(ys, bounds, strict=True)],
-            ]
-            panel.errorbar(xs, ys, yerr=errors, marker="o", capsize=3, label=ARMS[arm][1])
-        panel.set(title=f"{name} templates", xlabel="iteration", xticks=sorted({n for _, n in groups}))
+            bounds = [wilson(y, count) for _, y, count in points]
+            below = [y - low for y, (low, _) in zip(ys, bounds, strict=True)]
+            above = [high - y for y, (_, high) in zip(ys, bounds, strict=True)]
+            color = f"C{list(ARMS).index(arm)}"
+            panel.errorbar(xs, ys, yerr=[below, above], marker="o", capsize=3, label=ARMS[arm][1], color=color)
+        panel.set(title=f"{tasks}: {name}", xlabel="iteration", xticks=sorted({n for _, n in groups}))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("right answers")
-    panels[0].legend(fontsize="small")
+    panels[0][0].set_ylabel("right answers")
+    panels[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 

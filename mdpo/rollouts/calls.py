@@ -59,8 +59,9 @@ class _InText:
     """Calls are in the text, for us to read."""
 
     def of_message(self, message: Message) -> TurnCalls:
+        """Raises ValueError, which ends the trajectory, where its text is not what the policy said."""
         if message.get("tool_calls"):
-            raise UserError("tool_calls: the server returned calls beside the text. Set template.", "tool_calls")
+            raise ValueError("the server took calls out of the text; with tools, --tool_calls=template")
         return replace(self.read(message["content"], [], []), message=message)
 
     def read(self, text: str, ids: list[int], prompt: list[int]) -> TurnCalls:

@@ -1,9 +1,11 @@
 """scripts/iterate.py: two iterations of a tiny model, killed and started again; what a loop refuses."""
 
+import dataclasses
 import io
 import json
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,11 +19,14 @@ from loop_folder import trajectory, write_loop, write_trajectories
 from repository import ROOT
 from rich.console import Console
 from tiny import CHATML, tiny_llama, tokenizer_for
+from transformers import AutoTokenizer
 
 from mdpo.config.loop import Loop, read_loop
+from mdpo.masking.chat_template import ChatTemplate
 from mdpo.reference.fingerprint import named_digest
 from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
 from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, flags, got_worse, last_checkpoint
+from mdpo.rollouts.supervised import sft_rows
 
 ENVIRONMENT = """
 class Letters:
@@ -442,6 +447,24 @@ def test_each_family_has_a_loop(monkeypatch):
     monkeypatch.chdir(ROOT)
     stages = [stage for _, stage in iterate.checked(read_loop(SMALL)).stages()]
     assert [stage.folder.name for stage in stages[:4]] == ["rows", "sft", "evaluate", "sample"]
+
+
+def test_the_shop_s_loop(tmp_path, monkeypatch):
+    """Its tasks are made anew: what SFT shows earns the reward, and no task is in two files."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["make_shop.py", str(tmp_path)])
+    runpy.run_path("recipes/smollm2-135m/data/make_shop.py", run_name="__main__")
+    loop = read_loop(ROOT / "recipes/smollm2-135m/shop.yaml")
+    named = {"policy": "model", "sft_data": "sft.jsonl", "tasks": "tasks.jsonl", "held_out_tasks": "heldout.jsonl"}
+    assert {key: getattr(loop, key) for key in named} == {key: f"outputs/shop/{name}" for key, name in named.items()}
+    loop = dataclasses.replace(loop, **{key: str(tmp_path / name) for key, name in named.items()})
+    stages = [stage for _, stage in iterate.checked(loop).stages()]
+    assert [stage.folder.name for stage in stages[:4]] == ["rows", "sft", "evaluate", "sample"]
+    rows = [json.loads(line) for name in ("tasks", "heldout") for line in (tmp_path / f"{name}.jsonl").open()]
+    assert len({json.dumps([row["prompt"], row["goal"], row["catalog"]]) for row in rows}) == len(rows) == 420
+    template = ChatTemplate(AutoTokenizer.from_pretrained(loop.policy))
+    _, report = sft_rows([tmp_path / "sft.jsonl"], template, loop.train["max_length"])
+    assert report.taken == report.sequences == 160 and not report.left_out
 
 
 def test_the_loop_of_the_page():

@@ -66,7 +66,7 @@ def test_making_them_again_gives_the_same_bytes(tmp_path):
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (DATA / f"{name}.jsonl").read_bytes(), name
 
 
-LOOP = {"loop_sft": 160, "loop_tasks": 192, "loop_heldout": 300, "loop_known": 300}
+LOOP = {"loop_sft": 160, "loop_tasks": 120, "loop_heldout": 300, "loop_known": 300}
 
 
 def test_making_the_loop_s_questions_again_gives_the_same_bytes(tmp_path):

@@ -311,5 +311,7 @@ def test_calls_in_text_of_a_template_without_tools(tmp_path):
     assert row["reward"] == 1 and row["messages"][-3]["reasoning_content"] == "Hm."
     assert all("tools" not in body for _, body, _ in http.asked)
     (tmp_path / "t.jsonl").unlink()
-    with serving(said(call, tool_calls=[GIVEN])) as (_, address), refused("tool_calls", "template"):
+    with serving(said(call, tool_calls=[GIVEN])) as (_, address):
         script.main([*command, f"--base_url={address}"])
+    (row,) = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
+    assert row["ended"] == "environment error" and row["reward"] is None and "tool_calls" in row["error"]
