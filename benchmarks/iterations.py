@@ -102,7 +102,9 @@ def run_arm(tasks: str, arm: str, seed: int, count: int, first: Iterations, work
         train={**shared.train, **changes, "seed": seed},
     )
     iterations = iterate.checked(loop)
-    take_over(first.evaluated(0), iterations.evaluated(0))
+    take_over(first.evaluated(0).folder, iterations.evaluated(0))
+    for sampled in sorted(work.glob(f"*-{seed}/iteration-1/sample")):  # by the same policy and seed, for another arm
+        take_over(sampled, iterations.sampled(1))
 
     def after(n: int, stage: Stage) -> bool:
         if n and stage.folder.name == "evaluate":
@@ -115,10 +117,10 @@ def run_arm(tasks: str, arm: str, seed: int, count: int, first: Iterations, work
     iterations.run(after)
 
 
-def take_over(theirs: Stage, own: Stage) -> None:
-    """A stage that is the same for all arms is not run again."""
-    if not own.finished():
-        shutil.copytree(theirs.folder, own.folder, dirs_exist_ok=True)
+def take_over(theirs: Path, own: Stage) -> None:
+    """A stage that is the same for several arms is not run again."""
+    if (theirs / DONE).is_file() and not own.finished():
+        shutil.copytree(theirs, own.folder, dirs_exist_ok=True)
         (own.folder / DONE).write_text(json.dumps(own.settings))
 
 

@@ -58,14 +58,11 @@ def main() -> None:
                 minutes = (time.perf_counter() - start) / 60
                 sampled = sum(sum(s.assistant_masks) for t in records.done for s in t.sequences)
                 rates[name].append((len(records.done) / minutes, sampled / minutes))
-                print(
-                    f"{n} {name:13} {rates[name][-1][0]:7.1f} trajectories, {rates[name][-1][1]:7.0f} tokens a minute"
-                )
+                print(f"{n} {name:13} {len(records.done) / minutes:7.1f} trajectories a minute", flush=True)
     for name, found in rates.items():
         for what, values in zip(("trajectories", "sampled tokens"), zip(*found, strict=True), strict=True):
-            print(
-                f"{name:13} {what:14} a minute: {statistics.median(values):8.1f} ({min(values):.1f} to {max(values):.1f})"
-            )
+            spread = f"{statistics.median(values):8.1f} ({min(values):.1f} to {max(values):.1f})"
+            print(f"{name:13} {what:14} a minute: {spread}")
     ratios = [server[0] / here[0] for here, server in zip(*rates.values(), strict=True)]
     print(f"server / transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
