@@ -10,7 +10,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +23,7 @@ from mdpo.rollouts.driver import jobs, roll_out  # noqa: E402
 from mdpo.rollouts.episode import Player  # noqa: E402
 from mdpo.rollouts.records import Records  # noqa: E402
 from mdpo.rollouts.sampling import backend_of, limits_of, prepare, settings_of  # noqa: E402
+from mdpo.rollouts.serving import Servers  # noqa: E402
 
 RECIPE = ROOT / "recipes/smollm2-135m/dpo/config_quickstart.yaml"
 TASKS = ROOT / "recipes/smollm2-135m/data/loop_tasks.jsonl"
@@ -34,7 +34,6 @@ SERVE = (
     "-m vllm.entrypoints.openai.api_server --model {model} --host 127.0.0.1 --port {port} "
     f"--dtype float32 --max-model-len {CONTEXT} --enforce-eager"
 )
-BACKENDS = {"transformers": [], "server": ["--serve", SERVE]}
 
 
 def main() -> None:
@@ -45,43 +44,38 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in BACKENDS}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        sides = {name: side(name, args, Path(folder), stack) for name in BACKENDS}
+    rates: dict[str, list[float]] = {"transformers": [], "server": []}
+    with tempfile.TemporaryDirectory() as folder, Servers(SERVE, args.policy, Path(folder, "served.jsonl")) as servers:
         for n in range(args.rounds):
-            for name in list(sides)[:: -1 if n % 2 else 1]:
-                player, prepared, settings = sides[name]
-                records = Records(Path(folder, f"{name}-{n}.jsonl"), "policy", settings)
-                tasks = prepared.tasks[n * args.questions : (n + 1) * args.questions]
-                start = time.perf_counter()
-                roll_out(player, jobs(tasks, args.samples), records)
-                minutes = (time.perf_counter() - start) / 60
-                sampled = sum(sum(s.assistant_masks) for t in records.done for s in t.sequences)
-                rates[name].append((len(records.done) / minutes, sampled / minutes))
-                print(f"{n} {name:13} {len(records.done) / minutes:7.1f} trajectories a minute", flush=True)
+            for name in list(rates)[:: -1 if n % 2 else 1]:
+                options = [f"--save={folder}/{name}-{n}.jsonl", f"--samples={args.samples}"]
+                options += [f"--base_url={servers.up()[0]}"] if name == "server" else []
+                rates[name].append(one_round(name, args, Path(folder), options, n))
+                print(f"{n} {name:13} {rates[name][-1]:7.1f} trajectories a minute", flush=True)
     for name, found in rates.items():
-        for what, values in zip(("trajectories", "sampled tokens"), zip(*found, strict=True), strict=True):
-            spread = f"{statistics.median(values):8.1f} ({min(values):.1f} to {max(values):.1f})"
-            print(f"{name:13} {what:14} a minute: {spread}")
-    ratios = [server[0] / here[0] for here, server in zip(*rates.values(), strict=True)]
+        print(f"{name:13} {statistics.median(found):7.1f} ({min(found):.1f} to {max(found):.1f}) trajectories a minute")
+    ratios = [server / here for here, server in zip(*rates.values(), strict=True)]
     print(f"server / transformers: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def side(name: str, args: argparse.Namespace, folder: Path, stack: ExitStack):
-    """(Player, what is prepared, settings) of a backend that has started, and is stopped with `stack`."""
+def one_round(name: str, args: argparse.Namespace, folder: Path, more: list[str], n: int) -> float:
+    """Trajectories a minute, counted from when the backend is there."""
     command = [args.policy, f"--recipe={RECIPE}", f"--tasks={TASKS}", f"--backend={name}", "--temperature=1.0"]
     command += ["--max_new_tokens=64", "--max_turns=4", "--instruction=Use Python and put the answer in \\boxed{}."]
-    command += [f"--save={folder}/{name}.jsonl", f"--samples={args.samples}", *BACKENDS[name]]
-    _, options, _ = sample.parse(command)
-    recipe = load_recipe(
-        [str(RECIPE), f"--model_name_or_path={args.policy}", "--report_to=none", f"--output_dir={folder}"]
-    )
+    _, options, _ = sample.parse([*command, *more])
+    own = [f"--model_name_or_path={args.policy}", "--report_to=none", f"--output_dir={folder}"]
+    recipe = load_recipe([str(RECIPE), *own])
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
     prepared = prepare(str(TASKS), options, recipe, tokenizer)
-    backend, stops, context = stack.enter_context(backend_of(args.policy, recipe, prepared, seed=0))
-    limits = limits_of(options, min(context or CONTEXT, CONTEXT))
-    player = Player(backend, prepared.template, stops, prepared.form, prepared.environments, prepared.rewards, limits)
-    return player, prepared, settings_of(prepared, recipe)
+    tasks = prepared.tasks[n * args.questions : (n + 1) * args.questions]
+    records = Records(options.save, "policy", settings_of(prepared, recipe))
+    with backend_of(args.policy, recipe, prepared, seed=n) as (backend, stops, context):
+        limits = limits_of(options, min(context or CONTEXT, CONTEXT))
+        of_all = (prepared.template, stops, prepared.form, prepared.environments, prepared.rewards, limits)
+        start = time.perf_counter()
+        roll_out(Player(backend, *of_all), jobs(tasks, args.samples), records)
+        minutes = (time.perf_counter() - start) / 60
+    return len(records.done) / minutes
 
 
 if __name__ == "__main__":
