@@ -4,6 +4,7 @@ to its own, which gives the same (tests/unit/test_by_conversation.py compares bo
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,12 +36,13 @@ def by_conversation(
     new tokens, head dim); `cu_seq_lens_q` and `cu_seq_lens_k` say where each conversation begins among the new tokens
     and among the keys that the cache gives back, and `attention_mask` (1, 1, new tokens, keys) has what else a token
     does not see, such as what a sliding window has left behind. Returns ((1, new tokens, heads, head dim), None)."""
-    if cache is None or attention_mask is None or kwargs.get("position_bias") is not None:
+    theirs = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))  # the latter they refuse
+    if cache is None or attention_mask is None or theirs:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, cache=cache, **kwargs)
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     news, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     groups, parts = query.shape[1] // key.shape[1], []
-    for q, q_end, k, k_end in zip(news, news[1:], keys, keys[1:], strict=False):
+    for (q, q_end), (k, k_end) in zip(pairwise(news), pairwise(keys), strict=True):
         own_query, own_key, own_value = query[:, :, q:q_end], key[:, :, k:k_end], value[:, :, k:k_end]
         one = q_end - q == 1  # the heads of a key head are then rows of one query: nothing is repeated
         if one:

@@ -450,7 +450,7 @@ def test_each_family_has_a_loop(monkeypatch):
 
 
 def test_the_shop_s_loop(tmp_path, monkeypatch):
-    """Its tasks are made anew: what SFT shows earns the reward, and no task is in two files."""
+    """Its tasks are made anew: no task is there twice, and SFT learns each trajectory whole."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["make_shop.py", str(tmp_path)])
     runpy.run_path("recipes/smollm2-135m/data/make_shop.py", run_name="__main__")

@@ -9,12 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mdpo.rollouts.by_conversation import attention_by_conversation, by_conversation
 
-NEW, KEYS, KEY_HEADS, WIDTH = (
-    (1, 5, 1, 3),
-    (7, 5, 1, 9),
-    2,
-    8,
-)  # of a decode, a prompt, a prompt of one token, a part of one
+NEW, KEYS = (1, 5, 1, 3), (7, 5, 1, 9)  # tokens: of a decode, a prompt, a prompt of one token, a part of one
+KEY_HEADS, WIDTH = 2, 8
 WINDOW = 4
 
 
@@ -66,6 +62,12 @@ def test_without_pages_it_is_transformers_own():
     kwargs = batch(3, None)
     module = SimpleNamespace(layer_idx=0, num_key_value_groups=3, is_causal=True)
     assert torch.equal(by_conversation(module, **kwargs)[0], sdpa_attention_forward(module, **kwargs)[0])
+
+
+def test_a_softcap_is_refused_as_transformers_does():
+    module = SimpleNamespace(layer_idx=0, num_key_value_groups=3, is_causal=True)
+    with pytest.raises(ValueError, match="softcap"):
+        by_conversation(module, cache=Cache(), softcap=30.0, **batch(3, None))
 
 
 def test_sdpa_is_transformers_own_again_afterwards():
