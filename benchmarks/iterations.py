@@ -164,7 +164,7 @@ def table(tasks: str, found: list[dict]) -> Table:
     for column in ("arm", "iteration", "seeds", *SETS[tasks]):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for (arm, n), group in by_arm(found).items():
-        shares = [with_interval(*share(group, name)) for name in SETS[tasks]]
+        shares = [with_interval(*share(group, name), 3) for name in SETS[tasks]]
         shown.add_row(arm, str(n), ", ".join(str(r["seed"]) for r in group), *shares)
     return shown
 
