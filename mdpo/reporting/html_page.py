@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from mdpo.console import say
 from mdpo.data.report import quantities, sequence_lines
 from mdpo.reporting.environment import hardware, repository, versions
-from mdpo.reporting.health import health_warnings
+from mdpo.reporting.health import ADVICE, health_warnings
 from mdpo.reporting.log_history import before_and_after, chosen_logps, latest_turns, not_finite
 from mdpo.reporting.plots import write_plots
 from mdpo.reporting.progress import StepTimer, clock
@@ -144,7 +144,7 @@ def notes(history: list[dict[str, Any]], beta: float, data: dict[str, Any]) -> l
     """(line, whether it is a warning) for what a reader should look at first."""
     line, _ = chosen_logps(history, beta)
     lines = [(line[:1].upper() + line[1:], False)] if line else []
-    lines += [(warning[:1].upper() + warning[1:], True) for warning in health_warnings(history, beta)]
+    lines += [(said[:1].upper() + said[1:], said != ADVICE) for said in health_warnings(history, beta)]
     for name, count in not_finite(history).items():
         lines.append((f"Non-finite values of {name}: {count}. Plots leave them out.", True))
     return lines + [(warning, True) for warning in data["warnings"]]

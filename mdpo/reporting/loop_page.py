@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from mdpo.console import say
+from mdpo.reporting.health import ADVICE
 from mdpo.reporting.html_page import PAGE, template
 from mdpo.reporting.loop_plots import draw_loop
 from mdpo.reporting.loop_tables import pair_rows, training_rows, trajectory_rows
@@ -116,5 +117,6 @@ def notes(
     for n, found in training.items():
         if found["line"]:
             lines.append((f"Iteration {n}: {found['line']}", False))
-        lines += [(f"Iteration {n}: {warning}", True) for warning in found["warnings"]]
-    return lines
+        lines += [(f"Iteration {n}: {warning}", True) for warning in found["warnings"] if warning != ADVICE]
+    advised = any(ADVICE in found["warnings"] for found in training.values())
+    return lines + [(ADVICE, False)] if advised else lines

@@ -8,6 +8,7 @@ import pytest
 from browser import BROWSER, seen
 from loop_folder import SETTINGS, finish, logs, stages, trajectory, write_loop, write_training, write_trajectories
 
+from mdpo.reporting.health import ADVICE
 from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage, notes
 from mdpo.reporting.loop_plots import failed_calls
 from mdpo.rollouts.iterations import DONE, TRAJECTORIES
@@ -138,6 +139,8 @@ def test_right_answers_that_fell_are_a_warning():
     fell, alarm = notes({0: of(0.8), 1: of(0.5)}, {}, [], "")[-1]
     assert alarm and fell == "Iteration 1: right answers fell from 0.8000 to 0.5000, by more than the interval."
     assert not any(alarm for _, alarm in notes({0: of(0.8), 1: of(0.72)}, {}, [], ""))
+    trained = {n: {"line": "", "warnings": ["fell", ADVICE]} for n in (1, 2)}
+    assert notes({}, trained, [], "") == [("Iteration 1: fell", True), ("Iteration 2: fell", True), (ADVICE, False)]
 
 
 def test_many_kinds_of_failed_calls_are_drawn_together():

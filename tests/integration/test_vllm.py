@@ -198,7 +198,7 @@ class Words:
 
 
 def even(completions, **row):
-    """Half of the answers are right, and no policy can know which."""
+    """Half of the answers are right, and no policy can know which: of 8 to a task, two differ."""
     return [float(len(completions[0][0]["content"]) % 2 == 0)]
 '''
 
@@ -216,10 +216,10 @@ def loop_file(folder: Path) -> Path:
         "max_steps: 2\ndisable_tqdm: true\ndataset_num_proc: 1\nreport_to: none\n"
     )
     sampling = {"backend": "server", "serve": SERVE, "environment": f"{folder}/words.py:Words", "max_turns": 1,
-                "rewards": f"{folder}/words.py:even", "max_new_tokens": 40, "in_flight": 2}  # fmt: skip
+                "rewards": f"{folder}/words.py:even", "max_new_tokens": 40, "in_flight": 4}  # fmt: skip
     loop = {"recipe": f"{folder}/r.yaml", "output_dir": f"{folder}/out", "tasks": f"{folder}/tasks.jsonl",
             "held_out_tasks": f"{folder}/held_out.jsonl", "iterations": 1, "stop_when_worse": False,
-            "sample": {**sampling, "samples": 4, "temperature": 0.8}, "evaluate": sampling,
+            "sample": {**sampling, "samples": 8, "temperature": 1.0}, "evaluate": sampling,
             "pair": {"pairs": "all"}}  # fmt: skip
     (folder / "loop.yaml").write_text(json.dumps(loop))
     return folder / "loop.yaml"
@@ -247,7 +247,7 @@ def test_a_loop_serves_its_policies(tmp_path):
     assert process.returncode == 0 and killed, text
     assert "start 1 of 3 begins" in text and "answers again" in text and text.count("1 of 1 servers answer") == 3
     jobs = sorted((row["key"], row["sample"]) for row in rows(trajectories))
-    assert jobs == [(f"tasks-{i}", k) for i in range(4) for k in range(4)]
+    assert jobs == [(f"tasks-{i}", k) for i in range(4) for k in range(8)]
     policies = [rows(out / f"iteration-{n}/evaluate/trajectories.jsonl")[0]["policy"] for n in (0, 1)]
     assert policies[0] == rows(trajectories)[0]["policy"] != policies[1]
     assert f"--model {out}/iteration-1/train" in (out / "iteration-1/evaluate/trajectories.server-0.log").read_text()

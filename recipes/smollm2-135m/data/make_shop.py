@@ -25,6 +25,7 @@ FILES = {"sft": (160, 1), "tasks": (120, 2), "heldout": (300, 3)}  # name: (rows
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "outputs/shop"
     folder.mkdir(parents=True, exist_ok=True)
+    model_with_tools(folder / "model")
     tools = list(Environments(Shop).schemas.values())
     for name, (n, seed) in FILES.items():
         rows = tasks(n, seed)
@@ -32,13 +33,27 @@ def main():
             rows = [{"key": row["key"], "messages": shown(row), "tools": tools} for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{folder / name}.jsonl: {len(rows)} rows")
+
+
+def model_with_tools(target):
+    """SmolLM2's files beside the chat template of tools.jinja; what is there already is kept or refused."""
+    template = target / "chat_template.jinja"
+    if target.exists():
+        if not template.is_file() or template.read_bytes() != TEMPLATE.read_bytes():
+            sys.exit(
+                f"error: {target} is there and has not the chat template {TEMPLATE.name}; move it, or name a FOLDER."
+            )
+        print(f"{target}: there already")
+        return
     if not MODEL.is_dir():
         sys.exit(f"error: there is no {MODEL}; make model first.")
-    with_tools = folder / "model"
-    shutil.rmtree(with_tools, ignore_errors=True)
-    shutil.copytree(MODEL, with_tools, copy_function=linked, ignore=shutil.ignore_patterns("prepared.json", "*.jinja"))
-    shutil.copy(TEMPLATE, with_tools / "chat_template.jinja")
-    print(f"{with_tools}: SmolLM2 with {TEMPLATE.name}")
+    unfinished = target.with_name("model.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    ignored = shutil.ignore_patterns("prepared.json", "*.jinja")
+    shutil.copytree(MODEL, unfinished, copy_function=linked, ignore=ignored)
+    shutil.copy(TEMPLATE, unfinished / template.name)
+    unfinished.rename(target)
+    print(f"{target}: SmolLM2 with {TEMPLATE.name}")
 
 
 def linked(source, target):
