@@ -36,7 +36,7 @@ SETS = {  # of held-out tasks: (how their keys begin, their file beside the loop
 ARMS = {  # arm: (what it changes, said for the table)
     "mdpo": ({}, "M-DPO: the policy's own tokens"),
     "all_tokens": ({"mask_user_turns": False}, "DPO over all tokens behind the prompt, TRL's rule"),
-    "winners": ({"loss_type": "sft"}, "SFT on the pairs' winners (RAFT)"),
+    "winners": ({"loss_type": "sft", "nll_coefficient": 0.0}, "SFT on the pairs' winners (RAFT)"),
     "first": ({}, "M-DPO, reference fixed to the first policy"),
     "kto_pair": ({"loss_type": "kto_pair"}, "M-KTO on pairs"),
 }

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from errors import refused
+from families import tiny_config
 from repository import ROOT
 from tiny import CHATML, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -260,6 +261,43 @@ def test_a_batch_of_four_is_decoding_by_hand(tiny, backend):
     for ids, one in zip(prompts_of(tokenizer), found, strict=True):
         new = by_hand(model, ids, stops, 12)
         assert [token for token in one.ids if token not in stops] == new and one.cut == (len(new) == 12)
+
+
+TIES = {"float32": 1e-4, "bfloat16": 0.05}  # of the two likeliest logits: either may be taken
+
+
+def windowed(family: str, window: int, dtype: str, tokenizer):
+    """A random model whose turns depend on their prompts, with a sliding window of so many tokens."""
+    config = tiny_config(family, len(tokenizer))
+    config.sliding_window = window
+    attention = "eager" if family == "gpt_oss" else "sdpa"  # it has sinks
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(3)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TIES)
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_a_sliding_window_is_that_of_decoding_by_hand(family, dtype, tiny):
+    """Up to ties, which may part two ways of adding. The window counts: without it other tokens come."""
+    _, tokenizer, _ = tiny
+    model, prompts = windowed(family, 8, dtype, tokenizer), prompts_of(tokenizer)
+    found = [one.ids for one in sampled("continuous", model, [], prompts, 12)]
+    parted = 0
+    for ids, new in zip(prompts, found, strict=True):
+        wanted = by_hand(model, ids, set(), 12)
+        same = next((n for n, (a, b) in enumerate(zip(wanted, new, strict=True)) if a != b), None)
+        if same is not None:
+            first, second = model(torch.tensor([ids + wanted[:same]])).logits[0, -1].float().topk(2).values
+            assert first - second < TIES[dtype]
+            parted += 1
+    assert parted < len(prompts) / 2
+    without = windowed(family, 512, dtype, tokenizer)
+    assert [by_hand(without, ids, set(), 12) for ids in prompts] != found
 
 
 def test_log_probs_are_those_of_the_model(tiny):
