@@ -77,6 +77,11 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
         refuse_hidden_tool_role(template, options.tool_role)
     if options.backend == "chat":
         say("backend chat: its trajectories have no token ids: training tokenizes their text again.")
+        if recipe.data.chat_template:
+            say(
+                "backend chat: the server renders prompts with its own chat template; start it with the recipe's, "
+                f"{recipe.data.chat_template}, or training has other contexts than it had."
+            )
     if not options.save.parent.is_dir():
         raise UserError(f"--save: {options.save} has no folder.")
     return Prepared(options, tasks, template, environments, rewards, form)

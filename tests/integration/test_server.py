@@ -282,7 +282,8 @@ def chatting(tmp_path, template: str) -> list[str]:
 
 def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
     """They go into the messages as it gave them, and back to it with their results; there are no ids to train on."""
-    command = chatting(tmp_path, (TRL_TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"))
+    template = TRL_TEMPLATES / "qwen2_5.jinja"
+    command = [*chatting(tmp_path, template.read_text(encoding="utf-8")), f"--chat_template={template}"]
     broken = {**GIVEN, "function": {"name": "add", "arguments": "{by"}}
     script_of = [said(None, "tool_calls", tool_calls=[broken]), said("Five.", "tool_calls", tool_calls=[GIVEN]), said()]
     with serving(*script_of) as (http, address):
@@ -299,7 +300,10 @@ def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
     sent = bodies[2]["messages"]
     assert sent[-2]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"by": 5}'}
     assert sent[-1]["tool_call_id"] == sent[-2]["tool_calls"][0]["id"]
-    assert "no token ids" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "no token ids" in shown and f"its own chat template; start it with the recipe's, {template}" in " ".join(
+        shown.split()
+    )
 
 
 def test_calls_in_text_of_a_template_without_tools(tmp_path):
