@@ -20,9 +20,8 @@ import sample  # noqa: E402
 from mdpo.config.recipe import load_recipe  # noqa: E402
 from mdpo.masking.tokenizer import load_tokenizer  # noqa: E402
 from mdpo.rollouts.driver import jobs, roll_out  # noqa: E402
-from mdpo.rollouts.episode import Player  # noqa: E402
 from mdpo.rollouts.records import Records  # noqa: E402
-from mdpo.rollouts.sampling import backend_of, limits_of, prepare, settings_of  # noqa: E402
+from mdpo.rollouts.sampling import backend_of, prepare, settings_of  # noqa: E402
 from mdpo.rollouts.serving import Servers  # noqa: E402
 
 RECIPE = ROOT / "recipes/smollm2-135m/dpo/config_quickstart.yaml"
@@ -70,10 +69,9 @@ def one_round(name: str, args: argparse.Namespace, folder: Path, more: list[str]
     tasks = prepared.tasks[n * args.questions : (n + 1) * args.questions]
     records = Records(options.save, "policy", settings_of(prepared, recipe))
     with backend_of(args.policy, recipe, prepared, seed=n) as (backend, stops, context):
-        limits = limits_of(options, min(context or CONTEXT, CONTEXT))
-        of_all = (prepared.template, stops, prepared.form, prepared.environments, prepared.rewards, limits)
+        player = prepared.player(backend, stops, min(context or CONTEXT, CONTEXT))
         start = time.perf_counter()
-        roll_out(Player(backend, *of_all), jobs(tasks, args.samples), records)
+        roll_out(player, jobs(tasks, args.samples), records)
         minutes = (time.perf_counter() - start) / 60
     return len(records.done) / minutes
 

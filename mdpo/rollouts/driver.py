@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 from tqdm.auto import tqdm
 
@@ -13,6 +15,20 @@ from mdpo.rollouts.tasks import Task
 IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
 
 
+class Plays(Protocol):
+    async def play(self, task: Task, sample: int) -> Trajectory: ...
+
+
+@dataclass(frozen=True)
+class ByEnvironment:
+    """Plays each task in the environment that its row names."""
+
+    players: dict[str, Player]
+
+    async def play(self, task: Task, sample: int) -> Trajectory:
+        return await self.players[task.row["environment"]].play(task, sample)
+
+
 def jobs(tasks: list[Task], samples: int, in_flight: int = IN_FLIGHT) -> list[tuple[Task, int]]:
     """(task, sample) of each episode. As many tasks as there are places come one behind the other, then their next
     samples: by then the cache has the prompt, which samples that start together compute each for itself."""
@@ -20,7 +36,7 @@ def jobs(tasks: list[Task], samples: int, in_flight: int = IN_FLIGHT) -> list[tu
     return [(task, sample) for part in parts for sample in range(samples) for task in part]
 
 
-def roll_out(player: Player, wanted: list[tuple[Task, int]], records: Records, in_flight: int = IN_FLIGHT) -> None:
+def roll_out(player: Plays, wanted: list[tuple[Task, int]], records: Records, in_flight: int = IN_FLIGHT) -> None:
     """Plays those of the episodes that `records` does not have yet. Raises UserError."""
     missing = records.missing(wanted)
     if records.torn:
@@ -40,7 +56,7 @@ def roll_out(player: Player, wanted: list[tuple[Task, int]], records: Records, i
 
 
 async def play_all(
-    player: Player, wanted: Iterable[tuple[Task, int]], in_flight: int, ended: Callable[[Trajectory], None]
+    player: Plays, wanted: Iterable[tuple[Task, int]], in_flight: int, ended: Callable[[Trajectory], None]
 ) -> None:
     """Plays at most `in_flight` episodes at a time; the place of one that ends is filled at once."""
     waiting, running = iter(wanted), set[asyncio.Task]()

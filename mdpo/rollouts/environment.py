@@ -113,6 +113,17 @@ class Environments:
         return probe
 
 
+def environments_of(loaded: Any, functions: Iterable[Callable[..., Any]] = ()) -> dict[str | None, Environments]:
+    """Of one class (or None) under None; of a dict of classes by the name that a task's `environment` gives, as TRL
+    takes both. Raises UserError."""
+    if not isinstance(loaded, dict):
+        return {None: Environments(loaded, functions)}
+    if not loaded or not all(isinstance(name, str) for name in loaded):
+        raise UserError("environment: a dict of environments needs names as its keys.", "environment")
+    functions = list(functions)
+    return {name: Environments(factory, functions) for name, factory in loaded.items()}
+
+
 def _methods(instance: Any | None) -> dict[str, Callable[..., Any]]:
     """The public methods of an instance, found on its class: properties are not evaluated."""
     found = [] if instance is None else inspect.getmembers(type(instance), predicate=inspect.isfunction)

@@ -1,8 +1,9 @@
 """The trajectories of a checkpoint. What can fail before weights are loaded fails in `prepare`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -19,8 +20,8 @@ from mdpo.rollouts.answers import gold_answer, refuse_missing_verifier
 from mdpo.rollouts.calls import CallForm, call_form
 from mdpo.rollouts.chat import Chat
 from mdpo.rollouts.continuous import ContinuousBatching
-from mdpo.rollouts.driver import jobs, roll_out
-from mdpo.rollouts.environment import Environments, load_object
+from mdpo.rollouts.driver import ByEnvironment, Plays, jobs, roll_out
+from mdpo.rollouts.environment import Environments, environments_of, load_object
 from mdpo.rollouts.episode import Backend, Limits, Player
 from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
 from mdpo.rollouts.load_policy import adapter_config, load_policy
@@ -44,9 +45,20 @@ class Prepared:
     options: SamplingOptions
     tasks: list[Task]
     template: ChatTemplate
-    environments: Environments
+    places: dict[
+        str | None, tuple[Environments, CallForm]
+    ]  # by the name in a task's `environment`, if there are several
     rewards: Rewards
-    form: CallForm
+
+    def player(self, backend: Backend, stops: set[int], context: int | None) -> Plays:
+        """Raises UserError where no turn fits into the model's context."""
+        limits, hung = limits_of(self.options, context), list[str]()
+        players = {
+            name: Player(backend, self.template, stops, form, environments, self.rewards, limits, hung)
+            for name, (environments, form) in self.places.items()
+        }
+        named = {name: one for name, one in players.items() if name is not None}
+        return ByEnvironment(named) if named else players[None]
 
 
 def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> Prepared:
@@ -55,26 +67,28 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
     functions = [load_object(spec, "rewards") for spec in options.rewards]
     own = bool(options.environment or options.tools)
     if own:
-        factory = load_object(options.environment, "environment") if options.environment else None
-        environments = Environments(factory, [load_object(spec, "tools") for spec in options.tools])
+        loaded = load_object(options.environment, "environment") if options.environment else None
+        found = environments_of(loaded, [load_object(spec, "tools") for spec in options.tools])
         kind = options.tool_calls
-        if not environments.has_reward and not functions:
+        if not functions and not all(one.has_reward for one in found.values()):
             raise UserError("rewards: the environment has no get_reward; name a reward function.")
     else:
         refuse_missing_verifier()
         if not options.isolated:
             say("allow_unisolated_code: the model's programs run with access to this user's files and network.")
         sandbox = Sandbox(ProgramLimits(options.code_seconds), namespaces=options.isolated)
-        environments, kind = Environments(functions=[python_tool(sandbox)]), "python"
+        found, kind = environments_of(None, [python_tool(sandbox)]), "python"
         functions = [right_answer, *functions]
     rewards = Rewards(functions, options.reward_weights)
-    needs = None if own else {"answer": gold_answer}
+    needs: dict[str, Callable[[Any], Any]] = {} if own else {"answer": gold_answer}
+    if None not in found:
+        needs["environment"] = partial(known_environment, names=list(found))
     tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
-    form = call_form(kind, list(environments.schemas.values()), template, options.tool_role, options.backend == "chat")
-    if form.schemas and options.tool_role != SamplingOptions.tool_role:
-        raise UserError("--tool_role: has no effect where the template has calls of its own; --tool_calls=text.")
-    if not form.schemas:
-        refuse_hidden_tool_role(template, options.tool_role)
+    places = {}
+    for name, one in found.items():
+        tools = list(one.schemas.values())
+        places[name] = one, call_form(kind, tools, template, options.tool_role, options.backend == "chat")
+        check_tool_role(places[name][1], template, options.tool_role)
     if options.backend == "chat":
         say("backend chat: its trajectories have no token ids: training tokenizes their text again.")
         if recipe.data.chat_template:
@@ -84,7 +98,21 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
             )
     if not options.save.parent.is_dir():
         raise UserError(f"--save: {options.save} has no folder.")
-    return Prepared(options, tasks, template, environments, rewards, form)
+    return Prepared(options, tasks, template, places, rewards)
+
+
+def known_environment(name: Any, names: list[str | None]) -> None:
+    """Raises UserError."""
+    if name not in names:
+        raise UserError(f"environment: {name!r} is none of {', '.join(map(str, names))}.", "environment")
+
+
+def check_tool_role(form: CallForm, template: ChatTemplate, role: str) -> None:
+    """Raises UserError where the role has no effect, or its messages would not be shown."""
+    if not form.schemas:
+        refuse_hidden_tool_role(template, role)
+    elif role != SamplingOptions.tool_role:
+        raise UserError("--tool_role: has no effect where the template has calls of its own; --tool_calls=text.")
 
 
 def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajectory]:
@@ -99,15 +127,7 @@ def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajecto
     if records.missing(wanted):
         seed = options.seed + len(records.done)  # after a kill the same noise would give copies
         with backend_of(checkpoint, recipe, prepared, seed) as (backend, stops, context):
-            player = Player(
-                backend,
-                prepared.template,
-                stops,
-                prepared.form,
-                prepared.environments,
-                prepared.rewards,
-                limits_of(options, context),
-            )
+            player = prepared.player(backend, stops, context)
             roll_out(player, wanted, records, options.in_flight)
     order = {(task.key, sample): n for n, (task, sample) in enumerate(wanted)}
     return sorted(records.done, key=lambda t: order[t.key, t.sample])
@@ -178,6 +198,7 @@ def settings_of(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(prepared.options).items() if name not in NOT_OF_A_TRAJECTORY}
     settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}  # as JSON has them
     written = xxhash.xxh3_64_hexdigest(f"{template.tokenizer.chat_template} {sorted(template.kwargs.items())}".encode())
-    calls, dtype = type(prepared.form).__name__, str(recipe.model.dtype)
+    calls = ", ".join(sorted({type(form).__name__ for _, form in prepared.places.values()}))
+    dtype = str(recipe.model.dtype)
     day = {DAY: template.kwargs[DAY]} if DAY in template.kwargs else {}
     return {**settings, "tool_calls": calls, "chat_template": written, "dtype": dtype, **day}

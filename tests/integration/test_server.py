@@ -306,6 +306,50 @@ def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
     )
 
 
+DOORS = """
+
+class Doors:
+    def reset(self, **row):
+        self.open = False
+
+    def push(self) -> str:
+        \"\"\"Pushes the door.\"\"\"
+        self.open = True
+        return "It opens."
+
+    def get_reward(self) -> float:
+        return float(self.open)
+
+
+BOTH = {"counter": Counter, "doors": Doors}
+"""
+
+
+def test_each_task_has_the_environment_that_its_row_names(tmp_path):
+    """A dict of classes, as TRL takes it: each with its own tools and reward."""
+    command = chatting(tmp_path, (TRL_TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8"))
+    (tmp_path / "counter.py").write_text(COUNTER + DOORS)
+    command = [*command[:-1], f"--environment={tmp_path}/counter.py:BOTH", "--in_flight=1"]
+    tasks = [{"prompt": "Open it.", "environment": "doors"}, {"prompt": "Make it 12.", "environment": "counter"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    pushed = {**GIVEN, "function": {"name": "push", "arguments": "{}"}}
+    script_of = [said(None, "tool_calls", tool_calls=[call]) for call in (pushed, GIVEN)]
+    with serving(script_of[0], said(), *script_of, said()) as (http, address):
+        script.main([*command, f"--base_url={address}"])
+    doors, counter = map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines())
+    assert doors["rewards"] == {"Doors": 1} and doors["calls"] == [["push", "ok"]]
+    assert counter["rewards"] == {"Counter": 1} and counter["calls"] == [["push", "unknown"], ["add", "ok"]]
+    shown = [[tool["function"]["name"] for tool in body["tools"]] for _, body, _ in http.asked]
+    assert shown == [["push"]] * 2 + [["add"]] * 3
+    for bad, why in (("windows", "none of counter, doors"), (["doors"], "none of"), (None, "none of")):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "Hi.", "environment": bad}) + "\n")
+        with refused("environment", "q.jsonl:1: ", why):
+            script.main([*command, f"--base_url={address}"])
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Hi."}\n')
+    with refused("question", "q.jsonl:1: ", "`environment`"):
+        script.main([*command, f"--base_url={address}"])
+
+
 def test_calls_in_text_of_a_template_without_tools(tmp_path):
     command = chatting(tmp_path, CHATML)
     call = '<tool_call>{"name": "add", "arguments": {"by": 5}}</tool_call>'

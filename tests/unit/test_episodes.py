@@ -15,7 +15,7 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.rollouts.arguments import wrong_arguments
 from mdpo.rollouts.calls import call_form
 from mdpo.rollouts.driver import jobs, play_all, roll_out
-from mdpo.rollouts.environment import Environments, load_object
+from mdpo.rollouts.environment import Environments, environments_of, load_object
 from mdpo.rollouts.episode import Limits, Outcome, Player, Sampled, shortened
 from mdpo.rollouts.records import Records
 from mdpo.rollouts.rewards import Rewards, right_answer
@@ -403,8 +403,15 @@ def test_a_class_that_is_not_of_the_protocol_is_refused(source, tmp_path):
     (tmp_path / "mine.py").write_text(source)
     name = source.partition(":")[0].removeprefix("class ")
     factory = load_object(f"{tmp_path / 'mine.py'}:{name}", "environment")
-    with refused("environment", NO_CLASS[source]):
-        Environments(factory)
+    for several in (factory, {"mine": factory}):
+        with refused("environment", NO_CLASS[source]):
+            environments_of(several)
+
+
+@pytest.mark.parametrize("empty", [{}, {1: Counter}])
+def test_environments_without_names_are_refused(empty):
+    with refused("environment", "names"):
+        environments_of(empty)
 
 
 def test_a_name_that_leads_nowhere_is_refused(tmp_path):
