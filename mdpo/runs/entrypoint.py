@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,8 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
     speak_on_any_terminal()
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    # DeepSpeed calls what torch calls deprecated, and every rank would say so at each start.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     if not is_main_process():
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one process reports its retries
     try:

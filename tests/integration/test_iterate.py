@@ -191,6 +191,38 @@ def processes_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+def test_a_loop_that_trains_under_zero3_goes_on_after_a_kill(workshop):
+    """Two processes, killed with the loop between two steps: all end with it, and the next start resumes their last
+    checkpoint. Sampling loads what the ranks gathered."""
+    saved = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+    zero3 = f"{ROOT}/training_configs/zero3_cpu.yaml"
+    loop_file(workshop, iterations=1, accelerate_config=zero3, train=saved)
+    train = workshop / "out/iteration-1/train"
+    with (workshop / "said").open("w") as file:
+        command = [sys.executable, str(ROOT / "scripts/iterate.py"), str(workshop / "loop.yaml")]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None and last_checkpoint(train) is None:
+            time.sleep(0.05)
+        assert process.poll() is None, (workshop / "said").read_text()[-2000:]
+        assert len(processes_in(workshop)) >= 3  # the launcher and two ranks
+        process.kill()
+        process.wait()
+    written = (train / "checkpoint-1/trainer_state.json").stat().st_mtime
+    deadline = time.monotonic() + 60
+    while orphans := processes_in(workshop):
+        assert time.monotonic() < deadline, orphans
+        time.sleep(0.2)
+    process = start(workshop)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said[-2000:]
+    assert "--overwrite_output_dir=false" in said and "first training loss 0.6931" in said
+    assert (train / "checkpoint-1/trainer_state.json").stat().st_mtime == written  # not trained again
+    rows = [json.loads(line) for line in (workshop / "out/iteration-1/evaluate/trajectories.jsonl").open()]
+    policies = [named_digest(str(folder), None, workshop) for folder in (train, workshop / "model")]
+    assert {row["policy"] for row in rows} == {policies[0]} and policies[0] != policies[1]
+
+
+@pytest.mark.slow
 def test_a_request_to_stop_reaches_the_stage(workshop):
     loop_file(workshop)
     process = start(workshop)
