@@ -23,7 +23,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from mdpo.config.loop import read_loop  # noqa: E402
-from mdpo.rollouts.iterations import DONE, TRAJECTORIES, Iterations, Stage  # noqa: E402
+from mdpo.rollouts.iterations import DONE, PAIRS, TRAJECTORIES, Iterations, Stage  # noqa: E402
 from mdpo.rollouts.tables import wilson, with_interval  # noqa: E402
 
 RECIPES = ROOT / "recipes/smollm2-135m"
@@ -107,6 +107,8 @@ def run_arm(tasks: str, arm: str, seed: int, count: int, first: Iterations, work
         take_over(sampled, iterations.sampled(1))
 
     def after(n: int, stage: Stage) -> bool:
+        if stage.folder.name == "pair" and arm == "all_tokens":
+            without_sequences(stage.folder / PAIRS)
         if n and stage.folder.name == "evaluate":
             write(tasks, arm, seed, n, stage, trained(iterations.trained(n).folder))
             if n > 1:  # two models of each arm at a time
@@ -124,8 +126,15 @@ def take_over(theirs: Path, own: Stage) -> None:
         (own.folder / DONE).write_text(json.dumps(own.settings))
 
 
+def without_sequences(pairs: Path) -> None:
+    """Recorded sequences say which tokens are supervised; TRL's rule asks the messages."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for row in rows:
+        row |= {side: row[side]["messages"] for side in ("chosen", "rejected") if isinstance(row[side], dict)}
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def trained(folder: Path) -> dict:
-    """Of a run's report: its last training metrics, and its seconds."""
     report = json.loads((folder / "run_report.json").read_text())
     return {name: report[name] for name in ("train_seconds", "steps")}
 

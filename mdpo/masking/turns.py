@@ -178,6 +178,15 @@ def last_stop(template: ChatTemplate, calls: bool) -> str | None:
     return template.last_stops[calls]
 
 
+def sampling_stops(template: ChatTemplate) -> set[str]:
+    """The tokens at which sampling ends a turn: those that close a last turn, without calls and with them, and the
+    tokenizer's own. Others of `template.stops` close turns in history alone; of gpt-oss `<|end|>` closes thoughts,
+    behind which a turn goes on."""
+    last = last_stop(template, calls=False)
+    known = {last, last_stop(template, calls=True), template.tokenizer.eos_token}
+    return known - {None, ""} if last else template.stops
+
+
 def as_last(turn: Turn, conversation: Conversation) -> bool:
     """Whether a turn that others follow is written as it was as the last one: stop and white space alike."""
     i = turn.message

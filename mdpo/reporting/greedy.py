@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from mdpo.errors import UserError
 from mdpo.forward.modes import base_model, evaluating
 from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.turns import sampling_stops
 from mdpo.ranks import gathered
 
 SLACK, LEAST, MOST = 2, 32, 512  # tokens of a turn: so many times the chosen one's, at least and at most
@@ -102,7 +103,7 @@ def _greedy(model, tokenizer) -> Iterator[set[int]]:
     models = [model, base_model(model)]
     before = [part.generation_config for part in models]
     try:
-        stops = ChatTemplate(tokenizer).stops
+        stops = sampling_stops(ChatTemplate(tokenizer))
     except UserError:  # plain strings
         stops = {tokenizer.eos_token} - {None}
     own = getattr(before[0], "eos_token_id", None)

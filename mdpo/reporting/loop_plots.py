@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from mdpo.reporting.plots import BLUE, GRAY, GREEN, INK, ORANGE, STYLE, TURNS, new_figure, number_ticks, page_svg
 from mdpo.reporting.token_view import VISIBLE
 
-ENDED = {"done": GREEN, "cut": ORANGE, "too long": "#8a7a1f", "max turns": BLUE, "environment error": "#c9433f"}
+ENDED = {
+    "done": GREEN,
+    "cut": ORANGE,
+    "too long": "#8a7a1f",
+    "max turns": BLUE,
+    "refused": GRAY,
+    "environment error": "#c9433f",
+}
 MOST_KINDS, MOST_TICKS, MOST_LETTERS = len(TURNS), 12, 24
 
 

@@ -14,6 +14,8 @@ from mdpo.rollouts.tasks import Task
 
 IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
 
+ENVIRONMENT = "environment"  # a task's column
+
 
 class Plays(Protocol):
     async def play(self, task: Task, sample: int) -> Trajectory: ...
@@ -26,7 +28,7 @@ class ByEnvironment:
     players: dict[str, Player]
 
     async def play(self, task: Task, sample: int) -> Trajectory:
-        return await self.players[task.row["environment"]].play(task, sample)
+        return await self.players[task.row[ENVIRONMENT]].play(task, sample)
 
 
 def jobs(tasks: list[Task], samples: int, in_flight: int = IN_FLIGHT) -> list[tuple[Task, int]]:

@@ -83,12 +83,14 @@ class Player:
     rewards: Rewards
     limits: Limits
     hung: list[str] = field(default_factory=list)  # what never returned
+    named_by: str | None = None  # the column that names one of several environments: `reset` does not get it
     # More programs at a time than cores would spend their own time limits waiting.
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(len(os.sched_getaffinity(0))))
 
     async def play(self, task: Task, sample: int) -> Trajectory:
-        """An episode from `reset` to its reward. Failures of the environment end it as "environment error"; a prompt
-        that the template refuses, and a backend that fails, raise UserError, as every other episode would."""
+        """An episode from `reset` to its reward. Failures of the environment end it as "environment error", and turns
+        that the template refuses as "refused"; a first prompt that it refuses, and a backend that fails, raise
+        UserError, as every other episode would."""
         trajectory = Trajectory(task.key, sample, task.row, list(task.messages), tools=self.form.schemas)
         turns: list[SampledTurn] = []
         place = None
@@ -97,7 +99,7 @@ class Player:
                 place = await self.environments.take(self.limits.seconds)
             instance = place.instance
             if instance is not None:
-                row = copy.deepcopy(task.row)  # which the environment may change
+                row = copy.deepcopy({n: value for n, value in task.row.items() if n != self.named_by})
                 observation = await self._limited(place, "reset", lambda: instance.reset(**row))
                 trajectory.messages = observed(task.messages, observation)
             trajectory.messages = self.form.opening(trajectory.messages)
@@ -127,7 +129,13 @@ class Player:
             raise UserError(f"{reason} (its messages: {roles}).", reason.key) from reason
 
     async def _turn(self, trajectory: Trajectory, turns: list[SampledTurn], place: Place) -> None:
-        prompt, limits = self.prompt(trajectory.messages), self.limits
+        try:
+            prompt, limits = self.prompt(trajectory.messages), self.limits
+        except UserError as error:
+            if not trajectory.turns:
+                raise
+            trajectory.ended, trajectory.error = "refused", str(error)  # the policy's own turns were the reason
+            return
         if limits.context is not None and len(prompt) + limits.new_tokens > limits.context:
             trajectory.ended = "too long"
             return

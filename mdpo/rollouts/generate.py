@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.turns import sampling_stops
 from mdpo.rollouts.episode import Sampled
 
 
@@ -18,8 +19,8 @@ def context_length(config) -> int | None:
 
 
 def stop_ids(config: GenerationConfig | None, template: ChatTemplate) -> set[int]:
-    """Tokens that end a turn: the template's own, which end masks too, and those of the model's configuration."""
-    ids = set(template.tokenizer.convert_tokens_to_ids(sorted(template.stops)))
+    """Tokens that end a turn: the template's own and those of the model's configuration."""
+    ids = set(template.tokenizer.convert_tokens_to_ids(sorted(sampling_stops(template))))
     configured = getattr(config, "eos_token_id", None)
     ids |= set(configured if isinstance(configured, list) else [configured])
     return ids - {None}

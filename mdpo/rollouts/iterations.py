@@ -18,7 +18,7 @@ from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
 from mdpo.rollouts.options import OF_SERVERS, SERVED
-from mdpo.rollouts.sft_recipe import sft_values
+from mdpo.rollouts.sft_recipe import last_checkpoint, sft_values
 from mdpo.rollouts.stage_figures import stage_figures
 from mdpo.rollouts.tables import wilson
 from mdpo.runs.checkpoints import newest_complete
@@ -35,13 +35,19 @@ TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
 @dataclass(frozen=True)
 class Stage:
     """One command. `settings` are what its result depends on: a finished stage of other settings is refused. `anew` is
-    what an interrupted start may have left and the command would refuse."""
+    what an interrupted start may have left and the command would refuse; `late` are words that are asked for when it
+    runs."""
 
     folder: Path
-    command: list[str]
+    words: list[str]
     settings: dict[str, Any]
     anew: Path | None = None
     strict: bool = False  # an interrupted start of other settings is refused too: the command would mix them
+    late: Callable[[], list[str]] = list
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.words, *self.late()]
 
     def begun(self) -> None:
         """Writes down with which settings the command begins. Raises UserError where it had begun with others."""
@@ -71,8 +77,9 @@ class Stage:
         if self.anew:
             for path in (self.anew, *self.folder.glob(".merge-*")):
                 shutil.rmtree(path, ignore_errors=True)
-        say(f"{self.folder}: {shlex.join(self.command)}")
-        process = subprocess.Popen(self.command, preexec_fn=end_with_parent)  # noqa: PLW1509
+        command = self.command
+        say(f"{self.folder}: {shlex.join(command)}")
+        process = subprocess.Popen(command, preexec_fn=end_with_parent)  # noqa: PLW1509
         try:
             code = process.wait()
         except BaseException:
@@ -170,12 +177,16 @@ class Iterations:
         mixer = json.dumps({str(self.folder(n, "pair") / PAIRS): 1.0})
         reference = {"ref_model_name_or_path": self.policy(0)} if loop.reference == "first" and n > 1 else {}
         own = {"model_name_or_path": self.policy(n - 1), **reference, "output_dir": str(folder)}
-        # What a kill left is resumed where it has a checkpoint, whatever the recipe says, and else begun anew.
-        own["overwrite_output_dir"] = newest_complete(folder)[0] is None
         command = [*self._launcher([str(ROOT / "run_dpo.py")]), loop.recipe, f"--dataset_mixer={mixer}"]
         command += keys({**loop.train, **own})
         settings = {"recipe": loop.recipe, "train": loop.train, "reference": loop.reference}
-        return Stage(folder, command, settings)
+
+        def anew() -> list[str]:
+            """What a kill left is resumed where it has a checkpoint, whatever the recipe says, and else begun anew. All
+            of a checkpoint is read for that."""
+            return keys({"overwrite_output_dir": newest_complete(folder)[0] is None})
+
+        return Stage(folder, command, settings, late=anew)
 
     def merged(self, n: int) -> Stage:
         """A model as any other of the adapter that training wrote."""
@@ -206,21 +217,6 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"output_dir: another loop works in {folder}.", "output_dir") from None
         yield
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Of TRL's SFT: the last one with a trainer_state.json, which is written when all else is there, and a schedule:
-    without, as save_only_model leaves them, training would begin anew in its middle."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
-    found = [path for path in found if (path / "scheduler.pt").is_file() or [*path.glob("global_step*")]]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from mdpo.data.groups import AnswerPairs
 from mdpo.errors import UserError
 from mdpo.types import Message
 
-UNFINISHED = ("cut", "too long", "environment error")
+UNFINISHED = ("cut", "too long", "refused", "environment error")
 NO_REWARD, NOT_ENDED, REPEATED = "without a reward", "not ended by the policy", "the same as an earlier one"
-ALIKE, NO_BRANCH = "no two differ in reward", "no two went the same way for a turn"
+FEWER, ALIKE, NO_BRANCH = "fewer than two left", "no two differ in reward", "no two went the same way for a turn"
+HALF = "with half of a surrogate pair, which no UTF-8 text has"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Pairing:
         if self.by != "branch" and not self.length_matched:
             rule = AnswerPairs(self.by, self.min_reward_gap, self.max_pairs_per_prompt)
             return [(found[i], found[j]) for i, j in rule.of_rewards(rewards, f"{self.seed}/{key}")]
+        if not found:
+            return []
         candidates = AnswerPairs("all", self.min_reward_gap).of_rewards(rewards, key)
         if self.by == "best_worst":
             best, worst = max(one.reward for one in found), min(one.reward for one in found)
@@ -121,8 +125,7 @@ def paired_rows(paths: Iterable[Path], pairing: Pairing) -> tuple[list[dict[str,
     for key, found in tasks.items():
         pairs = pairing.pairs(found, key)
         if not pairs:
-            alike = len({one.reward for one in found}) < 2
-            report.unpaired[ALIKE if alike or pairing.by != "branch" else NO_BRANCH] += 1
+            report.unpaired[why_unpaired(found, pairing)] += 1
         for number, (chosen, rejected) in enumerate(pairs):
             row = {"chosen": chosen.side(), "rejected": rejected.side(), "id": f"{key}-{number}"}
             rows.append({**row, "tools": chosen.tools} if chosen.tools else row)
@@ -130,6 +133,17 @@ def paired_rows(paths: Iterable[Path], pairing: Pairing) -> tuple[list[dict[str,
         report.paired += bool(pairs)
     report.pairs = len(rows)
     return rows, report
+
+
+def why_unpaired(found: list[Scored], pairing: Pairing) -> str:
+    rewards = [one.reward for one in found]
+    if len(rewards) < 2:
+        return FEWER
+    if max(rewards) == min(rewards):
+        return ALIKE
+    if max(rewards) - min(rewards) < pairing.min_reward_gap:
+        return f"no two differ by min_reward_gap {pairing.min_reward_gap:g}"
+    return NO_BRANCH
 
 
 def by_task(paths: Iterable[Path], report: Report) -> dict[str, list[Scored]]:
@@ -163,11 +177,28 @@ def read_scored(row: dict[str, Any], where: str, report: Report) -> tuple[str, S
     prompt = messages[: turns.index("assistant")] if "assistant" in turns else messages
     key = str(row.get("key") or json.dumps(prompt, sort_keys=True, ensure_ascii=False))
     reward = row["reward"] if "reward" in row else row["correct"]
-    if reward is not None and not isinstance(reward, int | float):
-        raise UserError(f"{where}: reward: {reward!r:.40} is not a number.", "reward")
+    check_reward(reward, where)
     if reward is None or row.get("ended") in UNFINISHED or "assistant" not in turns:
         report.left_out[NO_REWARD if reward is None else NOT_ENDED] += 1
+        return key, None
+    if has_half_pairs(row):
+        report.left_out[HALF] += 1
         return key, None
     return key, Scored(
         messages, float(reward), row.get("sequences") or [], row.get("tools"), row.get("prompt_messages") or 0
     )
+
+
+def check_reward(reward: Any, where: str) -> None:
+    """Raises UserError for what is neither a finite number nor None."""
+    if reward is not None and (not isinstance(reward, int | float) or not isfinite(reward)):
+        raise UserError(f"{where}: reward: {reward!r:.40} is not a finite number.", "reward")
+
+
+def has_half_pairs(row: dict[str, Any]) -> bool:
+    """Whether a text of the row's cannot be written as UTF-8: an emoji that was cut in JSON's escapes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False

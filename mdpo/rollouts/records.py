@@ -15,7 +15,9 @@ from mdpo.rollouts.tasks import Task
 from mdpo.sequences import common_prefix
 from mdpo.types import Message
 
-ENDS = ("done", "cut", "too long", "max turns", "environment error")
+ENDS = ("done", "cut", "too long", "max turns", "refused", "environment error")
+
+ROUNDING = 1e-9  # of a sum of weighted rewards
 
 
 @dataclass
@@ -31,7 +33,8 @@ class SampledTurn:
 @dataclass
 class Trajectory:
     """One conversation. `ended` is one of ENDS: the policy called nothing more; a token limit cut its turn; the context
-    had no room for a turn; it had all its turns; or the environment failed, as `error` says. `calls` are (tool, how it
+    had no room for a turn; it had all its turns; the chat template refused what was said, or the environment failed, as
+    `error` says. `calls` are (tool, how it
     ended) in order. `rewards` has each source's number, `reward` their weighted sum, None where a source had none.
     `sequences` are the ids as they were sampled (see `recorded_sequences`), empty where the backend has no ids.
     `settings` are those of sampling, `policy` says which weights sampled."""
@@ -54,7 +57,7 @@ class Trajectory:
 
     @property
     def correct(self) -> bool:
-        return self.reward is not None and self.reward >= 1
+        return self.reward is not None and self.reward >= 1 - ROUNDING
 
 
 def recorded_sequences(turns: Iterable[SampledTurn]) -> list[dict[str, list]]:
@@ -99,8 +102,10 @@ class Records:
         self.path, self.policy, self.settings = path, policy, settings
         self.torn = 0  # bytes of a line that a kill cut, removed
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        # A file beside it, that nobody reads: a lock of this kind goes with the first descriptor that is closed.
+        self._lock = path.with_name(f".{path.name}.lock").open("w")
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{path}: another process writes it.", "save") from None
         self.done = self._read()
@@ -162,6 +167,7 @@ class Records:
 
     def close(self) -> None:
         self._file.close()
+        self._lock.close()
 
 
 def brief(trajectory: Trajectory) -> Trajectory:

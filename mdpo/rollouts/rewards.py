@@ -5,8 +5,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
+from math import fsum, isfinite
 from typing import Any
+
+from transformers import TrainerState
 
 from mdpo.errors import UserError
 from mdpo.rollouts.answers import gold_answer, is_right, last_boxed
@@ -14,13 +16,17 @@ from mdpo.rollouts.calls import CODE, visible
 from mdpo.types import Message
 
 RewardFunction = Callable[..., Any]
+# What TRL's trainer gives beside the columns.
+OF_TRAINING = {"trainer_state": TrainerState(), "log_extra": lambda *_, **__: None, "log_metric": lambda *_, **__: None}
 
 
 @dataclass(frozen=True)
 class Rewards:
     """Reward functions are called as TRL's GRPOTrainer calls them, for one trajectory: `f(prompts=[messages],
     completions=[messages], completion_ids=[ids], environments=[instance], **columns)`, each column a list of one, and
-    return a list of one number or None. `weights` has one for each function; the environment's own reward has 1."""
+    return a list of one number or None. One that takes `trainer_state`, `log_extra` or `log_metric` gets a state of
+    step 0 and functions that write nothing down: there is no training here. `weights` has one for each function; the
+    environment's own reward has 1."""
 
     functions: Sequence[RewardFunction] = ()
     weights: Sequence[float] = ()
@@ -32,6 +38,8 @@ class Rewards:
                 f"reward_weights: {len(self.weights)} numbers for {len(self.functions)} reward functions.",
                 "reward_weights",
             )
+        if not all(map(isfinite, self.weights)):
+            raise UserError(f"reward_weights: {list(self.weights)} are not all finite numbers.", "reward_weights")
         names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"rewards: {twice[0]} is the name of two reward functions.")
@@ -55,12 +63,14 @@ class Rewards:
         weights = dict(zip(self.names, self.weights or [1.0] * len(self.names), strict=True))
         if not rewards or any(reward is None for reward in rewards.values()):
             return None
-        return sum(weights.get(name, 1.0) * reward for name, reward in rewards.items() if reward is not None)
+        return fsum(weights.get(name, 1.0) * reward for name, reward in rewards.items() if reward is not None)
 
 
 def _one(name: str, function: RewardFunction, given: dict[str, Any]) -> Any:
     """The reward, or what comes to it when awaited."""
-    values = function(**given)
+    taken = inspect.signature(function).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    values = function(**given, **{n: value for n, value in OF_TRAINING.items() if every or n in taken})
     return _number(name, values) if not inspect.isawaitable(values) else _awaited(name, values)
 
 

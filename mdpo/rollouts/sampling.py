@@ -20,7 +20,7 @@ from mdpo.rollouts.answers import gold_answer, refuse_missing_verifier
 from mdpo.rollouts.calls import CallForm, call_form
 from mdpo.rollouts.chat import Chat
 from mdpo.rollouts.continuous import ContinuousBatching
-from mdpo.rollouts.driver import ByEnvironment, Plays, jobs, roll_out
+from mdpo.rollouts.driver import ENVIRONMENT, ByEnvironment, Plays, jobs, roll_out
 from mdpo.rollouts.environment import Environments, environments_of, load_object
 from mdpo.rollouts.episode import Backend, Limits, Player
 from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
@@ -54,7 +54,9 @@ class Prepared:
         """Raises UserError where no turn fits into the model's context."""
         limits, hung = limits_of(self.options, context), list[str]()
         players = {
-            name: Player(backend, self.template, stops, form, environments, self.rewards, limits, hung)
+            name: Player(
+                backend, self.template, stops, form, environments, self.rewards, limits, hung, name and ENVIRONMENT
+            )
             for name, (environments, form) in self.places.items()
         }
         named = {name: one for name, one in players.items() if name is not None}
@@ -82,7 +84,7 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
     rewards = Rewards(functions, options.reward_weights)
     needs: dict[str, Callable[[Any], Any]] = {} if own else {"answer": gold_answer}
     if None not in found:
-        needs["environment"] = partial(known_environment, names=list(found))
+        needs[ENVIRONMENT] = partial(known_environment, names=list(found))
     tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
     places = {}
     for name, one in found.items():

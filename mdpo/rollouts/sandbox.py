@@ -73,9 +73,11 @@ class Sandbox:
             "python": [*python, *packages],
             "environment": ENVIRONMENT,
         }
+        self._works = False
         probe = self.run("print(6 * 7)")
         if probe.output != "42\n":
             raise UserError(f"The sandbox's Python does not work: {probe.ended}: {probe.output.strip()[-300:]}")
+        self._works = True
 
     def run(self, code: str) -> RunResult:
         """Runs one program. Raises UserError where it cannot be started; whatever the program does is in the result."""
@@ -136,6 +138,8 @@ class Sandbox:
         return RunResult(text, stopped, seconds)
 
     def _verdict(self, report: bytes, output: str) -> str:
+        if not report and self._works:  # the program has killed what would have reported
+            return "error"
         report = json.loads(report or b'{"refused": "it ended without a report"}')
         if "refused" in report:
             advice = (

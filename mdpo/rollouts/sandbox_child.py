@@ -52,6 +52,8 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
 
 def main(order: dict) -> int:
     libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    # A program's SIGINT would raise in Python's handler: without one it ends the launcher, and pid 1 does not get it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     say = os.fdopen(order["status_fd"], "w")  # closed on exec: the program does not have it
     os.set_inheritable(say.fileno(), False)
     try:
@@ -157,6 +159,7 @@ def program(order: dict, say, own_id: int | None = None) -> None:
         limits = {"CPU": cpu, "AS": order["memory_mb"] * MiB, "FSIZE": order["file_mb"] * MiB, "CORE": 0}
         if order["namespaces"]:  # else it counts whatever the user runs, and does not apply to root
             limits["NPROC"] = order["processes"]
+            os.setsid()  # a signal to its own process group does not reach the launcher
         for name, most in limits.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
         python = [order["executable"], "-I", "-S", "-B", "-X", "utf8", "-u", "-c", RUN, *order["packages"]]

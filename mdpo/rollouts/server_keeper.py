@@ -1,7 +1,8 @@
-"""Keeps one server that `mdpo.rollouts.serving` starts, as `python -I -S server_keeper.py COMMAND …`: not a module to
-import.
+"""Keeps one server that `mdpo.rollouts.serving` starts, as `python -I -S server_keeper.py OWNER COMMAND …`: not a
+module to import.
 
-The command, and all that it starts, ends when stdin is closed, however the process at its other end died; and what a
+The command, and all that it starts, ends when stdin is closed or the process OWNER has died, however it did: a child
+that it had forked may keep stdin open. What a
 command leaves behind that ended by itself is killed: vLLM's engine outlives its API server. Children that were
 orphaned, or have a session of their own, come to this process (PR_SET_CHILD_SUBREAPER). All are in its process group,
 for sampling to kill if this process is; where both are killed at once, only the command's first process ends.
@@ -20,7 +21,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE_S = 10.0  # between the request to stop and SIGKILL
 
 
-def main(command: list[str]) -> int:
+def main(owner: int, command: list[str]) -> int:
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -34,8 +35,8 @@ def main(command: list[str]) -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    ended = os.pidfd_open(server.pid)
-    ready = select.select([0, ended], [], [])[0]
+    ended, owners = os.pidfd_open(server.pid), still_there(owner)
+    ready = select.select([0, ended, *owners], [], [])[0] if owners else []
     if ended not in ready:
         for process in descendants():
             send(process, signal.SIGTERM)
@@ -47,6 +48,14 @@ def main(command: list[str]) -> int:
         reap(server)
     code = server.wait()
     return code if code >= 0 else 128 - code
+
+
+def still_there(process: int) -> list[int]:
+    """A descriptor that can be read when the process has ended; none where it has already."""
+    try:
+        return [os.pidfd_open(process)]
+    except ProcessLookupError:
+        return []
 
 
 def descendants() -> list[int]:
@@ -90,4 +99,4 @@ def reap(server: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

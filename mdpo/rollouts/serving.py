@@ -80,7 +80,7 @@ class Served:
 
     def start(self) -> None:
         """Raises UserError where the log cannot be written."""
-        command = [sys.executable, "-I", "-S", str(KEEPER), *self.words]
+        command = [sys.executable, "-I", "-S", str(KEEPER), str(os.getpid()), *self.words]
         try:
             with self.log.open("ab", buffering=0) as log:
                 log.write(f"--- {shlex.join(self.words)}\n".encode())

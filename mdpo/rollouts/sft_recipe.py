@@ -1,6 +1,7 @@
 """The recipe of `trl sft` that a loop begins with. TRL itself passes over keys that it does not know."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,18 @@ def sft_values(path: Path) -> dict[str, Any]:
             raise UserError(f"{setting.origin}: SFT has to give a whole model, which is sampled and trained on.", "sft")
         values[setting.key] = setting.value
     return values
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Of TRL's SFT: the last one with a trainer_state.json, which is written when all else is there, and a schedule:
+    without, as save_only_model leaves them, training would begin anew in its middle."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
+    found = [path for path in found if (path / "scheduler.pt").is_file() or [*path.glob("global_step*")]]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False

@@ -10,13 +10,13 @@ from typing import Any
 from mdpo.data.files import json_rows
 from mdpo.data.messages import normalize_messages
 from mdpo.data.recorded import read_sequences
-from mdpo.data.tool_calls import linked
+from mdpo.data.tool_calls import linked, read_tools
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.conversation import Conversation
 from mdpo.masking.recorded import refuse_unknown_ids
 from mdpo.masking.sequences import side_sequences
-from mdpo.rollouts.pairing import UNFINISHED
+from mdpo.rollouts.pairing import HALF, UNFINISHED, check_reward, has_half_pairs
 from mdpo.types import RecordedSide
 
 Sequence = tuple[list[int], list[int]]  # ids, and 1 where the token is learned
@@ -51,8 +51,7 @@ def sft_rows(
         for place, row in json_rows(str(path)):
             report.trajectories += 1
             reward = row.get("reward", row.get("correct"))
-            if reward is not None and not isinstance(reward, int | float):
-                raise UserError(f"{path}:{place}: reward: {reward!r:.40} is not a number.", "reward")
+            check_reward(reward, f"{path}:{place}")
             if why := _unwanted(row, reward, min_reward):
                 report.left_out[why] += 1
                 continue
@@ -75,6 +74,8 @@ def sft_rows(
 def _unwanted(row: dict[str, Any], reward: float | None, min_reward: float) -> str | None:
     if row.get("ended") in UNFINISHED:
         return "not ended by the policy"
+    if has_half_pairs(row):
+        return HALF
     if reward is None:
         return "without a reward" if {"reward", "correct"} & row.keys() else None
     return f"of a reward below {min_reward:g}" if reward < min_reward else None
@@ -91,5 +92,5 @@ def _sequences(row: dict[str, Any], template: ChatTemplate) -> list[Sequence]:
         raise DropPair("no messages")
     messages = linked(normalize_messages(messages))
     first = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-    conversation = Conversation(messages, row.get("prompt_messages") or first, template, row.get("tools"))
+    conversation = Conversation(messages, row.get("prompt_messages") or first, template, read_tools(row.get("tools")))
     return [(sequence.ids, sequence.mask) for sequence in side_sequences(conversation).sequences]

@@ -25,7 +25,8 @@ from mdpo.config.loop import Loop, read_loop
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.reference.fingerprint import named_digest
 from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
-from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, flags, got_worse, last_checkpoint
+from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, flags, got_worse
+from mdpo.rollouts.sft_recipe import last_checkpoint
 from mdpo.rollouts.supervised import sft_rows
 
 ENVIRONMENT = """

@@ -3,13 +3,15 @@ decoding by hand."""
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from errors import refused
 from families import tiny_config
 from repository import ROOT
-from tiny import CHATML, tiny_llama, tokenizer_for
+from tiny import CHATML, tiny_llama, tokenizer_for, trl_template
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mdpo.loss.metrics import COLUMNS
@@ -22,7 +24,7 @@ from mdpo.rollouts.environment import Environments
 from mdpo.rollouts.episode import Limits, Player, Sampled
 from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
 from mdpo.rollouts.python_maths import OUTPUT_CHARACTERS, python_tool, shown_output
-from mdpo.rollouts.records import Trajectory
+from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.rewards import Rewards, right_answer
 from mdpo.rollouts.sandbox import Limits as ProgramLimits
 from mdpo.rollouts.sandbox import RunResult, Sandbox
@@ -206,6 +208,20 @@ def test_bad_questions_are_named(name, tmp_path):
         read_tasks(str(tmp_path / "none.jsonl"))
 
 
+def test_a_second_process_does_not_write_the_same_file(tmp_path):
+    """It is refused however often the first has read its own."""
+    path = tmp_path / "r.jsonl"
+    first = Records(path, "p", {})
+    first.append(Trajectory("a", 0, {}, []))
+    second = "import sys; from pathlib import Path; from mdpo.rollouts.records import Records; "
+    second += "Records(Path(sys.argv[1]), 'p', {})"
+    command = [sys.executable, "-c", second, str(path)]
+    refusal = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert refusal.returncode == 1 and "another process writes it" in refusal.stderr
+    first.close()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
 # ------------------------------------------------------------------------------------------------ generation
 
 
@@ -310,6 +326,13 @@ def test_log_probs_are_those_of_the_model(tiny):
                 logits = model(torch.tensor([ids + one.ids])).logits[0, len(ids) - 1 : -1]
             wanted = logits.log_softmax(-1)[torch.arange(len(one.ids)), torch.tensor(one.ids)]
             assert one.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_thoughts_of_gpt_oss_end_no_turn():
+    """`<|end|>` closes them, and answers in history: sampling goes on to the answer or the call."""
+    tokenizer = tokenizer_for(trl_template("gptoss"), "byte")
+    stops = set(tokenizer.convert_ids_to_tokens(sorted(stop_ids(None, ChatTemplate(tokenizer)))))
+    assert stops == {"<|return|>", "<|call|>", "<eos>"}
 
 
 def test_a_turn_ends_at_the_templates_end_of_turn_token(tiny):
@@ -429,7 +452,14 @@ def test_rollout_figures():
     ])  # fmt: skip
     assert (figures["tasks"], figures["conversations"]) == (2, 4)
     assert (figures["accuracy"], figures["any_correct"], figures["reward"]) == (0.25, 0.5, 0.5)
-    assert figures["ended"] == {"done": 1, "cut": 1, "too long": 0, "max turns": 1, "environment error": 1}
+    assert figures["ended"] == {
+        "done": 1,
+        "cut": 1,
+        "too long": 0,
+        "max turns": 1,
+        "refused": 0,
+        "environment error": 1,
+    }
     assert figures["calls"] == {"ok": 1, "error": 1, "timeout": 1} and figures["without_reward"] == 1
     assert figures["by_turns"] == {1: (2, 0), 2: (2, 1)}
     cells = list(rollout_tables(figures)[0].columns[1].cells)

@@ -286,6 +286,25 @@ while True: pass
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="changes to another user, or gives a right of root's up")
 
 
+KILLERS = (
+    "os.kill(0, signal.SIGKILL)",
+    "os.kill(os.getppid(), signal.SIGINT)",
+    "os.kill(os.getppid(), signal.SIGKILL)",
+)
+
+
+def survives_its_killers(box: Sandbox) -> None:
+    """Signals to the launcher and to pid 1 end at most the program: what it prints then is the next one's affair."""
+    for killer in KILLERS:
+        found = box.run(f"import os, signal\ntry:\n    {killer}\nexcept PermissionError:\n    pass")
+        assert found.ended in ("ok", "error") and "Traceback" not in found.output, (killer, found)
+        assert box.run("print(1)").output == "1\n"
+
+
+def test_a_program_that_kills_its_launcher_is_an_error_of_its_own(either):
+    survives_its_killers(either)
+
+
 @root_only
 def test_an_ordinary_user_gets_the_same(tmp_path, monkeypatch):
     """In a user namespace, which root does without. The system's Python: this one may be out of that user's reach."""
@@ -312,6 +331,7 @@ def test_an_ordinary_user_gets_the_same(tmp_path, monkeypatch):
     test_the_program_has_no_rights_and_cannot_take_any(box)
     assert "unreachable" in box.run("import socket; socket.create_connection(('127.0.0.1', 1), 5)").output
     assert box.run("import os; print(os.path.exists('/proc/self'), os.path.exists('/home'))").output == "False False\n"
+    survives_its_killers(box)
     forks = "import os, time\nfor _ in range(50):\n    if os.fork() == 0: time.sleep(1000)"
     assert "BlockingIOError" in box.run(forks).output
     child.unlink()

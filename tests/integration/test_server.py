@@ -309,7 +309,7 @@ def test_calls_of_a_server_that_reads_them(tmp_path, capsys):
 DOORS = """
 
 class Doors:
-    def reset(self, **row):
+    def reset(self, prompt):  # not `environment`, which names the class
         self.open = False
 
     def push(self) -> str:

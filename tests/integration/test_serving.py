@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import sample as script
 from errors import refused
@@ -142,6 +143,30 @@ def test_nothing_is_left_of_a_sampling_that_is_killed(workshop, number):
         all_end(workshop)
     script.main(arguments(workshop))
     check_whole(workshop)
+
+
+FORKS = """
+import multiprocessing, sys, time
+from pathlib import Path
+from mdpo.rollouts.serving import Servers
+with Servers(sys.argv[1], sys.argv[2], Path(sys.argv[3])):
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(15,)).start()  # as an environment may
+    print("there", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_child_that_holds_the_keeper_s_stdin_keeps_no_server(workshop):
+    command = [sys.executable, "-c", FORKS, LITTLE, str(workshop / "model"), str(workshop / "t.jsonl")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "there" not in process.stdout.readline():
+        assert process.poll() is None
+    (child,) = psutil.Process(process.pid).children()[-1:]
+    process.kill()
+    process.wait()
+    all_end(workshop)
+    assert child.is_running()  # it was there all the time
+    child.kill()
 
 
 def test_nothing_is_left_of_a_keeper_that_is_killed(workshop, monkeypatch):

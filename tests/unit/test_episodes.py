@@ -1,6 +1,7 @@
 """mdpo/rollouts/episode.py and driver.py with a policy whose turns are written down."""
 
 import asyncio
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from mdpo.rollouts.calls import call_form
 from mdpo.rollouts.driver import jobs, play_all, roll_out
 from mdpo.rollouts.environment import Environments, environments_of, load_object
 from mdpo.rollouts.episode import Limits, Outcome, Player, Sampled, shortened
-from mdpo.rollouts.records import Records
+from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.rewards import Rewards, right_answer
 from mdpo.rollouts.tasks import Task
 
@@ -314,7 +315,7 @@ def test_rewards_are_summed_with_weights():
 
     def length(prompts, completions, completion_ids, environments, start, **kwargs):
         seen.append((prompts[0][-1]["role"], completions[0][0]["role"], len(completion_ids[0]), start))
-        assert kwargs.keys() == set() and isinstance(environments[0], Counter)
+        assert kwargs.keys() == {"trainer_state", "log_extra", "log_metric"} and isinstance(environments[0], Counter)
         return [len(completions[0])]
 
     async def judge(completions, **kwargs):
@@ -388,6 +389,42 @@ def test_a_disk_that_is_full_loses_only_what_has_not_ended(tmp_path):
     assert again.torn == 40 and [t.key for t in again.done] == ["t0", "t1"]
     roll_out(player(Script(texts)), jobs(tasks, 1), again)
     assert sorted(t.key for t in Records(path, "p", {}).done) == [t.key for t in tasks]
+
+
+def test_a_turn_that_the_template_refuses_ends_its_trajectory_alone():
+    """One turn calls a tool, and the template does not take what the policy said there."""
+    guard = "{% for m in messages if 'BAD' in m.content %}{{ raise_exception('BAD is refused') }}{% endfor %}"
+    template = ChatTemplate(tokenizer_for(guard + CHATML, "byte", eos="<|im_end|>"))
+    script = Script({"a": [f"BAD {call('add', by=1)}"], "b": [call("add", by=1), "x<|im_end|>"]})
+    one = dataclasses.replace(player(script), template=template)
+    a, b = play(one, task("a"), task("b"))
+    assert (a.ended, a.turns, b.ended) == ("refused", 1, "done") and "BAD is refused" in a.error
+    with refused("template refuses the conversation", "BAD is refused"):
+        play(one, task("BAD"))
+
+
+def test_a_reward_function_may_ask_for_what_trl_s_trainer_gives():
+    def asks(completions, trainer_state, log_extra, log_metric, **columns):
+        log_extra("column", ["x"])
+        log_metric("name", 1.0)
+        return [float(trainer_state.global_step)]
+
+    def takes_all(completions, **columns):
+        return [float(columns["trainer_state"].global_step)]
+
+    rewards = Rewards([asks, takes_all])
+    (found,) = play(player(Script({"a": ["x<|im_end|>"]}), rewards=rewards), task("a"))
+    assert found.rewards == {"Counter": 0.0, "asks": 0.0, "takes_all": 0.0} and not found.error
+
+
+def test_weights_that_sum_to_one_make_a_right_answer():
+    functions = [lambda **_: [1.0], lambda **_: [1.0], lambda **_: [1.0]]
+    for n, function in enumerate(functions):
+        function.__name__ = f"f{n}"
+    total = Rewards(functions, (0.7, 0.2, 0.1)).total({"f0": 1.0, "f1": 1.0, "f2": 1.0})
+    assert Trajectory("a", 0, {}, [], reward=total).correct and not Trajectory("a", 0, {}, [], reward=0.999).correct
+    with refused("reward_weights", "nan"):
+        Rewards(functions, (1.0, float("nan"), 1.0))
 
 
 NO_CLASS = {

@@ -6,7 +6,7 @@ import pytest
 from errors import refused
 
 from mdpo.data.rows import row_to_pair
-from mdpo.rollouts.pairing import Pairing, Report, Scored, paired_rows, read_scored, same_turns
+from mdpo.rollouts.pairing import HALF, Pairing, Report, Scored, paired_rows, read_scored, same_turns
 
 
 def said(*turns: str) -> list[dict]:
@@ -91,7 +91,28 @@ def test_rows_keep_what_was_sampled(tmp_path):
     assert dict(report.left_out) == {
         "without a reward": 1, "the same as an earlier one": 1, "not ended by the policy": 2
     }  # fmt: skip
-    assert dict(report.unpaired) == {"no two differ in reward": 1}
+    assert dict(report.unpaired) == {"fewer than two left": 1}
+
+
+def test_why_a_task_has_no_pair(tmp_path):
+    """With every rule that looks at rewards, nothing left of a task included."""
+    half = {"key": "half", "messages": said("\ud83d"), "reward": 1}
+    rows = [
+        *({"key": "cut", "messages": said(text), "reward": 0, "ended": "cut"} for text in "xy"),
+        *({"key": "alike", "messages": said(text), "reward": 1} for text in "xy"),
+        *({"key": "near", "messages": said(text), "reward": n / 4} for n, text in enumerate("xy")),
+        *({"key": "half", "messages": said(text), "reward": 0} for text in "xy"), half,
+    ]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for rule in ("best_worst", "all", "branch"):
+        for length_matched in (False, True):
+            pairs, report = paired_rows([tmp_path / "t.jsonl"], Pairing(rule, 0.5, length_matched=length_matched))
+            assert not pairs and dict(report.unpaired) == {
+                "fewer than two left": 1, "no two differ in reward": 2, "no two differ by min_reward_gap 0.5": 1
+            }  # fmt: skip
+            assert report.left_out[HALF] == 1
+    branch = paired_rows([tmp_path / "t.jsonl"], Pairing("branch"))[1].unpaired
+    assert branch["no two went the same way for a turn"] == 1
 
 
 @pytest.mark.parametrize(
@@ -101,5 +122,6 @@ def test_rows_keep_what_was_sampled(tmp_path):
 def test_rows_that_are_no_trajectories_are_named(row):
     with refused("trajectory", "f.jsonl:3"):
         read_scored(row, "f.jsonl:3", Report())
-    with refused("reward", "f.jsonl:3", "'good'"):
-        read_scored({"messages": said("x"), "reward": "good"}, "f.jsonl:3", Report())
+    for bad in ("good", float("nan"), float("-inf")):
+        with refused("reward", "f.jsonl:3", repr(bad)):
+            read_scored({"messages": said("x"), "reward": bad}, "f.jsonl:3", Report())

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from errors import refused
-from tiny import CHATML, tiny_llama, tokenizer_for
+from tiny import CHATML, tiny_llama, tokenizer_for, trl_template
 
 from mdpo.masking.chat_template import ChatTemplate
+from mdpo.rollouts.pairing import HALF
 from mdpo.rollouts.supervised import sft_rows
 
 TURNS = [
@@ -61,19 +62,32 @@ def test_what_is_left_out_is_counted(tmp_path, tokenizer):
         tmp_path, tokenizer,
         {"messages": TURNS, "reward": 0.5}, {"messages": TURNS, "correct": False}, {"messages": TURNS, "reward": None},
         {"messages": TURNS, "reward": 1, "ended": "cut"}, {"messages": TURNS[:1]}, {"no": 1},
-        {"messages": TURNS, "sequences": beyond}, {"messages": [*TURNS, *TURNS]}, {"messages": TURNS, "reward": 2},
+        {"messages": [{"role": "user", "content": "\ud83d"}, *TURNS[1:]]}, {"messages": TURNS, "sequences": beyond},
+        {"messages": [*TURNS, *TURNS]}, {"messages": TURNS, "reward": 2},
         max_length=40,
     )  # fmt: skip
     left = dict(report.left_out)
-    assert len(rows) == report.taken == 1 and report.trajectories == 9 == sum(left.values()) + 1
+    assert len(rows) == report.taken == 1 and report.trajectories == 10 == sum(left.values()) + 1
     assert left["of a reward below 1"] == 2 and left["longer than max_length 40"] == 1
+    assert left[HALF] == 1
     assert left["without a reward"] == left["not ended by the policy"] == left["no assistant turn"] == 1
     assert rows_of(tmp_path, tokenizer, {"messages": TURNS, "reward": 0.5}, min_reward=0.5)[1].taken == 1
 
 
 def test_a_reward_that_is_no_number_is_named(tmp_path, tokenizer):
-    with refused("reward", "t.jsonl:2", "'good'"):
-        rows_of(tmp_path, tokenizer, {"messages": TURNS}, {"messages": TURNS, "reward": "good"})
+    for bad in ("good", float("nan")):
+        with refused("reward", "t.jsonl:2", repr(bad)):
+            rows_of(tmp_path, tokenizer, {"messages": TURNS}, {"messages": TURNS, "reward": bad})
+
+
+def test_tools_are_read_as_those_of_pairs(tmp_path):
+    """JSON text and bare functions give the prompt that wrapped ones give."""
+    tokenizer = tokenizer_for(trl_template("qwen2_5"), "byte", eos="<|im_end|>")
+    bare = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+    wrapped = [{"type": "function", "function": bare}]
+    forms = [rows_of(tmp_path, tokenizer, {"messages": TURNS, "tools": tools})[0] for tools in (
+        wrapped, [bare], json.dumps(wrapped))]  # fmt: skip
+    assert forms[0] == forms[1] == forms[2] != rows_of(tmp_path, tokenizer, {"messages": TURNS})[0]
 
 
 def test_trl_learns_these_tokens_and_no_others(tmp_path, tokenizer):
