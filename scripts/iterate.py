@@ -23,10 +23,13 @@ from mdpo.config.recipe import load_recipe
 from mdpo.console import say
 from mdpo.errors import UserError
 from mdpo.reporting.loop_page import LoopPage
-from mdpo.rollouts.iterations import Iterations, Stage, figures_of, flags, got_worse, keys
+from mdpo.rollouts.iterations import Iterations, Stage, figures_of, got_worse
+from mdpo.rollouts.loop_checks import check_launch, check_sampling, recipe_keys, refuse_missing
 from mdpo.rollouts.loop_figures import loop_figures
+from mdpo.rollouts.options import flags, keys
 from mdpo.rollouts.tables import with_interval
 from mdpo.runs.entrypoint import run
+from mdpo.runs.trackers import refuse_silent_trackers
 from mdpo.storage import replace_text
 
 OF_SAMPLING = ("save", "shard", "tasks", "recipe", "served_model")
@@ -99,7 +102,7 @@ def checked(loop: Loop) -> Iterations:
             raise UserError(f"{name}: {own[0]} is set by the loop.", name)
     if own := sorted(set(OF_THE_RECIPE) & set(loop.train)):
         raise UserError(f"train: {own[0]} belongs into the recipe, where sampling reads it too.", "train")
-    recipe = load_recipe([loop.recipe, *keys(loop.train), "--report_to=none", f"--output_dir={loop.output_dir}"])
+    recipe = load_recipe([loop.recipe, *keys(loop.train), f"--output_dir={loop.output_dir}"])
     if recipe.training.ref_model_name_or_path:
         raise UserError("reference: the recipe names a ref_model_name_or_path of its own.", "reference")
     if loop.accelerate_config is None and recipe.training.n_gpu > 1:
@@ -108,23 +111,23 @@ def checked(loop: Loop) -> Iterations:
         raise UserError("model_revision: SFT takes main; download that revision and name its folder.", "model_revision")
     if not loop.sample.get("temperature"):
         raise UserError("sample: temperature is missing: greedy samples of a task are all the same.")
+    sampling = {}
     for name, options in (("sample", loop.sample), ("evaluate", loop.evaluate)):
-        *_, rest = sample.parse(["policy", f"--recipe={loop.recipe}", f"--tasks={loop.tasks}", *flags(options)])
+        _, read, rest = sample.parse(["policy", f"--recipe={loop.recipe}", f"--tasks={loop.tasks}", *flags(options)])
         if rest:
             raise UserError(f"{name}: {rest[0]} is not an option of scripts/sample.py.", name)
+        sampling[name] = read
     pair_rollouts.parse(["t.jsonl", f"--out={Path(loop.output_dir).resolve().anchor}pairs.jsonl", *flags(loop.pair)])
     refuse_missing(loop, "tasks", "held_out_tasks")
+    check_launch(loop)
+    check_sampling("sample", loop.tasks, sampling["sample"])
+    check_sampling("evaluate", loop.held_out_tasks, sampling["evaluate"])
+    refuse_silent_trackers(recipe.training)
     first = loop.policy or recipe.model.model_name_or_path
-    iterations = Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length)
+    written = recipe_keys(recipe.written)
+    iterations = Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length, written)
     list(iterations.stages())  # reads SFT's recipe
     return iterations
-
-
-def refuse_missing(loop: Loop, *keys: str) -> None:
-    for key in keys:
-        path = getattr(loop, key)
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"{key}: there is no file {path}.", key)
 
 
 def table(found: list[dict]) -> Table:

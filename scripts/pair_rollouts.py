@@ -39,14 +39,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", choices=list(RULES), default="random", help=f"which two are compared. {rules}")
     parser.add_argument("--min_reward_gap", type=float, default=0.0)
     parser.add_argument("--max_pairs_per_prompt", type=int)
+    parser.add_argument("--max_length", type=int, help="leave out what was sampled with a sequence of more tokens")
     parser.add_argument("--length_matched", action="store_true", help="the nearest in sampled tokens first")
     parser.add_argument("--seed", type=int, default=42, help="of --pairs random")
     try:
         args = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if args.max_pairs_per_prompt is not None and args.max_pairs_per_prompt < 1:
-        raise UserError(f"--max_pairs_per_prompt: {args.max_pairs_per_prompt} is out of range; give a number >= 1.")
+    for name in ("max_pairs_per_prompt", "max_length"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name}: {value} is out of range; give a number >= 1.")
     if not 0 <= args.min_reward_gap < float("inf"):
         raise UserError(f"--min_reward_gap: {args.min_reward_gap} is out of range; give a number >= 0.")
     if args.length_matched and args.pairs in ("adjacent", "random"):
@@ -59,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     pairing = Pairing(args.pairs, args.min_reward_gap, args.max_pairs_per_prompt, args.length_matched, args.seed)
-    rows, report = paired_rows(args.trajectories, pairing)
+    rows, report = paired_rows(args.trajectories, pairing, args.max_length)
     say(*report.lines())
     if not rows:
         raise UserError(f"None of the {report.tasks} tasks has two trajectories to compare.", "tasks")

@@ -34,8 +34,8 @@ def training_figures(folder: Path) -> dict[str, Any]:
     ratios = {
         f"{side}_ratio": reward / beta if reward is not None and beta else None for side, reward in rewards.items()
     }
-    kept = sum(counts["kept"] for counts in report["data"]["sets"].values())
-    facts = {"of": of, "steps": report["steps"], "seconds": report["train_seconds"], "pairs": kept}
+    pairs = report["data"]["training"]["pairs"]
+    facts = {"of": of, "steps": report["steps"], "seconds": report["train_seconds"], "pairs": pairs}
     said = {"line": report["chosen_logps"]["line"], "warnings": report["warnings"]}
     return {**facts, "first_loss": report["first_loss"], **values, **ratios, **said, "page": (folder / PAGE).is_file()}
 

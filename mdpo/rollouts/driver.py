@@ -8,11 +8,13 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from mdpo.console import say
+from mdpo.errors import UserError
 from mdpo.rollouts.episode import Player
+from mdpo.rollouts.options import IN_FLIGHT
 from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.tasks import Task
 
-IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
+BROKEN = 50  # environment errors one behind the other, after which it is not the trajectories' fault
 
 ENVIRONMENT = "environment"  # a task's column
 
@@ -39,22 +41,38 @@ def jobs(tasks: list[Task], samples: int, in_flight: int = IN_FLIGHT) -> list[tu
 
 
 def roll_out(player: Plays, wanted: list[tuple[Task, int]], records: Records, in_flight: int = IN_FLIGHT) -> None:
-    """Plays those of the episodes that `records` does not have yet. Raises UserError."""
+    """Plays those of the episodes that `records` does not have yet. Environment errors are written down when another
+    episode has ended otherwise, or all have: those of an environment that is out of order for all are played again by
+    the next start. Raises UserError, then too."""
     missing = records.missing(wanted)
     if records.torn:
         say(f"{records.path}: the last line, cut by a kill, is removed: its trajectory is sampled again.")
     if len(missing) < len(wanted):
         say(f"{records.path}: {len(wanted) - len(missing)} of {len(wanted)} trajectories are there already.")
+    held = list[Trajectory]()
     right = [sum(t.correct for t in records.done)]
     with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="rollouts", disable=None) as bar:
 
+        def write() -> None:
+            while held:
+                records.append(held[0])
+                right[0] += held.pop(0).correct
+                bar.set_postfix(right=right[0], refresh=False)
+                bar.update()
+
         def ended(trajectory: Trajectory) -> None:
-            records.append(trajectory)
-            right[0] += trajectory.correct
-            bar.set_postfix(right=right[0], refresh=False)
-            bar.update()
+            held.append(trajectory)
+            if trajectory.ended != "environment error":
+                write()
+            elif len(held) == BROKEN:
+                raise UserError(
+                    f"environment: {BROKEN} trajectories, one behind the other, ended as environment error, the last "
+                    f"by {trajectory.error}. They are not kept: mend it, and the same command continues.",
+                    "environment",
+                )
 
         asyncio.run(play_all(player, missing, in_flight, ended))
+        write()
 
 
 async def play_all(

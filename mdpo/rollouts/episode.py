@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 
 from mdpo.console import first_line
@@ -23,7 +24,7 @@ from mdpo.rollouts.worker import Hung, Worker
 from mdpo.types import Message
 
 RESULT_CHARACTERS = 16_000  # of a result that the policy sees: the first and the last half
-HUNG = 100  # methods that never returned, after which sampling ends: each holds a thread
+HUNG = 100  # methods that have not returned, after which sampling ends: each holds a thread
 
 
 class Outcome(str):
@@ -82,7 +83,7 @@ class Player:
     environments: Environments
     rewards: Rewards
     limits: Limits
-    hung: list[str] = field(default_factory=list)  # what never returned
+    hung: list[tuple[str, Thread]] = field(default_factory=list)  # what has not returned, and where
     named_by: str | None = None  # the column that names one of several environments: `reset` does not get it
     # More programs at a time than cores would spend their own time limits waiting.
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(len(os.sched_getaffinity(0))))
@@ -224,10 +225,11 @@ class Player:
             async with self.slots:
                 return await place.worker.call(name, function, self.limits.seconds)
         except Hung as error:
-            self.hung.append(name)
+            place.worker.close()
+            self.hung[:] = [(n, thread) for n, thread in self.hung if thread.is_alive()] + [(name, place.worker.thread)]
             if len(self.hung) >= HUNG:
-                names = ", ".join(sorted(set(self.hung)))
-                raise UserError(f"environment: {HUNG} calls of {names} never returned.", "environment") from error
+                names = ", ".join(sorted({n for n, _ in self.hung}))
+                raise UserError(f"environment: {HUNG} calls of {names} have not returned.", "environment") from error
             place.worker, place.lost = Worker(), True
             raise
 

@@ -4,6 +4,7 @@ on held-out tasks, again and again. Each stage is a command that can be run by h
 
 import fcntl
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
-from mdpo.rollouts.options import OF_SERVERS, SERVED
+from mdpo.rollouts.options import OF_RECIPE, OF_SERVERS, SERVED, flags, keys
 from mdpo.rollouts.sft_recipe import last_checkpoint, sft_values
 from mdpo.rollouts.stage_figures import stage_figures
 from mdpo.rollouts.tables import wilson
@@ -28,6 +29,7 @@ from mdpo.storage import replace_text
 ROOT = Path(__file__).resolve().parents[2]
 DONE, BEGUN = "stage.json", "begun.json"
 NO_LIMIT = 2**31 - 1  # tokens: TRL's own max_length would cut at 1024
+SHUTDOWN_S = "600"  # that the launcher leaves its processes for a step and a checkpoint; torch's own are 30
 MODEL = "model"
 TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
 
@@ -79,7 +81,8 @@ class Stage:
                 shutil.rmtree(path, ignore_errors=True)
         command = self.command
         say(f"{self.folder}: {shlex.join(command)}")
-        process = subprocess.Popen(command, preexec_fn=end_with_parent)  # noqa: PLW1509
+        own = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_S, **os.environ}
+        process = subprocess.Popen(command, preexec_fn=end_with_parent, env=own)  # noqa: PLW1509
         try:
             code = process.wait()
         except BaseException:
@@ -95,10 +98,13 @@ class Stage:
 
 class Iterations:
     """The stages of a loop in order; each is made from the results of those before. With `adapters` training writes
-    LoRA adapters, which are merged. SFT takes trajectories of `max_length` tokens at most."""
+    LoRA adapters, which are merged. SFT and pairs take trajectories of `max_length` tokens at most. `keys` are those of
+    the recipe and of `train` that results depend on."""
 
-    def __init__(self, loop: Loop, first_policy: str, adapters: bool = False, max_length: int | None = None):
+    def __init__(self, loop: Loop, first_policy: str, adapters: bool = False, max_length: int | None = None,
+                 keys: dict[str, Any] | None = None):  # fmt: skip
         self.loop, self.given, self.adapters, self.max_length = loop, first_policy, adapters, max_length
+        self.keys = keys or {}
         self.out = Path(loop.output_dir)
 
     def folder(self, n: int, stage: str) -> Path:
@@ -164,13 +170,18 @@ class Iterations:
         command += [f"--model_name_or_path={policy}"]  # whose tokenizer and chat template training uses
         command += ["--tasks", tasks, "--save", str(folder / TRAJECTORIES), *flags(options)]
         chosen = {name: value for name, value in options.items() if name not in ("in_flight", *OF_SERVERS)}
-        return Stage(folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen})
+        own = {key: value for key, value in self.keys.items() if key in OF_RECIPE}
+        return Stage(
+            folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen, **own}
+        )
 
     def paired(self, n: int) -> Stage:
         folder, source = self.folder(n, "pair"), self.folder(n, "sample") / TRAJECTORIES
         command = [sys.executable, str(ROOT / "scripts/pair_rollouts.py"), str(source)]
-        command += ["--out", str(folder / PAIRS), "--replace", *flags(self.loop.pair)]
-        return Stage(folder, command, {"pair": self.loop.pair})
+        cut = self.keys.get("truncation_mode", "drop") != "drop"
+        options = {"max_length": None if cut else self.max_length, **self.loop.pair}
+        command += ["--out", str(folder / PAIRS), "--replace", *flags(options)]
+        return Stage(folder, command, {"pair": options})
 
     def trained(self, n: int) -> Stage:
         folder, loop = self.folder(n, "train"), self.loop
@@ -179,7 +190,7 @@ class Iterations:
         own = {"model_name_or_path": self.policy(n - 1), **reference, "output_dir": str(folder)}
         command = [*self._launcher([str(ROOT / "run_dpo.py")]), loop.recipe, f"--dataset_mixer={mixer}"]
         command += keys({**loop.train, **own})
-        settings = {"recipe": loop.recipe, "train": loop.train, "reference": loop.reference}
+        settings = {"recipe": loop.recipe, **self.keys, "reference": loop.reference}
 
         def anew() -> list[str]:
             """What a kill left is resumed where it has a checkpoint, whatever the recipe says, and else begun anew. All
@@ -192,7 +203,7 @@ class Iterations:
         """A model as any other of the adapter that training wrote."""
         folder, adapter = self.folder(n, "merge"), self.folder(n, "train")
         command = [sys.executable, str(ROOT / "scripts/merge_adapter.py"), str(adapter), str(folder / MODEL)]
-        return Stage(folder, command, {"recipe": self.loop.recipe, "train": self.loop.train}, anew=folder / MODEL)
+        return Stage(folder, command, {"recipe": self.loop.recipe}, anew=folder / MODEL)
 
     def run(self, after: Callable[[int, Stage], bool]) -> None:
         """Runs what is not finished, in order. `after` each stage, finished now or earlier, says whether to go on."""
@@ -217,23 +228,6 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"output_dir: another loop works in {folder}.", "output_dir") from None
         yield
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    """A switch without a value where the option is true; none where it is false or null."""
-    given = {name: value for name, value in options.items() if value is not False and value is not None}
-    return [f"--{name}" if value is True else f"--{name}={_text(value)}" for name, value in given.items()]
-
-
-def keys(train: dict[str, Any]) -> list[str]:
-    """Keys of a recipe as flags."""
-    return [f"--{key}={json.dumps(value) if isinstance(value, list) else _text(value)}" for key, value in train.items()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return json.dumps(value) if isinstance(value, dict | bool) or value is None else str(value)
 
 
 def figures_of(folder: Path) -> dict[str, Any]:

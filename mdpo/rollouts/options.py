@@ -1,6 +1,7 @@
 """How a policy is sampled, as a command line or a recipe says it."""
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 from mdpo.errors import UserError
 from mdpo.rollouts.server_commands import served_words
+
+IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,14 @@ class SamplingOptions:
     max_new_tokens: int = 512
     code_seconds: float = 10.0
     tool_seconds: float = 60.0
-    in_flight: int = 64
+    in_flight: int | None = None  # 64, with servers for each of them
     shard: tuple[int, int] = (0, 1)
     isolated: bool = True
+
+    @property
+    def places(self) -> int:
+        """Conversations at a time."""
+        return self.in_flight or IN_FLIGHT * max(self.servers, len(self.base_url))
 
 
 def listed(kind: type) -> Callable[[str], tuple]:
@@ -70,12 +78,16 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     "environment": (str, None, "path/to/file.py:Class or module:Class"),
     "tools": (listed(str), None, "functions to call, path/to/file.py:function or module:function"),
     "rewards": (listed(str), None, "reward functions of TRL's form, path/to/file.py:function or module:function"),
-    "reward_weights": (listed(float), None, "a number for each reward function; 1 where not given"),
+    "reward_weights": (
+        listed(float),
+        None,
+        "a number for each reward function, of maths math-verify's first; 1 where not given",
+    ),
     "tool_calls": (("auto", "template", "text"), None, "how the policy writes calls; needs --environment or --tools"),
     "instruction": (str, None, "text in front of each question, with an empty line between"),
     "max_turns": (int, 1, "turns of the model in a conversation, at most"),
     "max_new_tokens": (int, 1, "tokens in a turn, at most"),
-    "in_flight": (int, 1, "conversations at a time, at most"),
+    "in_flight": (int, 1, f"conversations at a time, at most (default {IN_FLIGHT}, for each server)"),
     "backend": (("transformers", "generate", *SERVED), None, HOW),
     "base_url": (listed(str), None, "of servers that serve CHECKPOINT, such as http://127.0.0.1:8000/v1"),
     "served_model": (str, None, "what the servers call CHECKPOINT (default: as it is written here)"),
@@ -96,6 +108,8 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
 }
 
 OF_SERVERS = ("base_url", "served_model", "serve", "servers", "gpus_per_server")
+# Keys of a recipe that sampling reads too.
+OF_RECIPE = ("dtype", "chat_template", "chat_template_kwargs", "tokenizer_name_or_path", "attn_implementation")
 NOT_OF_A_TRAJECTORY = ("save", "in_flight", "shard", "samples", *OF_SERVERS)  # options that change nothing in one
 OF_MATHS = "with --environment or --tools"
 SAMPLED = ("samples", "seed")  # need a temperature
@@ -138,3 +152,20 @@ def read_options(args: argparse.Namespace, save: Path) -> SamplingOptions:
     if args.serve:
         served_words(args.serve)
     return SamplingOptions(**{"save": save, **given}, isolated=not args.allow_unisolated_code)
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """A switch without a value where the option is true; none where it is false or null."""
+    given = {name: value for name, value in options.items() if value is not False and value is not None}
+    return [f"--{name}" if value is True else f"--{name}={_text(value)}" for name, value in given.items()]
+
+
+def keys(train: dict[str, Any]) -> list[str]:
+    """Keys of a recipe as flags."""
+    return [f"--{key}={json.dumps(value) if isinstance(value, list) else _text(value)}" for key, value in train.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict | bool) or value is None else str(value)

@@ -117,10 +117,13 @@ def report_of(pairs: Path) -> Path:
     return pairs.with_suffix(".report.json")
 
 
-def paired_rows(paths: Iterable[Path], pairing: Pairing) -> tuple[list[dict[str, Any]], Report]:
-    """(rows for a recipe's dataset, report). Raises UserError."""
+def paired_rows(
+    paths: Iterable[Path], pairing: Pairing, max_length: int | None = None
+) -> tuple[list[dict[str, Any]], Report]:
+    """(rows for a recipe's dataset, report), without trajectories of a recorded sequence over `max_length` tokens:
+    training would drop their pairs. Raises UserError."""
     report, rows = Report(), list[dict[str, Any]]()
-    tasks = by_task(paths, report)
+    tasks = by_task(paths, report, max_length)
     report.tasks = len(tasks)
     for key, found in tasks.items():
         pairs = pairing.pairs(found, key)
@@ -146,7 +149,7 @@ def why_unpaired(found: list[Scored], pairing: Pairing) -> str:
     return NO_BRANCH
 
 
-def by_task(paths: Iterable[Path], report: Report) -> dict[str, list[Scored]]:
+def by_task(paths: Iterable[Path], report: Report, max_length: int | None = None) -> dict[str, list[Scored]]:
     """key -> its trajectories, each once, in the order of the files. Raises UserError."""
     tasks: dict[str, list[Scored]] = {}
     for path in paths:
@@ -157,6 +160,9 @@ def by_task(paths: Iterable[Path], report: Report) -> dict[str, list[Scored]]:
             report.trajectories += 1
             found = tasks.setdefault(key, [])
             if one is None:
+                continue
+            if max_length and any(len(sequence["input_ids"]) > max_length for sequence in one.sequences):
+                report.left_out[f"longer than max_length {max_length}"] += 1
                 continue
             if any(one.messages == other.messages for other in found):
                 report.left_out[REPEATED] += 1

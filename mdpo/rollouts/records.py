@@ -17,6 +17,7 @@ from mdpo.types import Message
 
 ENDS = ("done", "cut", "too long", "max turns", "refused", "environment error")
 
+RIGHT = "right_answer"  # the reward of maths, by the function of that name
 ROUNDING = 1e-9  # of a sum of weighted rewards
 
 
@@ -57,7 +58,9 @@ class Trajectory:
 
     @property
     def correct(self) -> bool:
-        return self.reward is not None and self.reward >= 1 - ROUNDING
+        """Of maths by math-verify alone, whatever is added to it; else a reward of 1 and more."""
+        judged = self.rewards.get(RIGHT, self.reward)
+        return self.reward is not None and judged is not None and judged >= 1 - ROUNDING
 
 
 def recorded_sequences(turns: Iterable[SampledTurn]) -> list[dict[str, list]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import xxhash
@@ -52,7 +53,7 @@ class Prepared:
 
     def player(self, backend: Backend, stops: set[int], context: int | None) -> Plays:
         """Raises UserError where no turn fits into the model's context."""
-        limits, hung = limits_of(self.options, context), list[str]()
+        limits, hung = limits_of(self.options, context), list[tuple[str, Thread]]()
         players = {
             name: Player(
                 backend, self.template, stops, form, environments, self.rewards, limits, hung, name and ENVIRONMENT
@@ -66,31 +67,15 @@ class Prepared:
 def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> Prepared:
     """Reads the tasks, makes an environment, and asks the template. Raises UserError."""
     template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
-    functions = [load_object(spec, "rewards") for spec in options.rewards]
-    own = bool(options.environment or options.tools)
-    if own:
-        loaded = load_object(options.environment, "environment") if options.environment else None
-        found = environments_of(loaded, [load_object(spec, "tools") for spec in options.tools])
-        kind = options.tool_calls
-        if not functions and not all(one.has_reward for one in found.values()):
-            raise UserError("rewards: the environment has no get_reward; name a reward function.")
-    else:
-        refuse_missing_verifier()
-        if not options.isolated:
-            say("allow_unisolated_code: the model's programs run with access to this user's files and network.")
-        sandbox = Sandbox(ProgramLimits(options.code_seconds), namespaces=options.isolated)
-        found, kind = environments_of(None, [python_tool(sandbox)]), "python"
-        functions = [right_answer, *functions]
-    rewards = Rewards(functions, options.reward_weights)
-    needs: dict[str, Callable[[Any], Any]] = {} if own else {"answer": gold_answer}
-    if None not in found:
-        needs[ENVIRONMENT] = partial(known_environment, names=list(found))
-    tasks = read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
+    found, rewards, tasks = played_in(path, options)
+    kind = options.tool_calls if options.environment or options.tools else "python"
     places = {}
     for name, one in found.items():
         tools = list(one.schemas.values())
         places[name] = one, call_form(kind, tools, template, options.tool_role, options.backend == "chat")
         check_tool_role(places[name][1], template, options.tool_role)
+    if not options.isolated:
+        say("allow_unisolated_code: the model's programs run with access to this user's files and network.")
     if options.backend == "chat":
         say("backend chat: its trajectories have no token ids: training tokenizes their text again.")
         if recipe.data.chat_template:
@@ -101,6 +86,26 @@ def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> P
     if not options.save.parent.is_dir():
         raise UserError(f"--save: {options.save} has no folder.")
     return Prepared(options, tasks, template, places, rewards)
+
+
+def played_in(path: str, options: SamplingOptions) -> tuple[dict[str | None, Environments], Rewards, list[Task]]:
+    """(environments by name, rewards, tasks): what needs no tokenizer. Raises UserError."""
+    functions = [load_object(spec, "rewards") for spec in options.rewards]
+    own = bool(options.environment or options.tools)
+    if own:
+        loaded = load_object(options.environment, "environment") if options.environment else None
+        found = environments_of(loaded, [load_object(spec, "tools") for spec in options.tools])
+        if not functions and not all(one.has_reward for one in found.values()):
+            raise UserError("rewards: the environment has no get_reward; name a reward function.")
+    else:
+        refuse_missing_verifier()
+        sandbox = Sandbox(ProgramLimits(options.code_seconds), namespaces=options.isolated)
+        found, functions = environments_of(None, [python_tool(sandbox)]), [right_answer, *functions]
+    needs: dict[str, Callable[[Any], Any]] = {} if own else {"answer": gold_answer}
+    if None not in found:
+        needs[ENVIRONMENT] = partial(known_environment, names=list(found))
+    rewards = Rewards(functions, options.reward_weights)
+    return found, rewards, read_tasks(path, options.instruction, needs, own_prompts=bool(options.environment))
 
 
 def known_environment(name: Any, names: list[str | None]) -> None:
@@ -123,14 +128,14 @@ def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajecto
     options, shard = prepared.options, prepared.options.shard
     policy = named_digest(checkpoint, None, default_folder()) or checkpoint
     records = Records(options.save, policy, settings_of(prepared, recipe))
-    wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples, options.in_flight)
+    wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples, options.places)
     if not wanted:
         raise UserError("--shard: has no task of the file.")
     if records.missing(wanted):
         seed = options.seed + len(records.done)  # after a kill the same noise would give copies
         with backend_of(checkpoint, recipe, prepared, seed) as (backend, stops, context):
             player = prepared.player(backend, stops, context)
-            roll_out(player, wanted, records, options.in_flight)
+            roll_out(player, wanted, records, options.places)
     order = {(task.key, sample): n for n, (task, sample) in enumerate(wanted)}
     return sorted(records.done, key=lambda t: order[t.key, t.sample])
 
@@ -161,7 +166,8 @@ def backend_of(
     model = load_policy(checkpoint, recipe)
     stops = stop_ids(model.generation_config, template)
     sampling = sampling_config(stops, template.tokenizer.pad_token_id, options.temperature)
-    with BACKENDS[options.backend](model, sampling, seed) as backend:
+    batch = {"batch_size": options.in_flight} if options.backend == "generate" and options.in_flight else {}
+    with BACKENDS[options.backend](model, sampling, seed, **batch) as backend:
         yield backend, stops, context_length(model.config)
 
 

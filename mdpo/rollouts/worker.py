@@ -21,7 +21,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()  # one that never ends dies with the process
+        self.thread = threading.Thread(target=self._work, daemon=True)  # one that never ends dies with the process
+        self.thread.start()
 
     async def call(self, name: str, function: Callable[[], Any], seconds: float) -> Any:
         """What the function returns, or raises; of a coroutine, what it comes to. Raises Hung."""

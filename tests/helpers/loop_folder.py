@@ -62,7 +62,7 @@ def write_training(folder: Path, history: list[dict], **changes) -> None:
     report = {
         **{"recipe": {"beta": 0.2}, "steps": 40, "train_seconds": 90.0, "first_loss": 0.6931},
         **{
-            "data": {"sets": {"pairs.jsonl (train)": {"kept": 5}}},
+            "data": {"sets": {"pairs.jsonl (train)": {"kept": 8}}, "training": {"pairs": 5}},
             "chosen_logps": {"line": "", "fell": False},
             "warnings": [],
         },

@@ -25,7 +25,8 @@ from mdpo.config.loop import Loop, read_loop
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.reference.fingerprint import named_digest
 from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
-from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, flags, got_worse
+from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, got_worse
+from mdpo.rollouts.options import flags
 from mdpo.rollouts.sft_recipe import last_checkpoint
 from mdpo.rollouts.supervised import sft_rows
 
@@ -331,10 +332,25 @@ def test_a_changed_key_of_a_finished_stage_is_refused(workshop):
     assert not (workshop / "out/iteration-1").exists()
 
 
+def test_an_edited_recipe_is_refused_where_its_key_counts(workshop):
+    """By the key's name, of training and of sampling; what changes no result may change."""
+    finished_loop(workshop)
+    text = (workshop / "recipe.yaml").read_text()
+    for edit, key, stage in (
+        ("dtype: float32\nbeta: 0.7", "beta", "iteration-1/train"),
+        ("dtype: bfloat16", "dtype", "iteration-0"),
+    ):
+        (workshop / "recipe.yaml").write_text(text.replace("dtype: float32", edit))
+        with refused(key, stage, key):
+            iterate.main([str(loop_file(workshop))])
+    (workshop / "recipe.yaml").write_text(text.replace("logging_steps: 1", "logging_steps: 2\nsave_steps: 7"))
+    iterate.main([str(loop_file(workshop))])
+
+
 def finished_loop(folder: Path) -> list[Stage]:
     """The stages of a loop whose folders were written by hand, each of them finished."""
     write_loop(folder / "out")
-    stages = [stage for _, stage in Iterations(read_loop(loop_file(folder)), f"{folder}/model").stages()]
+    stages = [stage for _, stage in iterate.checked(read_loop(loop_file(folder))).stages()]
     for stage in stages:
         (stage.folder / DONE).write_text(json.dumps(stage.settings))
     return stages
@@ -408,6 +424,7 @@ def test_worse_is_below_the_interval():
     assert not got_worse(before, {"accuracy": 0.72}) and got_worse(before, {"accuracy": 0.71})
 
 
+OF_SAMPLING = {"temperature": 1.0}
 BAD = {
     "unknown key": ({"iteration": 3}, "iteration", "did you mean iterations"),
     "type": ({"iterations": "three"}, "iterations", "'three'"),
@@ -437,6 +454,18 @@ BAD = {
     "an own file of pairs": ({"pair": {"out": "x"}}, "pair", "out"),
     "a reference in the recipe": ({"recipe": "{folder}/other.yaml"}, "reference", "ref_model_name_or_path"),
     "no accelerate file": ({"accelerate_config": "none.yaml"}, "accelerate_config", "none.yaml"),
+    "several machines": (
+        {"accelerate_config": f"{ROOT}/training_configs/zero3_two_nodes.yaml"},
+        "accelerate_config",
+        "2;",
+    ),
+    "a server that is there": (
+        {"sample": {**OF_SAMPLING, "backend": "server", "base_url": "http://127.0.0.1:1/v1"}},
+        "sample",
+        "base_url",
+    ),
+    "no such environment": ({"sample": {**OF_SAMPLING, "environment": "none.py:Env"}}, "", "none.py"),
+    "weights of other rewards": ({"evaluate": {"reward_weights": "1,2,3"}}, "", "reward_weights"),
     "no tasks": ({"tasks": "none.jsonl"}, "tasks", "none.jsonl"),
     "no held-out tasks": ({"held_out_tasks": "none.jsonl"}, "held_out_tasks", "none.jsonl"),
 }

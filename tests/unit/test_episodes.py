@@ -212,7 +212,7 @@ def test_a_hung_instance_is_not_used_again():
     one = player(script, environments, seconds=0.2)
     play(one, task("a"), in_flight=1)
     play(one, task("b"), task("c"), in_flight=1)
-    assert len(made) == 3 and one.hung == ["hang"]  # one is only looked at, for its tools
+    assert len(made) == 3 and [name for name, _ in one.hung] == ["hang"]  # one is only looked at, for its tools
 
 
 class Database(Counter):
@@ -415,6 +415,44 @@ def test_a_reward_function_may_ask_for_what_trl_s_trainer_gives():
     rewards = Rewards([asks, takes_all])
     (found,) = play(player(Script({"a": ["x<|im_end|>"]}), rewards=rewards), task("a"))
     assert found.rewards == {"Counter": 0.0, "asks": 0.0, "takes_all": 0.0} and not found.error
+
+
+def test_right_answers_of_maths_are_those_of_math_verify():
+    """Whatever else is added; elsewhere a reward of 1 is right."""
+    for rewards, total, right in (
+        ({"right_answer": 1.0, "short": -0.5}, 0.5, True), ({"right_answer": 0.0, "form": 1.0}, 1.0, False),
+        ({"Counter": 0.9}, 0.9, False), ({"Counter": 1.0}, 1.0, True), ({"right_answer": 1.0, "x": None}, None, False),
+    ):  # fmt: skip
+        assert Trajectory("a", 0, {}, [], reward=total, rewards=rewards).correct is right
+
+
+class Outage:
+    """Its database answers the first `well` times, and never again."""
+
+    well = 3
+
+    def reset(self, **row):
+        Outage.well -= 1
+        if Outage.well < 0:
+            raise ConnectionError("no database")
+
+    def get_reward(self):
+        return 1.0
+
+
+def test_an_environment_that_is_out_of_order_ends_sampling(tmp_path, monkeypatch):
+    """Its trajectories are not kept, and the next start plays them; a few of them are what they are."""
+    monkeypatch.setattr("mdpo.rollouts.driver.BROKEN", 5)
+    tasks, path = [task(f"t{n:02}") for n in range(12)], tmp_path / "r.jsonl"
+    texts = {t.key: ["x<|im_end|>"] for t in tasks}
+    with refused("environment", 5, "no database"):
+        roll_out(player(Script(texts), Environments(Outage)), jobs(tasks, 1), Records(path, "p", {}), in_flight=1)
+    assert [t.ended for t in Records(path, "p", {}).done] == ["done"] * 3
+    Outage.well = 7
+    texts = {t.key: ["x<|im_end|>"] for t in tasks}
+    roll_out(player(Script(texts), Environments(Outage)), jobs(tasks, 1), Records(path, "p", {}), in_flight=1)
+    ends = [t.ended for t in Records(path, "p", {}).done]
+    assert ends == ["done"] * 10 + ["environment error"] * 2
 
 
 def test_weights_that_sum_to_one_make_a_right_answer():

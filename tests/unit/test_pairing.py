@@ -94,6 +94,20 @@ def test_rows_keep_what_was_sampled(tmp_path):
     assert dict(report.unpaired) == {"fewer than two left": 1}
 
 
+def test_what_training_would_drop_is_not_drawn(tmp_path):
+    """A recorded sequence of more tokens than max_length; one of as many stays, and texts without ids do."""
+    rows = [
+        {"key": "a", "messages": said(text), "reward": reward,
+         "sequences": [{"input_ids": [1] * n, "assistant_masks": [0] * (n - 1) + [1]}]}
+        for text, reward, n in (("x", 1, 9), ("y", 0, 8), ("z", 1, 5))
+    ]  # fmt: skip
+    rows += [{"key": "b", "messages": said(text), "reward": reward} for text, reward in (("x" * 99, 1), ("y", 0))]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, report = paired_rows([tmp_path / "t.jsonl"], Pairing("all"), max_length=8)
+    assert [pair["id"] for pair in pairs] == ["a-0", "b-0"] and pairs[0]["chosen"]["messages"] == said("z")
+    assert dict(report.left_out) == {"longer than max_length 8": 1}
+
+
 def test_why_a_task_has_no_pair(tmp_path):
     """With every rule that looks at rewards, nothing left of a task included."""
     half = {"key": "half", "messages": said("\ud83d"), "reward": 1}
