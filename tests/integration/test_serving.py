@@ -150,9 +150,9 @@ import multiprocessing, sys, time
 from pathlib import Path
 from mdpo.rollouts.serving import Servers
 with Servers(sys.argv[1], sys.argv[2], Path(sys.argv[3])):
-    multiprocessing.get_context("fork").Process(target=time.sleep, args=(15,)).start()  # as an environment may
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,)).start()  # as an environment may
     print("there", flush=True)
-    time.sleep(60)
+    time.sleep(300)
 """
 
 
@@ -161,7 +161,7 @@ def test_a_child_that_holds_the_keeper_s_stdin_keeps_no_server(workshop):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while "there" not in process.stdout.readline():
         assert process.poll() is None
-    (child,) = psutil.Process(process.pid).children()[-1:]
+    (child,) = (c for c in psutil.Process(process.pid).children() if "server_keeper" not in " ".join(c.cmdline()))
     process.kill()
     process.wait()
     all_end(workshop)
