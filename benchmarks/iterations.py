@@ -33,6 +33,7 @@ SETS = {  # of held-out tasks: (how their keys begin, their file beside the loop
     "maths": {"asked": ("loop_heldout", None, 300), "SFT's": ("loop_known", RECIPES / "data/loop_known.jsonl", 100)},
     "shop": {"orders": ("shop", None, 300)},
 }
+TITLES = {"asked": "new templates", "SFT's": "templates of SFT", "orders": "orders"}
 ARMS = {  # arm: (what it changes, said for the table)
     "mdpo": ({}, "M-DPO: the policy's own tokens"),
     "weak_nll": ({"beta": 0.5, "nll_coefficient": 1.0}, "M-DPO with less of RPO's term"),
@@ -171,7 +172,7 @@ def share(group: list[dict], name: str) -> tuple[float, int]:
 
 def table(tasks: str, found: list[dict]) -> Table:
     shown = Table(title=f"{tasks}: right answers, the mean of the seeds")
-    for column in ("arm", "iteration", "seeds", *SETS[tasks]):
+    for column in ("arm", "iteration", "seeds", *(TITLES[name] for name in SETS[tasks])):
         shown.add_column(column, justify="left" if column == "arm" else "right")
     for (arm, n), group in by_arm(found).items():
         shares = [with_interval(*share(group, name), 3) for name in SETS[tasks]]
@@ -201,7 +202,7 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
             above = [high - y for y, (_, high) in zip(ys, bounds, strict=True)]
             color = f"C{list(ARMS).index(arm)}"
             panel.errorbar(xs, ys, yerr=[below, above], marker="o", capsize=3, label=ARMS[arm][1], color=color)
-        panel.set(title=f"{tasks}: {name}", xlabel="iteration", xticks=sorted({n for _, n in groups}))
+        panel.set(title=f"{tasks}: {TITLES[name]}", xlabel="iteration", xticks=sorted({n for _, n in groups}))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("right answers")
     panels[0][0].legend(fontsize="small")
