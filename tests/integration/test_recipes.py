@@ -545,7 +545,7 @@ def test_right_is_paired_with_wrong(tmp_path, capsys):
         "  left out: 2 not ended by the policy",
         "  left out: 1 the same as an earlier one",
         "4 pairs of 1 tasks",
-        "  without a pair: 2 tasks, no two differ in reward",
+        "  without a pair: 2 tasks, fewer than two left",
         "  the chosen side is longer in 0 of 4 (0%)",
         f"{tmp_path / 'pairs.jsonl'}: 4 pairs",
     ]
@@ -553,7 +553,7 @@ def test_right_is_paired_with_wrong(tmp_path, capsys):
     assert report == {
         **{"pairs_by": "all", "trajectories": 9, "tasks": 3, "paired": 1, "pairs": 4, "longer": 0},
         "left_out": {"not ended by the policy": 2, "the same as an earlier one": 1},
-        "unpaired": {"no two differ in reward": 2},
+        "unpaired": {"fewer than two left": 2},
     }
     assert paired(tmp_path, others[:1] + a, "--pairs=all") == rows
     assert len(paired(tmp_path, a)) == 1 and paired(tmp_path, a) == paired(tmp_path, others + a)
