@@ -202,9 +202,10 @@ def check_reward(reward: Any, where: str) -> None:
 
 
 def has_half_pairs(row: dict[str, Any]) -> bool:
-    """Whether a text of the row's cannot be written as UTF-8: an emoji that was cut in JSON's escapes."""
+    """Whether a text that a pair takes cannot be written as UTF-8: an emoji that was cut in JSON's escapes."""
+    taken = {name: row.get(name) for name in ("key", "messages", "tools")}
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(taken, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
     return False

@@ -46,9 +46,8 @@ class Prepared:
     options: SamplingOptions
     tasks: list[Task]
     template: ChatTemplate
-    places: dict[
-        str | None, tuple[Environments, CallForm]
-    ]  # by the name in a task's `environment`, if there are several
+    # By the name in a task's `environment`, where there are several.
+    places: dict[str | None, tuple[Environments, CallForm]]
     rewards: Rewards
 
     def player(self, backend: Backend, stops: set[int], context: int | None) -> Plays:

@@ -294,7 +294,7 @@ KILLERS = (
 
 
 def survives_its_killers(box: Sandbox) -> None:
-    """Signals to the launcher and to pid 1 end at most the program: what it prints then is the next one's affair."""
+    """Signals to the launcher and to pid 1 end at most the program: the next one runs."""
     for killer in KILLERS:
         found = box.run(f"import os, signal\ntry:\n    {killer}\nexcept PermissionError:\n    pass")
         assert found.ended in ("ok", "error") and "Traceback" not in found.output, (killer, found)
