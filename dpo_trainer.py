@@ -44,7 +44,7 @@ from mdpo.loss.registry import LossSettings, PairTerms, pair_losses, weighted
 from mdpo.loss.turn_metrics import turn_rewards
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.masking.tokenizer import fast_tokenizer, refuse_pad_token, refuse_router_loss, refuse_small_vocabulary
-from mdpo.ranks import first_of_node
+from mdpo.ranks import first_of_node, row_ranks
 from mdpo.reference.frozen import Reference
 from mdpo.reference.model import keep_own_adapter, load_moved, save_moved
 from mdpo.reporting.model_card import write_card
@@ -209,7 +209,7 @@ class DPOTrainer(ResumableTrainer):
                 return PackedCollator()
             say(f"shared_prefix: off for {type(model).__name__}: {reason}.")
         ############## MODIFICATION 4 END
-        return PairCollator(pad_token_id, args.pad_to_multiple_of)
+        return PackedCollator(shared=False) if row_ranks() > 1 else PairCollator(pad_token_id, args.pad_to_multiple_of)
 
     def _prepare_datasets(self, train: AnyDataset, evaluation, tokenizer, args: DPOConfig) -> dict[str, Any]:
         """Both datasets tokenized; several evaluation datasets stay a dict."""

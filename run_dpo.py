@@ -29,7 +29,7 @@ from mdpo.data.prepare import prepare_pairs
 from mdpo.masking.dates import fix_day
 from mdpo.memory.oom import explained
 from mdpo.memory.sharding import overlap_reduction
-from mdpo.ranks import agreed
+from mdpo.ranks import agreed, row_ranks
 from mdpo.reporting.html_page import PAGE, RunPage
 from mdpo.reporting.progress import StepTimer, peak_memory_gb, show_progress
 from mdpo.reporting.run_report import REPORT, RESOLVED, show_result, write_report
@@ -120,10 +120,10 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
 
 
 def _batch_line(args) -> str:
-    pairs, steps, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    pairs, steps, of_row = args.per_device_train_batch_size, args.gradient_accumulation_steps, row_ranks()
+    parts, processes = args.world_size // of_row, "processes" if of_row == 1 else f"groups of {of_row} processes"
     return (
-        f"global batch {pairs * steps * processes} = {pairs} pairs per device × {steps} accumulation × "
-        f"{processes} processes"
+        f"global batch {pairs * steps * parts} = {pairs} pairs per device × {steps} accumulation × {parts} {processes}"
     )
 
 

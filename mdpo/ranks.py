@@ -24,6 +24,7 @@ from mdpo.errors import Preempted, RankFailed, UserError
 
 LIMIT_S = 24 * 3600  # longer than any work of one rank: an end for ranks that no longer agree where they are
 PAUSE_S = (0.002, 0.25)  # between two polls, at first and at most
+ROW_RANKS = "PARALLELISM_CONFIG_SP_SIZE"
 FAILED = "failed"
 OF_A_RANK = re.compile(r"(?:pp_rank_|rng_state_|progress_)(\d+)")  # in names of files that this rank writes and reads
 _turns = count()
@@ -35,6 +36,28 @@ def ranks() -> int:
 
 def rank() -> int:
     return dist.get_rank() if ranks() > 1 else 0
+
+
+def row_ranks() -> int:
+    """How many ranks share each row: sequence parallel's size, which the launcher passes on from the accelerate
+    file."""
+    size = os.environ.get(ROW_RANKS, "")
+    return int(size) if size.isdecimal() else 1
+
+
+def data_ranks() -> int:
+    """How many parts a batch of all ranks has."""
+    return max(ranks() // row_ranks(), 1)
+
+
+def data_rank() -> int:
+    """Which of these parts is this rank's."""
+    return rank() // row_ranks()
+
+
+def first_of_row() -> bool:
+    """Whether this rank counts what the ranks of its row all have."""
+    return rank() % row_ranks() == 0
 
 
 def first_rank_of_node() -> int:

@@ -24,6 +24,7 @@ from mdpo.console import first_line, is_main_process
 from mdpo.errors import UserError
 from mdpo.loss.health import health_names
 from mdpo.loss.metrics import COLUMNS, averages
+from mdpo.ranks import row_ranks
 
 OF_TRAINER = {"loss", "pairs", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
 MEANT = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}  # what DPO calls them
@@ -230,7 +231,7 @@ def _named(key: str, where: str = "") -> Iterator[None]:
 def check_steps(args: Any, pairs: int) -> list[str]:
     """For a training dataset of `pairs`: raises UserError where dataloader_drop_last leaves no step, and returns a line
     where warm-up outlasts training."""
-    batch = args.per_device_train_batch_size * args.world_size
+    batch = args.per_device_train_batch_size * (args.world_size // row_ranks())
     if args.dataloader_drop_last and pairs < batch:
         raise UserError(
             f"dataloader_drop_last: {pairs} pairs are fewer than a batch of all processes ({batch}), and no step would "

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import default_config_file
 from mdpo.config.parallelism import ADVICE
 from mdpo.console import first_line
 from mdpo.errors import UserError
+from mdpo.ranks import row_ranks
 
 CPU_FLAGS = {"--cpu", "--use_cpu"}
 SCRIPT = "run_dpo.py"  # what comes behind it is ours, not the launcher's
@@ -48,7 +49,8 @@ def device_line(args) -> str:
     name = f"{torch.cuda.get_device_name(args.device)} ({args.device.type})" if args.device.type == "cuda" else ""
     plugin = args.deepspeed_plugin
     sharded = f", ZeRO-{plugin.zero_stage}" if plugin is not None else ""
-    return f"device: {args.world_size} × {name or args.device.type}{sharded}"
+    rows = f", {row_ranks()} of them for each row" if row_ranks() > 1 else ""
+    return f"device: {args.world_size} × {name or args.device.type}{sharded}{rows}"
 
 
 def _torch_says(driver: str | None) -> str:
@@ -79,9 +81,11 @@ def launch_request() -> tuple[str | None, bool]:
 
 
 def refuse_parallel_launch() -> None:
-    """Raises UserError where the accelerate file splits sequences or single weights among processes: for a plain launch
-    on CPUs the launcher does not pass that on, and every process would train on its own."""
+    """Raises UserError where the accelerate file splits sequences or single weights among processes and the launcher
+    has not passed it on, as for a plain launch on CPUs: every process would train on its own."""
     path, settings, _ = _launch()
+    if row_ranks() > 1:
+        return
     sizes = settings.get("parallelism_config") or {}
     for name, size in sizes.items() if isinstance(sizes, dict) else ():
         if name.endswith("_size") and size not in (None, 1):

@@ -1,13 +1,19 @@
-"""Ways of splitting one model or one sequence among devices, none of them supported: refused by name."""
+"""Ways of splitting one model or one sequence among devices. Sequence parallel under DeepSpeed is supported; all others
+are refused by name."""
 
 import os
 from typing import Any
 
 from mdpo.errors import UserError
+from mdpo.ranks import row_ranks
 
-ADVICE = "is not supported: every process holds whole pairs. training_configs/zero3_for_dpo.yaml shards the weights"
-SIZES = ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE", "SP_SIZE")
+ADVICE = (
+    "is not supported. To split a model or its sequences there are ZeRO-3 (training_configs/zero3_for_dpo.yaml) "
+    "and sequence parallel (training_configs/zero3_sequence_parallel.yaml)"
+)
+SIZES = ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE")
 # Keys of a DeepSpeed configuration, and of model_init_kwargs, that split a model or a sequence.
+IN_USE = "ACCELERATE_USE_PARALLELISM_CONFIG"
 OF_DEEPSPEED = ("sequence_parallel_size", "tensor_parallel", "pipeline", "expert_parallel_size")
 OF_THE_MODEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
@@ -16,8 +22,8 @@ def refuse_parallelism(args: Any) -> None:
     """Raises UserError for parallelism_config of the arguments or of the accelerate file (whose launcher passes it in
     the environment), for Megatron-LM, and for a DeepSpeed configuration's or model_init_kwargs' keys of that kind."""
     if args.parallelism_config is not None:
-        raise UserError(f"parallelism_config: {ADVICE}.")
-    if _says_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError(f"parallelism_config: among the arguments it {ADVICE}.")
+    if _says_true(IN_USE) and row_ranks() == 1:
         raise UserError(f"parallelism_config: the accelerate file's {ADVICE}.")
     for size in SIZES:
         value = os.environ.get(name := f"PARALLELISM_CONFIG_{size}", "1")
@@ -32,6 +38,34 @@ def refuse_parallelism(args: Any) -> None:
     for key in OF_THE_MODEL:
         if (args.model_init_kwargs or {}).get(key) is not None:
             raise UserError(f"model_init_kwargs: {key} {ADVICE}.")
+    if row_ranks() > 1:
+        _refuse_with_shared_rows(args)
+
+
+def _refuse_with_shared_rows(args: Any) -> None:
+    """Raises UserError for what sequence parallel cannot go with. Else accelerate learns nothing of it: it would cut
+    batches along their rows, whatever is in them."""
+    size, backend, plugin = row_ranks(), os.environ.get("PARALLELISM_CONFIG_SP_BACKEND"), args.deepspeed_plugin
+    where = f"parallelism_config: sp_size {size}"
+    if backend not in (None, "", "None", "deepspeed"):
+        raise UserError(f"parallelism_config: sp_backend: {backend} is not supported, deepspeed is.")
+    if plugin is None or plugin.zero_stage not in (2, 3):
+        raise UserError(
+            f"{where} needs DeepSpeed ZeRO-2 or ZeRO-3, as in training_configs/zero3_sequence_parallel.yaml.",
+            "parallelism_config",
+        )
+    if args.world_size % size:
+        raise UserError(
+            f"{where} does not divide the {args.world_size} processes. Take one that does.", "parallelism_config"
+        )
+    for key, wrong in (
+        ("disable_dropout", not args.disable_dropout),
+        ("neftune_noise_alpha", bool(args.neftune_noise_alpha)),
+        ("torch_compile", bool(args.torch_compile)),
+    ):
+        if wrong:
+            raise UserError(f"{key}: {getattr(args, key)} does not go with sequence parallel ({where}).", key)
+    os.environ[IN_USE] = "false"
 
 
 def _says_true(name: str) -> bool:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from mdpo.data.tokenize import side_lengths
+from mdpo.ranks import data_rank, data_ranks, row_ranks
 
 FIRST_STEPS = 2  # the optimizer's states come with the first step, so that the second one takes the most memory
 AHEAD = 32  # groups among which one is looked for that fills up a step
@@ -38,7 +39,7 @@ class LongestFirst(Sampler[int]):
     @classmethod
     def of(cls, rows: Dataset, args) -> "LongestFirst":
         """For tokenized pairs and a trainer's arguments."""
-        step_pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step_pairs = args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // row_ranks())
         seed = args.seed if args.data_seed is None else args.data_seed
         groups = prompt_groups(rows) if args.group_pairs else None
         return cls(*pair_tokens(rows), step_pairs, seed, groups, args.train_batch_size)
@@ -138,3 +139,11 @@ def prompt_groups(rows: Dataset) -> np.ndarray:
         return np.arange(len(rows))
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in rows["prompt_key"]], np.int64)
+
+
+def share_rows(loader) -> None:
+    """Gives the ranks that share each row the same batches of a DataLoader that accelerate has prepared for each
+    rank."""
+    for shard in (getattr(loader, "batch_sampler", None), loader.dataset):
+        if row_ranks() > 1 and hasattr(shard, "num_processes"):
+            shard.num_processes, shard.process_index = data_ranks(), data_rank()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mdpo.forward.forest import Forest, part, plant
+from mdpo.forward.forest import Forest, apart, part, plant
 from mdpo.types import SIDES, PairBatch, sequence_lengths, split, turn_begins
 
 CHOSEN, REJECTED = 0, 1
@@ -55,8 +55,10 @@ class PackedCollator:
     Example: chosen [5, 6, 7, 8], rejected [5, 6, 9] with masks [0, 1, 1, 1] and [0, 1, 1]: input_ids [5, 6, 7, 8, 9],
     position_ids [0, 1, 2, 3, 2], runs [[4, -1], [1, 1]], ends [3, 4]; 6 and 7 of chosen are read at indices 0 and 1, 8
     at 2, and 9 at 1 again: logp_position [0, 1, 2, 1], label [6, 7, 8, 9], unique_index [0, 1, 2, 0, 3],
-    sequence_position [0, 1, 2, 0, 1].
+    sequence_position [0, 1, 2, 0, 1]. Not `shared`, each sequence has its own tokens.
     """
+
+    shared: bool = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> PairBatch:
         sequences = [np.asarray(ids, np.int64) for ids in _by_sequence(rows, "ids")]
@@ -64,7 +66,7 @@ class PackedCollator:
         first = [0, *accumulate(counts)]
         sides = [side for pair in range(len(rows)) for side in (pair, len(rows) + pair)]
         order = [i for side in sides for i in range(first[side], first[side + 1])]
-        planted = plant([sequences[i] for i in order])
+        planted = (plant if self.shared else apart)([sequences[i] for i in order])
         ends = [planted.ends[i] for i in np.argsort(order)]
         path = np.concatenate(Forest(planted.runs, ends).paths)
         scored = np.flatnonzero(np.concatenate([_scored(row, side) for side in SIDES for row in rows]))

@@ -76,6 +76,14 @@ def plant(sequences: Sequence[np.ndarray]) -> Row:
     )
 
 
+def apart(sequences: Sequence[np.ndarray]) -> Row:
+    """The same row without sharing: each sequence is a tree of its own."""
+    lengths = [len(sequence) for sequence in sequences]
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    runs, ends = [[length, -1] for length in lengths], [end - 1 for end in accumulate(lengths)]
+    return Row(np.concatenate(list(sequences)), positions, runs, ends)
+
+
 def _depth_first(roots: list[_Chain]) -> list[_Chain]:
     """Chains in the row's order, with their starts: behind a chain what branches off, from its last token backward."""
     pending, chains, n = roots[::-1], [], 0
@@ -124,10 +132,11 @@ class Unit(NamedTuple):
 class Forest:
     """What attention derives from a row's runs, once for all layers."""
 
-    def __init__(self, runs: Sequence[Sequence[int]], ends: Sequence[int] = ()):
+    def __init__(self, runs: Sequence[Sequence[int]], ends: Sequence[int] = (), spread=None):
         self.sizes, self.parents = [size for size, _ in runs], [parent for _, parent in runs]
         self.starts = [0, *accumulate(self.sizes)][:-1]
         self.ends = list(ends)
+        self.spread = spread  # over ranks: a `mdpo.forward.sequence_parallel.Spread`
         self._on: dict = {}  # tensors by device and what they are
 
     def run_of(self, index: int) -> int:

@@ -13,9 +13,11 @@ from mdpo.forward.collators import first_pairs, unpacked
 from mdpo.forward.layout_check import Watch, misplaced, shifted
 from mdpo.forward.modes import base_model, evaluating
 from mdpo.forward.packed_attention import noting_refusals, refused
+from mdpo.forward.sequence_parallel import Group, Spread
 from mdpo.forward.token_logps import score_tokens, scored_beside
 from mdpo.types import PairBatch
 
+OF_PACKED_ROWS = "sequence parallel divides packed rows among ranks"
 HEAD_TOKENS = 64  # of a real row, compared with its own logits
 # Norm of the difference of the two layouts' log-probs over their norm. Float32 adds in another order; half precision
 # rounds in each layer, 4 to 5 % in bfloat16 where a policy's own samples are likely: what two padded batches differ by,
@@ -38,6 +40,7 @@ class Layout:
 
     def __init__(self, accelerator, pad_token_id: int):
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
+        self._group = Group.of_this_rank()
         self._packs: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
         self._heads: WeakSet[torch.nn.Module] = WeakSet()  # whose log-probs are those of their logits
 
@@ -53,7 +56,17 @@ class Layout:
                 self._heads.add(inner)
                 if packed:
                     self._packs[inner] = self._check(model, inner, first)
-        return unpacked(batch, self.pad_token_id) if packed and not self._packs[inner] else batch
+        if packed and self._packs[inner]:
+            return self._spread(batch)
+        if self._group is not None:
+            raise UserError(
+                f"data_collator: {OF_PACKED_ROWS}, and this one's batches are padded.", "parallelism_config"
+            )
+        return unpacked(batch, self.pad_token_id) if packed else batch
+
+    def _spread(self, batch: PairBatch) -> PairBatch:
+        """The batch, and where several ranks share its row, which has what of it."""
+        return batch if self._group is None else batch | {"spread": Spread(batch, self._group)}
 
     def _check_head(self, model, inner, batch: PairBatch) -> None:
         """Raises UserError where the log-probs of a row's first tokens are not those of the model's own logits: then
@@ -84,7 +97,13 @@ class Layout:
             reason = self._compare(model, inner, batch)
         if not self._anywhere(reason):
             return True
-        say(f"shared_prefix: off for {type(inner).__name__}: {reason or 'another rank found a difference'}.")
+        reason = reason or "another rank found a difference"
+        if self._group is not None:
+            raise UserError(
+                f"parallelism_config: {OF_PACKED_ROWS}. {type(inner).__name__} cannot be given them: {reason}.",
+                "parallelism_config",
+            )
+        say(f"shared_prefix: off for {type(inner).__name__}: {reason}.")
         return False
 
     def _compare(self, model, inner, batch: PairBatch) -> str | None:
@@ -95,7 +114,7 @@ class Layout:
         padded_again = score_tokens(model, shifted(padded, self.pad_token_id)).logps
         try:
             with noting_refusals() as unknown, watch.looking():
-                packed = score_tokens(model, batch).logps
+                packed = score_tokens(model, self._spread(batch)).logps
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an architecture does: it trains padded

@@ -79,7 +79,7 @@ class Watch:
             return
         try:
             if self.calls[packed] == 1:
-                self._compare_queries(packed, query, key)
+                self._compare_queries(packed, query, key, kwargs.get("forest"))
             if not packed:
                 self.reason = self.reason or self._compare(attend, module, query, key, value, mask, args, kwargs)
         except torch.OutOfMemoryError:
@@ -87,14 +87,19 @@ class Watch:
         except Exception as error:
             self.reason = f"its attention cannot be checked: {first_line(error)}"
 
-    def _compare_queries(self, packed: bool, query, key) -> None:
-        """In the first layer nothing but RoPE tells queries and keys of one token in both layouts apart."""
+    def _compare_queries(self, packed: bool, query, key, forest: Forest | None) -> None:
+        """In the first layer nothing but RoPE tells queries and keys of one token in both layouts apart. Of a row that
+        ranks share, each compares its own tokens."""
         if not packed:
             self._first = [self._row(x) for x in (query, key)]
             return
-        limit = SAME_QUERIES.get(_computed(query), 3e-2)
+        limit, spread = SAME_QUERIES.get(_computed(query), 3e-2), getattr(forest, "spread", None)
         for a, b in zip((query, key), self._first, strict=True):
             a, b = (x[0].transpose(0, 1).flatten(1).float() for x in (a, b))
+            if spread is not None:
+                a, b = a[: len(spread.own)], b[spread.own]
+            if not len(a):
+                continue
             worst = ((a - b).norm(dim=1) / b.norm(dim=1).clamp(min=1e-6)).max().item()
             if not worst <= limit:
                 self.reason = f"a token's query or key differs by {worst:.1e} of its norm, more than {limit:g}"

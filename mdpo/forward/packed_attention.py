@@ -71,10 +71,12 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # as its products would; RoPE may have promoted queries and keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    varlen = _varlen(query, value, dropout, softcap)
-    if varlen is not None:
-        return varlen(query, key, value, forest, scaling, window, softcap, dropout), None
-    return _by_unit(query, key, value, forest, scaling, window, softcap, dropout), None
+    heads, spread = query.size(1), forest.spread
+    if spread is not None:  # a rank has tokens of all heads, and attends with all tokens of some
+        query, key, value = spread.heads_of_row(query, key, value)
+    attend = _varlen(query, value, dropout, softcap) or _by_unit
+    out = attend(query, key, value, forest, scaling, window, softcap, dropout)
+    return (out if spread is None else spread.all_heads(out, heads)), None
 
 
 def _by_unit(query, key, value, forest: Forest, *options) -> torch.Tensor:

@@ -17,6 +17,7 @@ from mdpo.forward.compiled_ops import compiled
 from mdpo.forward.forest import Forest
 from mdpo.forward.lm_head import Head, HeadTransform, chunk_statistics, logits_gradient, plus, plus_product, slices
 from mdpo.forward.scoring_head import ScoringHead
+from mdpo.forward.sequence_parallel import Spread
 from mdpo.types import PairBatch
 
 # Of float32 logits in memory at a time. On a GPU each chunk's backward reads and writes the weight's float32 gradient,
@@ -150,6 +151,8 @@ def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     # In float32: means over thousands of tokens, which a bfloat16 model would make in bfloat16.
     logits = tuple(layer.float() for layer in outputs.router_logits or ())
+    if forest is not None and forest.spread is not None and logits:
+        logits = forest.spread.of_row(torch.stack(logits)).unbind()
     balance = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, counts) if logits else 0.0
     return torch.as_tensor(balance, device=device)
 
@@ -200,11 +203,24 @@ def score_tokens(model, batch: PairBatch, collision=False, aux_loss=False) -> To
     inputs = {name: batch[name] for name in names if name in batch} | {
         name: True for name in optional if optional[name]
     }
-    inputs |= {"forest": Forest(batch.runs, batch.ends)} if batch.is_packed else {}
-    scores = model(**inputs, score_length=batch.input_ids.size(1))
+    if batch.is_packed:
+        inputs |= {"forest": Forest(batch.runs, batch.ends, batch.spread)}
+    if batch.spread is not None:
+        inputs |= batch.spread.inputs
+    scores = model(**inputs, score_length=inputs["input_ids"].size(1))
     if "logps" not in scores:
         raise _no_scoring_head(model)
     if not batch.is_packed:
         return scores
+    if batch.spread is not None:
+        scores = _of_all_ranks(scores, batch.spread)
     expanded = {name: x if name == "aux_loss" else x.index_select(0, batch.unique_index) for name, x in scores.items()}
     return TokenScores(**expanded)
+
+
+def _of_all_ranks(scores: TokenScores, spread: Spread) -> TokenScores:
+    """Of all U scored positions of a row that several ranks share, from this rank's."""
+    names = [name for name in scores if name != "aux_loss"]
+    logps, *rest = spread.collect(torch.stack([scores[name] for name in names])).unbind()
+    statistics = {name: x.detach() for name, x in zip(names[1:], rest, strict=True)}
+    return TokenScores(logps=logps, **statistics, aux_loss=scores.aux_loss)

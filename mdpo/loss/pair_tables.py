@@ -7,6 +7,7 @@ import torch
 from mdpo.loss.health import HEALTH
 from mdpo.loss.metrics import COLUMNS
 from mdpo.loss.turn_metrics import pad_and_cat
+from mdpo.ranks import first_of_row
 from mdpo.types import PairBatch
 
 FINITE = slice(COLUMNS.index("loss"), COLUMNS.index("rejected_logps") + 1)  # columns that show a pair at fault
@@ -27,12 +28,11 @@ class PairTables:
         self._earlier = 0  # how many of `train` belong to steps that are over
 
     def append(self, table: torch.Tensor, training: bool, batch: PairBatch) -> None:
-        if training:
-            self.train.append(table)
+        counts = first_of_row()  # of a row that ranks share they all have this table
+        (self.train if training else self.eval).append(table if counts else table[:0])
+        if training and counts:
             self.tokens += batch.n_tokens
             self.distinct += batch.input_ids.numel() if batch.is_packed else 0
-        else:
-            self.eval.append(table)
 
     def end_step(self) -> None:
         """The step in hand is over; its tables wait for the log."""

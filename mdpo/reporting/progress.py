@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from mdpo.ranks import row_ranks
+
 BETWEEN_LINES_S = 5  # between lines of text, in a file or a pipe
 COUNTS = {"num_tokens": "tokens_per_second", "num_distinct_tokens": "distinct_tokens_per_second"}  # log -> its speed
 TEXT_WIDTH = 74  # characters of the line beside the bar
@@ -79,7 +81,8 @@ class StepTimer(TrainerCallback):
 
     def figures(self, args) -> dict[str, float]:
         """Pairs of all processes; the last step of an epoch may have had fewer pairs than it is counted with."""
-        pairs = self.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        of_step = args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // row_ranks())
+        pairs = self.steps * of_step
         return {
             "steps": self.steps,
             "train_seconds": self.seconds,

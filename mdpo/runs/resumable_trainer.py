@@ -10,8 +10,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from mdpo.console import say
+from mdpo.data.sampler import share_rows
 from mdpo.errors import Preempted, UserError
-from mdpo.ranks import wait_for_all
+from mdpo.ranks import row_ranks, wait_for_all
 from mdpo.runs import preemption, rank_state
 from mdpo.runs.checkpoint_writer import write_checkpoint
 from mdpo.runs.checkpoints import PREFIX, SAVING, faults, move_files, newest_complete, wrong_sizes
@@ -38,6 +39,16 @@ class ResumableTrainer(Trainer):
         self._epoch_ended = False
         self._saved_step = 0  # of the newest checkpoint that this start has written or was resumed from
         self.add_callback(_Resume(self))
+
+    # ------------------------------------------------------------------------------------------------ sequence parallel
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        share_rows(loader)
+        return loader
+
+    def get_total_train_batch_size(self, args) -> int:
+        return super().get_total_train_batch_size(args) // row_ranks()
 
     # ------------------------------------------------------------------------------------------------ preemption
 

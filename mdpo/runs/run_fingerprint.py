@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from mdpo.config.caches import default_folder
 from mdpo.config.parsing import FIELDS
+from mdpo.ranks import row_ranks
 from mdpo.reference.fingerprint import named_digest
 
 # Keys that change nothing in what is learned: a new value simply applies from the resume on.
@@ -123,8 +124,8 @@ ROUNDING = (
     "pad_to_multiple_of",
     "versions",
 )
-# What runs from before a key did, where that is not its default.
-BEFORE = {"group_pairs": False}
+# What runs from before a key or a fact did, where that is not its default.
+BEFORE = {"group_pairs": False, "row_ranks": 1}
 # Only their product counts, together with the number of processes.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
@@ -139,7 +140,8 @@ def recipe_facts(values: dict[str, Any], args) -> dict[str, Any]:
         "keys": keys,
         "names": {key: values.get(key, _default(key)) for key in NAMES if key in FIELDS},
         "processes": args.world_size,
-        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "global_batch": args.train_batch_size * args.gradient_accumulation_steps * (args.world_size // row_ranks()),
+        "row_ranks": row_ranks(),
         "zero_stage": 0 if plugin is None else plugin.zero_stage,
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -205,9 +207,9 @@ def _changed(then: dict, now: dict) -> Iterator[tuple[str, Any, Any]]:
         old = old_keys.get(key, BEFORE.get(key, _default(key))) if key in FIELDS else old_keys.get(key)
         if json.dumps(old, default=str) != json.dumps(new, default=str):
             yield key, old, new
-    for name in ("processes", "zero_stage"):
-        if then.get(name) != now[name]:
-            yield name, then.get(name), now[name]
+    for name in ("processes", "row_ranks", "zero_stage"):
+        if (old := then.get(name, BEFORE.get(name))) != now[name]:
+            yield name, old, now[name]
     for name, new in now["versions"].items():
         if then.get("versions", {}).get(name) != new:
             yield f"versions of {name}", then.get("versions", {}).get(name), new
