@@ -126,7 +126,7 @@ class PairBatch(dict[str, Any]):
     unique_index: Tensor  # (S,) each supervised token's index among the U
     sequence: Tensor  # (S,) its sequence, 0 … M-1
     sequence_position: Tensor  # (S,) its predecessor's index in that sequence
-    spread: object | None  # where several ranks share the row: which has what (`mdpo.forward.sequence_parallel`)
+    spread: Any | None  # where several ranks share the row: which has what (`mdpo.forward.sequence_parallel`)
 
     def __init__(self, fields: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **more: Any):
         super().__init__()

@@ -5,6 +5,8 @@ import os
 from typing import Any
 
 from mdpo.errors import UserError
+from mdpo.forward.packed_attention import other_layers
+from mdpo.forward.sequence_parallel import head_shares
 from mdpo.ranks import row_ranks
 
 ADVICE = (
@@ -49,14 +51,12 @@ def _refuse_with_shared_rows(args: Any) -> None:
     where = f"parallelism_config: sp_size {size}"
     if backend not in (None, "", "None", "deepspeed"):
         raise UserError(f"parallelism_config: sp_backend: {backend} is not supported, deepspeed is.")
-    if plugin is None or plugin.zero_stage not in (2, 3):
-        raise UserError(
-            f"{where} needs DeepSpeed ZeRO-2 or ZeRO-3, as in training_configs/zero3_sequence_parallel.yaml.",
-            "parallelism_config",
-        )
+    if plugin is not None and plugin.zero_stage not in (2, 3):
+        raise UserError(f"{where} needs ZeRO-2 or ZeRO-3, not ZeRO-{plugin.zero_stage}.", "parallelism_config")
     if args.world_size % size:
         raise UserError(
-            f"{where} does not divide the {args.world_size} processes. Take one that does.", "parallelism_config"
+            f"{where} does not divide the number of processes, {args.world_size}. Take one that does.",
+            "parallelism_config",
         )
     for key, wrong in (
         ("disable_dropout", not args.disable_dropout),
@@ -70,3 +70,13 @@ def _refuse_with_shared_rows(args: Any) -> None:
 
 def _says_true(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def refuse_model(config: Any) -> None:
+    """Raises UserError where ranks cannot share the rows of a model, by its configuration (None is unknown)."""
+    if row_ranks() == 1 or config is None:
+        return
+    if reason := other_layers(config):
+        raise UserError(f"parallelism_config: {config.model_type} cannot share rows: {reason}.", "parallelism_config")
+    heads = config.get_text_config().num_attention_heads
+    head_shares(heads, getattr(config.get_text_config(), "num_key_value_heads", None) or heads, row_ranks())

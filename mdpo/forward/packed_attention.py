@@ -24,15 +24,20 @@ _refusals: list[str] | None = None  # what `noting_refusals` collects
 
 def refused(model) -> str | None:
     """Why the model cannot be given packed rows, as far as its configuration tells; None where it can."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or KNOWN_LAYERS)
-    if not layers <= KNOWN_LAYERS:
-        return f"it has layers of the kind {', '.join(sorted(layers - KNOWN_LAYERS))}"
+    if reason := other_layers(model.config):
+        return reason
     if getattr(model, "_is_stateful", False):
         return "it carries a state from token to token"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention does not go through transformers' interface"
     return None
+
+
+def other_layers(config) -> str | None:
+    """As `refused`, by the configuration alone."""
+    config = config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or KNOWN_LAYERS)
+    return None if layers <= KNOWN_LAYERS else f"it has layers of the kind {', '.join(sorted(layers - KNOWN_LAYERS))}"
 
 
 @contextmanager

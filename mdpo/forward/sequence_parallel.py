@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mdpo.errors import UserError
 from mdpo.ranks import rank, ranks, row_ranks
 from mdpo.types import PairBatch
 
@@ -60,8 +61,7 @@ class Spread:
         scored_place[by_owner] = np.arange(len(positions)) + np.repeat(
             max(self.scored) * np.arange(group.size) - first, self.scored
         )
-        own, mine = order[group.rank], np.flatnonzero(owner == group.rank)
-        arrays = (own, order.reshape(-1), place[:n], scored_place, mine)
+        arrays = (order[group.rank], order.reshape(-1), place[:n], scored_place, np.flatnonzero(owner == group.rank))
         own, self._order, self._place, self._scored_place, mine = (torch.from_numpy(x).to(device) for x in arrays)
         self.inputs = {name: _with_none(batch[name], 1)[:, own] for name in ("input_ids", "position_ids")}
         self.inputs["logp_position"] = self._place[batch.logp_position[mine]] - group.rank * order.shape[1]
@@ -142,15 +142,21 @@ def head_shares(heads: int, key_heads: int, size: int) -> list[HeadShare]:
     """Query heads as evenly as can be. Ranks between which a key head's queries are divided both get it.
 
     Example, 9 heads of 3 key heads for 2 ranks: heads 0–3 with keys 0–1, each query's own [0, 0, 0, 1], and 4–8 with
-    keys 1–2, [0, 0, 1, 1, 1].
+    keys 1–2, [0, 0, 1, 1, 1]. Raises UserError where there are fewer heads than ranks.
     """
+    if heads < size:
+        raise UserError(
+            f"parallelism_config: sp_size {size} is more than the {heads} heads of attention, of which each rank takes "
+            "some.",
+            "parallelism_config",
+        )
     shared, shares = heads // key_heads, []
     for i in range(size):
         queries = range(heads * i // size, heads * (i + 1) // size)
         keys = [head // shared for head in queries]
-        low, count = min(keys, default=0), len(set(keys))
+        low, count = keys[0], len(set(keys))
         own = [key - low for key in keys]
-        even = not keys or own == [i // (len(own) // count) for i in range(len(own))]
+        even = own == [i // (len(own) // count) for i in range(len(own))]
         shares.append(HeadShare(slice(queries.start, queries.stop), slice(low, low + count), None if even else own))
     return shares
 

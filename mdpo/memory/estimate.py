@@ -50,7 +50,10 @@ def plan_memory(recipe, sharding: Sharding, sequences: int = 1) -> MemoryPlan:
             attention=None if sharding.cpu else "flash" if flash else "torch",
             zero3=sharding.stage == 3,
             sequences=sequences,
+            row_ranks=sharding.row_ranks,
         )
+        if sharding.row_ranks > 1 and not skeleton.packed:
+            raise UserError(f"parallelism_config: ranks cannot share rows of {config.model_type}.")
         if getattr(skeleton.policy, "_is_stateful", False):
             raise UserError(
                 f"{config.model_type} cannot be planned: it carries a state, whose kernels are not known here.",

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mdpo.forward.lm_head
 import mdpo.forward.packed_attention
+import mdpo.forward.sequence_parallel
 import mdpo.forward.token_logps
 from mdpo.config.precision import cast_weights
 from mdpo.forward.compiled_ops import MIN_WIDTH, is_gated, is_norm
@@ -21,6 +22,7 @@ from mdpo.forward.dropout import disable_dropout
 from mdpo.forward.forest import Forest
 from mdpo.forward.layout import packing_refused
 from mdpo.forward.modes import base_model
+from mdpo.forward.sequence_parallel import Group, Spread
 from mdpo.memory.fake_tensors import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 
 
@@ -31,7 +33,7 @@ class FakeModel:
     own for it. DeepSpeed casts the policy to `engine_dtype`, and the reference follows; `autocast` is the dtype of
     mixed precision without it. `attention` names the kernel that packed rows meet on a GPU, flash or torch; None: a
     CPU, where torch chooses. A batch is `pairs` whose sides have `sequences` of `length` tokens each; every token is
-    supervised, and none is shared."""
+    supervised, and none is shared. `row_ranks` share each row."""
 
     def __init__(
         self,
@@ -44,10 +46,11 @@ class FakeModel:
         attention=None,
         zero3=False,
         sequences: int = 1,
+        row_ranks: int = 1,
     ):
         logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # the error itself is shown
         self.mode, self.args, self.autocast, self.attention = FakeTensorMode(), args, autocast, attention
-        self.reference, self.sequences = None, sequences
+        self.reference, self.sequences, self.row_ranks = None, sequences, row_ranks
         # Inside a ZeRO-3 run transformers would hand the new model to DeepSpeed, which shards it over all ranks.
         with torch.device("meta"), replaced(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None):
             self.policy = _prepared(make(), args, peft, engine_dtype, zero3)
@@ -58,7 +61,7 @@ class FakeModel:
                 self.reference.requires_grad_(False).eval()
         for model in self._models:
             _on_fake_cpu(model, self.mode)
-        self.packed = bool(args.shared_prefix) and packing_refused(self.policy) is None
+        self.packed = (bool(args.shared_prefix) or row_ranks > 1) and packing_refused(self.policy) is None
         if self.packed:  # as at the start of a run
             with mdpo.forward.packed_attention.noting_refusals() as unknown:
                 self.evaluation(1, 2)
@@ -121,11 +124,14 @@ class FakeModel:
         row = (1, 2 * pairs * length) if self.packed else (2 * pairs, length)
         scored = torch.empty(2 * pairs * (length - 1), dtype=torch.int64)
         inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "logp_position": scored, "label": scored}
+        spread = _PlannedSpread(*row, len(scored), self.row_ranks) if self.row_ranks > 1 else None
         if self.packed:
             inputs["position_ids"] = torch.empty(row, dtype=torch.int64)
-            inputs["forest"] = Forest([[length, -1]] * (2 * pairs))
+            inputs["forest"] = Forest([[length, -1]] * (2 * pairs), spread=spread)
+        inputs |= spread.inputs if spread else {}
         with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
-            return model(**inputs, score_length=row[1]).logps
+            logps = model(**inputs, score_length=inputs["input_ids"].size(1)).logps
+        return spread.collect(logps) if spread else logps
 
     @contextlib.contextmanager
     def _counting(self):
@@ -133,6 +139,7 @@ class FakeModel:
         known = [tensor for model in self._models for tensor in (*model.parameters(), *model.buffers())]
         allocations = Allocations(self.config.vocab_size, known)
         with self.mode, allocations, contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(mdpo.forward.sequence_parallel, "dist", _NoRanks))
             stack.enter_context(
                 replaced(mdpo.forward.token_logps, "compiled", lambda f: lambda *x: OnePass.apply(allocations, f, *x))
             )
@@ -148,6 +155,24 @@ class FakeModel:
                         norm_forward(allocations) if is_norm(module) else gated_forward(allocations), module
                     )
             yield allocations
+
+
+class _NoRanks:
+    """In the place of torch.distributed: what ranks would send each other is there, with whatever is in it."""
+
+    all_gather = all_to_all_single = staticmethod(lambda *args, **kwargs: None)
+
+
+class _PlannedSpread(Spread):
+    """Of one rank, whose tokens are as many as any rank's."""
+
+    def __init__(self, rows: int, n: int, scored: int, size: int):
+        index = lambda n: torch.empty(n, dtype=torch.int64)  # noqa: E731
+        each = -(-n // size)
+        self.group, self.scored = Group(size, 0), [-(-scored // size)] * size
+        self._order, self._place, self._scored_place = index(size * each), index(n), index(scored)
+        self.inputs = {"input_ids": index((rows, each)), "position_ids": index((rows, each))}
+        self.inputs |= {"logp_position": index(self.scored[0]), "label": index(self.scored[0])}
 
 
 def _prepared(model, args, peft, engine_dtype, zero3: bool):

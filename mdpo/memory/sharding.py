@@ -8,6 +8,7 @@ import yaml
 
 from mdpo.config.parsing import ROOT
 from mdpo.errors import UserError
+from mdpo.ranks import row_ranks
 
 STAGES = {0: "no sharding", 2: "ZeRO-2", 3: "ZeRO-3"}
 # Keys of `deepspeed_config` in an accelerate file that change nothing in a step's memory.
@@ -21,7 +22,8 @@ OVERLAP = "overlap_comm"  # of DeepSpeed's zero_optimization
 @dataclass(frozen=True)
 class Sharding:
     """`stage` 0 (none), 2 or 3; `processes` of all machines together; what waits in CPU memory; `precision` as the
-    launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward runs."""
+    launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward runs;
+    `row_ranks` processes share each row (sequence parallel)."""
 
     stage: int = 0
     processes: int = 1
@@ -31,6 +33,7 @@ class Sharding:
     precision: str = "no"
     cpu: bool = False
     overlap: bool = True
+    row_ranks: int = 1
 
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> "Sharding":
@@ -61,6 +64,7 @@ class Sharding:
             stage == 3 and offload["param"],
             str(raw.get("mixed_precision", "no")).lower(),
             bool(raw.get("use_cpu", False)),
+            row_ranks=_row_ranks(path, raw, n),
         )
 
     @classmethod
@@ -80,6 +84,7 @@ class Sharding:
             accelerator.mixed_precision,
             accelerator.device.type == "cpu",
             bool(zero.get(OVERLAP, True)),
+            row_ranks(),
         )
 
     def __str__(self) -> str:
@@ -91,9 +96,9 @@ class Sharding:
         offloaded = " and ".join(
             w for w, on in (("optimizer", self.offload_optimizer), ("weights", self.offload_param)) if on
         )
-        return ", ".join(
-            [" ".join(words), *([sharded] if sharded else []), *([f"{offloaded} in CPU memory"] if offloaded else [])]
-        )
+        rows = f"{self.row_ranks} for each row" if self.row_ranks > 1 else ""
+        in_cpu = f"{offloaded} in CPU memory" if offloaded else ""
+        return ", ".join(part for part in (" ".join(words), rows, sharded, in_cpu) if part)
 
 
 def overlap_reduction(plugin) -> str | None:
@@ -127,6 +132,23 @@ def _mapping(path: str | Path) -> dict:
         message = f"{path}: is not an accelerate file (no num_processes). A recipe goes first, without a flag."
         raise UserError(message, "num_processes")
     return raw
+
+
+def _row_ranks(path: str | Path, raw: dict, processes: int) -> int:
+    """Of parallelism_config, which may say nothing else."""
+    sizes = {
+        key.removeprefix("parallelism_config_"): size for key, size in (raw.get("parallelism_config") or {}).items()
+    }
+    if other := [
+        key for key, size in sizes.items() if key.endswith("_size") and key != "sp_size" and size not in (None, 1)
+    ]:
+        raise UserError(f"{path}: parallelism_config: {other[0]} cannot be planned; sp_size can.", "parallelism_config")
+    size = int(sizes.get("sp_size") or 1)
+    if processes % size:
+        raise UserError(
+            f"{path}: parallelism_config: sp_size {size} does not divide {processes} processes.", "parallelism_config"
+        )
+    return size
 
 
 def _refuse(path: str | Path, engine: dict) -> None:

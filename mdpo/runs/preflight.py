@@ -5,6 +5,7 @@ from mdpo.config.caches import refuse_unwritable
 from mdpo.config.late_values import refuse_late_values, refuse_unfit
 from mdpo.config.launcher import refuse_parallel_launch
 from mdpo.config.model_folders import refuse_unloadable
+from mdpo.config.parallelism import refuse_model
 from mdpo.config.precision import refuse_two_precisions
 from mdpo.config.validation import check_options
 from mdpo.console import say
@@ -29,5 +30,6 @@ def checked_tokenizer(recipe):
         tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
         config = check_model(tokenizer, recipe.model, args)
         refuse_unfit(args, peft_config, config)
+        refuse_model(config)
     say(f"dtypes: {checked_precision(recipe, config)}")
     return tokenizer, config

@@ -1,5 +1,5 @@
-"""Run by test_sequence_parallel.py under torchrun: rows that all ranks share against the same rows whole, in every rank:
-log-probs, loss and gradients of each family and each batch of awkward lengths. Argument: an output file."""
+"""Run by test_sequence_parallel.py under torchrun: rows that all ranks share against the same rows whole, in every
+rank: log-probs, loss and gradients of each family and each batch of awkward lengths. Argument: an output file."""
 
 import json
 import os
@@ -27,7 +27,12 @@ def cases() -> dict[str, dict]:
     found = {f"{family} {rows}": {"family": family, "rows": rows} for family in FAMILIES for rows in ("seven", "long")}
     found |= {f"Llama {rows}": {"family": "Llama", "rows": rows} for rows in AWKWARD}
     plain = {"family": "Llama", "rows": "several sequences"}
-    odd = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 4}  # SmolLM2's proportions
+    odd = {
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 36,
+        "head_dim": 4,
+    }  # SmolLM2's proportions
     return found | {
         "short": {**plain, "rows": "short"},
         "not shared": {**plain, "shared": False},

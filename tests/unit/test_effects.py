@@ -1,5 +1,6 @@
 """Every option works, is refused or is named: one table, and each of its words is true."""
 
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from trl import DPOConfig
 from dpo_trainer import DPOTrainer
 from mdpo.config.effects import NAMED, QUIET, REFUSED, REFUSED_ELSEWHERE
 from mdpo.config.option_readers import WORKS
-from mdpo.config.parallelism import refuse_parallelism
+from mdpo.config.parallelism import refuse_model, refuse_parallelism
 from mdpo.config.parsing import FIELDS, ROOT
 from mdpo.config.recipe import load_recipe
 from mdpo.config.schema import MDPOConfig
@@ -219,7 +220,7 @@ def test_a_recipe_that_asks_for_another_run(recipe, error):
     ("name", "value"),
     [
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"),
-        *((f"PARALLELISM_CONFIG_{axis}_SIZE", "2") for axis in ("TP", "CP", "SP", "DP_SHARD", "DP_REPLICATE")),
+        *((f"PARALLELISM_CONFIG_{axis}_SIZE", "2") for axis in ("TP", "CP", "DP_SHARD", "DP_REPLICATE")),
     ],
 )
 def test_parallelism_of_the_accelerate_file(monkeypatch, name, value):
@@ -240,6 +241,50 @@ def test_parallelism_as_the_launcher_passes_it(monkeypatch):
         monkeypatch.setenv(name, passed[name])
     with refused("parallelism_config", "the accelerate file's"):
         check_options(MDPOConfig(**BASE))
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "env"),
+    [
+        ("parallelism_config", {}, {}),  # one process
+        ("parallelism_config", {}, {"PARALLELISM_CONFIG_SP_BACKEND": "ring"}),
+        ("disable_dropout", {"disable_dropout": False}, {"WORLD": "4"}),
+        ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}, {"WORLD": "4"}),
+        ("torch_compile", {"torch_compile": True}, {"WORLD": "4"}),
+        ("parallelism_config", {}, {"WORLD": "3"}),
+    ],
+)
+def test_what_does_not_go_with_sequence_parallel(key, options, env, monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    args = MDPOConfig(**{**BASE, **options})
+    monkeypatch.setattr(type(args), "world_size", property(lambda _: int(os.environ.get("WORLD", 1))))
+    with refused(key, "parallelism_config"):
+        refuse_parallelism(args)
+
+
+def test_models_whose_rows_cannot_be_shared(monkeypatch):
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    few = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
+    other = transformers.Qwen3NextConfig(**layers)
+    refuse_model(few), refuse_model(other)
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "4")
+    refuse_model(None), refuse_model(transformers.LlamaConfig())
+    with refused("parallelism_config", "2 heads"):
+        refuse_model(few)
+    with refused("parallelism_config", "linear_attention"):
+        refuse_model(other)
+
+
+def test_sequence_parallel_is_kept_from_accelerate(monkeypatch):
+    """Which would cut batches along their rows."""
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    args = MDPOConfig(**BASE)
+    monkeypatch.setattr(type(args), "world_size", property(lambda _: 4))
+    refuse_parallelism(args)
+    assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "false"
 
 
 def test_parallelism_of_the_arguments(monkeypatch, tmp_path):
