@@ -168,11 +168,12 @@ def unpacked(batch: PairBatch, pad_token_id: int) -> PairBatch:
     }
 
 
-def first_pairs(batch: PairBatch, n: int) -> PairBatch:
-    """The first `n` pairs of a packed batch, packed; without the rows' other fields."""
+def first_pairs(batch: PairBatch, n: int, tokens: int) -> PairBatch:
+    """The first `n` pairs of a packed batch, and of each sequence the first `tokens`, packed; without the rows' other
+    fields."""
     kept = [i for i, side in enumerate(batch.sides) if side % batch.n_pairs < n]
-    index, runs, ends = part(Forest(batch.runs, batch.ends), kept)
-    selected = batch.pair < n
+    index, runs, ends = part(Forest(batch.runs, batch.ends), kept, tokens)
+    selected = (batch.pair < n) & (batch.sequence_position < tokens - 1)
     used, unique_index = batch.unique_index[selected].unique(return_inverse=True)
     device = batch.input_ids.device
     places, sequences = (torch.as_tensor(x, device=device) for x in (index, kept))
@@ -184,5 +185,5 @@ def first_pairs(batch: PairBatch, n: int) -> PairBatch:
         "sequence": torch.searchsorted(sequences, batch.sequence[selected]),
     }
     counts = [count for side, count in enumerate(batch["sequences"]) if side % batch.n_pairs < n]
-    lengths = [batch["lengths"][i] for i in kept]
+    lengths = [min(batch["lengths"][i], tokens) for i in kept]
     return PairBatch(fields, runs=runs, ends=ends, lengths=lengths, sequences=counts)

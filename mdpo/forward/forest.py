@@ -232,14 +232,15 @@ class Forest:
         return self._on[device]
 
 
-def part(forest: Forest, sequences: Sequence[int]) -> tuple[np.ndarray, list[list[int]], list[int]]:
-    """What is left of a forest of which only some sequences stay: the indices of its tokens, their runs, and where the
-    sequences end among them."""
-    index = np.unique(np.concatenate([forest.paths[i] for i in sequences]))
+def part(forest: Forest, sequences: Sequence[int], tokens: int) -> tuple[np.ndarray, list[list[int]], list[int]]:
+    """What is left of a forest of which only some sequences stay, the first `tokens` of each: the indices of its
+    tokens, their runs, and where the sequences end among them."""
+    paths = [forest.paths[i][:tokens] for i in sequences]
+    index = np.unique(np.concatenate(paths))
     parents = np.arange(-1, sum(forest.sizes) - 1)
     parents[forest.starts] = forest.parents
     left = np.where(parents[index] < 0, -1, np.searchsorted(index, parents[index]))
     starts = np.union1d([0], np.flatnonzero(left != np.arange(-1, len(index) - 1)))  # not behind their parents
     sizes = np.diff([*starts, len(index)])
     runs = [[int(size), int(left[start])] for size, start in zip(sizes, starts, strict=True)]
-    return index, runs, np.searchsorted(index, [forest.ends[i] for i in sequences]).tolist()
+    return index, runs, np.searchsorted(index, [path[-1] for path in paths]).tolist()

@@ -18,6 +18,7 @@ from mdpo.forward.token_logps import score_tokens, scored_beside
 from mdpo.types import PairBatch
 
 OF_PACKED_ROWS = "sequence parallel divides packed rows among ranks"
+CHECKED = 8192  # tokens of a sequence; the padded layout, on one device, would take more memory than the step itself
 HEAD_TOKENS = 64  # of a real row, compared with its own logits
 # Norm of the difference of the two layouts' log-probs over their norm. Float32 adds in another order; half precision
 # rounds in each layer, 4 to 5 % in bfloat16 where a policy's own samples are likely: what two padded batches differ by,
@@ -48,7 +49,7 @@ class Layout:
         """The batch in the layout that `model` (wrapped or not) takes. All ranks call it together."""
         inner, packed = self.accelerator.unwrap_model(model), batch.is_packed
         if inner not in self._heads or (packed and inner not in self._packs):
-            first = first_pairs(batch, 2) if packed else batch
+            first = first_pairs(batch, 2, CHECKED) if packed else batch
             # Compiled parts run eagerly: two pairs are no reason to compile.
             eager = torch.compiler.set_stance("force_eager")
             with evaluating(inner), torch.no_grad(), self.accelerator.autocast(), eager:

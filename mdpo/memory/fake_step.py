@@ -139,7 +139,7 @@ class FakeModel:
         known = [tensor for model in self._models for tensor in (*model.parameters(), *model.buffers())]
         allocations = Allocations(self.config.vocab_size, known)
         with self.mode, allocations, contextlib.ExitStack() as stack:
-            stack.enter_context(replaced(mdpo.forward.sequence_parallel, "dist", _NoRanks))
+            stack.enter_context(replaced(mdpo.forward.sequence_parallel, "dist", NoRanks))
             stack.enter_context(
                 replaced(mdpo.forward.token_logps, "compiled", lambda f: lambda *x: OnePass.apply(allocations, f, *x))
             )
@@ -157,7 +157,7 @@ class FakeModel:
             yield allocations
 
 
-class _NoRanks:
+class NoRanks:
     """In the place of torch.distributed: what ranks would send each other is there, with whatever is in it."""
 
     all_gather = all_to_all_single = staticmethod(lambda *args, **kwargs: None)

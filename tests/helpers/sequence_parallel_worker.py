@@ -5,20 +5,28 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from itertools import accumulate
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from packed_pairs import AWKWARD, loss_and_gradients, pair, row_of, tiny
 from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaForCausalLM
 
 import mdpo.forward.sequence_parallel as sequence_parallel
 from mdpo.forward.collators import PackedCollator
 from mdpo.forward.modes import base_model
 from mdpo.forward.sequence_parallel import Group, Spread
+from mdpo.forward.token_logps import score_tokens
+from mdpo.memory.fake_step import FakeModel, NoRanks
+from mdpo.memory.fake_tensors import replaced
 from mdpo.ranks import ROW_RANKS
 
 FAMILIES = ["Llama", "Qwen3", "Gemma2", "Gemma3", "Mixtral", "Qwen3Moe"]
 SHORT = [row_of([[5]], [[5, 6]])]  # a row of two tokens, one of them scored
+LENGTH = 700  # of a side whose memory is measured
 LONG = [pair(70, 40, 30), pair(11, 60, 2, 1)]
 
 
@@ -109,12 +117,43 @@ def compared(group: Group, rows: str, shared=True, wrong=None, **case) -> dict[s
     }
 
 
+def peak_of(step) -> int:
+    """Bytes that PyTorch has allocated at most while `step` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def memory(group: Group, checkpointing: bool) -> dict[str, int]:
+    """Bytes of a step with a whole row, with this rank's part of it, with that where no rank answers (gloo's threads
+    hold what was sent for a while), and as planned."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    batch = PackedCollator()([pair(0, LENGTH, LENGTH)])
+    found = {}
+    part = {"spread": Spread(batch, group)}
+    for name, more in (("whole", {}), ("part", part), ("alone", part)):
+        model = tiny("Llama", attn_implementation="sdpa", **sizes)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        with replaced(sequence_parallel, "dist", NoRanks if name == "alone" else dist):
+            found[name] = peak_of(lambda m=model, more=more: score_tokens(m, batch | more).logps.sum().backward())
+    config = tiny("Llama", attn_implementation="sdpa", **sizes).config
+    config._attn_implementation = "sdpa"
+    keys = {"shared_prefix": True, "fused_ops": False, "disable_dropout": True, "precompute_ref_log_probs": True}
+    args = SimpleNamespace(**keys, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=None)
+    planned = FakeModel(lambda: LlamaForCausalLM(config), args, row_ranks=group.size).training(1, LENGTH, True, False)
+    return found | {"planned": sum(planned.values())}
+
+
 def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     os.environ[ROW_RANKS] = str(dist.get_world_size())
     group = Group.of_this_rank()
     found = {name: compared(group, **case) for name, case in cases().items()}
+    found["memory"] = {str(checkpointing): memory(group, checkpointing) for checkpointing in (False, True)}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:

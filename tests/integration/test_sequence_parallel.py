@@ -27,8 +27,14 @@ def found_by(ranks: int, folder) -> list[dict]:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shared_rows_are_whole_rows(ranks, tmp_path):
-    """Log-probs, statistics, loss and gradients; tokens and scored positions are dealt out evenly."""
+    """Log-probs, statistics, loss and gradients; tokens and scored positions are dealt out evenly. A rank's memory is
+    its part of that of a whole row, and what is planned."""
     found = found_by(ranks, tmp_path)
+    for memory in (rank.pop("memory") for rank in found):
+        for bytes_of in memory.values():
+            assert bytes_of["alone"] == pytest.approx(bytes_of["planned"], rel=0.03)
+            assert bytes_of["part"] < bytes_of["whole"]
+        assert memory["False"]["alone"] * ranks == pytest.approx(memory["False"]["whole"], rel=0.06)
     assert len(found) == ranks and len(found[0]) > 30
     for name, first in found[0].items():
         of_ranks = [rank[name] for rank in found]
