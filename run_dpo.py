@@ -121,9 +121,10 @@ def _trainer(recipe, tokenizer, train_dataset, eval_dataset, callbacks) -> DPOTr
 
 def _batch_line(args) -> str:
     pairs, steps, of_row = args.per_device_train_batch_size, args.gradient_accumulation_steps, row_ranks()
-    parts, processes = args.world_size // of_row, "processes" if of_row == 1 else f"groups of {of_row} processes"
+    parts, shared = args.world_size // of_row, f"group{'s' * (args.world_size > of_row)} of {of_row} " * (of_row > 1)
     return (
-        f"global batch {pairs * steps * parts} = {pairs} pairs per device × {steps} accumulation × {parts} {processes}"
+        f"global batch {pairs * steps * parts} = {pairs} pairs per device × {steps} accumulation × {parts} "
+        f"{shared}processes"
     )
 
 

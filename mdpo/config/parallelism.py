@@ -72,11 +72,18 @@ def _says_true(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def refuse_model(config: Any) -> None:
-    """Raises UserError where ranks cannot share the rows of a model, by its configuration (None is unknown)."""
+def refuse_model(config: Any) -> list[str]:
+    """Raises UserError where ranks cannot share the rows of a model, by its configuration (None is unknown); where they
+    do, a line on how even their work is."""
     if row_ranks() == 1 or config is None:
-        return
+        return []
     if reason := other_layers(config):
         raise UserError(f"parallelism_config: {config.model_type} cannot share rows: {reason}.", "parallelism_config")
     heads = config.get_text_config().num_attention_heads
-    head_shares(heads, getattr(config.get_text_config(), "num_key_value_heads", None) or heads, row_ranks())
+    key_heads = getattr(config.get_text_config(), "num_key_value_heads", None) or heads
+    counts = [share.queries.stop - share.queries.start for share in head_shares(heads, key_heads, row_ranks())]
+    each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    return [
+        f"sequence parallel: {row_ranks()} ranks for each row, with {each} of {heads} heads of attention each (at most "
+        f"{max(counts) * len(counts) / heads:.2f} × the mean) and as many tokens and scored positions"
+    ]

@@ -20,7 +20,7 @@ from mdpo.data.tokenize import DropCounts, tokenize_dataset
 from mdpo.errors import UserError
 from mdpo.masking.dates import fix_day
 from mdpo.masking.loss_mask import RenderSettings
-from mdpo.ranks import first_of_node
+from mdpo.ranks import first_of_node, row_ranks
 
 SANITY_PAIRS = {"train": 32, "eval": 8}  # of each dataset, with sanity_check
 
@@ -59,8 +59,11 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
         _tell(report, train, held_out, folder)
         tokens, distinct = token_totals(train)
         say(f"tokens to train on: {tokens:,} in all sequences, {distinct:,} of them distinct within a pair")
-        if imbalance := rank_imbalance(train, pairs := args.per_device_train_batch_size, seed=args.seed):
-            say(f"8 ranks of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
+        pairs, of_row = args.per_device_train_batch_size, row_ranks()
+        imbalance = rank_imbalance(train, pairs, -(-8 // of_row), args.seed)
+        if imbalance and of_row < 8:
+            ranks = "8 ranks" if of_row == 1 else f"{-(-8 // of_row)} groups of {of_row} ranks"
+            say(f"{ranks} of {pairs} pairs: the busiest would have {imbalance:.2f} × the mean of tokens (from lengths)")
     return train, held_out, report
 
 

@@ -30,6 +30,6 @@ def checked_tokenizer(recipe):
         tokenizer = load_tokenizer(recipe.model, recipe.data, args.trust_remote_code)
         config = check_model(tokenizer, recipe.model, args)
         refuse_unfit(args, peft_config, config)
-        refuse_model(config)
+        say(*refuse_model(config))
     say(f"dtypes: {checked_precision(recipe, config)}")
     return tokenizer, config

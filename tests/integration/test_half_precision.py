@@ -71,6 +71,8 @@ def on_cpus(config: str, precision: str, folder) -> str:
     """An accelerate file for GPUs as it is, but for two CPU processes and the precision."""
     raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
     path = folder / f"{config}_{precision}.yaml"
+    if "parallelism_config" in raw:
+        raw["parallelism_config"]["parallelism_config_sp_size"] = 2
     path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": precision, "num_processes": 2}))
     return str(path)
 
@@ -127,6 +129,22 @@ def test_nothing_learned_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
     references = ["torch.bfloat16" if name.startswith("false") and "lora" not in name else "none" for name in runs]
     assert seen == [f"seen: torch.bfloat16 {reference} torch.float32" for reference in references]
     assert printed.count(f"dtypes: {dtypes}") == 13 and f"device: 2 × cpu, ZeRO-{stage}" in printed
+
+
+@pytest.mark.slow
+def test_nothing_learned_is_ln_2_in_bfloat16_where_ranks_share_rows(shop, extensions, tmp_path):
+    runs = {
+        "ahead": ["--precompute_ref_log_probs=true"],
+        "in the step": ["--precompute_ref_log_probs=false"],
+        "lora": ["--precompute_ref_log_probs=false", *LORA],
+        "not shared": ["--shared_prefix=false"],
+    }
+    logs, printed = launch_runs("zero3_sequence_parallel", "bf16", runs, shop, extensions, tmp_path)
+    for name, steps in logs.items():
+        assert [step["loss"] for step in steps] == [LN2] * 3, name
+    assert printed.count("1 pairs per device × 1 accumulation × 1 group of 2 processes") == 4
+    assert printed.count("device: 2 × cpu, ZeRO-3, 2 of them for each row") == 4
+    assert printed.count("2 of 4 heads of attention each") == 4
 
 
 @pytest.mark.slow

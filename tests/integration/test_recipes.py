@@ -48,7 +48,10 @@ BILLIONS = {  # parameters as the models' authors give them
 }
 LAPTOP = ("full", "lora", "quickstart", "rpo", "margin", "turn_weights")
 ITERATIONS = {f"config_iter{i}_{kind}_reference" for i in (2, 3) for kind in ("fixed", "moved")}
-BATCH = re.compile(r"# Global batch: (\d+) pairs? per device x (\d+) accumulation x (\d+) \w+ = (\d+) pairs a step\.")
+BATCH = re.compile(
+    r"# Global batch: (\d+) pairs? per device x (\d+) accumulation x (\d+) (?:group of (\d+) )?\w+ = "
+    r"(\d+) pairs a step\."
+)
 
 
 def name_of(path: Path) -> str:
@@ -83,7 +86,10 @@ def test_families_and_their_recipes():
     for path in RECIPES:
         found.setdefault(path.parts[-3], set()).add(path.stem)
     three = {"config_full", "config_lora", "config_qlora"}
-    expected = {family: three for family in BILLIONS} | {"gemma-7b-it": three | ITERATIONS}
+    expected = {family: three for family in BILLIONS} | {
+        "gemma-7b-it": three | ITERATIONS,
+        "qwen3-8b": three | {"config_long"},
+    }
     assert found == expected | {"smollm2-135m": {f"config_{name}" for name in LAPTOP}}
 
 
@@ -140,9 +146,10 @@ def test_the_header_is_true(path, monkeypatch):
     assert words[:2] == ["accelerate", "launch"] and launch.training_script == "run_dpo.py"
     sharding = Sharding.read(launch.config_file)
     (batch,) = [m for line in header(path) if (m := BATCH.fullmatch(line))]
-    pairs, accumulation, processes, together = map(int, batch.groups())
+    pairs, accumulation, processes, of_row, together = (int(number or 1) for number in batch.groups())
     assert (pairs, accumulation) == (args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    assert processes == sharding.processes and pairs * accumulation * processes == together
+    assert (processes * of_row, of_row) == (sharding.processes, sharding.row_ranks)
+    assert pairs * accumulation * processes == together
     assert load_recipe(launch.training_script_args).path.resolve() == path
     assert sharding.cpu == ("smollm2" in str(path))
 

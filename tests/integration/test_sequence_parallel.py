@@ -66,7 +66,7 @@ def test_zero_equals_one_process(stage, workshop, extensions, one_process, tmp_p
     flags = ["--per_device_train_batch_size=4", f"--eval_dataset_mixer={{{workshop}/pairs.jsonl: 1.0}}"]
     code, text = launch(config, workshop, extensions, tmp_path / "out", *flags)
     assert code == 0, text[-4000:]
-    assert "4 pairs per device × 1 accumulation × 1 groups of 2 processes" in text
+    assert "4 pairs per device × 1 accumulation × 1 group of 2 processes" in text
     compare(tmp_path / "out", one_process, workshop)
     report = json.loads((tmp_path / "out/run_report.json").read_text())
     assert report["after"]["eval_pairs"] == 16

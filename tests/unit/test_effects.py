@@ -268,9 +268,11 @@ def test_models_whose_rows_cannot_be_shared(monkeypatch):
     layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     few = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
     other = transformers.Qwen3NextConfig(**layers)
-    refuse_model(few), refuse_model(other)
+    assert refuse_model(few) == refuse_model(other) == []
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "4")
-    refuse_model(None), refuse_model(transformers.LlamaConfig())
+    assert refuse_model(None) == []
+    (line,) = refuse_model(transformers.LlamaConfig(num_attention_heads=9, num_key_value_heads=3, hidden_size=36))
+    assert "2 to 3 of 9" in line and "1.33" in line
     with refused("parallelism_config", "2 heads"):
         refuse_model(few)
     with refused("parallelism_config", "linear_attention"):

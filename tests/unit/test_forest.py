@@ -168,16 +168,17 @@ def test_forests_of_awkward_pairs(name):
     check([ids for ids, _ in sequences(AWKWARD[name])])
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 1000])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_part_is_the_forest_of_its_sequences(seed):
+def test_a_part_is_the_forest_of_its_sequences(seed, tokens):
     texts = random_texts(seed)
     row, kept = forest_of(*texts), sorted(random.Random(seed).sample(range(len(texts)), 1 + len(texts) // 2))
-    index, runs, ends = part(Forest(row.runs, row.ends), kept)
-    assert index.tolist() == sorted({i for k in kept for i in Forest(row.runs, row.ends).paths[k].tolist()})
+    index, runs, ends = part(Forest(row.runs, row.ends), kept, tokens)
+    assert index.tolist() == sorted({i for k in kept for i in Forest(row.runs, row.ends).paths[k][:tokens].tolist()})
     left = Forest(runs, ends)
-    assert [row.ids[index][path].tolist() for path in left.paths] == [texts[k] for k in kept]
+    assert [row.ids[index][path].tolist() for path in left.paths] == [texts[k][:tokens] for k in kept]
     assert left.positions.tolist() == row.positions[index].tolist()
-    assert sum(left.sizes) == sum(forest_of(*(texts[k] for k in kept)).ids.shape)
+    assert sum(left.sizes) == sum(forest_of(*(texts[k][:tokens] for k in kept)).ids.shape)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])

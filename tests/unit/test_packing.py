@@ -38,7 +38,7 @@ from mdpo.forward.packed_attention import NAME
 from mdpo.forward.pair_logps import sum_by_pair
 from mdpo.forward.token_logps import enable_scoring, score_tokens
 from mdpo.loss.registry import LossSettings, PairTerms, pair_losses
-from mdpo.types import distinct_tokens
+from mdpo.types import distinct_tokens, sequence_lengths, split
 
 
 def compare(model, rows, aux_loss=False):
@@ -114,10 +114,24 @@ def test_unpacked_is_the_padded_layout(name):
     assert packed.n_distinct == distinct_tokens(ids for ids, _ in sequences(AWKWARD[name]))
 
 
+def cut(row: dict, tokens: int) -> dict:
+    """A row whose sequences end after so many tokens."""
+    row = dict(row)
+    for side in ("chosen", "rejected"):
+        lengths = sequence_lengths(row, side)
+        for name in ("ids", "mask"):
+            parts = split(row[f"{side}_{name}"], lengths)
+            row[f"{side}_{name}"] = [x for part in parts for x in part[:tokens]]
+        row[f"{side}_lengths"] = [min(length, tokens) for length in lengths]
+    return row
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 11, 100])
 @pytest.mark.parametrize("name", [name for name in AWKWARD if len(AWKWARD[name]) > 2])
-def test_first_pairs_are_the_batch_of_the_first_rows(name):
+def test_first_pairs_are_the_batch_of_the_first_rows(name, tokens):
     rows = AWKWARD[name]
-    wanted, found = PackedCollator()(rows[:2]), first_pairs(PackedCollator()(rows), 2)
+    wanted = PackedCollator()([cut(row, tokens) for row in rows[:2]])
+    found = first_pairs(PackedCollator()(rows), 2, tokens)
     assert set(found) == set(wanted) - {"row", "turn", "turn_tokens"}
     for key, value in found.items():
         assert torch.equal(value, wanted[key]) if isinstance(value, torch.Tensor) else value == wanted[key], key
