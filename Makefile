@@ -1,4 +1,4 @@
-# make quickstart | loop | quick | test | test-slow | test-all | style | quality | vllm-env
+# make quickstart | loop | quick | test | test-slow | test-long | test-all | style | quality | vllm-env
 # Every target makes .venv first; it is rebuilt whenever setup.cfg changes.
 PYTHON ?= $(shell for p in python3.11 python3; do command -v $$p; done 2>/dev/null | head -1)
 BIN := .venv/bin
@@ -10,7 +10,7 @@ MORE := $(shell expr $(CORES) + 1)
 VLLM := 0.32.0
 CODE := run_dpo.py dpo_trainer.py mdpo scripts benchmarks tests
 
-.PHONY: help venv vllm-env model quickstart loop quick test test-slow test-all style quality clean
+.PHONY: help venv vllm-env model quickstart loop quick test test-slow test-long test-all style quality clean
 help:
 	@sed -n '1,2p' Makefile
 
@@ -50,9 +50,12 @@ test: model
 	$(PYTEST) -n $(CORES) -m "not slow" tests
 
 test-slow: model
-	$(PYTEST) -n $(MORE) -m slow tests
+	$(PYTEST) -n $(MORE) -m "slow and not long" tests
 
-test-all: test test-slow
+test-long: model
+	$(PYTEST) -n 1 -m long tests
+
+test-all: test test-slow test-long
 
 style: .venv/.complete
 	$(BIN)/ruff format $(CODE)

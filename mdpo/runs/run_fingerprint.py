@@ -208,8 +208,9 @@ def _changed(then: dict, now: dict) -> Iterator[tuple[str, Any, Any]]:
         if json.dumps(old, default=str) != json.dumps(new, default=str):
             yield key, old, new
     for name in ("processes", "row_ranks", "zero_stage"):
-        if (old := then.get(name, BEFORE.get(name))) != now[name]:
-            yield name, old, now[name]
+        old, new = (facts.get(name, BEFORE.get(name)) for facts in (then, now))
+        if old != new:
+            yield name, old, new
     for name, new in now["versions"].items():
         if then.get("versions", {}).get(name) != new:
             yield f"versions of {name}", then.get("versions", {}).get(name), new

@@ -63,7 +63,7 @@ def test_headers_say_the_same(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.exists(), reason="needs models/smollm2-135m-instruct: scripts/prepare_quickstart.py")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.long) for name in RECIPES[1:])])
 def test_a_run_ends_with_them(name, tmp_path):
     recipe = f"config_{name}.yaml"
     command = [sys.executable, "run_dpo.py", str(FAMILY / "dpo" / recipe), f"--output_dir={tmp_path / 'out'}"]

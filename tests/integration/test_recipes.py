@@ -451,11 +451,11 @@ def test_full_recipes_reduce_gradients_once_a_step(path):
 
 @pytest.mark.parametrize("family", BILLIONS)
 def test_memory_tables_are_there_and_add_up(family):
-    """One for each of full, LoRA and QLoRA, under the accelerate file of the recipe's own command."""
+    """One for each of full, long, LoRA and QLoRA, under the accelerate file of the recipe's own command."""
     text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
     tables = re.findall(r"<!-- memory: (\S+) (\S+) -->\n(.*?)<!-- memory end -->", text, re.DOTALL)
     mine = {p.name: p for p in RECIPES if p.parts[-3] == family}
-    assert {name for name, _, _ in tables} == {n for n in mine if re.fullmatch(r"config_(full|q?lora)\.yaml", n)}
+    assert {name for name, _, _ in tables} == {n for n in mine if re.fullmatch(r"config_(full|long|q?lora)\.yaml", n)}
     for name, accelerate, table in tables:
         launch = launch_command_parser().parse_args(command(mine[name])[2:])
         assert Path(launch.config_file).name == accelerate
@@ -464,7 +464,7 @@ def test_memory_tables_are_there_and_add_up(family):
             r"^A checkpoint: [\d.]+ GB on disk, [\d.]+ s at 1 GB/s, [\d.]+ s at 5 GB/s", table, re.MULTILINE
         )
         assert len(parts) > 4 and sum(parts) == pytest.approx(together, abs=0.05 * len(parts))
-        gpu = {"full": 80, "lora": 40, "qlora": 24}[name[7:-5]]
+        gpu = {"full": 80, "long": 80, "lora": 40, "qlora": 24}[name[7:-5]]
         assert together < 0.9 * gpu
 
 

@@ -25,6 +25,8 @@ METHODS = {
     "processing_class=None, model_init=None, compute_loss_func=None, compute_metrics=None, callbacks=None, "
     "optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None)",
     "_evaluate": "(self, trial, ignore_keys_for_eval, skip_scheduler=False)",
+    "_get_dataloader": "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, "
+    "dataloader_key=None)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_train_sampler": "(self, train_dataset=None)",
     "_init_training_state": "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, "
@@ -52,6 +54,7 @@ METHODS = {
     "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
     "evaluation_loop": "(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, "
     "metric_key_prefix='eval')",
+    "get_total_train_batch_size": "(self, args)",
     "log": "(self, logs, start_time=None)",
     "prediction_step": "(self, model, inputs, prediction_loss_only, ignore_keys=None)",
     "save_model": "(self, output_dir=None, _internal_call=False)",

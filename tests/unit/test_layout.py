@@ -171,6 +171,7 @@ ACCELERATE = {
     "zero3_for_dpo.yaml": (8, 1, 3, "bf16", False),
     "zero3_offload_for_dpo.yaml": (8, 1, 3, "bf16", False),
     "zero3_pf.yaml": (8, 1, 3, "bf16", False),
+    "zero3_sequence_parallel.yaml": (8, 1, 3, "bf16", False),
     "zero3_two_nodes.yaml": (16, 2, 3, "bf16", False),
 }
 

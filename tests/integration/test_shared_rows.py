@@ -11,7 +11,7 @@ from launches import compare, launch, launch_several, losses
 from repository import ROOT
 from safetensors.torch import load_file
 
-WORKER = "tests/helpers/sequence_parallel_worker.py"
+WORKER = "tests/helpers/shared_rows_worker.py"
 SMALL = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Run by test_sequence_parallel.py under torchrun: rows that all ranks share against the same rows whole, in every
+"""Run by test_shared_rows.py under torchrun: rows that all ranks share against the same rows whole, in every
 rank: log-probs, loss and gradients of each family and each batch of awkward lengths. Argument: an output file."""
 
 import json
