@@ -118,7 +118,7 @@ class DPOTrainer(ResumableTrainer):
         self.model.add_model_tags(self._tag_names)
         if args.disable_dropout:
             disable_dropout(self.model)
-        self.layout = Layout(self.accelerator, processing_class.pad_token_id)
+        self.layout = Layout(self.accelerator, processing_class.pad_token_id, args.ddp_timeout)
         self._set_up_reference(policy_name, ref_model, quantization_config, compiled)
         self._noise_checked, self._sampler = False, None
         self._set_up_tables()
@@ -203,8 +203,8 @@ class DPOTrainer(ResumableTrainer):
     @staticmethod
     def _collator(model, pad_token_id: int, args: DPOConfig) -> Callable[[list[Any]], dict[str, Any]]:
         ############## MODIFICATION 4: what sequences begin with alike is computed once, in rows without padding.
+        reason = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
         if args.shared_prefix:
-            reason = NOISE_BY_LENGTH if args.neftune_noise_alpha else packing_refused(model)
             if reason is None:
                 return PackedCollator()
             say(f"shared_prefix: off for {type(model).__name__}: {reason}.")

@@ -42,7 +42,7 @@ def row_ranks() -> int:
     """How many ranks share each row: sequence parallel's size, which the launcher passes on from the accelerate
     file."""
     size = os.environ.get(ROW_RANKS, "")
-    return int(size) if size.isdecimal() else 1
+    return max(int(size), 1) if size.isdecimal() else 1
 
 
 def data_ranks() -> int:

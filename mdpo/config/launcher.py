@@ -81,15 +81,24 @@ def launch_request() -> tuple[str | None, bool]:
 
 
 def refuse_parallel_launch() -> None:
-    """Raises UserError where the accelerate file splits sequences or single weights among processes and the launcher
-    has not passed it on, as for a plain launch on CPUs: every process would train on its own."""
-    path, settings, _ = _launch()
+    """Raises UserError where the accelerate file or the launcher's flags split sequences or single weights among
+    processes and the launcher has not passed it on: every process would train on its own."""
+    path, settings, words = _launch()
     if row_ranks() > 1:
         return
-    sizes = settings.get("parallelism_config") or {}
-    for name, size in sizes.items() if isinstance(sizes, dict) else ():
-        if name.endswith("_size") and size not in (None, 1):
-            raise UserError(f"parallelism_config: {name}: {size} in {path} {ADVICE}.")
+    said = settings.get("parallelism_config") or {}
+    sizes = [(name, size, path) for name, size in (said.items() if isinstance(said, dict) else ())]
+    flags = [(i, word.partition("=")[0]) for i, word in enumerate(words) if word.startswith("--parallelism_config")]
+    for name, size, where in sizes + [(flag, _value(words, i), "the launcher's flags") for i, flag in flags]:
+        if name.endswith("sp_size") and str(size) not in ("None", "0", "1"):
+            raise UserError(
+                f"parallelism_config: {name}: {size} in {where}, which the launcher has not passed on. It does so for "
+                "a file that has parallelism_config, DEEPSPEED or MULTI_GPU, without --use_deepspeed or --multi_gpu "
+                "beside it (training_configs/zero3_sequence_parallel.yaml).",
+                "parallelism_config",
+            )
+        if name.endswith("_size") and str(size) not in ("None", "1"):
+            raise UserError(f"parallelism_config: {name}: {size} in {where} {ADVICE}.")
 
 
 def _launch() -> tuple[str | None, dict, list[str]]:

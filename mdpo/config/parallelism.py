@@ -62,6 +62,9 @@ def _refuse_with_shared_rows(args: Any) -> None:
         ("disable_dropout", not args.disable_dropout),
         ("neftune_noise_alpha", bool(args.neftune_noise_alpha)),
         ("torch_compile", bool(args.torch_compile)),
+        ("pad_to_multiple_of", bool(args.pad_to_multiple_of)),
+        ("include_num_input_tokens_seen", args.include_num_input_tokens_seen not in (False, "no")),
+        ("train_sampling_strategy", args.train_sampling_strategy not in ("random", "sequential")),
     ):
         if wrong:
             raise UserError(f"{key}: {getattr(args, key)} does not go with sequence parallel ({where}).", key)
@@ -79,7 +82,9 @@ def refuse_model(config: Any) -> list[str]:
         return []
     if reason := other_layers(config):
         raise UserError(f"parallelism_config: {config.model_type} cannot share rows: {reason}.", "parallelism_config")
-    heads = config.get_text_config().num_attention_heads
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    if heads is None:
+        raise UserError(f"parallelism_config: {config.model_type} has no heads of attention.", "parallelism_config")
     key_heads = getattr(config.get_text_config(), "num_key_value_heads", None) or heads
     counts = [share.queries.stop - share.queries.start for share in head_shares(heads, key_heads, row_ranks())]
     each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"

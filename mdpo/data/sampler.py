@@ -1,6 +1,7 @@
 """The order of training pairs: shuffled again each epoch, those of one prompt together, the longest ones first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -141,9 +142,14 @@ def prompt_groups(rows: Dataset) -> np.ndarray:
     return np.array([numbers.setdefault(key, len(numbers)) for key in rows["prompt_key"]], np.int64)
 
 
-def share_rows(loader) -> None:
-    """Gives the ranks that share each row the same batches of a DataLoader that accelerate has prepared for each
-    rank."""
-    for shard in (getattr(loader, "batch_sampler", None), loader.dataset):
-        if row_ranks() > 1 and hasattr(shard, "num_processes"):
-            shard.num_processes, shard.process_index = data_ranks(), data_rank()
+@contextmanager
+def by_rows(accelerator) -> Iterator[None]:
+    """Within it the ranks that share each row count as one for an accelerator: a DataLoader that it prepares gives them
+    the same batches."""
+    state = accelerator.state
+    before = state.num_processes, state.process_index
+    state.num_processes, state.process_index = data_ranks(), data_rank()
+    try:
+        yield
+    finally:
+        state.num_processes, state.process_index = before

@@ -15,10 +15,11 @@ from mdpo.forward.modes import base_model, evaluating
 from mdpo.forward.packed_attention import noting_refusals, refused
 from mdpo.forward.sequence_parallel import Group, Spread
 from mdpo.forward.token_logps import score_tokens, scored_beside
+from mdpo.ranks import row_ranks
 from mdpo.types import PairBatch
 
 OF_PACKED_ROWS = "sequence parallel divides packed rows among ranks"
-CHECKED = 8192  # tokens of a sequence; the padded layout, on one device, would take more memory than the step itself
+CHECKED = 32768  # tokens of all sequences; more, padded and on one device, could take more memory than the step itself
 HEAD_TOKENS = 64  # of a real row, compared with its own logits
 # Norm of the difference of the two layouts' log-probs over their norm. Float32 adds in another order; half precision
 # rounds in each layer, 4 to 5 % in bfloat16 where a policy's own samples are likely: what two padded batches differ by,
@@ -30,18 +31,29 @@ ROUNDINGS = 4  # between a head's product and logits, each of half a unit in the
 
 
 def packing_refused(model) -> str | None:
-    """Why the model, PEFT's wrapper included, cannot be given packed rows; None where it can."""
+    """Why the model, PEFT's wrapper included, cannot be given packed rows; None where it can. Raises UserError where it
+    has to."""
+    reason = refused(base_model(model))
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        return "prompt-learning PEFT puts tokens of its own before the row"
-    return refused(base_model(model))
+        reason = "prompt-learning PEFT puts tokens of its own before the row"
+    if reason and row_ranks() > 1:
+        raise _not_packed(model, reason)
+    return reason
+
+
+def _not_packed(model, reason: str) -> UserError:
+    return UserError(
+        f"parallelism_config: {OF_PACKED_ROWS}. {type(model).__name__} cannot be given them: {reason}.",
+        "parallelism_config",
+    )
 
 
 class Layout:
     """Hands each model its batches, after the self-check of its first packed one."""
 
-    def __init__(self, accelerator, pad_token_id: int):
+    def __init__(self, accelerator, pad_token_id: int, timeout_s: float = 1800):
         self.accelerator, self.pad_token_id = accelerator, pad_token_id
-        self._group = Group.of_this_rank()
+        self._group = Group.of_this_rank(timeout_s)
         self._packs: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
         self._heads: WeakSet[torch.nn.Module] = WeakSet()  # whose log-probs are those of their logits
 
@@ -49,7 +61,10 @@ class Layout:
         """The batch in the layout that `model` (wrapped or not) takes. All ranks call it together."""
         inner, packed = self.accelerator.unwrap_model(model), batch.is_packed
         if inner not in self._heads or (packed and inner not in self._packs):
-            first = first_pairs(batch, 2, CHECKED) if packed else batch
+            if self._group is not None:
+                self._group.refuse_other_rows(batch)
+            sequences = len([side for side in batch.sides if side % batch.n_pairs < 2])
+            first = first_pairs(batch, 2, max(HEAD_TOKENS, CHECKED // sequences)) if packed else batch
             # Compiled parts run eagerly: two pairs are no reason to compile.
             eager = torch.compiler.set_stance("force_eager")
             with evaluating(inner), torch.no_grad(), self.accelerator.autocast(), eager:
@@ -100,10 +115,7 @@ class Layout:
             return True
         reason = reason or "another rank found a difference"
         if self._group is not None:
-            raise UserError(
-                f"parallelism_config: {OF_PACKED_ROWS}. {type(inner).__name__} cannot be given them: {reason}.",
-                "parallelism_config",
-            )
+            raise _not_packed(inner, reason)
         say(f"shared_prefix: off for {type(inner).__name__}: {reason}.")
         return False
 

@@ -11,15 +11,17 @@ multiplies it by their number.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
 from mdpo.errors import UserError
-from mdpo.ranks import rank, ranks, row_ranks
+from mdpo.ranks import gathered, rank, ranks, row_ranks
 from mdpo.types import PairBatch
 
 
@@ -32,13 +34,24 @@ class Group:
     of_torch: Any = None
 
     @classmethod
-    def of_this_rank(cls) -> "Group | None":
-        """None where each rank has rows of its own. All ranks call it together."""
-        size = row_ranks()
+    def of_this_rank(cls, timeout_s: float) -> "Group | None":
+        """None where each rank has rows of its own. All ranks call it together; they wait for each other `timeout_s`
+        at most."""
+        size, timeout = row_ranks(), timedelta(seconds=timeout_s)
         if size == 1:
             return None
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks(), size)]
+        groups = [dist.new_group([*range(first, first + size)], timeout) for first in range(0, ranks(), size)]
         return cls(size, rank() % size, groups[rank() // size])
+
+    def refuse_other_rows(self, batch: PairBatch) -> None:
+        """Raises UserError where ranks of a row have other batches. All ranks call it together."""
+        digests = gathered(xxhash.xxh3_64_hexdigest(batch.input_ids.cpu().numpy().tobytes()))
+        if any(len({*digests[first : first + self.size]}) > 1 for first in range(0, len(digests), self.size)):
+            raise UserError(
+                "parallelism_config: ranks that share rows were given other pairs. Of a dataset with a loader or a "
+                "sampler of its own, give all ranks of a group the same part: its number is rank // sp_size.",
+                "parallelism_config",
+            )
 
 
 class Spread:
@@ -50,7 +63,8 @@ class Spread:
     def __init__(self, batch: PairBatch, group: Group):
         self.group = group
         n, device, positions = batch.input_ids.size(1), batch.input_ids.device, batch.logp_position.cpu().numpy()
-        order = deal(positions, n, group.size)
+        # Each rank has the row's largest position too, for no token: some RoPE (dynamic, longrope) goes by it.
+        order = np.pad(deal(positions, n, group.size), ((0, 0), (0, 1)), constant_values=n)
         place = np.empty(n + 1, np.int64)  # of each token among all that the ranks have; the last one is no token
         place[order] = np.arange(order.size).reshape(order.shape)
         owner = place[positions] // order.shape[1]
@@ -63,7 +77,8 @@ class Spread:
         )
         arrays = (order[group.rank], order.reshape(-1), place[:n], scored_place, np.flatnonzero(owner == group.rank))
         own, self._order, self._place, self._scored_place, mine = (torch.from_numpy(x).to(device) for x in arrays)
-        self.inputs = {name: _with_none(batch[name], 1)[:, own] for name in ("input_ids", "position_ids")}
+        last = {"input_ids": batch.input_ids[:, :1], "position_ids": batch.position_ids.amax(1, keepdim=True)}
+        self.inputs = {name: torch.cat([batch[name], x], 1)[:, own] for name, x in last.items()}
         self.inputs["logp_position"] = self._place[batch.logp_position[mine]] - group.rank * order.shape[1]
         self.inputs["label"] = batch.label[mine]
         self.own = own[own < n]  # this rank's tokens, as indices in the row: the first of those that it computes
@@ -92,7 +107,10 @@ class Spread:
             torch.cat([piece[i].view(shape) for piece in pieces], 1)[None, :, self._place]
             for i, shape in enumerate(shapes)
         ]
-        return [rows[0], *(x if own.key_of_query is None else x[:, own.key_of_query] for x in rows[1:])]
+        if own.key_of_query is None:
+            return rows
+        index = torch.tensor(own.key_of_query, device=query.device)
+        return [rows[0], *(x.index_select(1, index) for x in rows[1:])]
 
     def all_heads(self, out: torch.Tensor, heads: int) -> torch.Tensor:
         """(1, N_r, heads, D) of this rank's tokens, from (1, N, heads of this rank, D)."""

@@ -19,6 +19,7 @@ from mdpo.errors import UserError
 from mdpo.masking.tokenizer import refuse_missing_folder
 from mdpo.memory.breakdown import MemoryModel, MemoryPlan
 from mdpo.memory.fake_step import FakeModel
+from mdpo.memory.layers import SHALLOW, DeepModel, alike, with_layers
 from mdpo.memory.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,23 +36,30 @@ def plan_memory(recipe, sharding: Sharding, sequences: int = 1) -> MemoryPlan:
     half = "bf16" if values.get("bf16", not values.get("fp16")) else "fp16" if values.get("fp16") else None
     mixed = MIXED[half or sharding.precision]
     flash = str(values.get("attn_implementation") or "").startswith(("flash", "kernels"))
-    peft, reference = adapter_config(recipe.model), None
-    if not args.precompute_ref_log_probs and (peft is None or args.ref_model_name_or_path):
-        name = args.ref_model_name_or_path or recipe.model.model_name_or_path
-        reference = _maker(_model_config(name, recipe), recipe, values)
+    peft, other, depth = adapter_config(recipe.model), config, config.get_text_config().num_hidden_layers
+    if args.ref_model_name_or_path and not args.precompute_ref_log_probs:
+        other = _model_config(args.ref_model_name_or_path, recipe)
+    scored = not args.precompute_ref_log_probs and (peft is None or args.ref_model_name_or_path)
+    options = {
+        "engine_dtype": mixed if sharding.stage else None,
+        "autocast": None if sharding.stage else mixed,
+        "attention": None if sharding.cpu else "flash" if flash else "torch",
+        "zero3": sharding.stage == 3,
+        "sequences": sequences,
+        "row_ranks": sharding.row_ranks,
+    }
+
+    def models(n: int) -> tuple:
+        """What a FakeModel of `n` layers is made from: policy, arguments, adapter, reference."""
+        policy, reference = (_maker(c if n == depth else with_layers(c, n), recipe, values) for c in (config, other))
+        return policy, args, peft, reference if scored else None
+
     try:
-        skeleton = FakeModel(
-            _maker(config, recipe, values),
-            args,
-            peft,
-            reference,
-            engine_dtype=mixed if sharding.stage else None,
-            autocast=None if sharding.stage else mixed,
-            attention=None if sharding.cpu else "flash" if flash else "torch",
-            zero3=sharding.stage == 3,
-            sequences=sequences,
-            row_ranks=sharding.row_ranks,
-        )
+        if other is config and alike(config, models(depth)[0], peft):
+            shallow = [FakeModel(*models(n), **options) for n in SHALLOW]
+            skeleton: FakeModel = DeepModel(shallow, depth, *models(depth), **options)
+        else:
+            skeleton = FakeModel(*models(depth), **options)
         if sharding.row_ranks > 1 and not skeleton.packed:
             raise UserError(f"parallelism_config: ranks cannot share rows of {config.model_type}.")
         if getattr(skeleton.policy, "_is_stateful", False):

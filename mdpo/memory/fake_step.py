@@ -22,7 +22,7 @@ from mdpo.forward.dropout import disable_dropout
 from mdpo.forward.forest import Forest
 from mdpo.forward.layout import packing_refused
 from mdpo.forward.modes import base_model
-from mdpo.forward.sequence_parallel import Group, Spread
+from mdpo.forward.sequence_parallel import Group, Spread, head_shares
 from mdpo.memory.fake_tensors import Allocations, OnePass, gated_forward, norm_forward, replaced, varlen_kernel
 
 
@@ -80,6 +80,15 @@ class FakeModel:
         return [model for model in (self.policy, self.reference) if model is not None]
 
     @property
+    def _busiest(self) -> Group:
+        """With the rank that has the most heads: of queries, and of keys and values as attention takes them."""
+        heads = self.config.num_attention_heads
+        shares = head_shares(heads, getattr(self.config, "num_key_value_heads", None) or heads, self.row_ranks)
+        sizes = [s.queries.stop - s.queries.start + 2 * len(s.key_of_query or range(s.keys.stop - s.keys.start))
+                 for s in shares]  # fmt: skip
+        return Group(self.row_ranks, sizes.index(max(sizes)))
+
+    @property
     def _base(self):
         return base_model(self.policy)
 
@@ -124,7 +133,7 @@ class FakeModel:
         row = (1, 2 * pairs * length) if self.packed else (2 * pairs, length)
         scored = torch.empty(2 * pairs * (length - 1), dtype=torch.int64)
         inputs = {"input_ids": torch.empty(row, dtype=torch.int64), "logp_position": scored, "label": scored}
-        spread = _PlannedSpread(*row, len(scored), self.row_ranks) if self.row_ranks > 1 else None
+        spread = _PlannedSpread(*row, len(scored), self._busiest) if self.row_ranks > 1 else None
         if self.packed:
             inputs["position_ids"] = torch.empty(row, dtype=torch.int64)
             inputs["forest"] = Forest([[length, -1]] * (2 * pairs), spread=spread)
@@ -139,7 +148,7 @@ class FakeModel:
         known = [tensor for model in self._models for tensor in (*model.parameters(), *model.buffers())]
         allocations = Allocations(self.config.vocab_size, known)
         with self.mode, allocations, contextlib.ExitStack() as stack:
-            stack.enter_context(replaced(mdpo.forward.sequence_parallel, "dist", NoRanks))
+            stack.enter_context(replaced(mdpo.forward.sequence_parallel, "dist", _NoRanks))
             stack.enter_context(
                 replaced(mdpo.forward.token_logps, "compiled", lambda f: lambda *x: OnePass.apply(allocations, f, *x))
             )
@@ -157,7 +166,7 @@ class FakeModel:
             yield allocations
 
 
-class NoRanks:
+class _NoRanks:
     """In the place of torch.distributed: what ranks would send each other is there, with whatever is in it."""
 
     all_gather = all_to_all_single = staticmethod(lambda *args, **kwargs: None)
@@ -166,10 +175,10 @@ class NoRanks:
 class _PlannedSpread(Spread):
     """Of one rank, whose tokens are as many as any rank's."""
 
-    def __init__(self, rows: int, n: int, scored: int, size: int):
+    def __init__(self, rows: int, n: int, scored: int, group: Group):
         index = lambda n: torch.empty(n, dtype=torch.int64)  # noqa: E731
-        each = -(-n // size)
-        self.group, self.scored = Group(size, 0), [-(-scored // size)] * size
+        size, each = group.size, -(-n // group.size) + 1
+        self.group, self.scored = group, [-(-scored // size)] * size
         self._order, self._place, self._scored_place = index(size * each), index(n), index(scored)
         self.inputs = {"input_ids": index((rows, each)), "position_ids": index((rows, each))}
         self.inputs |= {"logp_position": index(self.scored[0]), "label": index(self.scored[0])}

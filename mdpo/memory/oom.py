@@ -17,9 +17,11 @@ from mdpo.errors import UserError
 from mdpo.memory.breakdown import GB, MemoryPlan
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.sharding import Sharding
+from mdpo.ranks import row_ranks
 from mdpo.types import PairBatch
 
 ZERO3, OFFLOAD = "training_configs/zero3_for_dpo.yaml", "training_configs/zero3_offload_for_dpo.yaml"
+PARALLEL = "training_configs/zero3_sequence_parallel.yaml"
 EXPANDABLE = "expandable_segments:True"
 FRAGMENTED = 0.05  # of a GPU's memory
 # What allocators say: CUDA's and its libraries', the CPU's, the operating system's.
@@ -120,7 +122,7 @@ def explained(recipe, trainer: Callable[[], object], argv: list[str]):
 def _before(args) -> Sharding:
     """The run's sharding, as far as it is known before there is a trainer."""
     stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
-    return Sharding(stage, args.world_size, cpu=args.device.type == "cpu")
+    return Sharding(stage, args.world_size, cpu=args.device.type == "cpu", row_ranks=row_ranks())
 
 
 def explain(error, batch, recipe, sharding: Sharding, device, keys=None, argv: list[str] | None = None) -> str:
@@ -184,14 +186,18 @@ def next_changes(recipe, sharding: Sharding, plan: MemoryPlan | None, gb: float,
         more = pairs * steps // fewer
         changes.append(
             f"--per_device_train_batch_size={fewer} --gradient_accumulation_steps={more}: the same global batch, "
-            f"{fewer} × {more} × {sharding.processes} = {pairs * steps * sharding.processes} pairs."
+            f"{fewer} × {more} × {(n := sharding.processes // sharding.row_ranks)} = {pairs * steps * n} pairs."
         )
-    sharded = not sharding.cpu and not model.load_in_4bit  # bitsandbytes' weights cannot be sharded
+    # bitsandbytes' weights cannot be sharded; and in these files no rank shares its rows.
+    sharded = not sharding.cpu and not model.load_in_4bit and sharding.row_ranks == 1
     command = f"accelerate launch --config_file {{}} --num_processes {sharding.processes} run_dpo.py {shlex.join(argv)}"
     if sharded and sharding.stage < 3 and sharding.processes > 1:
         changes.append(f"{command.format(ZERO3)}: each GPU holds its share of the weights.")
     if args.max_length and (length := _shorter(args.max_length, plan, gb)):
         changes.append(f"--max_length={length}: longer pairs are dropped, and counted.")
+    if sharded and pairs == 1 and not sharding.offload_param and (n := sharding.processes) > 1:
+        more = f" --gradient_accumulation_steps={steps * n}"
+        changes.append(f"{command.format(PARALLEL)}{more}, with sp_size {n}: the GPUs share each pair's tokens.")
     if sharded and not (sharding.offload_optimizer and sharding.offload_param):
         changes.append(f"{command.format(OFFLOAD)}: optimizer and weights wait in CPU memory, which is slow.")
     return changes or ["LoRA (--use_peft=true), a smaller model, or more memory: nothing cheaper is left."]

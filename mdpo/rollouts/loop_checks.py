@@ -41,6 +41,12 @@ def check_launch(loop: Loop) -> None:
             "and training with scripts/launch.slurm.",
             "accelerate_config",
         )
+    if loop.sft and said.get("parallelism_config"):
+        raise UserError(
+            f"{where}: parallelism_config is for M-DPO, and SFT is trl's. Make SFT by itself and give its model as "
+            "the recipe's, without sft.",
+            "accelerate_config",
+        )
     processes, gpus = said.get("num_processes") or 1, torch.cuda.device_count()
     if gpus and not said.get("use_cpu") and processes > gpus:
         raise UserError(

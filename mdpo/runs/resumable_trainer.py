@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from mdpo.console import say
-from mdpo.data.sampler import share_rows
+from mdpo.data.sampler import by_rows
 from mdpo.errors import Preempted, UserError
 from mdpo.ranks import row_ranks, wait_for_all
 from mdpo.runs import preemption, rank_state
@@ -30,6 +30,8 @@ class ResumableTrainer(Trainer):
     `rank_parts` are the objects whose state each rank saves; a subclass adds its own."""
 
     def __init__(self, *args, **kwargs):
+        if row_ranks() > 1 and kwargs.get("compute_metrics") is not None:
+            raise UserError("compute_metrics: does not go with sequence parallel, whose ranks have the same pairs.")
         super().__init__(*args, **kwargs)
         self.run_facts: dict = {}
         self.rank_parts: dict[str, rank_state.Part] = {"loss": rank_state.LossCounters(self)}
@@ -43,12 +45,14 @@ class ResumableTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------ sequence parallel
 
     def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
-        share_rows(loader)
-        return loader
+        with by_rows(self.accelerator):
+            return super()._get_dataloader(*args, **kwargs)
 
     def get_total_train_batch_size(self, args) -> int:
         return super().get_total_train_batch_size(args) // row_ranks()
+
+    def floating_point_ops(self, inputs) -> int:
+        return super().floating_point_ops(inputs) // row_ranks()  # Trainer adds up those of all ranks
 
     # ------------------------------------------------------------------------------------------------ preemption
 
@@ -206,6 +210,8 @@ class ResumableTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in (name for name in logs if name.endswith("_steps_per_second") and not name.startswith("train")):
+            logs[name] *= row_ranks()  # Trainer counts the steps that ranks of their own would have made
         if "train_loss" in logs:  # Trainer divides by the steps since this start
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)

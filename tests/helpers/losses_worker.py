@@ -20,10 +20,10 @@ def main(argv: list[str]) -> None:
     rows = [rows[i] for i in (2, 6, 4, 0, 1, 3, 5, 7)]
     tokenizer = tokenizer_for(CHATML, "byte", eos="<|im_end|>")
     for name, options in runs.items():
-        stream = options.pop("stream", False)
+        stream, shards = options.pop("stream", False), options.pop("shards", 1)
         trainer = trainer_of(
             DPOTrainer,
-            Dataset.from_list(rows).to_iterable_dataset() if stream else rows,
+            Dataset.from_list(rows).to_iterable_dataset(shards) if stream else rows,
             folder,
             tokenizer,
             config=MDPOConfig,

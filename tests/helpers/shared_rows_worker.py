@@ -20,12 +20,16 @@ from mdpo.forward.collators import PackedCollator
 from mdpo.forward.modes import base_model
 from mdpo.forward.sequence_parallel import Group, Spread
 from mdpo.forward.token_logps import score_tokens
-from mdpo.memory.fake_step import FakeModel, NoRanks
+from mdpo.memory.fake_step import FakeModel
 from mdpo.memory.fake_tensors import replaced
 from mdpo.ranks import ROW_RANKS
 
 FAMILIES = ["Llama", "Qwen3", "Gemma2", "Gemma3", "Mixtral", "Qwen3Moe"]
 SHORT = [row_of([[5]], [[5, 6]])]  # a row of two tokens, one of them scored
+# RoPE that goes by a row's largest position, with an original length between those of the ranks' own tokens.
+SHORT_OF = {"max_position_embeddings": 75, "original_max_position_embeddings": 75}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
 LENGTH = 700  # of a side whose memory is measured
 LONG = [pair(70, 40, 30), pair(11, 60, 2, 1)]
 
@@ -45,6 +49,8 @@ def cases() -> dict[str, dict]:
         "short": {**plain, "rows": "short"},
         "not shared": {**plain, "shared": False},
         "heads that do not divide": {**plain, "config": odd},
+        "dynamic RoPE": {"family": "Llama", "rows": "long", "config": {**SHORT_OF, "rope_parameters": DYNAMIC}},
+        "long RoPE": {"family": "Phi3", "rows": "long", "config": {**SHORT_OF, "rope_parameters": LONG_ROPE}},
         "one key head": {**plain, "config": {"num_key_value_heads": 1}},
         "a head for each key": {**plain, "config": {"num_key_value_heads": 4}},
         "checkpointing": {**plain, "checkpointing": False},
@@ -117,6 +123,19 @@ def compared(group: Group, rows: str, shared=True, wrong=None, **case) -> dict[s
     }
 
 
+class Echo:
+    """In the place of torch.distributed: every other rank has what this one has."""
+
+    @staticmethod
+    def all_to_all_single(got, sent, *args, **kwargs):
+        got.copy_(sent)
+
+    @staticmethod
+    def all_gather(parts, x, *args, **kwargs):
+        for part in parts:
+            part.copy_(x)
+
+
 def peak_of(step) -> int:
     """Bytes that PyTorch has allocated at most while `step` runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -137,7 +156,7 @@ def memory(group: Group, checkpointing: bool) -> dict[str, int]:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        with replaced(sequence_parallel, "dist", NoRanks if name == "alone" else dist):
+        with replaced(sequence_parallel, "dist", Echo if name == "alone" else dist):
             found[name] = peak_of(lambda m=model, more=more: score_tokens(m, batch | more).logps.sum().backward())
     config = tiny("Llama", attn_implementation="sdpa", **sizes).config
     config._attn_implementation = "sdpa"
@@ -151,7 +170,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     os.environ[ROW_RANKS] = str(dist.get_world_size())
-    group = Group.of_this_rank()
+    group = Group.of_this_rank(60)
     found = {name: compared(group, **case) for name, case in cases().items()}
     found["memory"] = {str(checkpointing): memory(group, checkpointing) for checkpointing in (False, True)}
     everyone = [None] * dist.get_world_size()

@@ -459,6 +459,15 @@ BAD = {
         "accelerate_config",
         "2;",
     ),
+    "SFT in rows that ranks share": (
+        {
+            "accelerate_config": f"{ROOT}/training_configs/zero3_sequence_parallel.yaml",
+            "sft": "{folder}/sft.yaml",
+            "sft_data": "{folder}/tasks.jsonl",
+        },
+        "accelerate_config",
+        "parallelism_config",
+    ),
     "a server that is there": (
         {"sample": {**OF_SAMPLING, "backend": "server", "base_url": "http://127.0.0.1:1/v1"}},
         "sample",

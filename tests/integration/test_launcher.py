@@ -98,9 +98,26 @@ def test_an_accelerate_file_that_splits_sequences_is_refused_though_a_launch_on_
         refuse_parallel_launch()
 
 
-def above(folder, monkeypatch, content):
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        ({"parallelism_config": {"parallelism_config_sp_size": 2}}, []),
+        ({}, ["--parallelism_config_sp_size", "2"]),
+        ({}, ["--parallelism_config_sp_size=2"]),
+    ],
+)
+def test_sequence_parallel_that_the_launcher_keeps_to_itself(tmp_path, monkeypatch, content, flags):
+    """It passes on a file's parallelism_config, and flags beside it, but neither without the other."""
+    above(tmp_path, monkeypatch, content, *flags)
+    with refused("parallelism_config", "sp_size: 2", "--use_deepspeed"):
+        refuse_parallel_launch()
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    refuse_parallel_launch()
+
+
+def above(folder, monkeypatch, content, *flags):
     (folder / "x.yaml").write_text(yaml.safe_dump(content))
-    words = ["python", "accelerate", "launch", "--config_file", "x.yaml", "run_dpo.py"]
+    words = ["python", "accelerate", "launch", "--config_file", "x.yaml", *flags, "run_dpo.py"]
     monkeypatch.setattr(mdpo.config.launcher, "_ancestors", lambda: iter([(words, str(folder))]))
 
 

@@ -20,6 +20,7 @@ from mdpo.forward.collators import PackedCollator, PairCollator
 from mdpo.memory.breakdown import GB, MemoryPlan
 from mdpo.memory.oom import (
     OFFLOAD,
+    PARALLEL,
     ZERO3,
     MemorySnapshot,
     describe_batch,
@@ -156,13 +157,23 @@ def test_the_global_batch_stays(pairs, steps, says):
     assert line == says + " pairs."
 
 
+def test_ranks_that_share_rows_stay_so():
+    """Of 8 ranks in two groups: the batch is that of two, and no file is named in which each rank has its own rows."""
+    found = changes(Sharding(3, 8, precision="bf16", row_ranks=4), per_device_train_batch_size=2)
+    assert found[0].endswith("1 × 2 × 2 = 4 pairs.")
+    assert not any(".yaml" in line.partition(" run_dpo.py")[0] for line in found)
+
+
 def test_what_is_on_or_cannot_apply_is_left_out():
     left = changes(per_device_train_batch_size=1)  # the recipe: precomputed, checkpointed
     assert [line.partition("=")[0].partition(" --")[0] for line in left] == [
         "accelerate launch",
         "--max_length",
         "accelerate launch",
+        "accelerate launch",
     ]
+    assert [name for line in left for name in (ZERO3, PARALLEL, OFFLOAD) if name in line] == [ZERO3, PARALLEL, OFFLOAD]
+    assert f"{PARALLEL} --num_processes 8 " in left[2] and "--gradient_accumulation_steps=8, with sp_size 8" in left[2]
     adapter = changes(precompute_ref_log_probs="false", use_peft="true")
     assert not any(line.startswith("--precompute") for line in adapter)  # the policy without adapter is the reference
     sharded = changes(Sharding(3, 8, precision="bf16"))

@@ -1,5 +1,6 @@
 """Memory under DeepSpeed against DeepSpeed's own estimates, what cannot be planned, and scripts/plan_memory.py."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -10,12 +11,23 @@ import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from errors import refused
-from plans import BF16, CONFIGS, LORA, TINY, recipe_for
+from plans import BF16, CONFIGS, LORA, SIZES, TINY, recipe_for
 from repository import ROOT
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MambaConfig, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from trl import ModelConfig, get_peft_config
 
+import mdpo.memory.estimate
 from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMIZER, STEP
 from mdpo.memory.estimate import plan_memory
+from mdpo.memory.layers import alike
 from mdpo.memory.sharding import Sharding
 
 # Layers as wide as a 7B model's: its weights are more than DeepSpeed's buckets hold.
@@ -214,6 +226,48 @@ def test_an_adapter_folder_is_named(tmp_path):
     (tmp_path / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with refused("model_name_or_path", tmp_path / "model", "adapter"):
         planned(tmp_path, Sharding(), TINY)
+
+
+SHARED = Sharding(3, 8, precision="bf16", row_ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "sharding"),
+    [
+        ("llama", BF16, Sharding(2, 8, precision="bf16")),
+        ("gemma", {"gradient_checkpointing": False, "precompute_ref_log_probs": False}, Sharding()),
+        ("qwen3", {**BF16, "precompute_ref_log_probs": False}, Sharding(3, 8, precision="bf16")),
+        ("qwen3", {**BF16, **LORA}, SHARED),
+        ("llama", {**BF16, "gradient_accumulation_steps": 2}, SHARED),
+        ("llama", {"gradient_checkpointing": True, **LORA}, Sharding(cpu=True)),
+    ],
+)
+@pytest.mark.parametrize("length", [3, 400])
+def test_deep_models_are_planned_by_shallow_ones(name, keys, sharding, length, tmp_path, monkeypatch):
+    """To the byte, and only where all layers are alike."""
+    config = copy.deepcopy(CONFIGS[name])
+    config.num_hidden_layers = 9
+    if name == "qwen3":
+        config.layer_types = ["full_attention"] * 9
+    recipe = recipe_for(tmp_path, config, **keys)
+    deep, counted = plan_memory(recipe, sharding).at(length), []
+    monkeypatch.setattr(mdpo.memory.estimate, "alike", lambda *args: counted.append(alike(*args)))
+    assert plan_memory(recipe, sharding).at(length).phases == deep.phases and counted == [True]
+
+
+def test_layers_of_several_kinds_are_all_counted():
+    def make(config):
+        return lambda: AutoModelForCausalLM.from_config(config)
+
+    kinds = Qwen3Config(**{**SIZES, "num_hidden_layers": 6}, layer_types=["full_attention", "sliding_attention"] * 3)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [0]}
+    dense_first = Qwen3MoeConfig(**{**SIZES, "num_hidden_layers": 6}, **experts)
+    plain = LlamaConfig(**{**SIZES, "num_hidden_layers": 6})
+    partly = get_peft_config(ModelConfig(use_peft=True))
+    partly.layers_to_transform = [1]
+    assert [alike(config, make(config), None) for config in (kinds, dense_first, plain)] == [False, False, True]
+    assert not alike(plain, make(plain), partly)
+    assert not alike(LlamaConfig(**SIZES), make(LlamaConfig(**SIZES)), None)  # as deep as the shallow ones
 
 
 def test_a_mixture_of_experts(tmp_path):

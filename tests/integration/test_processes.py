@@ -26,6 +26,7 @@ RUNS = {
 }
 RUNS |= {"weighted": {"use_weighting": True}, "verbose": {"ld_alpha": 0.3}, "nll": {"nll_coefficient": 0.5}}
 RUNS |= {"precomputed": {"precompute_ref_log_probs": True}, "stream": {"stream": True, "max_steps": 2}}
+SHARDS = {"shards": {"stream": True, "shards": 4, "max_steps": 2}}  # in another order where each rank has shards
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def trained(tmp_path_factory):
     folders = []
     for start, pairs, env in (([], 4, {}), (two, 2, {}), (two, 4, {ROW_RANKS: "2"})):
         folder = tmp_path_factory.mktemp("trained")
-        runs = {name: {**options, "per_device_train_batch_size": pairs} for name, options in RUNS.items()}
+        runs = {name: {**options, "per_device_train_batch_size": pairs} for name, options in (RUNS | SHARDS).items()}
         done = subprocess.run(
             [sys.executable, *start, *command, str(folder), json.dumps(runs), json.dumps(rows_with_margins(8))],
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}", "OMP_NUM_THREADS": "1"} | env,
@@ -52,7 +53,7 @@ def test_one_and_two_processes_agree(name, trained):
     agree(name, *trained[:2])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS | SHARDS)
 def test_one_process_and_two_that_share_rows_agree(name, trained):
     """Those too that depend on the batch: it is the same."""
     agree(name, trained[0], trained[2], of_the_batch=set())

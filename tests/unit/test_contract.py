@@ -54,6 +54,7 @@ METHODS = {
     "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
     "evaluation_loop": "(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, "
     "metric_key_prefix='eval')",
+    "floating_point_ops": "(self, inputs)",
     "get_total_train_batch_size": "(self, args)",
     "log": "(self, logs, start_time=None)",
     "prediction_step": "(self, model, inputs, prediction_loss_only, ignore_keys=None)",

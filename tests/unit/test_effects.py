@@ -251,6 +251,9 @@ def test_parallelism_as_the_launcher_passes_it(monkeypatch):
         ("disable_dropout", {"disable_dropout": False}, {"WORLD": "4"}),
         ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}, {"WORLD": "4"}),
         ("torch_compile", {"torch_compile": True}, {"WORLD": "4"}),
+        ("pad_to_multiple_of", {"pad_to_multiple_of": 8}, {"WORLD": "4"}),
+        ("include_num_input_tokens_seen", {"include_num_input_tokens_seen": "all"}, {"WORLD": "4"}),
+        ("train_sampling_strategy", {"train_sampling_strategy": "batch_rebalance"}, {"WORLD": "4"}),
         ("parallelism_config", {}, {"WORLD": "3"}),
     ],
 )
@@ -277,6 +280,8 @@ def test_models_whose_rows_cannot_be_shared(monkeypatch):
         refuse_model(few)
     with refused("parallelism_config", "linear_attention"):
         refuse_model(other)
+    with refused("parallelism_config", "rwkv"):
+        refuse_model(transformers.RwkvConfig())
 
 
 def test_sequence_parallel_is_kept_from_accelerate(monkeypatch):
