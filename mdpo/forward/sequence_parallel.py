@@ -76,12 +76,12 @@ class Spread:
             max(self.scored) * np.arange(group.size) - first, self.scored
         )
         arrays = (order[group.rank], order.reshape(-1), place[:n], scored_place, np.flatnonzero(owner == group.rank))
-        own, self._order, self._place, self._scored_place, mine = (torch.from_numpy(x).to(device) for x in arrays)
+        self._own, self._order, self._place, self._scored_place, mine = (torch.from_numpy(x).to(device) for x in arrays)
         last = {"input_ids": batch.input_ids[:, :1], "position_ids": batch.position_ids.amax(1, keepdim=True)}
-        self.inputs = {name: torch.cat([batch[name], x], 1)[:, own] for name, x in last.items()}
+        self.inputs = {name: torch.cat([batch[name], x], 1)[:, self._own] for name, x in last.items()}
         self.inputs["logp_position"] = self._place[batch.logp_position[mine]] - group.rank * order.shape[1]
         self.inputs["label"] = batch.label[mine]
-        self.own = own[own < n]  # this rank's tokens, as indices in the row: the first of those that it computes
+        self.own = self._own[self._own < n]  # this rank's tokens, as indices in the row; those for none come behind
 
     def collect(self, x: torch.Tensor) -> torch.Tensor:
         """(…, U) of all scored positions, from each rank's own (…, U_r)."""
@@ -89,10 +89,13 @@ class Spread:
         parts = _Gather.apply(padded, self.group)
         return parts.movedim(0, -2).flatten(-2)[..., self._scored_place]
 
-    def of_row(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, N, E) of the row's tokens, from each rank's own (…, N_r, E)."""
-        parts = _Gather.apply(x, self.group)
-        return parts.movedim(0, -3).flatten(-3, -2)[..., self._place, :]
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        """(N_r,) of this rank's tokens from the row's (N,); 0 for no token."""
+        return _with_none(x, 0)[self._own]
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of each rank's `x`."""
+        return _Gather.apply(x, self.group).sum(0)
 
     def heads_of_row(self, *states: torch.Tensor) -> list[torch.Tensor]:
         """Query, key and value (1, heads of this rank, N, D), from those of this rank's tokens (1, heads, N_r, D)."""

@@ -151,10 +151,23 @@ def _balance(config, outputs, inputs: dict, device) -> torch.Tensor:
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     # In float32: means over thousands of tokens, which a bfloat16 model would make in bfloat16.
     logits = tuple(layer.float() for layer in outputs.router_logits or ())
-    if forest is not None and forest.spread is not None and logits:
-        logits = forest.spread.of_row(torch.stack(logits)).unbind()
+    if counts is not None and forest is not None and forest.spread is not None and logits:
+        return _balance_of_part(logits, experts, config.num_experts_per_tok, counts, forest.spread)
     balance = load_balancing_loss_func(logits, experts, config.num_experts_per_tok, counts) if logits else 0.0
     return torch.as_tensor(balance, device=device)
+
+
+def _balance_of_part(logits, experts: int, top_k: int, counts: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """`load_balancing_loss_func` of a row of which this rank has a part, and each rank's sums."""
+    weights = spread.part(counts[0].float())
+    chosen, probability = logits[0].new_zeros(2, experts).unbind()
+    for layer in logits:
+        chances = layer.softmax(-1)
+        taken = chances.topk(top_k).indices.reshape(-1)
+        chosen = chosen.index_add(0, taken, weights.repeat_interleave(top_k))
+        probability = probability + (chances * weights[:, None]).sum(0)
+    means = spread.total(torch.stack([chosen, probability])) / (len(logits) * counts.sum())
+    return experts * means.prod(0).sum()
 
 
 @contextmanager

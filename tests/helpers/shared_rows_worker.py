@@ -146,12 +146,12 @@ def peak_of(step) -> int:
 
 def memory(group: Group, checkpointing: bool) -> dict[str, int]:
     """Bytes of a step with a whole row, with this rank's part of it, with that where no rank answers (gloo's threads
-    hold what was sent for a while), and as planned."""
+    hold what was sent for a while, and would free it in what is measured next), and as planned."""
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 2048}
     batch = PackedCollator()([pair(0, LENGTH, LENGTH)])
     found = {}
     part = {"spread": Spread(batch, group)}
-    for name, more in (("whole", {}), ("part", part), ("alone", part)):
+    for name, more in (("whole", {}), ("alone", part), ("part", part)):
         model = tiny("Llama", attn_implementation="sdpa", **sizes)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
