@@ -28,7 +28,7 @@ from mdpo.console import say
 from mdpo.data.sampler import prompt_groups
 from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator
-from mdpo.ranks import data_rank, data_ranks, first_of_row, gathered
+from mdpo.ranks import first_of_row, gathered, row_ranks
 from mdpo.reference.logp_columns import Columns, Distinct, Piece
 from mdpo.reference.sequences import Sequences, batches, pair_keys
 from mdpo.storage import as_new_files, sync
@@ -188,11 +188,11 @@ def _computed(
     parts = [
         part for one in (True, False) for part in batches(sequences, todo[is_long == one], prompts, 2 * batch_size)
     ]
-    ranks, new = data_ranks(), []
+    ranks, new = accelerator.num_processes // row_ranks(), []
     steps = range(math.ceil(len(parts) / ranks))
     try:
         for step in tqdm(steps, desc=f"reference log-probs of {name}", disable=not accelerator.is_main_process):
-            i = step * ranks + data_rank()
+            i = step * ranks + accelerator.process_index // row_ranks()
             numbers = parts[min(i, len(parts) - 1)]  # a rank without one repeats the last: ZeRO-3 needs all of them
             batch = PairBatch.of(collator(sequences.pairs(dataset, numbers)))
             logps = score(batch.to(accelerator.device)).float().cpu()

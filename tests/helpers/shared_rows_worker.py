@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import mdpo.forward.sequence_parallel as sequence_parallel
+from mdpo.errors import UserError
 from mdpo.forward.collators import PackedCollator
 from mdpo.forward.modes import base_model
 from mdpo.forward.sequence_parallel import Group, Spread
@@ -166,6 +167,15 @@ def memory(group: Group, checkpointing: bool) -> dict[str, int]:
     return found | {"planned": sum(planned.values())}
 
 
+def refused(group: Group, seed: int) -> bool:
+    """Whether a batch is taken for another one than that of the group's other ranks."""
+    try:
+        group.refuse_other_rows(PackedCollator()([pair(9, 7, 5, seed)]))
+    except UserError as error:
+        return error.key == "parallelism_config"
+    return False
+
+
 def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -173,6 +183,7 @@ def main(argv: list[str]) -> None:
     group = Group.of_this_rank(60)
     found = {name: compared(group, **case) for name, case in cases().items()}
     found["memory"] = {str(checkpointing): memory(group, checkpointing) for checkpointing in (False, True)}
+    found["refused"] = [refused(group, seed) for seed in (0, group.rank)]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:

@@ -30,6 +30,7 @@ def test_shared_rows_are_whole_rows(ranks, tmp_path):
     """Log-probs, statistics, loss and gradients; tokens and scored positions are dealt out evenly. A rank's memory is
     its part of that of a whole row, and what is planned."""
     found = found_by(ranks, tmp_path)
+    assert [rank.pop("refused") for rank in found] == [[False, True]] * ranks  # the same batch, and one for each rank
     for memory in (rank.pop("memory") for rank in found):
         for bytes_of in memory.values():
             assert bytes_of["alone"] == pytest.approx(bytes_of["planned"], rel=0.03)
