@@ -67,7 +67,9 @@ class ResumableTrainer(Trainer):
         if step and step != self._saved_step:
             self._save_checkpoint(self.model_wrapped, None, resumable=True)
         if step:
-            say(f"\npreempted at step {step}; {PREFIX}{step} is on the disk. The same command resumes from it.")
+            clears = getattr(self.args, "overwrite_output_dir", False)
+            how = "overwrite_output_dir would remove it: with --overwrite_output_dir=false the" if clears else "The"
+            say(f"\npreempted at step {step}; {PREFIX}{step} is on the disk. {how} same command resumes from it.")
         raise Preempted(preemption.requested() or "the signal of another rank")
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
