@@ -1,5 +1,5 @@
-"""Ways of splitting one model or one sequence among devices. Sequence parallel under DeepSpeed is supported; all others
-are refused by name."""
+"""Ways of splitting one model or one sequence among devices. Sequence parallel is supported; all others are refused by
+name."""
 
 import os
 from typing import Any
@@ -14,8 +14,8 @@ ADVICE = (
     "and sequence parallel (training_configs/zero3_sequence_parallel.yaml)"
 )
 SIZES = ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE")
-# Keys of a DeepSpeed configuration, and of model_init_kwargs, that split a model or a sequence.
 IN_USE = "ACCELERATE_USE_PARALLELISM_CONFIG"
+# Keys of a DeepSpeed configuration, and of model_init_kwargs, that split a model or a sequence.
 OF_DEEPSPEED = ("sequence_parallel_size", "tensor_parallel", "pipeline", "expert_parallel_size")
 OF_THE_MODEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 

@@ -12,6 +12,7 @@ multiplies it by their number.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -117,9 +118,9 @@ class Spread:
 
     def all_heads(self, out: torch.Tensor, heads: int) -> torch.Tensor:
         """(1, N_r, heads, D) of this rank's tokens, from (1, N, heads of this rank, D)."""
-        shares = [heads * i // self.group.size for i in range(self.group.size + 1)]
+        shares = pairwise(_cuts(heads, self.group.size))
         sent = list(_with_none(out, 1)[0, self._order].chunk(self.group.size))
-        shapes = [(len(sent[0]), stop - start, out.size(-1)) for start, stop in zip(shares, shares[1:], strict=False)]
+        shapes = [(len(sent[0]), stop - start, out.size(-1)) for start, stop in shares]
         return torch.cat(exchange(sent, shapes, self.group), 1)[None]
 
 
@@ -172,14 +173,19 @@ def head_shares(heads: int, key_heads: int, size: int) -> list[HeadShare]:
             "parallelism_config",
         )
     shared, shares = heads // key_heads, []
-    for i in range(size):
-        queries = range(heads * i // size, heads * (i + 1) // size)
+    for start, stop in pairwise(_cuts(heads, size)):
+        queries = range(start, stop)
         keys = [head // shared for head in queries]
         low, count = keys[0], len(set(keys))
         own = [key - low for key in keys]
         even = own == [i // (len(own) // count) for i in range(len(own))]
         shares.append(HeadShare(slice(queries.start, queries.stop), slice(low, low + count), None if even else own))
     return shares
+
+
+def _cuts(heads: int, size: int) -> list[int]:
+    """Where each rank's query heads begin, and where the last one's end."""
+    return [heads * i // size for i in range(size + 1)]
 
 
 def _with_none(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -37,8 +37,10 @@ COLUMNS = {  # ranks for each row, offloading of weights and optimizer
 
 
 def main(argv: list[str]) -> None:
-    if set(argv) - {"--check"}:
+    if {"-h", "--help"} & set(argv):
         return say(str(__doc__).strip())
+    if unknown := sorted(set(argv) - {"--check"}):
+        raise UserError(f"{unknown[0]}: is not known here; --check is.")
     text = PAGE.read_text(encoding="utf-8")
     new = TABLE.sub(lambda match: match[1] + table() + "\n" + match[2], text)
     if "--check" in argv and new != text:
