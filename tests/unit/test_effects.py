@@ -21,6 +21,8 @@ from mdpo.config.parsing import FIELDS, ROOT
 from mdpo.config.recipe import load_recipe
 from mdpo.config.schema import MDPOConfig
 from mdpo.config.validation import INSTEAD, check_options
+from mdpo.forward.layout import packing_refused
+from mdpo.runs.resumable_trainer import ResumableTrainer
 
 BASE = {"output_dir": "out", "use_cpu": True, "bf16": False}
 # A value other than the default for each key that is refused or named.
@@ -282,6 +284,17 @@ def test_models_whose_rows_cannot_be_shared(monkeypatch):
         refuse_model(other)
     with refused("parallelism_config", "rwkv"):
         refuse_model(transformers.RwkvConfig())
+
+
+def test_what_a_trainer_refuses_where_ranks_share_rows(monkeypatch):
+    model = tiny_llama(tokenizer_for(CHATML))
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    assert "linear_attention" in packing_refused(model)
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    with refused("parallelism_config", "LlamaForCausalLM", "linear_attention"):
+        packing_refused(model)
+    with refused("compute_metrics"):
+        ResumableTrainer(model, compute_metrics=len)
 
 
 def test_sequence_parallel_is_kept_from_accelerate(monkeypatch):
