@@ -52,10 +52,12 @@ def plan_memory(recipe, sharding: Sharding, sequences: int = 1) -> MemoryPlan:
     def models(n: int) -> tuple:
         """What a FakeModel of `n` layers is made from: policy, arguments, adapter, reference."""
         policy, reference = (_maker(c if n == depth else with_layers(c, n), recipe, values) for c in (config, other))
-        return policy, args, peft, reference if scored else None
+        # An adapter of its own for each: PEFT writes the names of the modules that it adapts into the configuration.
+        return policy, args, copy.deepcopy(peft), reference if scored else None
 
     try:
-        if other is config and alike(config, models(depth)[0], peft):
+        # Autocast's copies grow with the layers and are gone at the LM head, so that with depth the peak moves.
+        if other is config and options["autocast"] is None and alike(config, models(depth)[0], peft):
             shallow = [FakeModel(*models(n), **options) for n in SHALLOW]
             skeleton: FakeModel = DeepModel(shallow, depth, *models(depth), **options)
         else:

@@ -240,6 +240,7 @@ SHARED = Sharding(3, 8, precision="bf16", row_ranks=2)
         ("qwen3", {**BF16, **LORA}, SHARED),
         ("llama", {**BF16, "gradient_accumulation_steps": 2}, SHARED),
         ("llama", {"gradient_checkpointing": True, **LORA}, Sharding(cpu=True)),
+        ("llama", {**BF16, **LORA, "lora_target_modules": ["all-linear"]}, Sharding(2, 8, precision="bf16")),
     ],
 )
 def test_deep_models_are_planned_by_shallow_ones(name, keys, sharding, tmp_path, monkeypatch):
@@ -253,6 +254,16 @@ def test_deep_models_are_planned_by_shallow_ones(name, keys, sharding, tmp_path,
     monkeypatch.setattr(mdpo.memory.estimate, "alike", lambda *args: counted.append(alike(*args)))
     whole = plan_memory(recipe, sharding)
     assert [whole.at(n).phases for n in (3, 400)] == [deep.at(n).phases for n in (3, 400)] and counted == [True]
+
+
+def test_under_autocast_every_layer_is_counted(tmp_path, monkeypatch):
+    """Copies in half precision of float32 weights live through the forward pass: with few layers the peak is in the LM
+    head, with many at the end of the forward pass."""
+    config, deep = LlamaConfig(**{**SIZES, "num_hidden_layers": 6}), []
+    recipe = recipe_for(tmp_path, config, **BF16, **LORA)
+    monkeypatch.setattr(mdpo.memory.estimate, "DeepModel", lambda *args, **options: deep.append(args))
+    plan_memory(recipe, Sharding(precision="bf16"))
+    assert not deep
 
 
 def test_layers_of_several_kinds_are_all_counted():
