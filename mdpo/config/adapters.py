@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto import auto_factory
 from trl import get_peft_config
@@ -64,12 +65,18 @@ def refuse_unknown_kwargs(kwargs: dict[str, Any], config: Any) -> None:
 
 def refuse_targets(model: torch.nn.Module, peft_config: PeftConfig) -> None:
     """Raises UserError, with the name that was probably meant, for each target that is no part of `model`; and for what
-    PEFT refuses when it puts the adapter on, which happens here: `model` is changed."""
+    PEFT refuses when it puts the adapter on, which happens here: `model` is changed. Experts' layers may have the names
+    that they have in checkpoints (gate_proj, w1), which PEFT turns into those of the stacked weights."""
     modules = [name for name, _ in model.named_modules() if name]
-    _refuse_strangers("lora_target_modules", peft_config.target_modules, modules)
-    _refuse_strangers("lora_modules_to_save", peft_config.modules_to_save, modules)
+    wanted = deepcopy(peft_config)
+    try:
+        convert_peft_config_for_transformers(wanted, model, None)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {error}") from error
+    _refuse_strangers("lora_target_modules", wanted.target_modules, modules)
+    _refuse_strangers("lora_modules_to_save", wanted.modules_to_save, modules)
     parameters = [name for name, _ in model.named_parameters()]
-    _refuse_strangers("lora_target_parameters", getattr(peft_config, "target_parameters", None), parameters)
+    _refuse_strangers("lora_target_parameters", getattr(wanted, "target_parameters", None), parameters)
     if peft_config.task_type != "CAUSAL_LM":
         raise UserError(f"lora_task_type: {peft_config.task_type} is not supported; leave it out.")
     try:

@@ -69,10 +69,10 @@ def compare(out, one, workshop, tokens=True):
         assert a["num_tokens"] == b["num_tokens"] or not tokens
 
 
-def on_two_cpus(config, folder) -> Path:
+def on_two_cpus(config, folder, **more) -> Path:
     """An accelerate file for GPUs, changed to two CPU processes. The launcher's flag --cpu would start one process
     without DeepSpeed."""
     raw = yaml.safe_load((ROOT / f"training_configs/{config}.yaml").read_text())
     path = folder / f"{config}_on_cpu.yaml"
-    path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2}))
+    path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2, **more}))
     return path

@@ -16,6 +16,7 @@ from launches import LAUNCHER, TIMEOUT_S, environment_of, losses
 from repository import ROOT
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM
+from twins import small_twin
 
 from dpo_trainer import DPOTrainer
 from mdpo.config.precision import MIXED, Precision, cast_weights, cpu_has_bf16, refuse_two_precisions, without_master
@@ -30,6 +31,7 @@ from mdpo.types import PairBatch
 
 LN2 = torch.tensor(math.log(2)).item()  # as a float32
 LORA = ["--use_peft", "--lora_r=4", "--lora_target_modules=all-linear"]
+NO_BALANCE = {"full": ["--router_aux_loss_coef=0"], "lora": ["--router_aux_loss_coef=0", "--lora_dropout=0.0"]}
 SMOLLM2 = ROOT / "recipes/smollm2-135m/dpo/config_quickstart.yaml"
 
 
@@ -43,6 +45,7 @@ def shop(tmp_path_factory):
     cast_weights(model, torch.bfloat16)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    small_twin("qwen3-30b-a3b", folder / "experts", seed=0)
     rows = agent_rows(16)
     for i, row in enumerate(rows):
         row["chosen"][3]["content"] += " It is right." * (30 if i % 2 else 0)
@@ -114,10 +117,19 @@ def test_nothing_learned_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
         for kind in ("full", "lora", "float32")
         for pairs in (1, 4)
     }
+    runs |= {
+        f"{ahead}-experts-{kind}-1": [
+            f"--model_name_or_path={shop}/experts",
+            *runs[f"{ahead}-{kind}-1"],
+            *NO_BALANCE[kind],
+        ]
+        for ahead, kind in (("true", "full"), ("false", "lora"))
+        if stage == 3
+    }
     runs["wrong"] = runs["true-full-1"]
     logs, printed = launch_runs(f"zero{stage}_for_dpo", "bf16", runs, shop, extensions, tmp_path)
     wrong = logs.pop("wrong")
-    assert len(logs) == 12
+    assert len(logs) == (14 if stage == 3 else 12)
     for name, steps in logs.items():
         assert [step["loss"] for step in steps] == [pytest.approx(LN2, abs=0 if "-1" in name else 1e-3)] * 3, name
         assert all(abs(step["rewards/margins"]) <= (0 if "-1" in name else 1e-3) for step in steps), name
@@ -128,7 +140,7 @@ def test_nothing_learned_is_ln_2_in_bfloat16(stage, shop, extensions, tmp_path):
     seen = [line for line in printed.splitlines() if line.startswith("seen:")]
     references = ["torch.bfloat16" if name.startswith("false") and "lora" not in name else "none" for name in runs]
     assert seen == [f"seen: torch.bfloat16 {reference} torch.float32" for reference in references]
-    assert printed.count(f"dtypes: {dtypes}") == 13 and f"device: 2 × cpu, ZeRO-{stage}" in printed
+    assert printed.count(f"dtypes: {dtypes}") == len(runs) and f"device: 2 × cpu, ZeRO-{stage}" in printed
 
 
 @pytest.mark.slow

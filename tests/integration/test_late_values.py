@@ -7,7 +7,7 @@ import pytest
 import torch
 from errors import refused
 from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from trl import ModelConfig
 
 from mdpo.config.adapters import adapter_config, bare_model, one_entry, refuse_targets
@@ -168,6 +168,32 @@ def test_targets_of_no_module(values, says):
 )
 def test_targets_that_are_there(targets):
     assert refusal(lora_target_modules=targets, lora_modules_to_save=["lm_head"]) is None
+
+
+EXPERTS = {
+    "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "mixtral": ["w1", "w2", "w3"],
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_by_the_names_of_checkpoints(kind):
+    """PEFT turns them into the stacked weights' names; one half of a stacked matrix alone is refused, and so is a name
+    that no expert has."""
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    count = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2}
+    model = bare_model(AutoConfig.for_model(kind, **sizes, **count, num_key_value_heads=2, head_dim=16, vocab_size=64))
+
+    def adapter(*names: str):
+        return adapter_config(ModelConfig(use_peft=True, lora_dropout=0.0, lora_r=2, lora_target_modules=[*names]))
+
+    half = EXPERTS[kind][-3 if kind == "qwen3_moe" else 0]
+    for names, says in (((half, "q_proj"), half), (("q_proj", "up_projs"), "'up_projs' is no part of the model")):
+        with refused("lora_target_modules", says):
+            refuse_targets(model, adapter(*names))
+    refuse_targets(model, adapter(*EXPERTS[kind], "k_proj"))
+    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"experts", "base_layer", "k_proj"} | ({"q_proj"} if kind == "qwen3_moe" else set())
 
 
 def test_one_entry_means_that_module():

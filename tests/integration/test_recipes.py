@@ -1,12 +1,12 @@
 """Every recipe under recipes/: what it says, what its header promises, and two steps of it on a small model."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ from accelerate.commands.launch import launch_command_parser
 from errors import refused
 from repository import ROOT
 from safetensors.torch import load_file
-from tiny import CHATML, agent_rows, tokenizer_for, trl_template
+from tiny import agent_rows, tokenizer_for
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config
+from twins import TEMPLATES, small_twin
 
 import mdpo.config.precision
 import mdpo.config.recipe
@@ -41,11 +42,14 @@ BILLIONS = {  # parameters as the models' authors give them
     "gemma-2-9b-it": 9.24,
     "gemma-7b-it": 8.54,
     "llama-3.1-8b": 8.03,
+    "llama-3.3-70b": 70.55,
     "mistral-7b-v0.3": 7.25,
     "qwen2.5-7b": 7.62,
+    "qwen3-30b-a3b": 30.53,
     "qwen3-8b": 8.19,
     "smollm2-135m": 0.1345,
 }
+LARGE = {"llama-3.3-70b": 70.55, "qwen3-30b-a3b": 3.35}  # several machines; billions of weights that a token meets
 LAPTOP = ("full", "lora", "quickstart", "rpo", "margin", "turn_weights")
 ITERATIONS = {f"config_iter{i}_{kind}_reference" for i in (2, 3) for kind in ("fixed", "moved")}
 BATCH = re.compile(
@@ -63,7 +67,7 @@ def header(path: Path) -> list[str]:
     return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
 
 
-@cache
+@functools.cache
 def command(path: Path) -> list[str]:
     """The words of the header's one command."""
     (line,) = [line[2:].strip() for line in header(path) if line.startswith("#   ")]
@@ -86,7 +90,7 @@ def test_families_and_their_recipes():
     for path in RECIPES:
         found.setdefault(path.parts[-3], set()).add(path.stem)
     three = {"config_full", "config_lora", "config_qlora"}
-    expected = {family: three for family in BILLIONS} | {
+    expected = {family: three - ({"config_qlora"} if family in LARGE else set()) for family in BILLIONS} | {
         "gemma-7b-it": three | ITERATIONS,
         "qwen3-8b": three | {"config_long"},
     }
@@ -206,56 +210,15 @@ def test_the_readme_names_every_recipe_and_command(family, monkeypatch):
 
 # ----------------------------------------------------------------------------------- two steps of a small twin of each
 
-# Mistral-7B-Instruct-v0.3 in short: the same text where there is no system message and no list of tools.
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '[/INST]' }}"
-    "{% elif m['role'] == 'tool' %}{{ '[TOOL_RESULTS] {\"content\": ' + m['content'] + ', \"call_id\": \"' + "
-    "m['tool_call_id'] + '\"}[/TOOL_RESULTS]' }}"
-    "{% elif m['tool_calls'] %}{{ '[TOOL_CALLS] [' }}{% for call in m['tool_calls'] %}"
-    "{% if call['id']|length != 9 %}{{ raise_exception('Tool call IDs should have 9 characters') }}{% endif %}"
-    "{{ (call['function']|tojson)[:-1] + ', \"id\": \"' + call['id'] + '\"}' }}{{ ', ' if not loop.last }}"
-    "{% endfor %}{{ ']' + eos_token }}"
-    "{% else %}{{ ' ' + m['content']|trim + eos_token }}{% endif %}{% endfor %}"
-)
-TEMPLATES = {  # family: (template, kind of tokenizer, end of turn)
-    "codegemma-7b-it": (trl_template("gemma"), "byte", "<eos>"),
-    "gemma-2-9b-it": (trl_template("gemma"), "byte", "<eos>"),
-    "gemma-7b-it": (trl_template("gemma"), "byte", "<eos>"),
-    "llama-3.1-8b": (trl_template("llama3_1"), "byte", "<|eot_id|>"),
-    "mistral-7b-v0.3": (MISTRAL, "always", "<eos>"),
-    "qwen2.5-7b": (trl_template("qwen2_5"), "byte", "<|im_end|>"),
-    "qwen3-8b": (trl_template("qwen3"), "byte", "<|im_end|>"),
-    "smollm2-135m": (CHATML, "byte", "<|im_end|>"),
-}
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MARGIN = 1.5  # of every row; one recipe reads it
 FOUR_BIT = ("load_in_4bit", "use_bnb_nested_quant")  # bitsandbytes' kernels need a GPU
-
-
-def small_twin(family: str, folder: Path, seed: int) -> Path:
-    """A random model of the family's own architecture with small sizes: shared keys and values, tied embeddings, soft
-    caps, windows and wide heads stay; and a small tokenizer with the family's template."""
-    template, kind, end = TEMPLATES[family]
-    tokenizer = tokenizer_for(template, kind, end)
-    published = json.loads((ROOT / "recipes" / family / "config.json").read_text())
-    heads, shared = published["num_attention_heads"], published["num_key_value_heads"]
-    sizes = SMALL | {"num_key_value_heads": 4 if heads == shared else 2, "vocab_size": len(tokenizer) + 8}
-    wide = published.get("head_dim", 0) * heads > published["hidden_size"]
-    sizes |= {"head_dim": 16 if wide else 8} if "head_dim" in published else {}
-    sizes |= {"sliding_window": 32} if family == "gemma-2-9b-it" else {}
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = AutoConfig.for_model(**{**published, **sizes, **ids, "initializer_range": 0.3, "dtype": "float32"})
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory):
     """family -> folders of two models of it with different weights, made once."""
 
-    @cache
+    @functools.cache
     def make(family: str) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp(family)
         return small_twin(family, folder / "first", 0), small_twin(family, folder / "second", 1)
@@ -326,6 +289,7 @@ def test_two_steps(path, twins, pairs, tmp_path):
     other = recipe.training.ref_model_name_or_path is not None
     start = math.log1p(math.exp(recipe.training.margin_scale * MARGIN))
     start += recipe.training.nll_coefficient * logs[0].get("nll_loss", 0.0)
+    start += (recipe.training.router_aux_loss_coef or 0.0) * logs[0].get("aux_loss", 0.0)
     assert (abs(logs[0]["loss"] - start) > 0.01) is other
     assert (abs(logs[0]["rewards/margins"]) > 0.01) is other
     ahead = "reference_chosen_logps" in trainer.train_dataset.column_names
@@ -340,9 +304,13 @@ def test_two_steps(path, twins, pairs, tmp_path):
     if recipe.model.use_peft:
         assert all("lora_" in name for name in after)
         assert any(w.any() for name, w in after.items() if "lora_B" in name)
-        kinds = {name.split(".")[-3] for name in after}
-        assert kinds == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
-        assert {w.shape[0] for name, w in after.items() if "lora_A" in name} == {recipe.model.lora_r}
+        kinds, ranks = {name.split(".")[-3] for name in after}, {recipe.model.lora_r}
+        if trainer.model.config.model_type == "qwen3_moe":  # 8 experts; the first matrix is gate_proj and up_proj
+            assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "base_layer", "experts"}
+            ranks |= {2 * 8 * recipe.model.lora_r, 8 * recipe.model.lora_r}
+        else:
+            assert kinds == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+        assert {w.shape[0] for name, w in after.items() if "lora_A" in name} == ranks
     else:
         assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)
 
@@ -357,7 +325,7 @@ def test_twins_keep_what_is_peculiar(twins):
     assert (gemma2.final_logit_softcapping, gemma2.attn_logit_softcapping) == (30.0, 50.0)
     assert gemma2.layer_types == ["sliding_attention", "full_attention"] and gemma2.sliding_window == 32
     wide = {family for family, c in configs.items() if getattr(c, "head_dim", 8) * 4 != c.hidden_size}
-    assert wide == {"gemma-7b-it", "codegemma-7b-it", "gemma-2-9b-it"}
+    assert wide == {"gemma-7b-it", "codegemma-7b-it", "gemma-2-9b-it", "qwen3-30b-a3b"}
     grouped = {family for family, c in configs.items() if c.num_key_value_heads < c.num_attention_heads}
     assert grouped == set(BILLIONS) - {"gemma-7b-it", "codegemma-7b-it"}
     assert configs["llama-3.1-8b"].rope_parameters["rope_type"] == "llama3"
@@ -398,7 +366,10 @@ def script(name: str):
     return module
 
 
-@pytest.mark.parametrize("family", sorted(set(BILLIONS) - {"smollm2-135m"}))
+SMALLER = sorted(set(BILLIONS) - {"smollm2-135m"} - set(LARGE))  # trained on one machine
+
+
+@pytest.mark.parametrize("family", SMALLER)
 def test_the_readme_s_flops(family):
     """(2 + 4 + 2 + 2) N T and (2 + 2 + 2 + 2) N T of 32 · 1500 tokens, and hours at 989e12 a second and GPU."""
     text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
@@ -411,7 +382,7 @@ def test_the_readme_s_flops(family):
         assert float(found[1]) == pytest.approx(1000 * factor * step / (gpus * 989e12) / 3600, abs=0.006)
 
 
-@pytest.mark.parametrize("family", sorted(set(BILLIONS) - {"smollm2-135m"}))
+@pytest.mark.parametrize("family", SMALLER)
 def test_the_readme_s_checkpoints(family):
     """16 bytes a weight; the planner's sizes; the recipes' intervals; and at 1 GB/s and an MFU of 0.4 no more than a
     twentieth of the time for files, with steps that take what the FLOPs above say."""
@@ -438,6 +409,54 @@ def test_the_readme_s_checkpoints(family):
             assert float(room[1]) == pytest.approx(gb * (recipe.training.save_total_limit + 1), abs=0.2)
 
 
+NUMBER = r"([\d.e+]+)"
+STEP = rf"^\| (full|LoRA), (\d+) GPUs \| (8|10) [NA] T = {NUMBER} \| {NUMBER} s \| {NUMBER} GB \| {NUMBER} s \|$"
+SAVED = rf"^\| (full|LoRA), \d+ GPUs \| {NUMBER} GB \| {NUMBER} GB \| {NUMBER} s \| (\d+) steps \| {NUMBER} % \|$"
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_the_readme_s_cost_on_several_machines(family):
+    """FLOPs of the weights that a token meets; under ZeRO-3 all weights but a GPU's own go through the network for
+    forward and backward of each micro-batch, and the gradients once; of a checkpoint 12 bytes a weight are the GPUs'
+    own. Each interval costs at most a twentieth of the time."""
+    text = (ROOT / "recipes" / family / "README.md").read_text(encoding="utf-8")
+    planned = dict(re.findall(r"<!-- memory: config_(\w+)\.yaml .*?A checkpoint: ([\d.]+) GB", text, re.DOTALL))
+    n, tokens, near = BILLIONS[family], 32 * 1500, functools.partial(pytest.approx, rel=0.03)
+    steps, saved = (re.findall(row, text, re.MULTILINE) for row in (STEP, SAVED))
+    assert [row[0] for row in steps] == [row[0] for row in saved] == ["full", "LoRA"]
+    for (name, *numbers), (_, *sizes) in zip(steps, saved, strict=True):
+        gpus, factor, flops, seconds, received, sent = map(float, numbers)
+        recipe = load_recipe([str(ROOT / f"recipes/{family}/dpo/config_{name.lower()}.yaml")])
+        batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        assert batch * gpus == 32 and factor == (10 if name == "full" else 8)
+        assert flops == near(factor * LARGE[family] * 1e9 * tokens)
+        assert seconds == near(flops / (gpus * 989e12 * 0.4))
+        passes = 3 if name == "full" else 2 * recipe.training.gradient_accumulation_steps
+        assert received == near(passes * 2 * n * (1 - 1 / gpus))
+        assert sent == pytest.approx(received / (50 if name == "full" else 450), abs=0.06)
+        gb, own, five, every, share = map(float, sizes)
+        assert gb == pytest.approx(float(planned[name.lower()]), abs=0.1) and every == recipe.training.save_steps
+        assert own == near(12 / 14 * gb / gpus) and five == pytest.approx(gb / 5, abs=0.1)
+        assert share == pytest.approx(100 * five / (five + every * max(seconds, sent)), abs=0.2) and share <= 5.05
+        if name == "full":
+            assert gb == near(14 * n) and f"needs room for {3 * gb:.0f} GB" in " ".join(text.split())
+            pairs = 1e4 / (recipe.training.precompute_ref_batch_size * gpus)
+            (found,) = re.findall(
+                rf"costs {NUMBER} FLOPs, {NUMBER} s .*? {NUMBER} GB received by a GPU", " ".join(text.split())
+            )
+            assert float(found[0]) == near(2 * LARGE[family] * 1e9 * 1500 * 1e4)
+            assert float(found[1]) == near(float(found[0]) / (gpus * 989e12 * 0.4))
+            assert float(found[2]) == near(pairs * 2 * n * (1 - 1 / gpus))
+
+
+def test_weights_that_a_token_meets():
+    """Of the experts 8 of 128."""
+    config = AutoConfig.from_pretrained(ROOT / "recipes/qwen3-30b-a3b")
+    of_experts = config.num_hidden_layers * config.num_experts * 3 * config.moe_intermediate_size * config.hidden_size
+    met = BILLIONS["qwen3-30b-a3b"] - of_experts / 1e9 * (1 - config.num_experts_per_tok / config.num_experts)
+    assert LARGE == {"llama-3.3-70b": BILLIONS["llama-3.3-70b"], "qwen3-30b-a3b": pytest.approx(met, abs=0.01)}
+
+
 FULL = [p for p in RECIPES if p.stem.endswith(("full", "reference")) and "smollm2" not in str(p)]
 
 
@@ -445,6 +464,10 @@ FULL = [p for p in RECIPES if p.stem.endswith(("full", "reference")) and "smollm
 def test_full_recipes_reduce_gradients_once_a_step(path):
     """One micro-batch a step, 32 pairs of 8 GPUs; under DeepSpeed, without which bfloat16 has no master weights."""
     args, words = load_recipe([str(path)]).training, command(path)
+    if path.parts[-3] in LARGE:
+        sharding = Sharding.read(ROOT / words[words.index("--config_file") + 1])
+        assert args.gradient_accumulation_steps == 1 and (sharding.stage, sharding.precision) == (3, "bf16")
+        return
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.save_steps) == (4, 1, 2000)
     assert Sharding.read(ROOT / words[words.index("--config_file") + 1]) == Sharding(2, 8, precision="bf16")
 
@@ -464,7 +487,7 @@ def test_memory_tables_are_there_and_add_up(family):
             r"^A checkpoint: [\d.]+ GB on disk, [\d.]+ s at 1 GB/s, [\d.]+ s at 5 GB/s", table, re.MULTILINE
         )
         assert len(parts) > 4 and sum(parts) == pytest.approx(together, abs=0.05 * len(parts))
-        gpu = {"full": 80, "long": 80, "lora": 40, "qlora": 24}[name[7:-5]]
+        gpu = 80 if family in LARGE else {"full": 80, "long": 80, "lora": 40, "qlora": 24}[name[7:-5]]
         assert together < 0.9 * gpu
 
 

@@ -169,6 +169,7 @@ ACCELERATE = {
     "zero2_pf.yaml": (8, 1, 2, "bf16", False),
     "zero3_cpu.yaml": (2, 1, 3, "no", True),
     "zero3_for_dpo.yaml": (8, 1, 3, "bf16", False),
+    "zero3_four_nodes.yaml": (32, 4, 3, "bf16", False),
     "zero3_offload_for_dpo.yaml": (8, 1, 3, "bf16", False),
     "zero3_pf.yaml": (8, 1, 3, "bf16", False),
     "zero3_sequence_parallel.yaml": (8, 1, 3, "bf16", False),
