@@ -16,7 +16,7 @@ ADVICE = (
 SIZES = ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE", "TP_SIZE", "CP_SIZE")
 IN_USE = "ACCELERATE_USE_PARALLELISM_CONFIG"
 # Keys of a DeepSpeed configuration, and of model_init_kwargs, that split a model or a sequence.
-OF_DEEPSPEED = ("sequence_parallel_size", "tensor_parallel", "pipeline", "expert_parallel_size")
+OF_DEEPSPEED = ("sequence_parallel_size", "tensor_parallel", "pipeline", "expert_parallel_size", "expert_parallel")
 OF_THE_MODEL = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 

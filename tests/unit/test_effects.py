@@ -325,7 +325,14 @@ def test_parallelism_of_the_arguments(monkeypatch, tmp_path):
         refuse_parallelism(MDPOConfig(**BASE))
 
 
-@pytest.mark.parametrize(("key", "value"), [("sequence_parallel_size", 2), ("tensor_parallel", {"autotp_size": 2})])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sequence_parallel_size", 2),
+        ("tensor_parallel", {"autotp_size": 2}),
+        ("expert_parallel", {"enabled": True, "autoep_size": 2}),
+    ],
+)
 def test_parallelism_of_a_deepspeed_configuration(key, value):
     class Plugin:
         zero_stage, deepspeed_config = 2, {key: value}
