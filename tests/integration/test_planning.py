@@ -25,10 +25,11 @@ from transformers import (
 from trl import ModelConfig, get_peft_config
 
 import mdpo.memory.estimate
-from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMIZER, STEP
+from mdpo.memory.breakdown import EVALUATION, GB, LIBRARIES, OPTIMIZER, STEP
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.layers import alike
 from mdpo.memory.sharding import Sharding
+from mdpo.memory.zero import BUCKET, LIVE
 
 # Layers as wide as a 7B model's: its weights are more than DeepSpeed's buckets hold.
 WIDE = LlamaConfig(
