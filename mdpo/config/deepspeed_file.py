@@ -42,15 +42,16 @@ OF_THE_RECIPE = {
 }
 
 
-def deepspeed_file(given: str | Path) -> Path:
+def deepspeed_file(given: str | Path, named_in: str | Path = "the accelerate file") -> Path:
     """Where the file is: from the working folder, as accelerate looks for it, else from the repository's. Raises
     UserError where it is in neither."""
-    for folder in (Path.cwd(), ROOT):
+    folders = (Path.cwd(), ROOT)
+    for folder in folders:
         if (path := folder / given).is_file():
             return path
+    places = " nor in ".join(map(str, dict.fromkeys(folders)))
     raise UserError(
-        f"{KEY}: {given} is neither in {Path.cwd()} nor in {ROOT}. Give a path from one of them, or an absolute one.",
-        KEY,
+        f"{KEY}: {given} of {named_in} is not in {places}. Give a path from there, or an absolute one.", KEY
     )
 
 

@@ -170,7 +170,9 @@ def _row_ranks(path: str | Path, raw: dict, processes: int) -> int:
 
 def _as_zero_optimization(path: str | Path, engine: dict) -> dict[str, Any]:
     """The keys of `deepspeed_config` in an accelerate file in DeepSpeed's own form."""
-    if unknown := sorted(set(engine) - set(OF_ACCELERATE.values()) - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}):
+    if unknown := sorted(
+        set(engine) - set(OF_ACCELERATE.values()) - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}
+    ):
         reason = f"deepspeed_config.{unknown[0]} cannot be planned; leave it out to plan without it."
         raise UserError(f"{path}: {reason}", unknown[0])
     offload = {part: {"device": engine.get(OF_ACCELERATE[part])} for part in ("offload_optimizer", "offload_param")}

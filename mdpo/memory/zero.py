@@ -62,7 +62,7 @@ OF_OFFLOADING = {"device", "pin_memory", "nvme_path"}
 def planned_file(accelerate: str | Path, raw: dict[str, Any], processes: int) -> dict[str, Any]:
     """`zero_optimization` of the DeepSpeed file that the accelerate file `raw` names. Raises UserError that names the
     file and what in it cannot be planned."""
-    path = deepspeed_file(raw["deepspeed_config"][KEY])
+    path = deepspeed_file(raw["deepspeed_config"][KEY], accelerate)
     refuse_beside([*raw["deepspeed_config"], *(key for key in raw if key == "mixed_precision")], str(accelerate))
     engine = read_deepspeed_file(path)
     zero = engine["zero_optimization"]

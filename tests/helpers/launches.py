@@ -40,9 +40,9 @@ def launch(config, workshop, extensions, out, *flags, env=None, **options):
     return finished(command_of(config, workshop, out, *flags, **options), environment_of(extensions, env))
 
 
-def launch_several(config, runs, workshop, extensions, folder, worker="several_runs"):
+def launch_several(config, runs, workshop, extensions, folder, worker="several_runs", env=None):
     command = command_of_several(config, runs, workshop, folder, worker)
-    return finished(command, environment_of(extensions, {"PYTHONPATH": str(ROOT)}))
+    return finished(command, environment_of(extensions, {"PYTHONPATH": str(ROOT), **(env or {})}))
 
 
 def finished(command, env) -> tuple[int, str]:
