@@ -13,7 +13,7 @@ KEY = "deepspeed_config_file"
 FILE, FIELDS = "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_CONFIG_DS_FIELDS"  # what accelerate's launcher passes on
 # Keys of an accelerate file that accelerate refuses beside a DeepSpeed file, and what says the same in that one.
 BESIDE = {
-    "mixed_precision": 'nothing: the recipe says bf16 or fp16, and the file bf16: {"enabled": "auto"}',
+    "mixed_precision": 'bf16: {"enabled": "auto"}, as the recipe says',
     "gradient_accumulation_steps": 'gradient_accumulation_steps: "auto"',
     "gradient_clipping": 'gradient_clipping: "auto"',
     "zero_stage": "zero_optimization.stage",
@@ -81,7 +81,8 @@ def find_deepspeed_file() -> None:
 def refuse_beside(keys, where: str = "the accelerate file") -> None:
     """Raises UserError for a key of an accelerate file that a DeepSpeed file takes the place of."""
     if key := next((key for key in BESIDE if key in keys), None):
-        raise UserError(f"{key}: in {where} does not count beside {KEY}. Leave it out; there it is {BESIDE[key]}.", key)
+        message = f"{key}: in {where} does not count beside {KEY}, and is refused by accelerate. Leave it out; in the "
+        raise UserError(f"{message}DeepSpeed file it is {BESIDE[key]}.", key)
 
 
 def refuse_engine(args: Any) -> None:
