@@ -28,7 +28,7 @@ from mdpo.data.positions import check_lengths
 from mdpo.data.prepare import prepare_pairs
 from mdpo.masking.dates import fix_day
 from mdpo.memory.oom import explained
-from mdpo.memory.sharding import overlap_reduction
+from mdpo.memory.sharding import overlap_reduction, secondary_line
 from mdpo.ranks import agreed, row_ranks
 from mdpo.reporting.html_page import PAGE, RunPage
 from mdpo.reporting.progress import StepTimer, peak_memory_gb, show_progress
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
     args, data = recipe.training, recipe.data
     set_marker_dir(args.output_dir)
     lines = refuse_unusable_gpus(recipe.written.get("use_cpu", False))
-    lines += filter(None, [overlap_reduction(args.deepspeed_plugin)])
+    plugin = args.deepspeed_plugin
+    lines += filter(None, [overlap_reduction(plugin), secondary_line(plugin, args.world_size)])
     say(f"recipe {recipe.path}", *recipe.notes, _batch_line(args), device_line(args), *lines)
 
     ################

@@ -27,6 +27,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, ModelConfig
 
 from mdpo.config.adapters import one_entry
+from mdpo.config.deepspeed_file import find_deepspeed_file
 from mdpo.config.parsing import FIELDS, HINTS, PARTS, ROOT, WORDS, Setting, flag, members, nearest, read_settings
 from mdpo.config.precision import fit_to_machine
 from mdpo.config.schema import DataArguments, MDPOConfig
@@ -104,6 +105,7 @@ def _default_output_dir(path: Path) -> str:
 
 def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
     """{"model": ModelConfig, ...} of the values. Raises UserError that names where the keys at fault were set."""
+    find_deepspeed_file()
     parts, values = {}, copy.deepcopy(values)  # TrainingArguments and trainers change lists and dicts in place
     for name, part in PARTS.items():
         names = {field.name for field in dataclasses.fields(part)}

@@ -7,6 +7,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
+from mdpo.config.deepspeed_file import refuse_engine
 from mdpo.config.effects import contradicted, is_set, refuse_other_runs, without_effect
 from mdpo.config.parallelism import refuse_parallelism
 from mdpo.config.precision import HALF, without_master
@@ -67,6 +68,7 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
         raise UserError("turns_without_reasoning: has no effect with mask_user_turns: false, which knows no turns.")
     refuse_other_runs(args, recipe or {})
     refuse_parallelism(args)
+    refuse_engine(args)
     _check_losses(args, own)
     for key, advice in INSTEAD.items():
         if getattr(args, key):

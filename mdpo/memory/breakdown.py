@@ -1,7 +1,7 @@
 """Memory of a run before it starts, by part, for one GPU (or CPU process): will it fit, and up to which max_length?
 
 What a step computes is counted by mdpo/memory/fake_step.py. What DeepSpeed 0.19.8 keeps beside it is written down here
-from its source, with its default bucket sizes, which an accelerate file leaves as they are. GB are 1e9 bytes.
+from its source, with the sizes of mdpo/memory/zero.py. GB are 1e9 bytes.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,8 @@ from mdpo.memory.sharding import Sharding
 
 GB = 1e9
 STEP, OPTIMIZER, EVALUATION = "a training step", "the optimizer's step", "evaluation"
-SHOWN = ("weights", "gradients", "optimizer states", "reference", "gathered weights", "communication", "activations")
-SHOWN += ("LM head", "libraries (assumed)")
-BUCKET = 500_000_000  # elements: reduce_bucket_size
-LIVE = 1_000_000_000  # elements: stage3_max_live_parameters, and what it may fetch ahead of its use
-SUB_GROUP = 1_000_000_000  # elements: what ZeRO-3's optimizer steps on at a time
-WHOLE = 100_000  # elements: ZeRO-3 shards no parameter below this (stage3_param_persistence_threshold)
+SHOWN = ("weights", "secondary weights", "gradients", "optimizer states", "reference", "gathered weights")
+SHOWN += ("communication", "activations", "LM head", "libraries (assumed)")
 LIBRARIES = {"GPU": 1.0 * GB, "CPU": 0.8 * GB}  # assumed: CUDA context, cuBLAS, NCCL; Python and its libraries
 TIGHT = 0.05  # of the memory: less to spare than fragmentation often takes
 RATES = (1, 5)  # GB/s that a disk may write
@@ -120,7 +116,7 @@ class MemoryModel:
         trained = [p for p in weights if p.requires_grad]
         packed = set(four_bit_weights(skeleton.policy)) if nested is not None else set()
         self.weights = sum(four_bit(p, nested) if p in packed else p.nbytes for p in weights)
-        self.small = sum(p.nbytes for p in weights if p.numel() < WHOLE)
+        self.small = sum(p.nbytes for p in weights if p.numel() < sharding.sizes.whole)
         self.width = max(p.element_size() for p in weights)  # bytes of a gathered element
         self.largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in skeleton.policy.modules())
         self.count, self.trained = sum(p.numel() for p in weights), sum(p.numel() for p in trained)
@@ -162,8 +158,9 @@ class MemoryModel:
     def _buckets(self) -> int:
         """Elements: a bucket, under ZeRO-2 another one that fills while the first is sent, and the flat copy that is
         sent. On a CPU only what is written to takes memory."""
-        both = BUCKET * (2 if self.sharding.stage == 2 and self.sharding.overlap else 1)
-        return (min(both, self.trained) if self.sharding.cpu else both) + min(BUCKET, self.trained)
+        bucket = self.sharding.sizes.bucket
+        both = bucket * (2 if self.sharding.stage == 2 and self.sharding.overlap else 1)
+        return (min(both, self.trained) if self.sharding.cpu else both) + min(bucket, self.trained)
 
     def _checkpoint(self) -> float:
         """Bytes of all ranks' files: the weights for users; under ZeRO-2 the same once more, in DeepSpeed's own file;
@@ -184,20 +181,20 @@ class MemoryModel:
         if self.args.optim == "adamw_torch" and not offload:
             extra = self.largest_trained if self.sharding.cpu and not stage else self.trained
             extra *= 4 / n if stage else self.gradient
-        flat = min(self.trained, SUB_GROUP) / n
+        flat = min(self.trained, self.sharding.sizes.sub_group) / n
         gradients = {
             0: self.trained * self.gradient + extra,
             2: self.largest_trained * self.gradient if offload else shard * 8 + extra,
             3: 0 if offload else shard * self.gradient + flat * (self.gradient + 4) + extra,
         }
         parts = self._standing() | {"gradients": gradients[stage]}
-        return parts | ({"communication": BUCKET * self.gradient} if stage == 3 else {})
+        return parts | ({"communication": self.sharding.sizes.bucket * self.gradient} if stage == 3 else {})
 
     def _evaluation(self, length: int) -> dict[str, float]:
         peak = self.skeleton.evaluation(self.args.per_device_eval_batch_size, length)
         parts = self._standing()
         if self.sharding.stage == 3:
-            parts["communication"] = BUCKET * self.gradient
+            parts["communication"] = self.sharding.sizes.bucket * self.gradient
             parts["gradients"] = 0 if self.sharding.offload_optimizer else self._shard(self.trained * self.gradient)
         return parts | {"activations": peak["activations"] + self.unpacked, "LM head": peak["LM head"]}
 
@@ -213,8 +210,9 @@ class MemoryModel:
         if stage == 0 and sharding.processes > 1:
             parts["communication"] = self.trained * self.gradient  # DDP's buckets, beside the gradients
         if stage == 3:
-            live = min(self.count, LIVE + self.largest) * self.width
+            live = min(self.count, sharding.sizes.gathered + self.largest) * self.width
             parts["gathered weights"] = max(live, self.small)
+            parts["secondary weights"] = self._secondary() * (not sharding.offload_param)
         return parts | {"libraries (assumed)": LIBRARIES["CPU" if sharding.cpu else "GPU"]}
 
     def _states(self) -> float:
@@ -228,9 +226,16 @@ class MemoryModel:
     def _shard(self, size: float) -> float:
         return size / self.sharding.processes
 
+    def _secondary(self) -> float:
+        """Bytes of ZeRO++'s further shares of all weights, one in each group of neighboring ranks; the reference's
+        stay, the policy's come with a step's first forward pass and go with the optimizer's step."""
+        ranks = min(self.sharding.secondary, self.sharding.processes)
+        return (self.weights + self.reference) / ranks if ranks > 1 else 0.0
+
     def _in_cpu(self) -> float:
         """Bytes on each machine: of the optimizer, float32 weights, gradients and both moments, gradients as they come,
-        and under ZeRO-2 a buffer of the new weights and one for the largest gradient; of offloaded weights, all."""
+        and under ZeRO-2 a buffer of the new weights and one for the largest gradient; of offloaded weights, all, with
+        ZeRO++ once more for each group of ranks."""
         sharding, size = self.sharding, 0.0
         if sharding.offload_optimizer:
             size += self._shard(self.trained * (16 + self.gradient))
@@ -239,7 +244,7 @@ class MemoryModel:
                 (self._shard(self.trained * accumulates) + self.largest_trained) * self.gradient * (sharding.stage == 2)
             )
         if sharding.offload_param:
-            size += self._shard(self.weights + self.reference)
+            size += self._shard(self.weights + self.reference) + self._secondary()
         return size * sharding.processes / sharding.machines
 
 

@@ -191,6 +191,12 @@ def next_changes(recipe, sharding: Sharding, plan: MemoryPlan | None, gb: float,
     # bitsandbytes' weights cannot be sharded; and in these files no rank shares its rows.
     sharded = not sharding.cpu and not model.load_in_4bit and sharding.row_ranks == 1
     command = f"accelerate launch --config_file {{}} --num_processes {sharding.processes} run_dpo.py {shlex.join(argv)}"
+    if sharding.secondary > 1:
+        size = plan.parts.get("secondary weights") if plan else None
+        taken = f", which takes {size / GB:.2f} GB a GPU," if size else ""
+        changes.append(
+            f"zero_hpz_partition_size{taken} left out of the deepspeed_config_file: weights are gathered from all."
+        )
     if sharded and sharding.stage < 3 and sharding.processes > 1:
         changes.append(f"{command.format(ZERO3)}: each GPU holds its share of the weights.")
     if args.max_length and (length := _shorter(args.max_length, plan, gb)):

@@ -3,11 +3,14 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from mdpo.config.deepspeed_file import KEY
 from mdpo.config.parsing import ROOT
 from mdpo.errors import UserError
+from mdpo.memory.zero import OVERLAP, SECONDARY, ZeroSizes, of_engine, planned_file
 from mdpo.ranks import row_ranks
 
 STAGES = {0: "no sharding", 2: "ZeRO-2", 3: "ZeRO-3"}
@@ -15,15 +18,20 @@ STAGES = {0: "no sharding", 2: "ZeRO-2", 3: "ZeRO-3"}
 WITHOUT_EFFECT = {"deepspeed_multinode_launcher", "deepspeed_hostfile", "deepspeed_exclusion_filter"}
 WITHOUT_EFFECT |= {"deepspeed_inclusion_filter", "gradient_accumulation_steps", "gradient_clipping"}
 WITHOUT_EFFECT |= {"zero3_init_flag", "zero3_save_16bit_model"}
-READ = {"zero_stage", "offload_optimizer_device", "offload_param_device"}
-OVERLAP = "overlap_comm"  # of DeepSpeed's zero_optimization
+# What is read, and an accelerate file's names for it.
+OF_ACCELERATE = {
+    "stage": "zero_stage",
+    "offload_optimizer": "offload_optimizer_device",
+    "offload_param": "offload_param_device",
+}
 
 
 @dataclass(frozen=True)
 class Sharding:
     """`stage` 0 (none), 2 or 3; `processes` of all machines together; what waits in CPU memory; `precision` as the
     launcher says: no, bf16 or fp16; `cpu`: no GPU at all; `overlap`: gradients are reduced while backward runs;
-    `row_ranks` processes share each row (sequence parallel)."""
+    `row_ranks` processes share each row (sequence parallel); within each `secondary` of them the weights are whole once
+    more (ZeRO++), 1 is none."""
 
     stage: int = 0
     processes: int = 1
@@ -34,6 +42,8 @@ class Sharding:
     cpu: bool = False
     overlap: bool = True
     row_ranks: int = 1
+    secondary: int = 1
+    sizes: ZeroSizes = ZeroSizes()
 
     @classmethod
     def read(cls, path: str | Path, processes: int | None = None) -> "Sharding":
@@ -52,39 +62,31 @@ class Sharding:
             raise UserError(f"{path}: {n} processes do not divide among {machines} machines.", "num_machines")
         if kind == "NO" and n > 1 and not raw.get("use_cpu"):
             raise UserError(f"{path}: distributed_type: NO is one process, not {n}.", "distributed_type")
+        options: dict[str, Any] = {}
         if kind == "DEEPSPEED":
-            _refuse(path, engine)
-        stage = int(engine.get("zero_stage", 2)) if kind == "DEEPSPEED" else 0
-        offload = {part: engine.get(f"offload_{part}_device", "none") == "cpu" for part in ("optimizer", "param")}
+            zero = planned_file(path, raw, n) if KEY in engine else _as_zero_optimization(path, engine)
+            _refuse(path, zero, {} if KEY in engine else OF_ACCELERATE)
+            options = of_engine(zero)
         return cls(
-            stage,
-            n,
-            machines,
-            bool(stage) and offload["optimizer"],
-            stage == 3 and offload["param"],
-            str(raw.get("mixed_precision", "no")).lower(),
-            bool(raw.get("use_cpu", False)),
+            processes=n,
+            machines=machines,
+            precision=str(raw.get("mixed_precision", "no")).lower(),
+            cpu=bool(raw.get("use_cpu", False)),
             row_ranks=_row_ranks(path, raw, n),
+            **options,
         )
 
     @classmethod
     def running(cls, accelerator, machines: int = 1) -> "Sharding":
         """Of a run that has begun."""
         plugin = accelerator.state.deepspeed_plugin
-        zero = plugin.deepspeed_config["zero_optimization"] if plugin else {}
-        offload = {
-            part: zero.get(f"offload_{part}", {}).get("device", "none") == "cpu" for part in ("optimizer", "param")
-        }
         return cls(
-            int(zero.get("stage", 0)),
-            accelerator.num_processes,
-            machines,
-            offload["optimizer"],
-            offload["param"],
-            accelerator.mixed_precision,
-            accelerator.device.type == "cpu",
-            bool(zero.get(OVERLAP, True)),
-            row_ranks(),
+            processes=accelerator.num_processes,
+            machines=machines,
+            precision=accelerator.mixed_precision,
+            cpu=accelerator.device.type == "cpu",
+            row_ranks=row_ranks(),
+            **of_engine(plugin.deepspeed_config["zero_optimization"] if plugin else {}),
         )
 
     def __str__(self) -> str:
@@ -98,7 +100,8 @@ class Sharding:
         )
         rows = f"{self.row_ranks} for each row" if self.row_ranks > 1 else ""
         in_cpu = f"{offloaded} in CPU memory" if offloaded else ""
-        return ", ".join(part for part in (" ".join(words), rows, sharded, in_cpu) if part)
+        again = f"weights whole within {self.secondary} of them" if self.secondary > 1 else ""
+        return ", ".join(part for part in (" ".join(words), rows, sharded, again, in_cpu) if part)
 
 
 def overlap_reduction(plugin) -> str | None:
@@ -117,6 +120,20 @@ def overlap_reduction(plugin) -> str | None:
         return None
     zero[OVERLAP] = True
     return "ZeRO-2: gradients are reduced while backward runs (overlap_comm: true)"
+
+
+def secondary_line(plugin, processes: int) -> str | None:
+    """What ZeRO++'s secondary partition does in a run under `plugin`, accelerate's DeepSpeedPlugin or None; None
+    without one."""
+    size = of_engine(plugin.deepspeed_config.get("zero_optimization") or {})["secondary"] if plugin else 1
+    if size <= 1:
+        return None
+    if size >= processes:
+        return f"warning: {SECONDARY}: {size} are all {processes} processes: it takes memory and saves nothing."
+    return (
+        f"ZeRO++: from a step's first forward pass to the optimizer's step, weights are gathered within {size} "
+        f"neighboring ranks ({SECONDARY})"
+    )
 
 
 def _mapping(path: str | Path) -> dict:
@@ -151,18 +168,26 @@ def _row_ranks(path: str | Path, raw: dict, processes: int) -> int:
     return size
 
 
-def _refuse(path: str | Path, engine: dict) -> None:
-    stage = int(engine.get("zero_stage", 2))
-    if stage not in (2, 3):
-        raise UserError(f"{path}: zero_stage: ZeRO-{stage} cannot be planned; ZeRO-2 and ZeRO-3 can.", "zero_stage")
-    for part in ("optimizer", "param"):
-        device = engine.get(f"offload_{part}_device") or "none"
-        if device not in ("none", "cpu"):
-            key = f"offload_{part}_device"
-            raise UserError(f"{path}: {key}: {device} cannot be planned; none and cpu can.", key)
-        if device == "cpu" and part == "param" and stage != 3:
-            key = "offload_param_device"
-            raise UserError(f"{path}: {key}: DeepSpeed takes it under ZeRO-3 only.", key)
-    if unknown := sorted(set(engine) - READ - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}):
+def _as_zero_optimization(path: str | Path, engine: dict) -> dict[str, Any]:
+    """The keys of `deepspeed_config` in an accelerate file in DeepSpeed's own form."""
+    if unknown := sorted(
+        set(engine) - set(OF_ACCELERATE.values()) - WITHOUT_EFFECT - {k for k in engine if k.endswith("_nvme_path")}
+    ):
         reason = f"deepspeed_config.{unknown[0]} cannot be planned; leave it out to plan without it."
         raise UserError(f"{path}: {reason}", unknown[0])
+    offload = {part: {"device": engine.get(OF_ACCELERATE[part])} for part in ("offload_optimizer", "offload_param")}
+    return {"stage": int(engine.get("zero_stage", 2)), **offload}
+
+
+def _refuse(path: str | Path, zero: dict[str, Any], names: dict[str, str]) -> None:
+    """Raises UserError for what cannot be planned. `names` has what the file calls a key, where that is not DeepSpeed's
+    name."""
+    stage, key = int(zero.get("stage", 0)), names.get("stage", "stage")
+    if stage not in (2, 3):
+        raise UserError(f"{path}: {key}: ZeRO-{stage} cannot be planned; ZeRO-2 and ZeRO-3 can.", key)
+    for part in ("offload_optimizer", "offload_param"):
+        device, key = (zero.get(part) or {}).get("device") or "none", names.get(part, part)
+        if device not in ("none", "cpu"):
+            raise UserError(f"{path}: {key}: {device} cannot be planned; none and cpu can.", key)
+        if device == "cpu" and part == "offload_param" and stage != 3:
+            raise UserError(f"{path}: {key}: DeepSpeed takes it under ZeRO-3 only.", key)

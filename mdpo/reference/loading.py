@@ -1,9 +1,11 @@
 """Loads a model's weights: all of them from its files, or an error."""
 
+import functools
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mdpo.config.model_folders import refuse_adapter
 from mdpo.console import first_line
@@ -13,6 +15,7 @@ from mdpo.errors import UserError
 def load_model(name_or_path: str, **kwargs):
     """A causal language model for training or as reference. Raises UserError where it cannot be loaded completely."""
     refuse_adapter(name_or_path, "model", kwargs.get("revision"), kwargs.get("subfolder", ""))
+    _share_secondary_groups()
     subject = f"model {name_or_path!r} cannot be loaded"
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
@@ -31,6 +34,25 @@ def load_model(name_or_path: str, **kwargs):
         ) from e
     _refuse_missing(subject, loading_info)
     return model
+
+
+def _share_secondary_groups() -> None:
+    """Lets a second model have the secondary partition of ZeRO++ (zero_hpz_partition_size). DeepSpeed 0.19.8 makes the
+    ranks' groups anew whenever it partitions a model as it is loaded, and then stops, as they are there already."""
+    if not is_deepspeed_zero3_enabled():
+        return
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+    if hasattr(make, "__wrapped__"):
+        return
+
+    @functools.wraps(make)
+    def make_once(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            make(size)
+
+    groups._create_zero_param_parallel_group = make_once
 
 
 def _refuse_missing(subject: str, loading_info: dict) -> None:

@@ -69,11 +69,11 @@ def place_reference(model, accelerator, fused: bool = False, dtype: torch.dtype 
 
 
 def drop_weights(reference) -> None:
-    """Frees a reference's share of the weights under ZeRO-3, where dropping its engine does not: DeepSpeed keeps
+    """Frees a reference's shares of the weights under ZeRO-3, where dropping its engine does not: DeepSpeed keeps
     each model that it has sharded in a list and in a cache of its own."""
     for weight in reference.parameters() if reference is not None else ():
         if hasattr(weight, "ds_tensor"):
-            weight.ds_tensor.data = weight.ds_tensor.data.new_empty(0)
+            weight.ds_tensor.data, weight.ds_secondary_tensor = weight.ds_tensor.data.new_empty(0), None
 
 
 @contextmanager

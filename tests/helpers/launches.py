@@ -24,11 +24,11 @@ def command_of(config, workshop, out, *flags, recipe="recipe.yaml"):
     return [*launcher_of(config), "run_dpo.py", str(workshop / recipe), f"--output_dir={out}", *flags]
 
 
-def command_of_several(config, runs: dict[str, list[str]], workshop, folder, **launcher):
+def command_of_several(config, runs: dict[str, list[str]], workshop, folder, worker="several_runs", **launcher):
     """Runs in the processes of one launch, name -> [recipe, flag, …]; their outputs are folder/name."""
     commands = [[n, [str(workshop / run[0]), *run[1:], f"--output_dir={folder / n}"]] for n, run in runs.items()]
     (folder / "runs.json").write_text(json.dumps(commands))
-    return [*launcher_of(config, **launcher), "tests/helpers/several_runs.py", str(folder / "runs.json")]
+    return [*launcher_of(config, **launcher), f"tests/helpers/{worker}.py", str(folder / "runs.json")]
 
 
 def environment_of(extensions, env=None):
@@ -40,9 +40,9 @@ def launch(config, workshop, extensions, out, *flags, env=None, **options):
     return finished(command_of(config, workshop, out, *flags, **options), environment_of(extensions, env))
 
 
-def launch_several(config, runs, workshop, extensions, folder):
-    command = command_of_several(config, runs, workshop, folder)
-    return finished(command, environment_of(extensions, {"PYTHONPATH": str(ROOT)}))
+def launch_several(config, runs, workshop, extensions, folder, worker="several_runs", env=None):
+    command = command_of_several(config, runs, workshop, folder, worker)
+    return finished(command, environment_of(extensions, {"PYTHONPATH": str(ROOT), **(env or {})}))
 
 
 def finished(command, env) -> tuple[int, str]:
@@ -76,3 +76,18 @@ def on_two_cpus(config, folder, **more) -> Path:
     path = folder / f"{config}_on_cpu.yaml"
     path.write_text(yaml.safe_dump({**raw, "use_cpu": True, "mixed_precision": "no", "num_processes": 2, **more}))
     return path
+
+
+def plus_on_cpus(folder, processes=4, partition=2, **zero) -> Path:
+    """The accelerate file of ZeRO++ for GPUs, changed to CPU processes in groups of `partition`. Nothing is too small
+    to be sharded there, as all weights of a tiny model would be; `zero` changes further keys of zero_optimization."""
+    raw = yaml.safe_load((ROOT / "training_configs/zero3_plus_plus_two_nodes.yaml").read_text())
+    engine = json.loads((ROOT / raw["deepspeed_config"]["deepspeed_config_file"]).read_text())
+    sizes = {"zero_hpz_partition_size": partition, "stage3_param_persistence_threshold": 0}
+    engine["zero_optimization"] |= sizes | zero
+    (folder / "engine.json").write_text(json.dumps(engine))
+    raw["deepspeed_config"]["deepspeed_config_file"] = str(folder / "engine.json")
+    (folder / "plus.yaml").write_text(
+        yaml.safe_dump({**raw, "use_cpu": True, "num_machines": 1, "num_processes": processes})
+    )
+    return folder / "plus.yaml"

@@ -327,7 +327,8 @@ def test_deepspeed_without_master_weights_is_refused(key):
 
 def test_zero3_that_could_write_no_model_is_refused_at_the_start(tmp_path):
     args = MDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    engine = {"zero_optimization": {"stage": 3}}
+    of_the_recipe = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    engine = {**dict.fromkeys(of_the_recipe, "auto"), "zero_optimization": {"stage": 3}}
     args.deepspeed_plugin = SimpleNamespace(zero_stage=3, deepspeed_config=engine)
     with refused("zero3_save_16bit_model", "zero3_save_16bit_model: true"):
         check_options(args)

@@ -123,6 +123,16 @@ def test_all_changes_in_order_of_cost():
     assert ZERO3 in found[3] and OFFLOAD in found[5]
 
 
+def test_further_shares_of_the_weights_are_named():
+    plan = MemoryPlan(
+        {"a training step": {"secondary weights": 2.13 * GB, "weights": GB}}, 2048, 0.0, 8192, lambda n: plan
+    )
+    for given, size in ((plan, " 2.13 GB "), (None, "")):
+        found = [line for line in changes(plan=given, sharding=Sharding(3, 16, secondary=8)) if "zero_hpz" in line]
+        assert len(found) == 1 and size in found[0]
+    assert not [line for line in changes(plan=None, sharding=Sharding(3, 16)) if "zero_hpz" in line]
+
+
 @pytest.mark.parametrize(
     ("pairs", "steps", "says"),
     [

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ from transformers import (
 from trl import ModelConfig, get_peft_config
 
 import mdpo.memory.estimate
-from mdpo.memory.breakdown import BUCKET, EVALUATION, GB, LIBRARIES, LIVE, OPTIMIZER, STEP
+from mdpo.memory.breakdown import EVALUATION, GB, LIBRARIES, OPTIMIZER, STEP
 from mdpo.memory.estimate import plan_memory
 from mdpo.memory.layers import alike
 from mdpo.memory.sharding import Sharding
+from mdpo.memory.zero import BUCKET, LIVE, ZeroSizes
 
 # Layers as wide as a 7B model's: its weights are more than DeepSpeed's buckets hold.
 WIDE = LlamaConfig(
@@ -127,6 +129,38 @@ def test_zero3_offload(tmp_path):
     assert planned(tmp_path, two).cpu == pytest.approx(10 * P, abs=10)
     weights = planned(tmp_path, Sharding(3, 8, offload_optimizer=True, precision="bf16")).phases[STEP]["weights"]
     assert weights == pytest.approx(2 * P / 8, abs=10)
+
+
+def test_zero3_with_secondary_partition(tmp_path):
+    """ZeRO++ of 16 GPUs in groups of 8: 2 P / 8 more on each, of a reference in the step as much again, and nothing
+    else; offloaded weights are once more in the memory of each of two machines. More ranks to a group than there are
+    are all of them."""
+    keys = {"precompute_ref_log_probs": False}
+    plain, plus = (planned(tmp_path, Sharding(3, 16, 2, precision="bf16", secondary=n), **keys) for n in (1, 8))
+    for phase, parts in plus.phases.items():
+        assert parts["secondary weights"] == pytest.approx(2 * 2 * P / 8)
+        assert parts == plain.phases[phase] | {"secondary weights": parts["secondary weights"]}
+    assert plain.parts.get("secondary weights") is None and plus.parts["secondary weights"] > 0
+    alone = planned(tmp_path, Sharding(3, 4, precision="bf16", secondary=8)).phases[STEP]
+    assert alone["secondary weights"] == 2 * P / 4
+    offloaded = [
+        planned(tmp_path, Sharding(3, 16, 2, offload_param=True, precision="bf16", secondary=n)) for n in (1, 8)
+    ]
+    assert [plan.phases[STEP]["secondary weights"] for plan in offloaded] == [0, 0]
+    assert offloaded[1].cpu - offloaded[0].cpu == pytest.approx(2 * P)  # a whole model on each machine
+
+
+def test_other_sizes_than_deepspeed_s_own(tmp_path):
+    """Of a DeepSpeed file, in elements: each moves the one part that it is the size of."""
+    small, other = ZeroSizes(bucket=10**7, live=10**6, reused=10**8, sub_group=10**6), {"bf16": True}
+    sharding = Sharding(3, 8, precision="bf16", sizes=small)
+    plan, usual = planned(tmp_path, sharding, **other), planned(tmp_path, replace(sharding, sizes=ZeroSizes()), **other)
+    assert plan.phases[STEP]["communication"] == 2 * 2 * 10**7
+    assert plan.phases[STEP]["gathered weights"] == 2 * (10**8 + LARGEST)
+    gradients = [p.phases[OPTIMIZER]["gradients"] for p in (plan, usual)]
+    assert gradients[1] - gradients[0] == pytest.approx((min(P, LIVE) - 10**6) / 8 * 6)  # 2 + 4 bytes of a sub-group
+    everything = planned(tmp_path, replace(sharding, sizes=ZeroSizes(live=0, reused=0, whole=10**12)), **other)
+    assert everything.phases[STEP]["gathered weights"] == 2 * P  # nothing is sharded
 
 
 def test_without_deepspeed(tmp_path):
@@ -311,6 +345,7 @@ def test_every_accelerate_file_of_this_repository_is_read():
     read = {path.name: Sharding.read(path) for path in sorted((ROOT / "training_configs").glob("*.yaml"))}
     assert read["zero2_for_dpo.yaml"] == Sharding(2, 8, precision="bf16")
     assert read["zero3_for_dpo.yaml"] == Sharding(3, 8, precision="bf16")
+    assert read["zero3_plus_plus_two_nodes.yaml"] == Sharding(3, 16, 2, secondary=8)
     assert read["cpu.yaml"] == Sharding(cpu=True)
     assert str(read["zero3_for_dpo.yaml"]) == "8 GPUs, ZeRO-3" and len(read) >= 7
     assert Sharding.read(ROOT / "zero2_for_dpo.yaml", 4).processes == 4
@@ -322,7 +357,7 @@ def test_every_accelerate_file_of_this_repository_is_read():
         ({"deepspeed_config": {"zero_stage": 1}}, "zero_stage", "ZeRO-1"),
         ({"deepspeed_config": {"zero_stage": 3, "offload_param_device": "nvme"}}, "offload_param_device", "nvme"),
         ({"deepspeed_config": {"zero_stage": 2, "offload_param_device": "cpu"}}, "offload_param_device", "ZeRO-3 only"),
-        ({"deepspeed_config": {"zero_stage": 3, "deepspeed_config_file": "x"}}, "deepspeed_config_file", "accelerate"),
+        ({"deepspeed_config": {"deepspeed_config_file": "x.json"}}, "deepspeed_config_file", "x.json"),
         ({"distributed_type": "FSDP"}, "distributed_type", "FSDP"),
         ({"distributed_type": "NO", "num_processes": 2}, "distributed_type", "one process, not 2"),
         ({"num_processes": 8, "num_machines": 3}, "num_machines", "3 machines"),

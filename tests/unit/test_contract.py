@@ -102,6 +102,8 @@ IN_SOURCE = {
     "_orig_mod": "torch/_dynamo/eval_frame.py",
     "_raise_exceptions_for_missing_entries": "transformers/utils/hub.py",
     "_model_name_or_path": "transformers/integrations/ggml.py",
+    "_create_zero_param_parallel_group": "deepspeed/utils/groups.py",
+    "_get_zero_param_intra_parallel_group": "deepspeed/utils/groups.py",
 }
 MODULES = {"torch._dynamo.exc", "torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch.utils._pytree"}
 OURS = {"_scoring_head"}  # put on models by this code: nothing of theirs may have such a name

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import os
 import re
 import subprocess
@@ -172,6 +173,7 @@ ACCELERATE = {
     "zero3_four_nodes.yaml": (32, 4, 3, "bf16", False),
     "zero3_offload_for_dpo.yaml": (8, 1, 3, "bf16", False),
     "zero3_pf.yaml": (8, 1, 3, "bf16", False),
+    "zero3_plus_plus_two_nodes.yaml": (16, 2, 3, None, False),  # the recipe says bf16, the DeepSpeed file "auto"
     "zero3_sequence_parallel.yaml": (8, 1, 3, "bf16", False),
     "zero3_two_nodes.yaml": (16, 2, 3, "bf16", False),
 }
@@ -186,17 +188,37 @@ def test_accelerate_files_load(path):
 
     config = load_config_from_file(str(path))
     deepspeed = config.deepspeed_config
-    found = (config.num_processes, config.num_machines, deepspeed.get("zero_stage"), config.mixed_precision)
+    whole = deepspeed_file_of(deepspeed)
+    stage = whole["stage"] if whole else deepspeed.get("zero_stage")
+    found = (config.num_processes, config.num_machines, stage, config.mixed_precision)
     assert (*found, config.use_cpu) == ACCELERATE[path.name]
     assert config.distributed_type == ("DEEPSPEED" if deepspeed else "NO")
     assert set(deepspeed) <= set(vars(launch_command_parser().parse_args(["run_dpo.py"])))
-    assert not {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"} & set(deepspeed)
-    offload = "cpu" if "offload" in path.name else "none"
+    assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(deepspeed)
+    offload = "cpu" if "offload" in path.name else None if whole else "none"
     if deepspeed:
-        assert deepspeed["offload_optimizer_device"] == deepspeed["offload_param_device"] == offload
+        assert deepspeed.get("offload_optimizer_device") == deepspeed.get("offload_param_device") == offload
         assert deepspeed["deepspeed_multinode_launcher"] == "standard"
-        three = deepspeed["zero_stage"] == 3  # else a checkpoint holds empty tensors
-        assert deepspeed["zero3_init_flag"] is deepspeed.get("zero3_save_16bit_model", False) is three
+        saves = (whole or {}).get("stage3_gather_16bit_weights_on_model_save")
+        saves = saves if whole else deepspeed.get("zero3_save_16bit_model", False)
+        assert deepspeed["zero3_init_flag"] is saves is (stage == 3)  # else a checkpoint holds empty tensors
+
+
+def deepspeed_file_of(deepspeed: dict) -> dict:
+    """zero_optimization of the DeepSpeed file that an accelerate file names, by DeepSpeed's own reading of it; {}
+    without one. What the recipe decides is "auto" there."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if "deepspeed_config_file" not in deepspeed:
+        return {}
+    engine = json.loads((ROOT / deepspeed["deepspeed_config_file"]).read_text(encoding="utf-8"))
+    zero = engine.pop("zero_optimization")
+    assert {name: value for name, value in engine.items() if value != "auto"} == {
+        kind: {"enabled": "auto"} for kind in ("bf16", "fp16")
+    }
+    assert {"gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"} <= set(engine)
+    DeepSpeedZeroConfig(**zero)  # raises for an unknown key
+    return zero
 
 
 def test_an_unknown_accelerate_key_would_be_seen(tmp_path):
