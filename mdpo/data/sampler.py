@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from mdpo.data.tokenize import side_lengths
+from mdpo.data.whole_columns import column, numbered, whole_numbers
 from mdpo.ranks import data_rank, data_ranks, row_ranks
 
 FIRST_STEPS = 2  # the optimizer's states come with the first step, so that the second one takes the most memory
@@ -131,15 +132,14 @@ def longest_first(
 
 def pair_tokens(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """(distinct, side) of tokenized pairs, (n,) each, int64."""
-    return np.asarray(rows["distinct"], np.int64), side_lengths(rows).max(1, initial=0)
+    return whole_numbers(rows, "distinct"), side_lengths(rows).max(1, initial=0)
 
 
 def prompt_groups(rows: Dataset) -> np.ndarray:
     """(n,) int64: the number of each row's prompt; rows of a dataset without `prompt_key` have one each."""
     if "prompt_key" not in rows.column_names:
         return np.arange(len(rows))
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in rows["prompt_key"]], np.int64)
+    return numbered(column(rows, "prompt_key"))
 
 
 @contextmanager
