@@ -227,7 +227,6 @@ def steps(point: dict[str, Any], write) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             seconds.append(time.perf_counter() - self.began)
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     args = MDPOConfig(
         point["folder"],
         per_device_train_batch_size=point["pairs"],
@@ -244,7 +243,7 @@ def steps(point: dict[str, Any], write) -> None:
         logging_steps=1,
         disable_tqdm=True,
     )
-    data = Dataset.from_list(long_rows(ranks * point["pairs"] * point["steps"], point["tokens"]))
+    data = Dataset.from_list(long_rows(point["rows"], point["tokens"]))
     trainer = DPOTrainer(point["model"], args=args, train_dataset=data)
     trainer.add_callback(Clock())
     before = status("VmRSS")
