@@ -29,6 +29,7 @@ from mdpo.data.positions import learned_positions, refuse_long_rows
 from mdpo.data.row_numbers import refuse_by_loss
 from mdpo.data.sampler import LongestFirst
 from mdpo.data.tokenize import DropCounts, tokenize_dataset, tokenize_stream
+from mdpo.data.whole_columns import with_numbers
 from mdpo.errors import UserError
 from mdpo.forward.collators import REFERENCE, PackedCollator, PairCollator, unpacked
 from mdpo.forward.compiled_ops import fuse
@@ -240,7 +241,8 @@ class DPOTrainer(ResumableTrainer):
         refuse_by_loss(args, dataset, name)
         refuse_long_rows(dataset, name, self._positions, args)
         if "row" not in dataset.column_names:
-            dataset = dataset.add_column("row", list(range(len(dataset))))
+            with first_of_node():
+                dataset = with_numbers(dataset, "row")
         return dataset
 
     def _get_train_sampler(self, train_dataset=None):

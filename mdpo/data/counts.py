@@ -1,12 +1,16 @@
 """Row accounting of a dataset while it is tokenized, for the terminal and for reports."""
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 SPECIAL, CUT, LOWER = "special tokens inside user or tool text", "a turn cut in its middle", "a margin below 0"
+LISTS = ("unread", "retokenized", "remarks")  # columns of what there is to say of a row
 FIRST_KEYS, MOST_REASONS = 5, 20  # keys of each reason in reports, reasons on the terminal
 
 
@@ -40,6 +44,19 @@ class DropCounts:
         remarks = {SPECIAL: row["special_in_context"], CUT: row["cut"], LOWER: margin is not None and margin < 0}
         for remark in [*(name for name, true in remarks.items() if true), *row["remarks"]]:
             self.kept_with.setdefault(remark, []).append(row["key"])
+
+    def add_table(self, table: pa.Table) -> None:
+        """As `add` for every row of an Arrow table; only those of which there is more to say than that they are kept
+        become Python objects."""
+        lists = [pc.greater(pc.list_value_length(table.column(name)), 0) for name in LISTS]
+        plain = pc.equal(table.column("drop_reason"), "")
+        said = [*lists, pc.invert(plain), table.column("cut"), pc.not_equal(table.column("special_in_context"), 0)]
+        said.append(pc.fill_null(pc.less(table.column("margin"), 0), False))
+        noted = table.filter(pc.fill_null(functools.reduce(pc.or_kleene, said), True))
+        self.read += len(table) - len(noted)
+        self.kept += len(table) - len(noted)
+        for row in noted.to_pylist():
+            self.add(row)
 
     def drop(self, keys: list[str], reason: str) -> None:
         """Drops rows that were counted as kept."""

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -17,6 +18,7 @@ from mdpo.data.row_numbers import refuse_by_loss
 from mdpo.data.sequence_counts import rank_imbalance, token_totals
 from mdpo.data.sources import DatasetSplit, hold_out, load_datasets, mix
 from mdpo.data.tokenize import DropCounts, tokenize_dataset
+from mdpo.data.whole_columns import contiguous, texts, with_numbers
 from mdpo.errors import UserError
 from mdpo.masking.dates import fix_day
 from mdpo.masking.loss_mask import RenderSettings
@@ -54,7 +56,9 @@ def prepare_pairs(recipe, tokenizer, folder: str | None = None) -> tuple[Dataset
         if needed and held_out is None:
             todo = f"Set eval_dataset_mixer, test_split_size or {key}: {off}"
             raise UserError(f"{key}: there are no pairs to evaluate on. {todo}.")
-    train, held_out = _first(train, data.max_training_samples), _first(held_out, data.max_eval_samples)
+    with first_of_node(), keeping_rows():
+        train = contiguous(_first(train, data.max_training_samples))
+        held_out = None if held_out is None else contiguous(_first(held_out, data.max_eval_samples))
     if is_main_process():
         _tell(report, train, held_out, folder)
         tokens, distinct = token_totals(train)
@@ -82,7 +86,7 @@ def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: 
         refuse_by_loss(args, rows, name)
         rows = without_repeated(rows, counts, seen)
         report.counts[name] = counts
-        tokenized.append(rows.add_column("place", list(range(place, place + len(rows)))))
+        tokenized.append(with_numbers(rows, "place", place))
         place += len(rows)
     return tokenized
 
@@ -90,7 +94,7 @@ def _tokenized(parts: list[DatasetSplit], kind: str, recipe, tokenizer, report: 
 def without_repeated(rows: Dataset, counts: DropCounts, seen: set[str]) -> Dataset:
     """The rows whose ids and masks are not in `seen`, which grows by theirs. The others are counted."""
     first, repeated = [], []
-    for i, (digest, key) in enumerate(zip(rows["digest"], rows["key"], strict=True)):
+    for i, (digest, key) in enumerate(zip(texts(rows, "digest"), texts(rows, "key"), strict=True)):
         if digest in seen:
             repeated.append(key)
         else:
@@ -98,14 +102,14 @@ def without_repeated(rows: Dataset, counts: DropCounts, seen: set[str]) -> Datas
             first.append(i)
     if repeated:
         counts.drop(repeated, "duplicate")
-    return rows.select(first) if repeated else rows
+    return rows.select(np.array(first, np.int64)) if repeated else rows
 
 
 def _tell(report: DataReport, train: Dataset, held_out: Dataset | None, folder: str | None) -> None:
     report.training = describe(train)
     if held_out is not None:
         report.held_out = describe(held_out)
-        if both := set(train["prompt_key"]) & set(held_out["prompt_key"]):
+        if both := set(texts(train, "prompt_key")) & set(texts(held_out, "prompt_key")):
             report.notes.append(f"{len(both)} prompts are both in the training and in the held-out pairs.")
     report.show()
     if folder:
@@ -138,8 +142,8 @@ def render_settings(recipe) -> RenderSettings:
     )
 
 
-def _first(rows: Dataset | None, limit: int | None) -> Dataset | None:
-    return rows if rows is None or limit is None else rows.select(range(min(limit, len(rows))))
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def checked_precision(recipe, config) -> Precision:

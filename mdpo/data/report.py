@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mdpo.data.sequence_counts import Reasons, arrow_lists, counts_by_row
 from mdpo.data.tokenize import DropCounts
+from mdpo.data.whole_columns import whole_numbers
 from mdpo.errors import UserError
 from mdpo.types import SIDES
 
@@ -187,7 +188,7 @@ def describe(rows: Dataset) -> dict[str, Any]:
             reasons.add(counted[-1], breaks)
         begin += len(table)
     tokens, supervised = arrays["tokens"], arrays["supervised"]
-    distinct = np.asarray(rows["distinct"], np.int64)
+    distinct = whole_numbers(rows, "distinct")
     shared = tokens.sum(1) - distinct
     arrays |= {"context": tokens - supervised, "shared": np.stack([shared, shared], 1)}
     difference = supervised[:, 0] - supervised[:, 1]

@@ -4,8 +4,12 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from mdpo.config.schema import MDPOConfig
 from mdpo.data.json_texts import kind_of
+from mdpo.data.whole_columns import column
 from mdpo.errors import DropPair, UserError
 from mdpo.loss.registry import refuse_weights
 
@@ -45,8 +49,8 @@ def _finite(value: Any) -> bool:
 def refuse_by_loss(args: MDPOConfig, rows, name: str) -> None:
     """Raises UserError where `margin_scale` is set and a row of the tokenized dataset has no margin, or where rows have
     weights that the loss cannot take."""
-    if args.margin_scale and any(missing := [margin is None for margin in rows["margin"]]):
-        first = rows["key"][missing.index(True)]
-        raise UserError(f"margin_scale: {sum(missing)} rows of {name} have no `margin`, the first one is {first}.")
-    if "weight" in rows.column_names and any(weight not in (None, 1) for weight in rows["weight"]):
+    if args.margin_scale and len(missing := np.flatnonzero(column(rows, "margin").is_null())):
+        first = rows[int(missing[0])]["key"]
+        raise UserError(f"margin_scale: {len(missing)} rows of {name} have no `margin`, the first one is {first}.")
+    if "weight" in rows.column_names and pc.any(pc.not_equal(column(rows, "weight"), 1)).as_py():
         refuse_weights(args.loss_type)

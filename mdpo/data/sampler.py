@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice, pairwise
 
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
 from mdpo.data.tokenize import side_lengths
+from mdpo.data.whole_columns import column, numbered, whole_numbers
 from mdpo.ranks import data_rank, data_ranks, row_ranks
 
 FIRST_STEPS = 2  # the optimizer's states come with the first step, so that the second one takes the most memory
@@ -61,19 +62,25 @@ class LongestFirst(Sampler[int]):
             order = order[~np.isin(order, first)]
         if n_groups == len(self):
             return iter([*first.tolist(), *order.tolist()])
-        return iter(self._grouped(first.tolist(), order.tolist()))
+        return self._grouped(first.tolist(), order)
 
-    def _grouped(self, first: list[int], order: list[int]) -> list[int]:
-        """`first` and, of `order`, groups that fill up steps; then each step by micro-batches. Of the first steps the
-        first micro-batch stays as it is: the longest pairs, of different prompts."""
-        pairs = [*first, *chain(*filled(self._parts(order), self.step_pairs))]
-        out: list[int] = []
-        for begin in range(0, len(pairs), self.step_pairs):
-            step = pairs[begin : begin + self.step_pairs]
+    def _grouped(self, first: list[int], order: np.ndarray) -> Iterator[int]:
+        """`first` and, of `order`, groups that fill up steps; then each step by micro-batches, when it is asked for. Of
+        the first steps the first micro-batch stays as it is: the longest pairs, of different prompts."""
+        pairs = chain(first, chain.from_iterable(filled(self._runs(order), self.step_pairs)))
+        begin = 0
+        while step := list(islice(pairs, self.step_pairs)):
             kept = self.batch_pairs if begin < len(first) else 0
             parts = sorted(self._parts(step[kept:]), key=len, reverse=True)
-            out += [*step[:kept], *chain(*filled(parts, self.batch_pairs, len(parts)))]
-        return out
+            yield from chain(step[:kept], *filled(parts, self.batch_pairs, len(parts)))
+            begin += len(step)
+
+    def _runs(self, order: np.ndarray) -> Iterator[list[int]]:
+        """`_parts` of an order in which the pairs of a group follow each other."""
+        ends = np.flatnonzero(np.diff(self.groups[order])) + 1
+        for begin, end in pairwise(chain([0], ends.tolist(), [len(order)])):
+            if end > begin:
+                yield order[begin:end].tolist()
 
     def _parts(self, pairs: list[int]) -> list[list[int]]:
         """Pairs by their groups, in the order of each group's first one."""
@@ -83,19 +90,20 @@ class LongestFirst(Sampler[int]):
         return list(parts.values())
 
 
-def filled(parts: Iterable[list[int]], size: int, ahead: int = AHEAD) -> list[list[int]]:
+def filled(parts: Iterable[list[int]], size: int, ahead: int = AHEAD) -> Iterator[list[int]]:
     """Parts in bins of `size`, all full but for the last. What a part has over whole bins stays in one: a bin takes the
     first of the next `ahead` that it has room for, and cuts the next one where it has room for none.
     Example: [1, 2, 3], [4, 5], [6], size 4 -> [1, 2, 3, 6], [4, 5]; without [6] -> [1, 2, 3, 4], [5].
     """
-    rest, bins, waiting, last = iter(parts), list[list[int]](), list[list[int]](), list[int]()
+    rest, waiting, last = iter(parts), list[list[int]](), list[int]()
     while True:
         while len(waiting) < max(ahead, 1) and (part := next(rest, None)) is not None:
             whole = len(part) - len(part) % size
-            bins += [part[i : i + size] for i in range(0, whole, size)]
+            yield from (part[i : i + size] for i in range(0, whole, size))
             waiting += [part[whole:]] * (whole < len(part))
         if not waiting:
-            return bins + [last] * bool(last)
+            yield from [last] * bool(last)
+            return
         room = size - len(last)
         i = next((i for i, part in enumerate(waiting) if len(part) <= room), None)
         if i is None:
@@ -103,7 +111,7 @@ def filled(parts: Iterable[list[int]], size: int, ahead: int = AHEAD) -> list[li
         else:
             last = last + waiting.pop(i)
         if len(last) == size:
-            bins.append(last)
+            yield last
             last = []
 
 
@@ -131,15 +139,14 @@ def longest_first(
 
 def pair_tokens(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """(distinct, side) of tokenized pairs, (n,) each, int64."""
-    return np.asarray(rows["distinct"], np.int64), side_lengths(rows).max(1, initial=0)
+    return whole_numbers(rows, "distinct"), side_lengths(rows).max(1, initial=0)
 
 
 def prompt_groups(rows: Dataset) -> np.ndarray:
     """(n,) int64: the number of each row's prompt; rows of a dataset without `prompt_key` have one each."""
     if "prompt_key" not in rows.column_names:
         return np.arange(len(rows))
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in rows["prompt_key"]], np.int64)
+    return numbered(column(rows, "prompt_key"))
 
 
 @contextmanager

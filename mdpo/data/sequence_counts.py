@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from mdpo.data.whole_columns import whole_numbers
 from mdpo.types import SIDES, turn_begins
 
 UNKNOWN = "no reason is known"
@@ -22,7 +23,7 @@ def counts_by_row(masks, lengths=None) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Of an Arrow list of masks: runs of ones, tokens, ones and sequences of each row. `lengths` is the Arrow list of
     the tokens of each sequence, empty in a row that is one; a run ends where a sequence does."""
     offsets = np.asarray(masks.offsets, np.int64)
-    bits = np.asarray(masks.values, np.int64)[offsets[0] : offsets[-1]]
+    bits = np.asarray(masks.values.slice(offsets[0], offsets[-1] - offsets[0]), np.int64)
     starts = offsets[:-1] - offsets[0]
     inner, sequences = _inner_starts(starts, lengths)
     begins = turn_begins(bits, np.concatenate([starts, inner])).astype(np.int64)
@@ -36,7 +37,9 @@ def _inner_starts(starts: np.ndarray, lengths) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0, np.int64), np.ones_like(starts)
     offsets = np.asarray(lengths.offsets, np.int64)
     counts = np.diff(offsets)
-    before = np.concatenate([[0], np.cumsum(np.asarray(lengths.values, np.int64)[offsets[0] : offsets[-1]])])
+    before = np.concatenate(
+        [[0], np.cumsum(np.asarray(lengths.values.slice(offsets[0], offsets[-1] - offsets[0]), np.int64))]
+    )
     row = np.repeat(np.arange(len(starts)), counts)
     first = offsets[:-1] - offsets[0]  # each row's first sequence, as an index into `before`
     places = starts[row] + before[:-1] - before[first[row]]
@@ -68,14 +71,14 @@ def token_totals(rows: Dataset) -> tuple[int, int]:
     """Tokens of all sequences of all pairs, and those that are distinct within their pair."""
     tables = rows.select_columns([f"{side}_ids" for side in SIDES]).with_format("arrow").iter(batch_size=1000)
     tokens = sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for table in tables for column in table.columns)
-    return tokens, int(np.sum(rows["distinct"], dtype=np.int64))
+    return tokens, int(whole_numbers(rows, "distinct").sum())
 
 
 def rank_imbalance(rows: Dataset, pairs: int, ranks: int = 8, seed: int = 0) -> float | None:
     """How much longer the busiest of `ranks` works than all on average, simulated from lengths: the most tokens of a
     rank over the mean, those that a pair's sequences begin with alike once, in shuffled batches of `pairs` a rank; None
     where there is no such step."""
-    tokens = np.asarray(rows["distinct"], np.int64)
+    tokens = whole_numbers(rows, "distinct")
     steps = len(tokens) // (ranks * pairs)
     if not steps:
         return None

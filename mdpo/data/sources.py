@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -19,6 +20,7 @@ from datasets.exceptions import DatasetsError
 from mdpo.console import first_line
 from mdpo.data.files import kind_of, number_rows, read_files
 from mdpo.data.forms import refuse_no_pairs
+from mdpo.data.whole_columns import texts
 from mdpo.errors import UserError
 
 
@@ -125,17 +127,14 @@ def hold_out(rows: Dataset, size: int | float, seed: int) -> tuple[Dataset, Data
     rows (a share of the rows, where `size` is below 1) are. Raises UserError where nothing would be left to train on.
     """
     wanted = size if size >= 1 else max(1, round(size * len(rows)))
-    prompts = Counter(rows["prompt_key"])
+    prompts = Counter(texts(rows, "prompt_key"))
     held_prompts, count = set(), 0
-    for prompt in Dataset.from_dict({"p": sorted(prompts)}).shuffle(seed=seed)["p"]:
+    for prompt in texts(Dataset.from_dict({"p": sorted(prompts)}).shuffle(seed=seed), "p"):
         if count >= wanted:
             break
         held_prompts.add(prompt)
         count += prompts[prompt]
     if count == len(rows):
         raise UserError(f"test_split_size: {size} leaves no row of {len(rows)} to train on.")
-    is_held_out = [prompt in held_prompts for prompt in rows["prompt_key"]]
-    return (
-        rows.select([i for i, out in enumerate(is_held_out) if not out]),
-        rows.select([i for i, out in enumerate(is_held_out) if out]),
-    )
+    is_held_out = np.array([prompt in held_prompts for prompt in texts(rows, "prompt_key")], bool)
+    return rows.select(np.flatnonzero(~is_held_out)), rows.select(np.flatnonzero(is_held_out))

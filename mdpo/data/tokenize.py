@@ -17,6 +17,7 @@ from mdpo.data.forms import look
 from mdpo.data.groups import SEVERAL, AnswerPairs, rows_of_two
 from mdpo.data.rows import first_answer, row_to_pair
 from mdpo.data.template_fit import fit
+from mdpo.data.whole_columns import column, whole_numbers
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.dates import with_day
@@ -176,13 +177,10 @@ def tokenize_dataset(
         new_fingerprint=Hasher.hash((rows._fingerprint, identity, astuple(settings), astuple(answers), VERSION)),
         desc=f"Tokenizing {name}",
     )
-    counts = DropCounts(name)
-    light = tokenized.select_columns([*COUNTED, "longest"])
-    for batch in light.iter(batch_size=10_000):
-        for values in zip(*batch.values(), strict=True):
-            counts.add(dict(zip(batch, values, strict=True)))
-    counts.longest = np.asarray(tokenized["longest"], np.int64)
-    kept = tokenized.select([i for i, reason in enumerate(tokenized["drop_reason"]) if not reason])
+    counts = DropCounts(name, longest=whole_numbers(tokenized, "longest"))
+    for table in tokenized.select_columns(COUNTED).with_format("arrow").iter(batch_size=10_000):
+        counts.add_table(table)
+    kept = tokenized.select(np.flatnonzero(pc.equal(column(tokenized, "drop_reason"), "")))
     if not counts.kept:
         raise UserError("no pair is left.\n" + "\n".join(counts.lines()), "dataset")
     return kept.remove_columns(NOT_TRAINED_ON), counts

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset, concatenate_datasets
 
+from mdpo.data.whole_columns import contiguous
 from mdpo.errors import UserError
 from mdpo.forward.collators import REFERENCE
 from mdpo.ranks import agreed, first_of_node, first_rank_of_node, gathered, rank
@@ -102,8 +103,7 @@ class Columns:
             if self.mine:
                 self._write(of_key, per_side)
             # Else columns would be copied beside it; datasets keeps a flat dataset on disk.
-            if dataset._indices is not None:
-                dataset = dataset.flatten_indices()
+            dataset = contiguous(dataset)
         return concatenate_datasets([dataset, Dataset.from_file(str(self.path))], axis=1)
 
     def _write(self, of_key: np.ndarray, per_side: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The sequences of a tokenized dataset: what each is cached under, and the batches in which those are scored that are
 not cached."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -11,6 +12,8 @@ import xxhash
 from datasets import Dataset
 
 from mdpo.types import SIDES, sequence_lengths, split
+
+ITEM = 4  # bytes of a token id, and of a mask's value
 
 
 @dataclass
@@ -26,15 +29,13 @@ class Sequences:
 
     @classmethod
     def of(cls, dataset: Dataset, identity: str) -> "Sequences":
-        keys, tokens, per_side = bytearray(), list[int](), list[int]()
+        keys, tokens, per_side, prefix = bytearray(), list[int](), list[int](), identity.encode()
         for ids_and_masks in _by_side(dataset):
             per_side.append(len(ids_and_masks))
             for ids, mask in ids_and_masks:
-                digest = xxhash.xxh3_128(identity.encode())
-                for part in (np.int64(len(ids)), ids, mask):
-                    digest.update(part.tobytes())
-                keys += digest.digest()
-                tokens.append(len(ids))
+                count = len(ids) // ITEM
+                keys += xxhash.xxh3_128_digest(prefix + count.to_bytes(8, sys.byteorder) + ids + mask)
+                tokens.append(count)
         counts = np.array(per_side, np.int64).reshape(-1, 2)
         rows = np.repeat(np.arange(len(counts)), counts.sum(1))
         return cls(np.frombuffer(keys, np.uint8).reshape(-1, 16), np.array(tokens, np.int64), rows, counts)
@@ -59,26 +60,36 @@ class Sequences:
         return rows
 
 
-def _by_side(dataset: Dataset) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """(ids, mask) of each sequence of a side, int32, side after side and row after row."""
+def _by_side(dataset: Dataset) -> Iterator[list[tuple[bytes, bytes]]]:
+    """(ids, mask) of each sequence of a side, int32 as bytes, side after side and row after row."""
     columns = [f"{side}_{field}" for side in SIDES for field in ("ids", "mask", "lengths")]
     columns = [name for name in columns if name in dataset.column_names]
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         sides = [_arrays(table, side) for side in SIDES]
         for i in range(len(table)):
             for (ids, id_ends), (mask, mask_ends), lengths in sides:
-                ends = [0, *accumulate(lengths[i] or [id_ends[i + 1] - id_ends[i]])]
-                ids_of_row, mask_of_row = ids[id_ends[i] :], mask[mask_ends[i] :]
+                ids_of_row, mask_of_row = ids[id_ends[i] : id_ends[i + 1]], mask[mask_ends[i] : mask_ends[i + 1]]
+                if not lengths[i]:
+                    yield [(ids_of_row, mask_of_row)]
+                    continue
+                ends = [0, *accumulate(ITEM * length for length in lengths[i])]
                 yield [(ids_of_row[begin:end], mask_of_row[begin:end]) for begin, end in pairwise(ends)]
 
 
 def _arrays(table, side: str) -> tuple:
-    """Of an Arrow table: (values, offsets) of ids and of masks, and each row's lengths."""
+    """Of an Arrow table: (int32 values as bytes, where each row begins in them and the last one ends) of ids and of
+    masks, and each row's lengths."""
     lists = [table.column(f"{side}_{field}").combine_chunks() for field in ("ids", "mask")]
     name = f"{side}_lengths"
     lengths = table.column(name).to_pylist() if name in table.column_names else [None] * len(table)
-    ids, masks = [(np.asarray(x.values, np.int32), np.asarray(x.offsets).tolist()) for x in lists]
+    ids, masks = [_as_bytes(x) for x in lists]
     return ids, masks, lengths
+
+
+def _as_bytes(lists) -> tuple[bytes, list[int]]:
+    ends = np.asarray(lists.offsets, np.int64)  # the values of a slice are those of its whole chunk
+    values = np.asarray(lists.values.slice(ends[0], ends[-1] - ends[0]), np.int32)
+    return values.tobytes(), ((ends - ends[0]) * ITEM).tolist()
 
 
 def _sequences_of(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -99,9 +110,9 @@ def pair_keys(dataset: Dataset, identity: str) -> np.ndarray:
         digest = xxhash.xxh3_128(identity.encode())
         for side in pair:
             for parts in zip(*side, strict=True):
-                digest.update(np.int64(sum(map(len, parts))).tobytes())
+                digest.update((sum(map(len, parts)) // ITEM).to_bytes(8, sys.byteorder))
                 for part in parts:
-                    digest.update(part.tobytes())
+                    digest.update(part)
         keys += digest.digest()
     return np.frombuffer(keys, np.uint8).reshape(-1, 16)
 

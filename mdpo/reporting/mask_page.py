@@ -15,6 +15,7 @@ from mdpo.data.prepare import answer_pairs, prepare_pairs, render_settings
 from mdpo.data.rows import row_to_pair
 from mdpo.data.sources import load_datasets
 from mdpo.data.template_fit import fit
+from mdpo.data.whole_columns import whole_numbers
 from mdpo.errors import DropPair, UserError
 from mdpo.masking import sequences
 from mdpo.masking.chat_template import ChatTemplate
@@ -50,7 +51,7 @@ def write_page(path: Path, recipe, tokenizer, pairs: int) -> dict[str, int]:
         raise UserError(f"--html: {path} is a folder; name a file in it.")
     try:
         rows, _, report = prepare_pairs(recipe, tokenizer)
-        first = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)[:pairs]
+        first = sorted(range(len(rows)), key=whole_numbers(rows, "place").tolist().__getitem__)[:pairs]
         kept = {row["key"]: row for row in rows.select(first)}
         reasons = {
             key: reason

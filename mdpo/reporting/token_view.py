@@ -37,11 +37,12 @@ def recipe_and_tokenizer(argv: list[str]):
 def training_pairs(argv: list[str]):
     """An iterator over the training pairs of a command line, as --json prints them. Raises UserError."""
     from mdpo.data.prepare import prepare_pairs
+    from mdpo.data.whole_columns import whole_numbers
     from mdpo.masking.tokenizer import token_text
 
     recipe, tokenizer = recipe_and_tokenizer(argv)
     rows, _, _ = prepare_pairs(recipe, tokenizer)
-    order = sorted(range(len(rows)), key=list(rows["place"]).__getitem__)
+    order = sorted(range(len(rows)), key=whole_numbers(rows, "place").tolist().__getitem__)
     show = partial(to_json, text_of=token_text(tokenizer), specials=special_ids(tokenizer))
     return map(show, rows.select(order))
 

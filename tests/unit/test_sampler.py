@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from trainers import mdpo_trainer
 
 from mdpo.config.schema import MDPOConfig
-from mdpo.data.sampler import FIRST_STEPS, LongestFirst, filled, longest_first, pair_tokens, prompt_groups
+from mdpo.data.sampler import AHEAD, FIRST_STEPS, LongestFirst, filled, longest_first, pair_tokens, prompt_groups
 from mdpo.data.sequence_counts import token_totals
 from mdpo.data.tokenize import side_lengths
 from mdpo.types import distinct_tokens
@@ -35,8 +35,10 @@ SAME = {"derandomize": True, "deadline": None, "database": None}  # the same exa
     ],
 )
 def test_bins_by_hand(parts, size, bins):
-    assert filled(parts, size) == bins
-    assert filled(iter(parts), size, ahead=0)[:1] == ([chain_of(parts)[:size]] if parts else [])  # nothing is sought
+    assert list(filled(parts, size)) == bins
+    assert list(filled(iter(parts), size, ahead=0))[:1] == (
+        [chain_of(parts)[:size]] if parts else []
+    )  # nothing is sought
 
 
 def chain_of(parts):
@@ -51,7 +53,7 @@ group_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=30)
 def test_a_part_is_cut_where_no_other_fits(sizes, size):
     """What a part has over whole bins is in two bins only where none of the parts left had room beside the first."""
     parts = [[(i, k) for k in range(n)] for i, n in enumerate(sizes)]
-    bins = filled(parts, size, len(parts))
+    bins = list(filled(parts, size, len(parts)))
     assert sorted(chain_of(bins)) == chain_of(parts)
     assert all(len(b) == size for b in bins[:-1]) and 0 < len(bins[-1]) <= size
     over = {i: n % size for i, n in enumerate(sizes) if n % size}
@@ -132,6 +134,44 @@ def test_every_epoch_is_a_permutation_by_groups(sizes, batch, batches, epoch, se
         counts = np.bincount(groups[pairs[kept:]], minlength=len(sizes))
         least = sum(-(-count // batch) for count in counts)
         assert sum(map(len, inside)) - least <= max(len(in_batches) - 1, 0)  # at most one cut for each boundary
+
+
+@given(group_sizes, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.integers(0, 9))
+@settings(**SAME)
+def test_steps_made_one_by_one_are_those_made_at_once(sizes, batch, batches, epoch, seed):
+    """The reference implementation groups the whole epoch before its first step."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    n, step_pairs = len(groups), batch * batches
+    rng = np.random.default_rng([seed, epoch])
+    place = np.argsort(rng.permutation(len(sizes)))
+    order = np.lexsort((rng.permutation(n), place[groups]))
+    sampler = LongestFirst(np.arange(n) % 7, np.arange(n) % 5, step_pairs, seed, groups, batch)
+    sampler.set_epoch(epoch)
+    first = order[:0]
+    if epoch == 0:
+        first = longest_first(order, sampler.distinct, sampler.side, step_pairs, groups)
+        order = order[~np.isin(order, first)]
+    if len(sizes) == n:
+        assert list(sampler) == [*first, *order]
+        return
+    pairs, out = [*first, *chain_of(filled(sampler._parts(order.tolist()), step_pairs))], []
+    for begin in range(0, n, step_pairs):
+        step = pairs[begin : begin + step_pairs]
+        kept = batch if begin < len(first) else 0
+        parts = sorted(sampler._parts(step[kept:]), key=len, reverse=True)
+        out += [*step[:kept], *chain_of(filled(parts, batch, len(parts)))]
+    assert list(sampler) == out
+
+
+def test_the_first_step_waits_for_no_other():
+    """Of 1000 prompts of two pairs no more than those of the first step and AHEAD beyond it are looked at."""
+    groups, looked_at = np.repeat(np.arange(1000), 2), []
+    sampler = LongestFirst(np.full(2000, 5), np.full(2000, 5), 4, 0, groups, 2)
+    sampler.set_epoch(1)
+    runs = sampler._runs
+    sampler._runs = lambda order: (looked_at.append(run) or run for run in runs(order))
+    next(iter(sampler))
+    assert 0 < len(looked_at) <= 4 + AHEAD
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 2), st.integers(0, 9))
