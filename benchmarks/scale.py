@@ -32,7 +32,7 @@ from scale_tables import IN_ALL, OF_A_STEP, PER_RANK, STARTS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/scale"
 SIZES = {"tokens": [512 << n for n in range(7)], "pairs": [1 << n for n in range(6)], "ranks": [1, 2, 4],
-         "set": [1000, 10_000, 100_000, 1_000_000]}  # fmt: skip
+         "set": [1000, 10_000, 100_000, 300_000, 1_000_000]}  # fmt: skip
 STEPS = 4  # of a point, the first one not counted
 MOST_SCORED = 1000  # pairs that the reference's own forward pass is run for
 
@@ -65,10 +65,15 @@ def points(axis: str, sizes: list[int] | None = None) -> Iterator[Point]:
     yield from (Point(axis, size, kind) for size in wanted for kind in kinds)
 
 
-def missing(wanted: list[Point], again: bool) -> list[Point]:
-    """Those to be measured. A later start of a set needs the caches of its first one, so it follows a new first."""
+def missing(wanted: list[Point], again: bool, work: Path) -> list[Point]:
+    """Those to be measured. A later start of a set needs the caches of its first one, so it follows a new first, and
+    where they are gone the first one is measured again."""
     out: list[Point] = []
     for point in wanted:
+        if point.kind not in ("", "first") and point.axis == "set" and not point.file.is_file():
+            first = Point("set", point.size, "first")
+            if first not in out and not (work / f"set-{point.size}" / "reference").is_dir():
+                out.append(first)
         first_is_new = any(other.size == point.size and other.kind == "first" for other in out)
         if again or not point.file.is_file() or (point.axis == "set" and first_is_new):
             out.append(point)
@@ -165,8 +170,10 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE.png")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    if unknown := sorted(set(args.sizes or []) - {size for axis in args.axes for size in SIZES[axis]}):
+        parser.error(f"--sizes: {unknown[0]} is none of {' '.join(args.axes) or 'no axis'}: {SIZES}")
     for axis in args.axes:
-        for point in missing(list(points(axis, args.sizes)), args.again):
+        for point in missing(list(points(axis, args.sizes)), args.again, args.work):
             print(f"measuring {point.name}", flush=True)
             measure(point, args.work.resolve(), args.model)
     found = results()

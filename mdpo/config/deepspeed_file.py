@@ -23,6 +23,9 @@ BESIDE = {
     "offload_param_nvme_path": "zero_optimization.offload_param.nvme_path",
     "zero3_save_16bit_model": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
 }
+# What accelerate reads under deepspeed_config; any other key it passes over without a word.
+OF_ACCELERATE = {KEY, *BESIDE, "zero3_init_flag", "deepspeed_hostfile", "deepspeed_multinode_launcher"}
+OF_ACCELERATE |= {"deepspeed_exclusion_filter", "deepspeed_inclusion_filter", "deepspeed_moe_layer_cls_names"}
 KERNELS = "with kernels for NVIDIA GPUs alone, which have not been run here"
 # Keys of zero_optimization that are refused, and why.
 UNTESTED = {
@@ -34,12 +37,34 @@ SUPER_OFFLOAD = (
     "super_offload: DeepSpeed takes it on NVIDIA GPUs alone, for machines whose CPU and GPU share a fast link (GH200), "
     "and it has not been run here. Leave it out: training_configs/zero3_offload_for_dpo.yaml offloads without it."
 )
+MAPS = {"bf16": 'enabled": "auto"', "fp16": 'enabled": "auto"'}  # what they are to say
+MAPS |= dict.fromkeys(("offload_optimizer", "offload_param"), 'device": "cpu"')
 # What the recipe decides: the argument that transformers fills in for "auto", and what DeepSpeed takes without the key.
 OF_THE_RECIPE = {
     "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", None),
     "gradient_accumulation_steps": ("gradient_accumulation_steps", 1),
     "gradient_clipping": ("max_grad_norm", 0.0),
 }
+INSTEAD = {"optimizer": "optim, optim_args and learning_rate", "scheduler": "lr_scheduler_type and warmup_steps"}
+# Keys of a DeepSpeed configuration and of its zero_optimization that a run takes; all others change what is computed,
+# or have never been run here.
+TAKEN = {
+    *OF_THE_RECIPE,
+    "train_batch_size",
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "aio",
+}
+TAKEN |= {"zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "comms_logger", "flops_profiler"}
+TAKEN_OF_ZERO = set(
+    "stage overlap_comm zero_hpz_partition_size reduce_bucket_size sub_group_size offload_optimizer offload_param "
+    "contiguous_gradients reduce_scatter allgather_partitions allgather_bucket_size round_robin_gradients "
+    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save stage3_prefetch_bucket_size "
+    "stage3_max_live_parameters stage3_max_reuse_distance stage3_param_persistence_threshold "
+    "stage3_model_persistence_threshold ignore_unused_parameters log_trace_cache_warnings".split()
+)
 
 
 def deepspeed_file(given: str | Path, named_in: str | Path = "the accelerate file") -> Path:
@@ -63,19 +88,38 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{KEY}: {path} is no JSON in UTF-8 ({error}).", KEY) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("zero_optimization"), dict):
         raise UserError(f"{KEY}: {path} has no zero_optimization, with its stage.", KEY)
+    zero = raw["zero_optimization"]
+    if isinstance(zero.get("stage"), bool) or not isinstance(zero.get("stage"), int):
+        raise UserError(f"{path}: zero_optimization.stage: {zero.get('stage')} is no number; give 2 or 3.", "stage")
+    for part, keys in ((raw, ("bf16", "fp16")), (zero, ("offload_optimizer", "offload_param"))):
+        for key in keys:
+            if not isinstance(part.get(key) or {}, dict):
+                raise UserError(f'{path}: {key}: {part[key]} is no mapping, such as {{"{MAPS[key]}}}.', key)
     return raw
 
 
 def find_deepspeed_file() -> None:
     """Before TrainingArguments reads it: tells accelerate where the file of this launch is. Raises UserError for one
     that cannot be read, and for keys of the accelerate file that do not count beside it."""
-    given = os.environ.get(FILE, "none")
+    given, fields = os.environ.get(FILE, "none"), os.environ.get(FIELDS, "").split(",")
+    refuse_strangers(fields)
     if given == "none":
         return
     path = deepspeed_file(given)
     read_deepspeed_file(path)
-    refuse_beside(os.environ.get(FIELDS, "").split(","))
+    refuse_beside(fields)
     os.environ[FILE] = str(path)
+
+
+def refuse_strangers(keys, where: str = "the accelerate file") -> None:
+    """Raises UserError for a key of deepspeed_config that accelerate passes over."""
+    if strangers := sorted(set(keys) - OF_ACCELERATE - {""}):
+        advice = "true under ZeRO-2 and ZeRO-3 without it" if strangers[0] == "overlap_comm" else "of DeepSpeed's own"
+        raise UserError(
+            f"{strangers[0]}: accelerate reads no such key under deepspeed_config in {where}; it is {advice}. For "
+            f"a value of yours give the whole DeepSpeed configuration as {KEY} (docs/clusters.md).",
+            strangers[0],
+        )
 
 
 def refuse_beside(keys, where: str = "the accelerate file") -> None:
@@ -105,16 +149,32 @@ def refuse_engine(args: Any) -> None:
                 f'{args.mixed_precision}. Write {key}: {{"enabled": "auto"}} there.',
                 key,
             )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if engine.get("train_batch_size", "auto") not in ("auto", batch):
+        raise UserError(
+            f"train_batch_size: is {engine['train_batch_size']} in the DeepSpeed configuration, but the recipe's is "
+            f'{batch}. Write train_batch_size: "auto" there.',
+            "train_batch_size",
+        )
     for key, reason in UNTESTED.items():
         if zero.get(key):
             raise UserError(f"{key}: {reason}. Leave it out.", key)
     if (zero.get("offload_optimizer") or {}).get("super_offload"):
         raise UserError(SUPER_OFFLOAD, "super_offload")
-    refuse_secondary(zero, args.world_size)
+    for where, given, taken in (("", engine, TAKEN), ("zero_optimization.", zero, TAKEN_OF_ZERO)):
+        for key in sorted(key for key, value in given.items() if key not in taken and not _is_off(value)):
+            own = f"the recipe's {INSTEAD[key]} would not count" if key in INSTEAD else "it has not been run here"
+            raise UserError(f"{key}: {where}{key} of the DeepSpeed configuration: {own}. Leave it out.", key)
+    refuse_secondary(zero, args.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
 
 
-def refuse_secondary(zero: dict[str, Any], processes: int) -> None:
-    """Raises UserError for a zero_hpz_partition_size that DeepSpeed passes over or stops at."""
+def _is_off(value: Any) -> bool:
+    return value in (None, False, 1, {}) or (isinstance(value, dict) and value.get("enabled") is False)
+
+
+def refuse_secondary(zero: dict[str, Any], processes: int, of_machine: int) -> None:
+    """Raises UserError for a zero_hpz_partition_size that DeepSpeed passes over or stops at, and for groups that do not
+    fit into a machine of `of_machine` of the `processes`."""
     size, stage, key = zero.get("zero_hpz_partition_size", 1), zero.get("stage"), "zero_hpz_partition_size"
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UserError(f"{key}: {size} is no number of GPUs; give those of one machine.", key)
@@ -122,3 +182,9 @@ def refuse_secondary(zero: dict[str, Any], processes: int) -> None:
         raise UserError(f"{key}: {size} has no effect under ZeRO-{stage}; under ZeRO-3 it has.", key)
     if processes % min(size, processes):
         raise UserError(f"{key}: {size} does not divide {processes} processes; give the GPUs of one machine.", key)
+    if of_machine % min(size, processes):
+        raise UserError(
+            f"{key}: groups of {size} reach across machines of {of_machine} processes, and would take memory for "
+            f"nothing. Give {of_machine}.",
+            key,
+        )

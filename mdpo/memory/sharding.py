@@ -64,7 +64,7 @@ class Sharding:
             raise UserError(f"{path}: distributed_type: NO is one process, not {n}.", "distributed_type")
         options: dict[str, Any] = {}
         if kind == "DEEPSPEED":
-            zero = planned_file(path, raw, n) if KEY in engine else _as_zero_optimization(path, engine)
+            zero = planned_file(path, raw, n, n // machines) if KEY in engine else _as_zero_optimization(path, engine)
             _refuse(path, zero, {} if KEY in engine else OF_ACCELERATE)
             options = of_engine(zero)
         return cls(
@@ -107,14 +107,7 @@ class Sharding:
 def overlap_reduction(plugin) -> str | None:
     """Lets ZeRO-2 reduce gradients while backward runs, unless the configuration of `plugin`, accelerate's
     DeepSpeedPlugin or None, says something about it. DeepSpeed does so by itself under ZeRO-3 only, and an accelerate
-    file has no key for it. Returns a line on what was set, or None. Raises UserError where such a file has the key all
-    the same, which accelerate ignores without a word."""
-    if OVERLAP in os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","):
-        raise UserError(
-            f"deepspeed_config.{OVERLAP}: accelerate reads no such key in its file; under ZeRO-2 and ZeRO-3 it is "
-            "true without it. For another value give the whole DeepSpeed configuration as deepspeed_config_file.",
-            key=OVERLAP,
-        )
+    file has no key for it. Returns a line on what was set, or None."""
     zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {}
     if zero.get("stage") != 2 or OVERLAP in zero:
         return None

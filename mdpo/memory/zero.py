@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdpo.config.deepspeed_file import KEY, deepspeed_file, read_deepspeed_file, refuse_beside, refuse_secondary
+from mdpo.config.deepspeed_file import (
+    KEY,
+    deepspeed_file,
+    read_deepspeed_file,
+    refuse_beside,
+    refuse_secondary,
+    refuse_strangers,
+)
 from mdpo.errors import UserError
 
 BUCKET = 500_000_000  # elements: reduce_bucket_size
@@ -59,9 +66,10 @@ PLANNED_AT = {
 OF_OFFLOADING = {"device", "pin_memory", "nvme_path"}
 
 
-def planned_file(accelerate: str | Path, raw: dict[str, Any], processes: int) -> dict[str, Any]:
+def planned_file(accelerate: str | Path, raw: dict[str, Any], processes: int, of_machine: int) -> dict[str, Any]:
     """`zero_optimization` of the DeepSpeed file that the accelerate file `raw` names. Raises UserError that names the
     file and what in it cannot be planned."""
+    refuse_strangers(raw["deepspeed_config"], str(accelerate))
     path = deepspeed_file(raw["deepspeed_config"][KEY], accelerate)
     refuse_beside([*raw["deepspeed_config"], *(key for key in raw if key == "mixed_precision")], str(accelerate))
     engine = read_deepspeed_file(path)
@@ -80,7 +88,7 @@ def planned_file(accelerate: str | Path, raw: dict[str, Any], processes: int) ->
     for key in SIZES.values():
         if key in zero and not _count(zero[key]):
             raise UserError(f"{path}: zero_optimization.{key}: {zero[key]} cannot be planned; a number can.", key)
-    refuse_secondary(zero, processes)
+    refuse_secondary(zero, processes, of_machine)
     return zero
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,23 @@ def test_a_file_that_is_nowhere_or_cannot_be_read(elsewhere, monkeypatch):
     (elsewhere / "broken.json").write_text('{"stage": 3}')
     with refused("deepspeed_config_file", elsewhere / "broken.json", "zero_optimization"):
         find_deepspeed_file()
+    for wrong, key in (
+        (engine(stage="auto"), "stage"),
+        ({**engine(), "bf16": True}, "bf16"),
+        (engine(offload_optimizer="cpu"), "offload_optimizer"),
+    ):
+        (elsewhere / "broken.json").write_text(json.dumps(wrong))
+        with refused(key, elsewhere / "broken.json"):
+            find_deepspeed_file()
+
+
+@pytest.mark.parametrize("file", [SHIPPED, "none"])
+def test_keys_that_accelerate_passes_over(file, elsewhere, monkeypatch):
+    """They change nothing, in an accelerate file with a DeepSpeed file and in one without."""
+    monkeypatch.setenv(FILE, file)
+    monkeypatch.setenv(FIELDS, "zero3_init_flag,zero_hpz_partition_size")
+    with refused("zero_hpz_partition_size", "deepspeed_config_file"):
+        find_deepspeed_file()
 
 
 @pytest.mark.parametrize("key", ["mixed_precision", "zero_stage", "zero3_save_16bit_model", "gradient_clipping"])
@@ -98,6 +116,7 @@ NUMBERS = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4
         (engine(zero_quantized_weights=False, offload_optimizer={"device": "cpu", "super_offload": False}), {}),
         (engine(zero_hpz_partition_size=8), {"world_size": 2}),  # DeepSpeed takes the 2 that there are
         (engine(zero_hpz_partition_size=1, stage=2), {}),
+        ({**engine(), "train_batch_size": 128, "curriculum_learning": {"enabled": False}, "tensor_parallel": {}}, {}),
     ],
 )
 def test_what_agrees_with_the_recipe(configuration, more):
@@ -112,6 +131,12 @@ def test_what_agrees_with_the_recipe(configuration, more):
         # Each without its key: DeepSpeed would not clip, and take each micro-batch as a step.
         ({k: v for k, v in engine().items() if k != "gradient_clipping"}, "gradient_clipping", ("missing",)),
         ({k: v for k, v in engine().items() if "accum" not in k}, "gradient_accumulation_steps", ("missing", "is 4")),
+        ({**engine(), "train_batch_size": 64}, "train_batch_size", ("is 64", "is 128")),
+        ({**engine(), "optimizer": {"type": "AdamW"}}, "optimizer", ("learning_rate",)),
+        ({**engine(), "scheduler": {"type": "WarmupLR"}}, "scheduler", ("lr_scheduler_type",)),
+        ({**engine(), "communication_data_type": "fp16"}, "communication_data_type", ("not been run",)),
+        ({**engine(), "torch_autocast": {"enabled": True}}, "torch_autocast", ("not been run",)),
+        (engine(zenflow={"topk_ratio": 0.1}), "zenflow", ("zero_optimization.zenflow",)),
         ({**engine(), "bf16": {"enabled": False}}, "bf16", ("is False", "computes in bf16")),
         ({**engine(), "fp16": {"enabled": True}}, "fp16", ("is True", "computes in bf16")),
         (engine(zero_quantized_weights=True), "zero_quantized_weights", ("8 bits", "not been run here")),
@@ -127,6 +152,16 @@ def test_what_agrees_with_the_recipe(configuration, more):
 def test_what_is_refused(configuration, key, details):
     with refused(key, *details):
         refuse_engine(arguments(configuration))
+
+
+def test_groups_stay_within_a_machine(monkeypatch, written):
+    for of_machine, size, fits in ((8, 8, True), (8, 4, True), (4, 8, False), (8, 16, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(of_machine))
+        configuration = engine(zero_hpz_partition_size=size)
+        path = written(configuration, num_machines=16 // of_machine)
+        for read in (lambda c=configuration: refuse_engine(arguments(c)), lambda p=path: Sharding.read(p)):
+            with nullcontext() if fits else refused("zero_hpz_partition_size", f"machines of {of_machine}"):
+                read()
 
 
 def test_deepspeed_itself_could_not_run_them_here():
@@ -221,8 +256,14 @@ def test_what_cannot_be_planned_is_named(configuration, key, detail, written):
         Sharding.read(written(configuration))
 
 
-@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"deepspeed_config": {"zero_stage": 3}}])
-def test_keys_beside_it_are_refused_by_the_plan_too(changes, written):
-    key = "zero_stage" if "deepspeed_config" in changes else "mixed_precision"
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"mixed_precision": "bf16"}, "mixed_precision"),
+        ({"deepspeed_config": {"zero_stage": 3}}, "zero_stage"),
+        ({"deepspeed_config": {"zero_hpz_partition_size": 4}}, "zero_hpz_partition_size"),
+    ],
+)
+def test_keys_beside_it_are_refused_by_the_plan_too(changes, key, written):
     with refused(key, "accelerate.yaml"):
         Sharding.read(written(engine(), **changes))

@@ -68,27 +68,31 @@ def test_expected_work_of_a_step_by_hand(scale):
     assert 1.9 < slope < 2  # attention has nearly all of it
 
 
-def test_what_is_missing_is_measured(scale, results):
+def test_what_is_missing_is_measured(scale, results, tmp_path):
     wanted = list(scale.points("tokens", [512, 2048]))
     assert [point.name for point in wanted] == ["tokens-512", "tokens-2048"]
     (results / "tokens-512.json").write_text("{}")
-    assert [point.name for point in scale.missing(wanted, again=False)] == ["tokens-2048"]
-    assert scale.missing(wanted, again=True) == wanted
+    assert [point.name for point in scale.missing(wanted, again=False, work=tmp_path)] == ["tokens-2048"]
+    assert scale.missing(wanted, again=True, work=tmp_path) == wanted
     ranks = [point.name for point in scale.points("ranks")]
     assert ranks == [f"ranks-{kind}-{n}" for n in (1, 2, 4) for kind in ("per_rank", "in_all")]
 
 
-def test_later_starts_follow_a_new_first_start(scale, results):
+def test_later_starts_follow_a_new_first_start(scale, results, tmp_path):
     """The first start empties the caches that the others find."""
     wanted = list(scale.points("set", [1000, 10_000]))
     for kind in ("first", "second", "two_ranks"):
         (results / f"set-{kind}-10000.json").write_text("{}")
     (results / "set-second-1000.json").write_text("{}")
-    found = [point.name for point in scale.missing(wanted, again=False)]
+    found = [point.name for point in scale.missing(wanted, again=False, work=tmp_path)]
     assert found == ["set-first-1000", "set-second-1000", "set-two_ranks-1000"]
     (results / "set-first-1000.json").write_text("{}")
-    assert [point.name for point in scale.missing(wanted, again=False)] == ["set-two_ranks-1000"]
+    (tmp_path / "set-1000/reference").mkdir(parents=True)
+    assert [point.name for point in scale.missing(wanted, again=False, work=tmp_path)] == ["set-two_ranks-1000"]
     assert [point.ranks for point in wanted[:3]] == [1, 1, 2]
+    (tmp_path / "set-1000/reference").rmdir()  # a later start would find nothing of the first one
+    again = [point.name for point in scale.missing(wanted[:3], again=False, work=tmp_path)]
+    assert again == ["set-first-1000", "set-two_ranks-1000"]
 
 
 def test_a_stage_s_seconds_are_its_own(scale, monkeypatch):
