@@ -79,8 +79,8 @@ def check_options(args: DPOConfig, peft_config: PeftConfig | None = None, recipe
         raise UserError(f"dynamo_backend: {dynamo} in the accelerate file is not supported; leave dynamo_config out.")
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise UserError(
-            "fsdp: is not supported: accelerate shards with it on GPUs alone, where it has not been compared with one "
-            "process. training_configs/zero3_for_dpo.yaml shards the same with DeepSpeed."
+            "fsdp: is not supported; training_configs/zero3_for_dpo.yaml shards the same with DeepSpeed. (accelerate "
+            "shards with FSDP on GPUs alone, where it has not been compared with one process.)"
         )
     if (recipe or {}).get("fsdp_config"):
         raise UserError("fsdp_config: fsdp is not supported; leave it out.")
