@@ -110,27 +110,44 @@ def show(found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
 
 
 def draw(found: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> None:
-    """Seconds and GB by size, an axis a panel; thin lines grow as their work does."""
+    """Seconds and GB by size, an axis a panel; dashed lines of seconds grow as their work does."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     titles = {"tokens": "tokens of a side", "pairs": "pairs of a step", "ranks": "ranks", "set": "pairs in the set"}
+    series = {"per_rank": "2 pairs for each rank", "in_all": "8 pairs for all together", "": "a step", **STARTS}
     figure, panels = pyplot.subplots(2, len(titles), figsize=(16, 7), layout="constrained")
     for column, (axis, label) in enumerate(titles.items()):
+        above, below = panels[:, column]
         for kind, points in ((kind, points) for (of, kind), points in found.items() if of == axis):
             seconds = [total(result) if axis == "set" else most(result, "seconds") for result in points]
             memory = [own(result) if axis == "set" else most(result, "peak_gb") for result in points]
             work = [result["size"] for result in points]
-            for panel, values in zip(panels[:, column], (seconds, memory), strict=True):
-                [line] = panel.plot(work, values, marker="o", label=STARTS.get(kind, kind.replace("_", " ")))
-                if axis != "ranks":
-                    linear = [values[-1] * size / work[-1] for size in work]
-                    panel.plot(work, linear, color=line.get_color(), alpha=0.3, linewidth=0.8)
-        for panel, what in zip(panels[:, column], ("seconds", "GB of a rank"), strict=True):
-            panel.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
-            panel.grid(alpha=0.3, which="both")
-            if axis in ("ranks", "set") and panel.lines:
+            [line] = above.plot(work, seconds, marker="o", label=series[kind])
+            below.plot(work, memory, marker="o", label=series[kind])
+            if axis in ("tokens", "pairs") or kind == "first":
+                linear = [seconds[-1] * size / work[-1] for size in work]
+                above.plot(work, linear, "--", color=line.get_color(), alpha=0.4, label="in proportion")
+        for panel, what in ((above, "seconds"), (below, "GB of a rank")):
+            panel.set(xscale="log", yscale="log" if panel is above and axis != "ranks" else "linear", xlabel=label)
+            panel.set(ylabel=what)
+            sizes = sorted({result["size"] for (of, _), points in found.items() if of == axis for result in points})
+            panel.set_xticks(sizes, [short(size) for size in sizes])
+            panel.minorticks_off()
+            if panel.get_yscale() == "linear":
+                panel.set_ylim(bottom=0)
+            else:
+                panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            panel.grid(alpha=0.3)
+            if panel.lines:
                 panel.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
+
+
+def short(size: int) -> str:
+    """Example: 4, 512, 32k, 100k, 1M."""
+    if size >= 1_000_000:
+        return f"{size // 1_000_000}M"
+    return f"{size // (1000 if size % 1000 == 0 else 1024)}k" if size >= 1000 else str(size)
