@@ -5,6 +5,7 @@ from typing import Any
 
 from mdpo.data.content import Piece, are_results, parts_as_text, pieces, tool_output
 from mdpo.data.json_texts import is_text as is_text
+from mdpo.data.json_texts import kind_of
 from mdpo.data.json_texts import parsed as parsed
 from mdpo.data.message_forms import CALL, REASONING, ROLES, Named, named
 from mdpo.data.message_forms import conversation as conversation
@@ -118,8 +119,10 @@ def _read(message: Any, number: int, out: Conversation) -> list[_Turn]:
     entry = named(message)
     weight = turn_weight(entry.rest, entry.role, out.unread)
     for name in FIELDS:  # blank ones say nothing, and keep templates from looking for those in the content
-        if isinstance(entry.rest.get(name), str) and not entry.rest[name].strip():
+        if isinstance(value := entry.rest.get(name), str) and not value.strip():
             del entry.rest[name]
+        elif value and not isinstance(value, str | bool) and entry.role == "assistant":
+            raise DropPair(f"{name} is {kind_of(value)}, not text")
     for name, value in entry.rest.items():
         empty = value is False or value in ("", [], {})
         if not empty and name not in READ and (name, entry.role) != ("name", "tool"):

@@ -27,7 +27,7 @@ from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
 # Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 15
+VERSION = 16
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {

@@ -68,11 +68,18 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     block, closing, prefix = _think_block(tail, n, template.empty_block)
     doubled = closing and (not thoughtless or tail.startswith(content.strip(), block))
     blocked = closes and (opens or doubled)
+    # A thought that is cut off begins with what opens it: of the empty block before it the policy saw nothing.
+    cut_off = not closes and content.lstrip().startswith("<think>")
     if blocked:
         missing = prefix or missing
-    elif not closes:  # else a block is the policy's
+    elif not closes and not cut_off:  # else a block is the policy's
         n, opened = block, opened or (thoughtless and closing)
     context = prompt.text.removesuffix(supply) + tail[:n] if opened else prompt.text + tail[begin:n]
+    if cut_off:
+        n = block
+        if supply.rstrip().endswith("<think>"):  # then what opens it was supplied
+            n = tail.index("<think>", block) + len("<think>")
+            n += supply.endswith("\n") and tail.startswith("\n", n)
     end, stop = _end(rendered, i, conversation)
     return Turn(i, context, anchor + n, end, stop, opened, missing, blocked)
 

@@ -457,6 +457,14 @@ def test_gemma_finds_the_call_of_an_output_by_its_id():
 # -------------------------------------------------------------------------------------- fields that nothing reads; loss
 
 
+@pytest.mark.parametrize(("thoughts", "kind"), [(7, "a number"), (["Hm."], "a list"), ({"text": "Hm."}, "an object")])
+def test_thoughts_that_are_no_text_drop_the_pair(thoughts, kind):
+    """Else the turn would be learned without them. A switch of that name says nothing."""
+    for name in ("reasoning_content", "thinking"):
+        drops(name, kind, of=[U, {**A, name: thoughts}])
+        normalize_messages([U, {**A, name: True}])
+
+
 def test_fields_that_nothing_reads_are_named():
     spoken = {**A, "reasoning_content": "Hm.", "cost": 0.1, "empty": [], "turn_idx": 1, "id": ""}
     chosen = [{**U, "name": "Ann", "timestamp": "now"}, calls(call("f", "c1", x=1)), tool("12", "c1", name="f"), spoken]

@@ -326,7 +326,8 @@ def test_a_newcomer_s_way_is_short(title, most):
 
 
 def test_readme_names_every_recipe():
-    """Beside config_full.yaml and config_lora.yaml, which all have; `iter2_` and `iter3_` with `moved_reference` and `fixed_reference` are four files."""
+    """Beside config_full.yaml and config_lora.yaml, which all have; `iter2_` and `iter3_` with `moved_reference` and
+    `fixed_reference` are four files."""
     rows = re.findall(r"^\| `([\w.-]+)` \| [^|]* \|([^|]*)\|$", read("README.md"), re.MULTILINE)
     assert {family for family, _ in rows} == {path.name for path in (ROOT / "recipes").iterdir()}
     for family, cell in rows:

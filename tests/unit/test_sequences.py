@@ -259,6 +259,14 @@ def test_an_empty_block_that_the_content_closes_was_sampled(content):
         check(chat_template(name), [user("A?"), assistant(content)], [expected], head=ASK)
 
 
+def test_a_thought_that_is_cut_off_was_not_sampled_behind_an_empty_block():
+    """Qwen3 writes one before a content without `</think>`: the policy saw nothing of it. Where the prompt opens the
+    block, it supplied what the content begins with; where it closes one, the thought stands behind that."""
+    cut = [user("A?"), assistant("<think>\ncut off")]
+    check(chat_template("qwen3"), cut, [f"{ASK}«<think>\ncut off<|im_end|>»"], head=ASK)
+    check(chat_template("qwen3_5_think"), cut, [f"{ASK}<think>\n«cut off<|im_end|>»"], head=ASK)
+
+
 XML_RAIN = "<tool_call>\n<function=get_weather>\n<parameter=city>\nLyon\n</parameter>\n</function>\n</tool_call>"
 
 
