@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import scale_points  # noqa: E402
+import scale_inputs  # noqa: E402
 import scale_tables  # noqa: E402
 from bench_dpo import MALLOC  # noqa: E402
 from scale_tables import IN_ALL, OF_A_STEP, PER_RANK, STARTS  # noqa: E402
@@ -125,7 +125,7 @@ def step_of(point: Point, folder: Path, work: Path, source: Path) -> dict[str, A
     tokens = point.size if point.axis == "tokens" else OF_A_STEP
     pairs = {"tokens": 1, "pairs": point.size}.get(point.axis, PER_RANK)
     pairs = IN_ALL // point.size if point.kind == "in_all" else pairs
-    model = scale_points.model_folder(work / "small", source, scale_points.SMALL)
+    model = scale_inputs.model_folder(work / "small", source, scale_inputs.SMALL)
     count = point.ranks * pairs * STEPS
     return {"kind": "steps", "tokens": tokens, "rows": count, "pairs": pairs, "steps": STEPS, "model": str(model),
             "folder": str(folder / "run")}  # fmt: skip
@@ -133,8 +133,8 @@ def step_of(point: Point, folder: Path, work: Path, source: Path) -> dict[str, A
 
 def start_of(point: Point, folder: Path, work: Path, source: Path) -> dict[str, Any]:
     data = work / f"pairs-{point.size}.jsonl"
-    scale_points.write_rows(data, point.size)
-    model = scale_points.model_folder(work / "tiny", source, scale_points.TINY)
+    scale_inputs.write_rows(data, point.size)
+    model = scale_inputs.model_folder(work / "tiny", source, scale_inputs.TINY)
     settings = {
         "model_name_or_path": str(model), "dataset_mixer": {str(data): 1.0}, "test_split_size": 100,
         "max_length": 512, "precompute_ref_log_probs": True, "precompute_ref_batch_size": 32,

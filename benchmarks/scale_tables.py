@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import scale_inputs
 import scale_points
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ def slopes(work: list[float], values: list[float]) -> list[float | None]:
 def step_flops(tokens: int) -> tuple[float, float]:
     """(attention's, all) FLOPs of the forward pass of one side of `tokens` tokens, half of them supervised: each token
     sees those before it, and the LM head works where a token is supervised."""
-    sizes = scale_points.SMALL
+    sizes = scale_inputs.SMALL
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
     weights = layers * (4 * hidden**2 + 3 * hidden * sizes["intermediate_size"])
     attention = 4 * hidden * layers * tokens**2 / 2

@@ -169,7 +169,9 @@ def refuse_engine(args: Any) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    return value in (None, False, 1, {}) or (isinstance(value, dict) and value.get("enabled") is False)
+    if isinstance(value, dict):
+        return not value or value.get("enabled") is False
+    return value in (None, False) or (value == 1 and value is not True)
 
 
 def refuse_secondary(zero: dict[str, Any], processes: int, of_machine: int) -> None:

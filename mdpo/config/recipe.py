@@ -117,10 +117,8 @@ def _build(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
             at = origins.get("deepspeed", "deepspeed")
             raise UserError(f"{at}: {values.get('deepspeed')} is no JSON in UTF-8 ({error}).") from error
         except (ValueError, TypeError, OSError, ImportError, AttributeError, KeyError, RuntimeError) as error:
-            message, part_values = (
-                " ".join(str(error).strip().split("\n\n")[0].split()),
-                {k: values[k] for k in values if k in names},
-            )
+            message = " ".join(str(error).strip().split("\n\n")[0].split())
+            part_values = {k: values[k] for k in values if k in names}
             if not isinstance(error, UserError) and not set(re.findall(r"\w+", message)) & set(part_values):
                 message = f"{_culprit(part, part_values)}{message}"
             raise _placed(message, origins, error.key if isinstance(error, UserError) else None) from error

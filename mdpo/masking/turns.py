@@ -16,6 +16,7 @@ from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, numbered
 from mdpo.masking.stops import EMPTY_THINK, THINK_PREFIX
 from mdpo.types import common_prefix
 
+OPENING = re.compile(r"\s*<think>")
 REST_OF_EMPTY_THINK = re.compile(r"\s*</think>\s*")
 
 
@@ -77,9 +78,8 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     context = prompt.text.removesuffix(supply) + tail[:n] if opened else prompt.text + tail[begin:n]
     if cut_off:
         n = block
-        if supply.rstrip().endswith("<think>"):  # then what opens it was supplied
-            n = tail.index("<think>", block) + len("<think>")
-            n += supply.endswith("\n") and tail.startswith("\n", n)
+        if supply.rstrip().endswith("<think>") and (again := OPENING.match(tail, block)):  # that was supplied
+            n = again.end() + (supply.endswith("\n") and tail.startswith("\n", again.end()))
     end, stop = _end(rendered, i, conversation)
     return Turn(i, context, anchor + n, end, stop, opened, missing, blocked)
 

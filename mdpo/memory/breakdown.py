@@ -7,10 +7,8 @@ from its source, with the sizes of mdpo/memory/zero.py. GB are 1e9 bytes.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
-from mdpo.forward.modes import base_model
 from mdpo.memory.fake_step import FakeModel
+from mdpo.memory.four_bit import four_bit, four_bit_weights
 from mdpo.memory.sharding import Sharding
 
 GB = 1e9
@@ -97,13 +95,6 @@ class MemoryPlan:
         """A table for a README."""
         rows = [f"| {name} | {size / GB:.1f} |" for name, size in [*self.parts.items(), ("**together**", self.total)]]
         return "\n".join([f"| {self.phase}, max_length {self.length} | GB |", "|---|---|", *rows])
-
-
-def four_bit(weight: nn.Parameter, nested: bool) -> float:
-    """Bytes of bitsandbytes' form: 4 bits each and a float32 scale for 64; with nested quantization a byte for 64 and a
-    float32 for 256 of those."""
-    blocks = weight.numel() / 64
-    return weight.numel() / 2 + (blocks * (1 + 4 / 256) if nested else 4 * blocks)
 
 
 class MemoryModel:
@@ -246,10 +237,3 @@ class MemoryModel:
         if sharding.offload_param:
             size += self._shard(self.weights + self.reference) + self._secondary()
         return size * sharding.processes / sharding.machines
-
-
-def four_bit_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Those that bitsandbytes packs: frozen matrices of linear layers, all but the LM head's."""
-    head = base_model(model).get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    return [m.weight for m in linear if not m.weight.requires_grad]

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 from datasets import Dataset
+from repository import benchmark
 from tiny import tiny_llama, tokenizer_for
 
-from mdpo.config.parsing import ROOT
 from mdpo.data.tokenize import tokenize_dataset
 from mdpo.masking.loss_mask import RenderSettings
 from mdpo.types import SIDES, sequence_lengths, split
@@ -17,11 +17,8 @@ from mdpo.types import SIDES, sequence_lengths, split
 
 @pytest.fixture(scope="module")
 def bench_dpo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import bench_dpo
-
-        yield bench_dpo
+    with benchmark("bench_dpo") as module:
+        yield module
 
 
 @pytest.fixture

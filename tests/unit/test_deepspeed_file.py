@@ -135,6 +135,7 @@ def test_what_agrees_with_the_recipe(configuration, more):
         ({**engine(), "optimizer": {"type": "AdamW"}}, "optimizer", ("learning_rate",)),
         ({**engine(), "scheduler": {"type": "WarmupLR"}}, "scheduler", ("lr_scheduler_type",)),
         ({**engine(), "communication_data_type": "fp16"}, "communication_data_type", ("not been run",)),
+        ({**engine(), "prescale_gradients": True}, "prescale_gradients", ("not been run",)),
         ({**engine(), "torch_autocast": {"enabled": True}}, "torch_autocast", ("not been run",)),
         (engine(zenflow={"topk_ratio": 0.1}), "zenflow", ("zero_optimization.zenflow",)),
         ({**engine(), "bf16": {"enabled": False}}, "bf16", ("is False", "computes in bf16")),

@@ -5,16 +5,13 @@ import json
 import math
 
 import pytest
-from repository import ROOT
+from repository import benchmark
 
 
 @pytest.fixture(scope="module")
 def scale():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import scale
-
-        yield scale
+    with benchmark("scale") as module:
+        yield module
 
 
 @pytest.fixture
@@ -24,8 +21,8 @@ def results(scale, tmp_path, monkeypatch):
 
 
 def test_generated_pairs_are_the_same_in_every_set(scale):
-    rows = list(scale.scale_points.rows(1001))
-    assert rows[:10] == list(scale.scale_points.rows(10)) and rows[:2] != list(scale.scale_points.rows(2, seed=1))
+    rows = list(scale.scale_inputs.rows(1001))
+    assert rows[:10] == list(scale.scale_inputs.rows(10)) and rows[:2] != list(scale.scale_inputs.rows(2, seed=1))
     assert len({json.dumps(row) for row in rows}) == 1001
     alike = [i for i, row in enumerate(rows) if row["chosen"] == row["rejected"]]
     assert alike == [499, 999]  # to be dropped
@@ -42,9 +39,9 @@ def test_generated_pairs_are_the_same_in_every_set(scale):
 
 def test_rows_are_written_once(scale, tmp_path):
     path = tmp_path / "data/pairs.jsonl"
-    scale.scale_points.write_rows(path, 3)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == list(scale.scale_points.rows(3))
-    scale.scale_points.write_rows(path, 5)
+    scale.scale_inputs.write_rows(path, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == list(scale.scale_inputs.rows(3))
+    scale.scale_inputs.write_rows(path, 5)
     assert len(path.read_text().splitlines()) == 3 and [p.name for p in path.parent.iterdir()] == ["pairs.jsonl"]
 
 
@@ -97,7 +94,7 @@ def test_later_starts_follow_a_new_first_start(scale, results, tmp_path):
 
 def test_a_stage_s_seconds_are_its_own(scale, monkeypatch):
     """By a clock that is moved by hand: outer 1 + 4, inner 2, the rest 8."""
-    points, now = scale.scale_points, [100.0]
+    points, now = scale.scale_tables.scale_points, [100.0]
     monkeypatch.setattr(points.time, "time", lambda: now[0])
     monkeypatch.setattr(points.threading, "Thread", lambda **_: type("Idle", (), {"start": lambda self: None})())
 
@@ -122,8 +119,8 @@ def test_a_stage_s_seconds_are_its_own(scale, monkeypatch):
 
 def test_tables_show_what_is_there(scale, results, capsys):
     rank = {"seconds": 2.0, "before_gb": 0.5, "step_gb": 0.75, "peak_gb": 1.0}
-    start = {"stages": dict.fromkeys(scale.scale_points.ORDER, 1.0), "peak_gb": 1.5,
-             "own_gb": dict.fromkeys(scale.scale_points.ORDER, 0.25)}  # fmt: skip
+    start = {"stages": dict.fromkeys(scale.scale_tables.scale_points.ORDER, 1.0), "peak_gb": 1.5,
+             "own_gb": dict.fromkeys(scale.scale_tables.scale_points.ORDER, 0.25)}  # fmt: skip
     common = {"cores": 2, "kind": "", "stand_in": False}
     for size in (512, 1024):
         made = {**common, "axis": "tokens", "size": size, "ranks": [{**rank, "seconds": size / 256}]}
@@ -134,6 +131,6 @@ def test_tables_show_what_is_there(scale, results, capsys):
     text = capsys.readouterr().out
     expected = math.log2(scale.scale_tables.step_flops(1024)[1] / scale.scale_tables.step_flops(512)[1])
     assert "4.000" in text and "1.00" in text and f"{expected:.2f}" in text and "0.250" in text
-    assert "1,000*" in text and f"{len(scale.scale_points.ORDER):.1f}" in text and "zeros" in text
+    assert "1,000*" in text and f"{len(scale.scale_tables.scale_points.ORDER):.1f}" in text and "zeros" in text
     scale.scale_tables.draw(scale.results(), results / "figure.png")
     assert (results / "figure.png").stat().st_size > 1000

@@ -29,7 +29,7 @@ from mdpo.masking.breaks import EARLIER_THOUGHTS, OTHER_STOP, RETOKENIZED, SYSTE
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.conversation import Conversation
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
-from mdpo.masking.sequences import NO_REASONING, by_turns, in_one_text
+from mdpo.masking.sequences import NO_REASONING, by_turns, in_one_text, side_sequences
 from mdpo.masking.spans import PromptTokens, common, tokenize
 from mdpo.masking.stops import EMPTY_THINK
 from mdpo.types import Pair, turn_begins
@@ -264,7 +264,13 @@ def test_a_thought_that_is_cut_off_was_not_sampled_behind_an_empty_block():
     block, it supplied what the content begins with; where it closes one, the thought stands behind that."""
     cut = [user("A?"), assistant("<think>\ncut off")]
     check(chat_template("qwen3"), cut, [f"{ASK}«<think>\ncut off<|im_end|>»"], head=ASK)
-    check(chat_template("qwen3_5_think"), cut, [f"{ASK}<think>\n«cut off<|im_end|>»"], head=ASK)
+    for name in ("qwen3_5_think", "qwen3_8", "nemotron_3_nano", "deepseek_r1_distill"):
+        template = chat_template(name)
+        (found,) = side_sequences(Conversation(cut, 1, template)).sequences
+        (turn,) = found.turns
+        prompt = Conversation(cut, 1, template).prompt(1).text
+        assert found.text[: turn.start] == prompt and prompt.endswith("<think>\n")
+        assert found.text[turn.start : turn.end] == f"cut off{turn.stop}" and turn.stop
 
 
 XML_RAIN = "<tool_call>\n<function=get_weather>\n<parameter=city>\nLyon\n</parameter>\n</function>\n</tool_call>"
