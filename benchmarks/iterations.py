@@ -4,7 +4,8 @@ Three iterations of each arm and seed from one SFT policy (SmolLM2-135M, recipes
 greedy answers to 300 questions of the templates that the loop asks, and 100 of those that SFT showed. --tasks shop:
 the same on the tool-calling environment (shop.yaml), 300 tasks. Each iteration ends as a small file in
 benchmarks/iterations/, and the same command continues with what is missing. The table of all that are there is
-printed at the end, or alone without --arms; --figure draws it. Models and trajectories go to --work.
+printed at the end, or alone without --arms; --figure draws it. Models and trajectories go to --work. `then_mdpo`
+continues a seed of `winners`: --arms winners then_mdpo --iterations 4.
 """
 
 import argparse
@@ -41,7 +42,9 @@ ARMS = {  # arm: (what it changes, said for the table)
     "winners": ({"loss_type": "sft", "nll_coefficient": 0.0}, "SFT on the pairs' winners (RAFT)"),
     "first": ({}, "M-DPO, reference fixed to the first policy"),
     "kto_pair": ({"loss_type": "kto_pair"}, "M-KTO on pairs"),
+    "then_mdpo": ({}, "M-DPO, behind three iterations of SFT on winners"),
 }
+BEHIND = {"then_mdpo": ("winners", 3)}  # arms that begin with another one's policy after so many iterations
 
 
 def main() -> None:
@@ -78,6 +81,8 @@ def first_policy(tasks: str, work: Path) -> Iterations:
             lines = Path(path or ROOT / shipped.held_out_tasks).read_text(encoding="utf-8").splitlines(keepends=True)
             file.writelines(lines[:count])
     loop = replace(shipped, output_dir=str(work / "start"), held_out_tasks=str(asked), iterations=1)
+    # Arms run side by side, and those of before had one process.
+    loop = replace(loop, sample={**loop.sample, "processes": 1}, evaluate={**loop.evaluate, "processes": 1})
     iterations = iterate.checked(loop)
     for stage in (iterations.rows(), iterations.sft(), iterations.evaluated(0)):
         if not stage.finished():
@@ -87,33 +92,37 @@ def first_policy(tasks: str, work: Path) -> Iterations:
 
 
 def run_arm(tasks: str, arm: str, seed: int, count: int, first: Iterations, work: Path) -> None:
-    """`count` iterations, from the trajectories that the first policy samples with this seed."""
+    """Up to iteration `count`, from the trajectories that the first policy samples with this seed; an arm of BEHIND
+    from those of another arm's policy."""
     shared, changes = first.loop, ARMS[arm][0]
-    out = work / f"{arm}-{seed}"
+    out, (before, behind) = work / f"{arm}-{seed}", BEHIND.get(arm, ("", 0))
+    begun = work / f"{before}-{seed}/iteration-{behind}"  # of the arm that this one continues
+    if before and not (count > behind and (begun / "evaluate" / DONE).is_file()):
+        raise SystemExit(f"{arm}: needs --iterations {behind + 1}, and {before} of seed {seed} after {behind} of them.")
     loop = replace(
         shared,
         output_dir=str(out),
-        policy=first.policy(0),
+        policy=str(begun / "train") if before else first.policy(0),
         sft=None,
         sft_data=None,
-        iterations=count,
+        iterations=count - behind,
         reference="first" if arm == "first" else "moved",
         stop_when_worse=False,
-        sample={**shared.sample, "seed": 1000 * seed},
+        sample={**shared.sample, "seed": 1000 * seed + behind},
         pair={**shared.pair, "seed": seed} if shared.pair.get("pairs") == "random" else shared.pair,
         train={**shared.train, **changes, "seed": seed},
     )
     iterations = iterate.checked(loop)
-    take_over(first.evaluated(0).folder, iterations.evaluated(0))
-    for sampled in sorted(work.glob(f"*-{seed}/iteration-1/sample")):  # by the same policy and seed, for another arm
-        take_over(sampled, iterations.sampled(1))
+    take_over(begun / "evaluate" if before else first.evaluated(0).folder, iterations.evaluated(0))
+    for other in [before] if before else [other for other in ARMS if other not in BEHIND]:  # the same policy and seed
+        take_over(work / f"{other}-{seed}/iteration-{behind + 1}/sample", iterations.sampled(1))
 
     def after(n: int, stage: Stage) -> bool:
         if stage.folder.name == "pair" and arm == "all_tokens":
             without_sequences(stage.folder / PAIRS)
         if n and stage.folder.name == "evaluate":
-            write(tasks, arm, seed, n, stage, trained(iterations.trained(n).folder))
-            if n > 1:  # two models of each arm at a time
+            write(tasks, arm, seed, behind + n, stage, trained(iterations.trained(n).folder))
+            if n > 1 and (arm, n - 1) not in BEHIND.values():  # two models of each arm at a time
                 for path in Path(iterations.policy(n - 1)).glob("*.safetensors"):
                     path.unlink()
         return True
@@ -190,12 +199,15 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     shown = [(tasks, name) for tasks, own in found.items() if own for name in SETS[tasks]]
     width = 5 * len(shown)
     figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(width, 4), sharey=True, layout="constrained", squeeze=False
+        1, len(shown), figsize=(width, 5), sharey=True, layout="constrained", squeeze=False
     )
     for panel, (tasks, name) in zip(panels[0], shown, strict=True):
         groups = by_arm(found[tasks])
         for shift, arm in enumerate(a for a in ARMS if any(key[0] == a for key in groups)):
-            points = [(n, *share(group, name)) for (of, n), group in groups.items() if of in ("start", arm)]
+            first = BEHIND.get(arm, ("start", 0))
+            seeds = {r["seed"] for (of, _), group in groups.items() if of == arm for r in group} | {0}
+            of_arm = [(n, group) for (of, n), group in groups.items() if of == arm or (of, n) == first]
+            points = [(n, *share([r for r in group if r["seed"] in seeds], name)) for n, group in of_arm]
             xs, ys = [n + 0.04 * shift for n, _, _ in points], [y for _, y, _ in points]
             bounds = [wilson(y, count) for _, y, count in points]
             below = [y - low for y, (low, _) in zip(ys, bounds, strict=True)]
@@ -205,7 +217,7 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
         panel.set(title=f"{tasks}: {TITLES[name]}", xlabel="iteration", xticks=sorted({n for _, n in groups}))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("right answers")
-    panels[0][0].legend(fontsize="small")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 

@@ -4,7 +4,8 @@ import json
 import os
 import stat
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,23 @@ def as_new_files(folder: Path) -> None:
             path.chmod(mode | stat.S_IMODE(path.stat().st_mode) & 0o111)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file atomically: whoever reads it meanwhile sees the whole old one or new one. Raises OSError."""
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A draft beside `path` that takes its place when the body has ended: whoever reads meanwhile sees the whole old
+    file or new one. A body that raises leaves the old one. Raises OSError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        draft.write_text(text, encoding="utf-8")
+        yield draft
         os.replace(draft, path)
-    except OSError:
+    except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file atomically. Raises OSError."""
+    with replaced(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def read_cache(path: Path) -> Any:

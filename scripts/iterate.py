@@ -24,7 +24,7 @@ from mdpo.console import say
 from mdpo.errors import UserError
 from mdpo.reporting.loop_page import LoopPage
 from mdpo.rollouts.iterations import Iterations, Stage, figures_of, got_worse
-from mdpo.rollouts.loop_checks import check_launch, check_sampling, recipe_keys, refuse_missing
+from mdpo.rollouts.loop_checks import check_launch, check_sampling, launch_keys, recipe_keys, refuse_missing
 from mdpo.rollouts.loop_figures import loop_figures
 from mdpo.rollouts.options import flags, keys
 from mdpo.rollouts.tables import with_interval
@@ -54,6 +54,10 @@ def main(argv: list[str]) -> None:
     iterations, found = checked(loop), list[dict]()
     stages = [(n, stage, stage.finished()) for n, stage in iterations.stages()]
     say(progress(loop.output_dir, stages))
+    for _, stage, finished in stages:
+        if finished and (files := stage.edited()):
+            say(f"{stage.folder}: was made before {', '.join(files)} was edited, and is kept. To make it and what "
+                "follows anew, remove their folders.")  # fmt: skip
     earlier = {stage.folder for _, stage, finished in stages if finished}
     page = LoopPage(Path(loop.output_dir), dataclasses.asdict(loop))
 
@@ -120,11 +124,12 @@ def checked(loop: Loop) -> Iterations:
     pair_rollouts.parse(["t.jsonl", f"--out={Path(loop.output_dir).resolve().anchor}pairs.jsonl", *flags(loop.pair)])
     refuse_missing(loop, "tasks", "held_out_tasks")
     check_launch(loop)
-    check_sampling("sample", loop.tasks, sampling["sample"])
-    check_sampling("evaluate", loop.held_out_tasks, sampling["evaluate"])
+    device = recipe.training.device.type
+    check_sampling("sample", loop.tasks, sampling["sample"], device)
+    check_sampling("evaluate", loop.held_out_tasks, sampling["evaluate"], device)
     refuse_silent_trackers(recipe.training)
     first = loop.policy or recipe.model.model_name_or_path
-    written = recipe_keys(recipe.written)
+    written = recipe_keys(recipe.written) | launch_keys(loop)
     iterations = Iterations(loop, first, recipe.model.use_peft, recipe.training.max_length, written)
     list(iterations.stages())  # reads SFT's recipe
     return iterations

@@ -17,7 +17,7 @@ from mdpo.console import say
 from mdpo.errors import UserError
 from mdpo.rollouts.pairing import Pairing, paired_rows, report_of
 from mdpo.runs.entrypoint import run
-from mdpo.storage import replace_text
+from mdpo.storage import replace_text, replaced
 
 RULES = {
     "best_worst": "the best with the worst",
@@ -62,12 +62,14 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     pairing = Pairing(args.pairs, args.min_reward_gap, args.max_pairs_per_prompt, args.length_matched, args.seed)
     rows, report = paired_rows(args.trajectories, pairing, args.max_length)
-    say(*report.lines())
-    if not rows:
-        raise UserError(f"None of the {report.tasks} tasks has two trajectories to compare.", "tasks")
-    replace_text(report_of(args.out), json.dumps({"pairs_by": args.pairs, **report.as_dict()}, indent=1))
-    replace_text(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    say(f"{args.out}: {len(rows)} pairs")
+    with replaced(args.out) as draft:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        say(*report.lines())
+        if not report.pairs:
+            raise UserError(f"None of the {report.tasks} tasks has two trajectories to compare.", "tasks")
+        replace_text(report_of(args.out), json.dumps({"pairs_by": args.pairs, **report.as_dict()}, indent=1))
+    say(f"{args.out}: {report.pairs} pairs")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Trajectories of a policy: python scripts/sample.py CHECKPOINT --recipe RECIPE.yaml --tasks TASKS.jsonl
 
-CHECKPOINT is a full model or a LoRA adapter; recipe keys may follow as --key=value. One process, one device; --shard
-0/4 to 3/4 are four parts, for four of them. The model acts over several turns. Without --environment the tasks are
-questions, {"question" or "prompt", "answer"} a line: Python blocks are run in a sandbox and their output comes back,
-until an answer in \\boxed{}, which math-verify compares. --environment names a class with tools, as TRL's GRPOTrainer
-takes it.
+CHECKPOINT is a full model or a LoRA adapter; recipe keys may follow as --key=value. --processes 4 samples on four GPUs;
+--shard 0/4 to 3/4 are four parts, for as many machines. The model acts over several turns. Without --environment the
+tasks are questions, {"question" or "prompt", "answer"} a line: Python blocks are run in a sandbox and their output
+comes back, until an answer in \\boxed{}, which math-verify compares. --environment names a class with tools, as TRL's
+GRPOTrainer takes it.
 --save gets one trajectory a line as each ends; the same command continues with those that are missing.
 Where the kernel has no namespaces, --allow_unisolated_code runs programs with access to your files and network.
 """
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe([args.recipe, "--report_to=none", f"--output_dir={tempfile.gettempdir()}", *overrides])
     adapter_config(args.checkpoint)  # raises where there is no checkpoint
     if recipe.training.world_size > 1:
-        raise UserError("sample.py runs in one process. Start it with python, and several with --shard.")
+        raise UserError("sample.py is started with python, as one process, and several GPUs with --processes.")
     tokenizer = load_tokenizer(recipe.model, recipe.data, recipe.training.trust_remote_code)
     if day := first_settings(options.save).get(DAY):  # begun on another day: its texts stay those of that day
         recipe.data.chat_template_kwargs = {DAY: day, **(recipe.data.chat_template_kwargs or {})}

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import _clone  # noqa: F401
@@ -25,7 +26,7 @@ from mdpo.masking.dates import fix_day
 from mdpo.masking.tokenizer import load_tokenizer
 from mdpo.rollouts.supervised import sft_rows
 from mdpo.runs.entrypoint import run
-from mdpo.storage import replace_text
+from mdpo.storage import replaced
 
 
 def main(argv: list[str]) -> None:
@@ -44,12 +45,15 @@ def main(argv: list[str]) -> None:
     say(f"recipe {recipe.path}", *recipe.notes, *fix_day(recipe, tokenizer))
     template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
     rows, report = sft_rows(args.trajectories, template, recipe.training.max_length, args.min_reward)
-    say(*report.lines())
-    if not rows:
+    first = next(rows, None)
+    if first is None:
+        say(*report.lines())
         raise UserError("None of the trajectories can be learned.", "trajectories")
     args.out.mkdir(parents=True, exist_ok=True)
-    replace_text(args.out / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    say(f"{args.out}/train.jsonl: {len(rows)} rows")
+    with replaced(args.out / "train.jsonl") as draft, draft.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in chain([first], rows))
+    say(*report.lines())
+    say(f"{args.out}/train.jsonl: {report.sequences} rows")
 
 
 if __name__ == "__main__":

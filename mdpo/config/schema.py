@@ -61,7 +61,7 @@ class DataArguments:
     turns_without_reasoning: str = field(
         default="keep",
         metadata={
-            "help": "A turn without thoughts whose prompt opens a think block: learn it, 'mask' it, 'drop' its pair.",
+            "help": "A turn without thoughts where the policy was to think: learn it, 'mask' it, 'drop' its pair.",
             "choices": [*WITHOUT_REASONING],
         },
     )

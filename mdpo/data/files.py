@@ -136,17 +136,40 @@ def _as_texts(paths: list[str], stamps) -> Iterator[dict]:
 
 def json_rows(path: str) -> Iterator[tuple[int, dict]]:
     """(line, row) of JSON Lines, (place from 1, row) of a JSON array. Raises UserError."""
+    for place, _, row in placed_rows(path):
+        yield place, row
+
+
+def placed_rows(path: str) -> Iterator[tuple[int, int | None, dict]]:
+    """As `json_rows`, with the byte between the two at which the row's line begins, for `row_at`; None where nothing
+    can be read from its middle: it is packed, or an array. Raises UserError."""
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
             if kind_of(Path(path)) == "json lines":
-                yield from _lines(path, file)
+                plain = Path(path).suffix.lower() not in PACKED
+                yield from ((n, begin if plain else None, row) for n, begin, row in _lines(path, file))
             else:
-                yield from _document(path, file.read())
+                yield from ((n, None, row) for n, row in _document(path, file.read()))
     except DAMAGED as error:
         raise UserError(f"dataset file {path}: cannot be read: {first_line(error)}") from error
 
 
-def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
+def row_at(path: Path, begin: int) -> dict:
+    """The row whose line begins at that byte. Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            row = json.loads(file.readline().decode("utf-8" if begin else "utf-8-sig"))
+    except (OSError, *NOT_JSON) as error:
+        raise UserError(f"dataset file {path}: byte {begin} cannot be read: {error}.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"dataset file {path}: byte {begin} is not a JSON object.")
+    return row
+
+
+def _lines(path: str, lines) -> Iterator[tuple[int, int, dict]]:
+    """(number, byte, row)."""
+    begin = 0
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -154,9 +177,10 @@ def _lines(path: str, lines) -> Iterator[tuple[int, dict]]:
         except NOT_JSON as error:
             raise UserError(f"dataset file {path}: line {number} cannot be read: {error}.") from error
         if isinstance(row, dict):
-            yield number, row
+            yield number, begin, row
         elif text.strip():
             raise UserError(f"dataset file {path}: line {number} is not a JSON object.")
+        begin += len(line)
 
 
 def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
@@ -166,7 +190,7 @@ def _document(path: str, raw: bytes) -> Iterator[tuple[int, dict]]:
     except NOT_JSON as error:
         if getattr(error, "msg", "") != "Extra data":
             raise UserError(f"dataset file {path}: cannot be read: {error}.") from error
-        yield from _lines(path, raw.splitlines())
+        yield from ((number, row) for number, _, row in _lines(path, raw.splitlines()))
         return
     if isinstance(document, dict) and "chosen" not in document:
         arrays = {name: value for name, value in document.items() if isinstance(value, list)}

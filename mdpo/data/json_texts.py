@@ -1,6 +1,7 @@
 """JSON texts in rows whose tables could not represent the values otherwise."""
 
 import json
+import math
 import re
 from typing import Any
 
@@ -18,6 +19,8 @@ BEGINS = re.compile(
 
 def kind_of(value: Any) -> str:
     """What a value is, for a reason that must not contain the value itself."""
+    if isinstance(value, int | float) and not abs(value) < 1e308:
+        return "NaN" if value != value else "infinite" if abs(value) == math.inf else "too large"
     return KINDS.get(type(value), type(value).__name__)
 
 

@@ -15,6 +15,7 @@ from mdpo.masking.recorded import NOT_COMPARED
 from mdpo.types import SIDES, Pair, RecordedSide
 
 READ = ("input_ids", "assistant_masks", "attention_mask")
+ROUNDING = 1e-3  # of log-probs of nearly certain tokens
 ANSWER = [{"role": "assistant", "content": "…"}]  # stands behind a prompt whose sides have no messages
 Reader = Callable[[Any, Any], Pair]  # the two sides, as a row without sequences would have them
 
@@ -113,13 +114,15 @@ def _read(sequence: Any) -> tuple[list[int], list[int]]:
 
 
 def _refuse_logprobs(logprobs: list, ids: list[int], mask: list[int]) -> None:
-    """Nats, one for each token. Servers have none where nothing was sampled: null."""
+    """Nats, one for each token, none above 0 but for rounding. Servers have none where nothing was sampled: null."""
     _refuse_length(logprobs, "logprobs", ids)
     given = [0.0 if x is None and not m else x for x, m in zip(logprobs, mask, strict=True)]
-    _refuse(given, "logprobs", _finite, "not a finite number")
+    _refuse(given, "logprobs", finite, "not a finite number")
+    sampled = [x if m else 0.0 for x, m in zip(given, mask, strict=True)]
+    _refuse(sampled, "logprobs", lambda x: x <= ROUNDING, "above 0: a probability above 1")
 
 
-def _finite(x: Any) -> bool:
+def finite(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e308 and isfinite(x)
 
 

@@ -136,7 +136,8 @@ def listed_rewards(texts: str, rewards: str) -> Callable[[Row], list[float | Non
         lists = (row[texts], row[rewards])
         if not all(isinstance(column, list) for column in lists) or len(lists[0]) != len(lists[1]):
             raise DropPair(f"{texts} and {rewards} are not lists of one length")
-        return [None if r is None else number({rewards: r}, rewards) for r in lists[1]]
+        named = ((f"{rewards}: entry {n}", r) for n, r in enumerate(lists[1], 1))
+        return [None if r is None else number({name: r}, name) for name, r in named]
 
     return read
 

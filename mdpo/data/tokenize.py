@@ -26,8 +26,8 @@ from mdpo.masking.plain_texts import PlainText
 from mdpo.masking.spans import refuse_slow
 from mdpo.types import SIDES, TokenizedPair
 
-# Raised by one when ids or masks of the same row change, so that cached datasets are tokenized again.
-VERSION = 16
+# Raised by one when ids, masks or remarks of the same row change, so that cached datasets are tokenized again.
+VERSION = 17
 BATCH = 100  # rows that a worker takes at once
 FEATURES = Features(
     {

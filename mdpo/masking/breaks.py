@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import lost, thoughts
 from mdpo.masking.sentinels import numbered
-from mdpo.masking.spans import common
+from mdpo.types import common_prefix
 
 if TYPE_CHECKING:
     from mdpo.masking.sequences import RenderedSequence
@@ -21,7 +21,7 @@ REWRITTEN = "text rewritten at"
 
 def why(before: "RenderedSequence", prompt: Marked, conversation: Conversation) -> str:
     """Why the ids of `prompt` do not begin with those of the sequence `before` it."""
-    same, turn = common(before.text, prompt.text), before.turns[-1]
+    same, turn = common_prefix(before.text, prompt.text), before.turns[-1]
     if same == len(before.text):
         return RETOKENIZED
     earlier = ((i, thoughts(conversation.messages[i])) for i in range(turn.message + 1))

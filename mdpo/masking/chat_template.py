@@ -34,6 +34,7 @@ class ChatTemplate:
         self.special = any_of([*(t.content for t in added if t.special), *own])
         self.last_stops: dict[bool, str | None] = {}  # what `turns.last_stop` has found
         self.edges_alike: bool | None = None  # and `turns.edges_alike`
+        self.unsupplied_blocks: dict[str, bool] = {}  # and `think_blocks.unsupplied_block`
 
     def find_special(self, text: str) -> list[str]:
         """The special tokens, and the template's own ones, that are in a text as text."""

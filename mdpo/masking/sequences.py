@@ -18,11 +18,16 @@ from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import lost, remarks_of, thoughts, unread, unwritten_field, written
 from mdpo.masking.sentinels import LEFT_OUT, NOT_DERIVABLE, numbered
 from mdpo.masking.spans import PromptTokens, Range, mask_of, same_text, tokenize
-from mdpo.masking.turns import REST_OF_EMPTY_THINK, Turn, as_last, closing, locate
+from mdpo.masking.think_blocks import REST_OF_EMPTY_THINK
+from mdpo.masking.turns import Turn, as_last, closing, locate
 
 NO_STOP = "end-of-turn missing"
 APART = "a turn tokenized apart from its header"
 NO_REASONING = "turns without reasoning whose generation prompt opens a think block (turns_without_reasoning)"
+UNSUPPLIED = (
+    "turns without reasoning whose empty think block the generation prompt does not supply (chat_template_kwargs: "
+    "{enable_thinking: false} of the recipe or the row may; else turns_without_reasoning: mask or drop)"
+)
 CLOSED = "thoughts of a turn whose generation prompt leaves no room for any"
 
 
@@ -65,8 +70,7 @@ def side_sequences(conversation: Conversation) -> RenderedSide:
     seen = conversation.prompt(conversation.trained[-1]) if one is None else conversation.whole
     remarks = remarks_of(conversation, seen.marks)
     turns = [turn for sequence in sequences for turn in sequence.turns]
-    remarks += [APART] * any(turn.apart for turn in turns) + [NO_REASONING] * any(turn.opened for turn in turns)
-    return RenderedSide(sequences, remarks)
+    return RenderedSide(sequences, remarks + [APART] * any(turn.apart for turn in turns))
 
 
 def in_one_text(conversation: Conversation) -> RenderedSequence | None:

@@ -15,7 +15,7 @@ from mdpo.masking.recorded import (
     refuse_unknown_ids,
     repeated,
 )
-from mdpo.masking.sequences import NO_REASONING, RenderedSide, side_sequences
+from mdpo.masking.sequences import NO_REASONING, UNSUPPLIED, RenderedSide, side_sequences
 from mdpo.masking.spans import tokenize
 from mdpo.types import SIDES, Message, Pair, common_prefix, split
 
@@ -48,7 +48,7 @@ class RenderSettings:
     mask_turns: bool = True
     template_kwargs: dict = field(default_factory=dict)
     different_prompts: bool = False  # also pairs whose sides have a prompt each
-    turns_without_reasoning: str = "keep"  # where the generation prompt opens a think block: keep, mask, drop
+    turns_without_reasoning: str = "keep"  # keep, mask, drop
     pair_weights: bool = True  # whether a row's `weight` is read; TRL has none
 
     @classmethod
@@ -77,13 +77,16 @@ def _conversation(pair: Pair, name: str, template: ChatTemplate) -> Conversation
 def _of_turns(settings: RenderSettings, conversation: Conversation, turn_weights: list[float]) -> tuple[Side, list]:
     """A side, and remarks."""
     rendered = side_sequences(conversation)
-    if NO_REASONING in rendered.remarks and settings.turns_without_reasoning == "drop":
-        raise DropPair(NO_REASONING)
     turns = [turn for sequence in rendered.sequences for turn in sequence.turns]
-    if settings.turns_without_reasoning == "mask" and all(turn.opened for turn in turns):
+    learned = [turn for turn in turns if not turn_weights or turn_weights[turn.message]]
+    lacking = [NO_REASONING] * any(turn.opened for turn in learned)
+    lacking += [UNSUPPLIED] * any(turn.unsupplied for turn in learned)
+    if lacking and settings.turns_without_reasoning == "drop":
+        raise DropPair(lacking[0])
+    if lacking and settings.turns_without_reasoning == "mask" and all(turn.lacks_reasoning for turn in learned):
         raise DropPair(ALL_MASKED)
     inside = [ENDS] * _ends_inside(rendered, conversation)
-    return _side(rendered, turn_weights, settings), rendered.remarks + inside
+    return _side(rendered, turn_weights, settings), rendered.remarks + lacking + inside
 
 
 def _refuse_over_long(conversations: list[Conversation], settings: RenderSettings) -> None:
@@ -115,7 +118,7 @@ def _side(rendered: RenderedSide, turn_weights: list[float], settings: RenderSet
         weights = [1.0] * len(sequence.ids)
         for turn in sequence.turns:
             weight = turn_weights[turn.message] if turn_weights else 1.0
-            if turn.opened and settings.turns_without_reasoning == "mask":
+            if turn.lacks_reasoning and settings.turns_without_reasoning == "mask":
                 weight = 0.0
             for t in sequence.tokens_of(turn) if weight != 1.0 else ():
                 weights[t] = weight if sequence.mask[t] else 1.0

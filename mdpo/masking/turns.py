@@ -14,17 +14,18 @@ from mdpo.masking.conversation import Conversation, Marked
 from mdpo.masking.left_out import thoughts
 from mdpo.masking.sentinels import NOT_DERIVABLE, Marks, numbered
 from mdpo.masking.stops import EMPTY_THINK, THINK_PREFIX
+from mdpo.masking.think_blocks import supplied, think_block, unsupplied_block
 from mdpo.types import common_prefix
 
 OPENING = re.compile(r"\s*<think>")
-REST_OF_EMPTY_THINK = re.compile(r"\s*</think>\s*")
 
 
 @dataclass
 class Turn:
     """Message `message` in a rendered text: its characters [start, end) were sampled, the `stop` included; that is ""
     where the template writes none. `context` is what the model was given. `opened`: its generation prompt opens a
-    think block, and the message has no thoughts to close it with. `missing`: what of that generation prompt the
+    think block, and the message has no thoughts to close it with. `unsupplied`: nor has it any where the template
+    writes an empty block that the generation prompt has not. `missing`: what of that generation prompt the
     rendered text leaves out. `blocked`: of the block that the content closes as text, the rendered text has an empty
     one before it, or none that is open.
     `apart`: in the text as a whole a token would lie across its start."""
@@ -35,9 +36,15 @@ class Turn:
     end: int
     stop: str
     opened: bool = False
+    unsupplied: bool = False
     missing: str = ""
     blocked: bool = False
     apart: bool = False
+
+    @property
+    def lacks_reasoning(self) -> bool:
+        """Whether `turns_without_reasoning` decides on it."""
+        return self.opened or self.unsupplied
 
 
 def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation, thoughtless: bool) -> Turn:
@@ -54,7 +61,7 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     ahead = 0 if opening is None else marks.unmarked(opening) - anchor
     if opening is None:
         marks.end_of(i)  # raises, and says what is missing
-    n, missing = _supplied(tail, supply, ahead)
+    n, missing = supplied(tail, supply, ahead)
     if n is None:
         raise DropPair(f"{NOT_DERIVABLE}: the header of {numbered(i)} is not its generation prompt's")
     # What is missing may also be a header, of an answer right behind another one.
@@ -66,7 +73,8 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
     # A header is supplied after tool output too, where the template prompts for none.
     if not own and header not in tail[:n] and tail.startswith(header, n):
         n += len(header)
-    block, closing, prefix = _think_block(tail, n, template.empty_block)
+    written = EMPTY_THINK.match(tail, n) is not None
+    block, closing, prefix = think_block(tail, n, template.empty_block)
     doubled = closing and (not thoughtless or tail.startswith(content.strip(), block))
     blocked = closes and (opens or doubled)
     # A thought that is cut off begins with what opens it: of the empty block before it the policy saw nothing.
@@ -81,48 +89,9 @@ def locate(rendered: Marked, prompt: Marked, i: int, conversation: Conversation,
         if supply.rstrip().endswith("<think>") and (again := OPENING.match(tail, block)):  # that was supplied
             n = again.end() + (supply.endswith("\n") and tail.startswith("\n", again.end()))
     end, stop = _end(rendered, i, conversation)
-    return Turn(i, context, anchor + n, end, stop, opened, missing, blocked)
-
-
-def _think_block(tail: str, n: int, usual: str) -> tuple[int, bool, str]:
-    """Where an empty think block ends that begins at `n`, or whose opening is before `n`; whether that is the case; and
-    that opening. `usual` is the block as the template supplies it: white space behind it is the policy's."""
-    opening = THINK_PREFIX.search(tail[:n])
-    begin = n if opening is None else opening.start()
-    if opening is not None and not REST_OF_EMPTY_THINK.match(tail, n):
-        return n, False, ""
-    block = EMPTY_THINK.match(tail, begin)
-    if block is None:
-        return n, False, ""
-    end = begin + len(usual) if usual and tail.startswith(usual, begin) else block.end()
-    return end, opening is not None, tail[begin:n]
-
-
-def _supplied(tail: str, supply: str, ahead: int) -> tuple[int | None, str]:
-    """How many characters of `tail` the generation prompt `supply` stands for, white space aside, and what of it is
-    missing there: a think prefix that history leaves out, or another one, if the content, `ahead` characters on,
-    follows at once."""
-    bare = THINK_PREFIX.sub("", supply)
-    for known in dict.fromkeys((supply, bare)):
-        n = len(known) if tail.startswith(known) else _loosely(tail, known)
-        if n is not None:
-            return n, supply[len(known) :]
-    n = min(common_prefix(tail, supply), ahead)
-    return (None, "") if tail[n:ahead].strip() else (n, supply[n:])
-
-
-def _loosely(tail: str, known: str) -> int | None:
-    """Where `known` ends in `tail` if that begins with it but for white space."""
-    n = 0
-    for c in known:
-        if c.isspace():
-            continue
-        while n < len(tail) and tail[n].isspace():
-            n += 1
-        if tail[n : n + 1] != c:
-            return None
-        n += 1
-    return n + common_prefix(tail[n:], known[len(known.rstrip()) :])
+    unsupplied = thoughtless and not (closes or cut_off or opened or THINK_PREFIX.search(supply))
+    unsupplied = unsupplied and (written or unsupplied_block(conversation))  # here, or where a turn is the last one
+    return Turn(i, context, anchor + n, end, stop, opened, unsupplied, missing, blocked)
 
 
 def _end(rendered: Marked, i: int, conversation: Conversation) -> tuple[int, str]:

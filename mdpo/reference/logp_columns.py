@@ -8,6 +8,7 @@ import atexit
 import os
 import uuid
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -34,13 +35,35 @@ class Distinct:
     one each is, `first` (u,) the first that is it."""
 
     def __init__(self, keys: np.ndarray):
-        encoded = pc.dictionary_encode(_binary(keys))
-        self.keys, self.of_key = encoded.dictionary, np.asarray(encoded.indices)
+        self.of_key = np.asarray(pc.dictionary_encode(_binary(keys)).indices)
         self.first = np.unique(self.of_key, return_index=True)[1]
+        self.keys = keys[self.first]
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Both halves of the distinct keys (u,), by the first half, and which key each is: made once for all shards."""
+        first, second = _halves(self.keys)
+        order = np.argsort(first, kind="stable")
+        return first[order], second[order], order
 
     def places(self, keys: np.ndarray) -> np.ndarray:
         """Which of the distinct ones each of (m, 16) is, int32; -1 for none of them."""
-        return np.asarray(pc.fill_null(pc.index_in(_binary(keys), value_set=self.keys), -1))
+        (first, second, order), wanted = self._sorted, _halves(keys)
+        at, open_ = np.searchsorted(first, wanted[0]), np.arange(len(keys))
+        places = np.full(len(keys), -1, np.int32)
+        while len(open_):  # a second time only where two keys have the same first half
+            open_ = open_[at[open_] < len(first)]
+            open_ = open_[first[at[open_]] == wanted[0][open_]]
+            found = second[at[open_]] == wanted[1][open_]
+            places[open_[found]] = order[at[open_[found]]]
+            open_ = open_[~found]
+            at[open_] += 1
+        return places
+
+
+def _halves(keys: np.ndarray) -> np.ndarray:
+    """(2, m) uint64 of keys (m, 16) uint8."""
+    return np.ascontiguousarray(np.ascontiguousarray(keys).reshape(-1).view(np.uint64).reshape(-1, 2).T)
 
 
 def _binary(keys: np.ndarray) -> pa.Array:

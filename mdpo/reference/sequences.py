@@ -4,6 +4,7 @@ not cached."""
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -40,7 +41,7 @@ class Sequences:
         rows = np.repeat(np.arange(len(counts)), counts.sum(1))
         return cls(np.frombuffer(keys, np.uint8).reshape(-1, 16), np.array(tokens, np.int64), rows, counts)
 
-    @property
+    @cached_property
     def first_of_row(self) -> np.ndarray:
         """(n,) the number of each row's first one."""
         counts = self.per_side.sum(1)
@@ -48,9 +49,10 @@ class Sequences:
 
     def pairs(self, dataset: Dataset, numbers: np.ndarray) -> list[dict[str, Any]]:
         """Rows for a collator, with two of the sequences as their sides; an odd last one is on both sides."""
-        own, first, found = {int(row): dataset[int(row)] for row in self.row[numbers]}, self.first_of_row, []
-        for number, row in zip(numbers, self.row[numbers], strict=True):
-            found.append(_sequences_of(own[int(row)])[number - first[row]])
+        places, place = np.unique(self.row[numbers], return_inverse=True)
+        columns = dataset[places.tolist()]
+        own = [_sequences_of(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        found = [own[i][n] for i, n in zip(place, numbers - self.first_of_row[self.row[numbers]], strict=True)]
         found += found[-1:] * (len(found) % 2)
         rows = []
         for i in range(0, len(found), 2):

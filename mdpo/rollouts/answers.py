@@ -3,6 +3,7 @@
 import re
 
 from mdpo.errors import UserError
+from mdpo.rollouts.verifier import verified
 
 BOX = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are set braces, not groups
@@ -40,7 +41,7 @@ def gold_answer(value) -> str:
 
 def is_right(answer: str | None, gold: str) -> bool:
     """Whether two answers are the same by math-verify, words by their letters. Its rules are lenient on units, on "x ="
-    and on per cent (50 and 50% are the same). At most about 5 seconds, in the main thread only: it sets an alarm."""
+    and on per cent (50 and 50% are the same). In any thread."""
     if answer is None:
         return False
     answer, gold = _plain(answer), _plain(gold)
@@ -49,9 +50,7 @@ def is_right(answer: str | None, gold: str) -> bool:
     words = [TEXT.sub(r"\1", text).strip().casefold() for text in (answer, gold)]
     if any(WORDS.fullmatch(text) for text in words):  # as a product of letters "god" would be "dog"
         return words[0] == words[1]
-    from math_verify import parse, verify  # sympy and a parser: not where nothing is verified
-
-    return bool(verify(*(parse(f"\\boxed{{{text}}}") for text in (gold, answer))))
+    return verified(gold, answer)
 
 
 def _plain(text: str) -> str:

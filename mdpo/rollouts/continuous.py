@@ -21,13 +21,14 @@ CPU_BATCH_TOKENS = 512  # computed at a time on a CPU: prompts join in parts of 
 
 
 class ContinuousBatching:
-    """In use as a context. Raises UserError for a model that transformers cannot batch so."""
+    """In use as a context. `share` of a CPU's memory is there for this process. Raises UserError for a model that
+    transformers cannot batch so."""
 
-    def __init__(self, model, config: GenerationConfig, seed: int = 42):
+    def __init__(self, model, config: GenerationConfig, seed: int = 42, share: float = 1.0):
         self.model, self.config, self.stops = model.eval(), config, set(config.eos_token_id)
         self.options = {"page_size": PAGE, "seed": seed, "return_logprobs": True}
         if model.device.type == "cpu":
-            pages = {"page_size": CPU_PAGE, "num_blocks": _cpu_blocks(model)}
+            pages = {"page_size": CPU_PAGE, "num_blocks": _cpu_blocks(model, share)}
             self.options |= {**pages, "max_batch_tokens": CPU_BATCH_TOKENS}
         self._numbers, self._attention = itertools.count(), ExitStack()
 
@@ -68,10 +69,10 @@ class ContinuousBatching:
         return Sampled(ids, cut=ids[-1] not in self.stops, logprobs=list(output.logprobs) or None)
 
 
-def _cpu_blocks(model: torch.nn.Module) -> int:
+def _cpu_blocks(model: torch.nn.Module, share: float) -> int:
     """Pages of the cache on a CPU; on a GPU transformers measures what there is room for."""
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * width * torch.finfo(model.dtype).bits // 8
-    return max(min(int(psutil.virtual_memory().available * CPU_SHARE) // token, CPU_TOKENS) // CPU_PAGE, 8)
+    return max(min(int(psutil.virtual_memory().available * CPU_SHARE * share) // token, CPU_TOKENS) // CPU_PAGE, 8)

@@ -39,6 +39,13 @@ def load_object(spec: str, option: str) -> Any:
     return getattr(module, name)
 
 
+def code_files(options: dict[str, Any]) -> list[str]:
+    """The files that sampling's options name as path/to/file.py:NAME, of a list or of a text with commas."""
+    named = [options.get(name) or () for name in ("environment", "tools", "rewards")]
+    specs = [spec for value in named for spec in (value.split(",") if isinstance(value, str) else value)]
+    return sorted({where for where in (spec.rpartition(":")[0] for spec in specs) if where.endswith(".py")})
+
+
 def _of_file(path: Path, option: str) -> Any:
     if not path.is_file():
         raise UserError(f"--{option}: there is no file {path}.")

@@ -3,7 +3,6 @@ next messages, until a turn without a call or another end."""
 
 import asyncio
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Thread
@@ -13,12 +12,13 @@ from mdpo.console import first_line
 from mdpo.data.tool_calls import linked
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
-from mdpo.masking.spans import tokenize
+from mdpo.masking.spans import token_ids
 from mdpo.rollouts.arguments import wrong_arguments
 from mdpo.rollouts.calls import Call, CallForm, TurnCalls
 from mdpo.rollouts.environment import Environments, Place
+from mdpo.rollouts.options import IN_FLIGHT
 from mdpo.rollouts.records import SampledTurn, Trajectory, recorded_sequences
-from mdpo.rollouts.rewards import IN_MAIN_THREAD, Rewards, checked_reward
+from mdpo.rollouts.rewards import Rewards, checked_reward
 from mdpo.rollouts.tasks import Task, observed
 from mdpo.rollouts.worker import Hung, Worker
 from mdpo.types import Message
@@ -41,8 +41,8 @@ class Outcome(str):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the policy sampled, its stop included; of a Speaker a message in place of ids. `cut` says that the token
-    limit ended it."""
+    """What the policy sampled, its stop included; of a Speaker a message in place of ids; neither where there was no
+    room for a token. `cut` says that the token limit ended it."""
 
     ids: list[int]
     cut: bool = False
@@ -85,8 +85,7 @@ class Player:
     limits: Limits
     hung: list[tuple[str, Thread]] = field(default_factory=list)  # what has not returned, and where
     named_by: str | None = None  # the column that names one of several environments: `reset` does not get it
-    # More programs at a time than cores would spend their own time limits waiting.
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(len(os.sched_getaffinity(0))))
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))  # for the user's code
 
     async def play(self, task: Task, sample: int) -> Trajectory:
         """An episode from `reset` to its reward. Failures of the environment end it as "environment error", and turns
@@ -120,18 +119,19 @@ class Player:
             self.environments.give_back(place)
         return trajectory
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    async def prompt(self, messages: list[Message]) -> list[int]:
         """Ids of the conversation and the generation prompt, by the template and tokenizer that training uses."""
         try:
             text = self.template.render(linked(messages, strict=True), self.form.schemas, generation=True)
-            return tokenize(text, self.template.tokenizer)[0]
+            # Of 10,000 tokens 20 ms, in which servers would wait for all other conversations.
+            return await asyncio.to_thread(token_ids, text, self.template.tokenizer)
         except DropPair as reason:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{reason} (its messages: {roles}).", reason.key) from reason
 
     async def _turn(self, trajectory: Trajectory, turns: list[SampledTurn], place: Place) -> None:
         try:
-            prompt, limits = self.prompt(trajectory.messages), self.limits
+            prompt, limits = await self.prompt(trajectory.messages), self.limits
         except UserError as error:
             if not trajectory.turns:
                 raise
@@ -141,6 +141,9 @@ class Player:
             trajectory.ended = "too long"
             return
         sampled = await self._sampled(prompt, trajectory.messages)
+        if sampled.message is None and not sampled.ids:  # a server found no room
+            trajectory.ended = "too long"
+            return
         if sampled.message is None:
             turns.append(SampledTurn(prompt, sampled.ids, sampled.logprobs))
         trajectory.turns += 1
@@ -214,8 +217,7 @@ class Player:
         prompt, completion = said[: trajectory.prompt_messages], said[trajectory.prompt_messages :]
         ids = [token for turn in turns for token in turn.ids]
         for name, call in self.rewards.calls(trajectory.task, prompt, completion, ids, instance).items():
-            by_alarm = self.rewards.functions[self.rewards.names.index(name)] in IN_MAIN_THREAD
-            rewards[name] = call() if by_alarm else await self._limited(place, name, call)
+            rewards[name] = await self._limited(place, name, call)
         trajectory.rewards, trajectory.reward = rewards, self.rewards.total(rewards)
 
     async def _limited(self, place: Place, name: str, function: Callable[[], Any]) -> Any:

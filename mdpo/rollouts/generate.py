@@ -11,6 +11,8 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.turns import sampling_stops
 from mdpo.rollouts.episode import Sampled
 
+ROUND = 8  # turns of a batch, at most
+
 
 def context_length(config) -> int | None:
     """The tokens that a model's positions reach; None where its configuration has no limit."""
@@ -41,7 +43,7 @@ def sampling_config(stops: set[int], pad: int | None, temperature: float) -> Gen
 class Rounds:
     """In use as a context, within a running loop. At most `batch_size` turns are one batch."""
 
-    def __init__(self, model, config: GenerationConfig, seed: int = 42, batch_size: int = 8):
+    def __init__(self, model, config: GenerationConfig, seed: int = 42, batch_size: int = ROUND):
         self.model, self.config, self.batch_size = model.eval(), config, batch_size
         torch.manual_seed(seed)
         model.generation_config = config

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from mdpo.config.loop import Loop
 from mdpo.console import say
 from mdpo.errors import Preempted, UserError
+from mdpo.rollouts.environment import code_files
 from mdpo.rollouts.options import OF_RECIPE, OF_SERVERS, SERVED, flags, keys
 from mdpo.rollouts.sft_recipe import last_checkpoint, sft_values
 from mdpo.rollouts.stage_figures import stage_figures
@@ -28,6 +31,8 @@ from mdpo.storage import replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE, BEGUN = "stage.json", "begun.json"
+CONTENTS = "contents"  # of the files that a finished stage has read
+OF_LAUNCH = ("num_processes", "mixed_precision")  # of an accelerate file: the batch, and its precision
 NO_LIMIT = 2**31 - 1  # tokens: TRL's own max_length would cut at 1024
 SHUTDOWN_S = "600"  # that the launcher leaves its processes for a step and a checkpoint; torch's own are 30
 MODEL = "model"
@@ -36,9 +41,9 @@ TRAJECTORIES, PAIRS = "trajectories.jsonl", "pairs.jsonl"
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. `settings` are what its result depends on: a finished stage of other settings is refused. `anew` is
-    what an interrupted start may have left and the command would refuse; `late` are words that are asked for when it
-    runs."""
+    """One command. `settings` are what its result depends on: a finished stage of other settings is refused; of
+    `files`, which it reads, other contents are said. `anew` is what an interrupted start may have left and the command
+    would refuse; `late` are words that are asked for when it runs."""
 
     folder: Path
     words: list[str]
@@ -46,6 +51,7 @@ class Stage:
     anew: Path | None = None
     strict: bool = False  # an interrupted start of other settings is refused too: the command would mix them
     late: Callable[[], list[str]] = list
+    files: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
@@ -66,10 +72,16 @@ class Stage:
         if not (self.folder / file).exists():
             return False
         theirs = json.loads((self.folder / file).read_text(encoding="utf-8"))
+        theirs.pop(CONTENTS, None)
         changed = sorted(k for k in theirs.keys() | self.settings.keys() if theirs.get(k) != self.settings.get(k))
         if changed:
             raise UserError(f"{self.folder}: {what}, with other values of {', '.join(changed)}. {advice}.", changed[0])
         return True
+
+    def edited(self) -> list[str]:
+        """The files that have been edited since a finished stage read them."""
+        theirs = json.loads((self.folder / DONE).read_text(encoding="utf-8")).get(CONTENTS, {})
+        return sorted(path for path, digest in contents_of(tuple(theirs)).items() if digest != theirs[path])
 
     def run(self) -> None:
         """Raises UserError where the command fails, Preempted where it was asked to stop."""
@@ -79,7 +91,7 @@ class Stage:
         if self.anew:
             for path in (self.anew, *self.folder.glob(".merge-*")):
                 shutil.rmtree(path, ignore_errors=True)
-        command = self.command
+        command, contents = self.command, contents_of(self.files)
         say(f"{self.folder}: {shlex.join(command)}")
         own = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_S, **os.environ}
         process = subprocess.Popen(command, preexec_fn=end_with_parent, env=own)  # noqa: PLW1509
@@ -93,7 +105,17 @@ class Stage:
             raise Preempted("its command")
         if code:
             raise UserError(f"{self.folder}: its command ended with {code}; its error is above.", "stage")
-        replace_text(self.folder / DONE, json.dumps(self.settings, indent=1))
+        self.finish(contents)
+
+    def finish(self, contents: dict[str, str]) -> None:
+        """Writes down that the folder is whole, and what the command read."""
+        replace_text(self.folder / DONE, json.dumps({**self.settings, CONTENTS: contents}, indent=1))
+
+
+def contents_of(files: tuple[str, ...]) -> dict[str, str]:
+    """A digest of each file; "" of one that is not there."""
+    paths = {file: Path(file) for file in files}
+    return {f: xxhash.xxh3_64_hexdigest(path.read_bytes()) if path.is_file() else "" for f, path in paths.items()}
 
 
 class Iterations:
@@ -136,7 +158,7 @@ class Iterations:
         command = [sys.executable, str(ROOT / "scripts/sft_rows.py"), str(loop.sft_data), "--recipe", loop.recipe]
         command += ["--out", str(folder), *keys({"model_name_or_path": self.given, "max_length": self.max_length})]
         settings = {"recipe": loop.recipe, "sft_data": loop.sft_data, "policy": self.given}
-        return Stage(folder, command, {**settings, "max_length": self.max_length})
+        return Stage(folder, command, {**settings, "max_length": self.max_length}, files=(str(loop.sft_data),))
 
     def sft(self) -> Stage:
         """TRL's. Its last whole checkpoint is resumed, where its recipe writes any."""
@@ -147,6 +169,7 @@ class Iterations:
         own |= {"max_length": str(self.max_length or NO_LIMIT)}
         command += keys(own | ({"resume_from_checkpoint": str(last)} if last else {}))
         settings = {"sft": values, "sft_data": loop.sft_data, "policy": self.given, "max_length": self.max_length}
+        settings |= {key: value for key, value in self.keys.items() if key in OF_LAUNCH}
         return Stage(folder, command, settings, strict=True)
 
     def _launcher(self, script: list[str]) -> list[str]:
@@ -169,11 +192,10 @@ class Iterations:
         command = [sys.executable, str(ROOT / "scripts/sample.py"), policy, "--recipe", self.loop.recipe]
         command += [f"--model_name_or_path={policy}"]  # whose tokenizer and chat template training uses
         command += ["--tasks", tasks, "--save", str(folder / TRAJECTORIES), *flags(options)]
-        chosen = {name: value for name, value in options.items() if name not in ("in_flight", *OF_SERVERS)}
+        chosen = {n: v for n, v in options.items() if n not in ("in_flight", "tools_at_once", "processes", *OF_SERVERS)}
         own = {key: value for key, value in self.keys.items() if key in OF_RECIPE}
-        return Stage(
-            folder, command, {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen, **own}
-        )
+        settings = {"recipe": self.loop.recipe, "tasks": tasks, "policy": policy, stage: chosen, **own}
+        return Stage(folder, command, settings, files=(tasks, *code_files(options)))
 
     def paired(self, n: int) -> Stage:
         folder, source = self.folder(n, "pair"), self.folder(n, "sample") / TRAJECTORIES
@@ -200,9 +222,11 @@ class Iterations:
         return Stage(folder, command, settings, late=anew)
 
     def merged(self, n: int) -> Stage:
-        """A model as any other of the adapter that training wrote."""
+        """A model as any other of the adapter that training wrote. What rounding leaves of the change is what the next
+        stages sample, judge and train: a loop does not end with it."""
         folder, adapter = self.folder(n, "merge"), self.folder(n, "train")
         command = [sys.executable, str(ROOT / "scripts/merge_adapter.py"), str(adapter), str(folder / MODEL)]
+        command.append("--keep_rounded")
         return Stage(folder, command, {"recipe": self.loop.recipe}, anew=folder / MODEL)
 
     def run(self, after: Callable[[int, Stage], bool]) -> None:
@@ -236,5 +260,14 @@ def figures_of(folder: Path) -> dict[str, Any]:
 
 
 def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the share of right answers is below the 95 % interval of the one before."""
-    return now["accuracy"] < wilson(before["accuracy"], before["tasks"])[0]
+    """Whether the share of right answers is below the 95 % interval of the one before, those left out whose environment
+    failed; the mean reward, where no answer was right before, as where a judge gives parts of 1."""
+    if not before["accuracy"] and before["reward_interval"]:
+        return now["reward"] is None or now["reward"] < before["reward_interval"][0]
+    return _played(now) < wilson(_played(before), before["tasks"])[0]
+
+
+def _played(figures: dict[str, Any]) -> float:
+    """The share of right answers among the conversations that the environment did not end."""
+    played = figures["conversations"] - figures["ended"]["environment error"]
+    return figures["accuracy"] * figures["conversations"] / played if played else 0.0

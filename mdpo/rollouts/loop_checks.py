@@ -8,8 +8,11 @@ import yaml
 
 from mdpo.config.loop import Loop
 from mdpo.errors import UserError
+from mdpo.rollouts.iterations import OF_LAUNCH
 from mdpo.rollouts.options import SamplingOptions
+from mdpo.rollouts.processes import counted
 from mdpo.rollouts.sampling import played_in
+from mdpo.rollouts.server_commands import device_groups
 from mdpo.runs.run_fingerprint import FREE
 
 
@@ -28,12 +31,24 @@ def refuse_missing(loop: Loop, *keys: str) -> None:
             raise UserError(f"{key}: there is no file {path}.", key)
 
 
+def launch_keys(loop: Loop) -> dict[str, Any]:
+    """Of the accelerate file what results of training depend on."""
+    said = _said(loop)
+    return {key: said[key] for key in OF_LAUNCH if key in said}
+
+
+def _said(loop: Loop) -> dict[str, Any]:
+    if loop.accelerate_config is None:
+        return {}
+    said = yaml.safe_load(Path(loop.accelerate_config).read_text(encoding="utf-8"))
+    return said if isinstance(said, dict) else {}
+
+
 def check_launch(loop: Loop) -> None:
     """Raises UserError for an accelerate file that a loop, which starts one launcher on this machine, cannot use."""
     if loop.accelerate_config is None:
         return
-    said = yaml.safe_load(Path(loop.accelerate_config).read_text(encoding="utf-8"))
-    said = said if isinstance(said, dict) else {}
+    said = _said(loop)
     where = f"accelerate_config: {loop.accelerate_config}"
     if (machines := said.get("num_machines") or 1) != 1:
         raise UserError(
@@ -54,13 +69,19 @@ def check_launch(loop: Loop) -> None:
         )
 
 
-def check_sampling(name: str, tasks: str, options: SamplingOptions) -> None:
-    """Raises UserError for what sampling would refuse before it loads weights, of the section `name`, and for servers
-    that cannot have the loop's policies."""
+def check_sampling(name: str, tasks: str, options: SamplingOptions, device: str) -> None:
+    """Raises UserError for what sampling would refuse before it loads weights, of the section `name`, on a `device`
+    such as "cuda", and for servers that cannot have the loop's policies."""
     if options.base_url:
         raise UserError(
             f"{name}: base_url: a server that is there serves one policy, and each iteration has another. Give serve, "
             "which starts servers of each.",
             name,
         )
+    try:
+        counted(options, device)
+        if device == "cuda":
+            device_groups(options.servers, options.gpus_per_server or 0)
+    except UserError as error:
+        raise UserError(f"{name}: {str(error).removeprefix('--')}", error.key) from None
     played_in(tasks, options)

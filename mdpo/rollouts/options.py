@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from mdpo.errors import UserError
 from mdpo.rollouts.server_commands import served_words
 
+AUTO = 0  # processes: as many as fit the device
 IN_FLIGHT = 64  # conversations at a time: each one that waits for a tool leaves its place in the batch to another
 
 
@@ -32,6 +34,7 @@ class SamplingOptions:
     serve: str = ""
     servers: int = 1
     gpus_per_server: int | None = None
+    processes: int = 1  # or AUTO
     samples: int = 1
     temperature: float = 0.0
     seed: int = 42
@@ -39,14 +42,22 @@ class SamplingOptions:
     max_new_tokens: int = 512
     code_seconds: float = 10.0
     tool_seconds: float = 60.0
-    in_flight: int | None = None  # 64, with servers for each of them
+    in_flight: int | None = None  # 64, with servers or processes for each of them
+    tools_at_once: int | None = None  # of maths the cores, else as many as conversations
     shard: tuple[int, int] = (0, 1)
     isolated: bool = True
 
     @property
     def places(self) -> int:
         """Conversations at a time."""
-        return self.in_flight or IN_FLIGHT * max(self.servers, len(self.base_url))
+        return self.in_flight or IN_FLIGHT * max(self.servers, len(self.base_url), self.processes)
+
+    @property
+    def slots(self) -> int:
+        """Calls of tools, resets and rewards at a time. More programs than cores would spend their own time limits
+        waiting; what else a tool does, most wait: for a server, a container, a judge."""
+        own = self.environment or self.tools
+        return self.tools_at_once or (self.places if own else len(os.sched_getaffinity(0)))
 
 
 def listed(kind: type) -> Callable[[str], tuple]:
@@ -55,6 +66,14 @@ def listed(kind: type) -> Callable[[str], tuple]:
 
     read.__name__ = f"{kind.__name__},…"
     return read
+
+
+def number_or_auto(text: str) -> int:
+    if text == "auto":
+        return AUTO
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -87,13 +106,23 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     "instruction": (str, None, "text in front of each question, with an empty line between"),
     "max_turns": (int, 1, "turns of the model in a conversation, at most"),
     "max_new_tokens": (int, 1, "tokens in a turn, at most"),
-    "in_flight": (int, 1, f"conversations at a time, at most (default {IN_FLIGHT}, for each server)"),
+    "in_flight": (int, 1, f"conversations at a time, at most (default {IN_FLIGHT}, for each server or process)"),
+    "tools_at_once": (
+        int,
+        1,
+        "calls of tools, resets and rewards at a time, at most (default: as many as conversations; of maths the cores)",
+    ),
     "backend": (("transformers", "generate", *SERVED), None, HOW),
     "base_url": (listed(str), None, "of servers that serve CHECKPOINT, such as http://127.0.0.1:8000/v1"),
     "served_model": (str, None, "what the servers call CHECKPOINT (default: as it is written here)"),
     "serve": (str, None, "in place of --base_url: starts servers by this command, with {model} and {port} in it"),
     "servers": (int, 1, "servers that --serve starts"),
     "gpus_per_server": (int, 1, "each server has that many of the GPUs (default: its environment is as it is)"),
+    "processes": (
+        number_or_auto,
+        None,
+        "that generate: each has a GPU of its own, or its share of a CPU's threads; auto: one a GPU, two on a CPU",
+    ),
     "temperature": (float, 0, "0 takes the most likely token"),
     "samples": (int, 1, "conversations for each task; needs a temperature"),
     "seed": (int, 0, "seed of sampling; what joins a batch when depends on the machine"),
@@ -110,7 +139,15 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
 OF_SERVERS = ("base_url", "served_model", "serve", "servers", "gpus_per_server")
 # Keys of a recipe that sampling reads too.
 OF_RECIPE = ("dtype", "chat_template", "chat_template_kwargs", "tokenizer_name_or_path", "attn_implementation")
-NOT_OF_A_TRAJECTORY = ("save", "in_flight", "shard", "samples", *OF_SERVERS)  # options that change nothing in one
+NOT_OF_A_TRAJECTORY = (
+    "save",
+    "in_flight",
+    "tools_at_once",
+    "shard",
+    "samples",
+    "processes",
+    *OF_SERVERS,
+)  # options that change nothing in one
 OF_MATHS = "with --environment or --tools"
 SAMPLED = ("samples", "seed")  # need a temperature
 DEFAULTS = {field.name: field.default for field in fields(SamplingOptions)}
@@ -133,6 +170,7 @@ def read_options(args: argparse.Namespace, save: Path) -> SamplingOptions:
         (SAMPLED, args.temperature, "at temperature 0; set --temperature"),
         (("base_url", "served_model", "serve"), args.backend in SERVED, "without --backend server"),
         (("servers", "gpus_per_server"), args.serve, "without --serve"),
+        (("processes",), args.backend not in SERVED, f"with --backend {args.backend}; see --servers"),
         (
             ("seed",),
             args.backend not in SERVED,

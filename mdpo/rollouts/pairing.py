@@ -2,43 +2,26 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from mdpo.data.files import json_rows
+from tqdm.auto import tqdm
+
+from mdpo.data.files import placed_rows, row_at
 from mdpo.data.groups import AnswerPairs
 from mdpo.errors import UserError
-from mdpo.types import Message
+from mdpo.rollouts.scored import Scored, same_turns, scored
 
 UNFINISHED = ("cut", "too long", "refused", "environment error")
 NO_REWARD, NOT_ENDED, REPEATED = "without a reward", "not ended by the policy", "the same as an earlier one"
 FEWER, ALIKE, NO_BRANCH = "fewer than two left", "no two differ in reward", "no two went the same way for a turn"
 HALF = "with half of a surrogate pair, which no UTF-8 text has"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One trajectory of anybody's: `messages`, its reward, its recorded sequences if it has any."""
-
-    messages: list[Message]
-    reward: float
-    sequences: list[dict[str, list]] = field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
-    n_prompt: int = 0  # messages before the policy's first turn
-
-    @property
-    def length(self) -> int:
-        """Of what the policy wrote: in sampled tokens, else in characters."""
-        if self.sequences:
-            return sum(sum(sequence["assistant_masks"]) for sequence in self.sequences)
-        return sum(len(json.dumps(m, ensure_ascii=False)) for m in self.messages if m.get("role") == "assistant")
-
-    def side(self) -> Any:
-        """As a row has it."""
-        return {"messages": self.messages, "sequences": self.sequences} if self.sequences else self.messages
+CACHED = 32  # trajectories of a task that are in several of its pairs
 
 
 @dataclass(frozen=True)
@@ -72,16 +55,6 @@ class Pairing:
             two.sort(key=lambda pair: abs(pair[0].length - pair[1].length))
         limit = self.max_pairs_per_prompt or (1 if self.by == "best_worst" else None)
         return two[:limit]
-
-
-def same_turns(a: Scored, b: Scored) -> int:
-    """The policy's turns that two trajectories begin with alike, and after which both went on."""
-    turns = 0
-    for number, (one, other) in enumerate(zip(a.messages[:-1], b.messages[:-1], strict=False)):
-        if one != other:
-            break
-        turns += number >= a.n_prompt and one.get("role") == "assistant"
-    return turns
 
 
 @dataclass
@@ -119,23 +92,45 @@ def report_of(pairs: Path) -> Path:
 
 def paired_rows(
     paths: Iterable[Path], pairing: Pairing, max_length: int | None = None
-) -> tuple[list[dict[str, Any]], Report]:
+) -> tuple[Iterator[dict[str, Any]], Report]:
     """(rows for a recipe's dataset, report), without trajectories of a recorded sequence over `max_length` tokens:
-    training would drop their pairs. Raises UserError."""
-    report, rows = Report(), list[dict[str, Any]]()
-    tasks = by_task(paths, report, max_length)
-    report.tasks = len(tasks)
-    for key, found in tasks.items():
-        pairs = pairing.pairs(found, key)
-        if not pairs:
-            report.unpaired[why_unpaired(found, pairing)] += 1
-        for number, (chosen, rejected) in enumerate(pairs):
-            row = {"chosen": chosen.side(), "rejected": rejected.side(), "id": f"{key}-{number}"}
-            rows.append({**row, "tools": chosen.tools} if chosen.tools else row)
-            report.longer += chosen.length > rejected.length
-        report.paired += bool(pairs)
-    report.pairs = len(rows)
-    return rows, report
+    training would drop their pairs. The rows are made one by one, and the report is whole when they are at their end.
+    Raises UserError, while the rows are made."""
+    report = Report()
+    return _rows(paths, pairing, max_length, report), report
+
+
+def _rows(paths: Iterable[Path], pairing: Pairing, max_length: int | None, report: Report) -> Iterator[dict[str, Any]]:
+    with TemporaryDirectory(prefix="mdpo-pairs-") as folder:
+        tasks = by_task(paths, report, max_length, Path(folder, "copies.jsonl"))
+        report.tasks = len(tasks)
+        for key, found in tqdm(tasks.items(), desc="pairing", unit=" tasks", delay=3, disable=None):
+            read = lru_cache(maxsize=CACHED)(row_of)
+            pairs = pairing.pairs(found, key)
+            if not pairs:
+                report.unpaired[why_unpaired(found, pairing)] += 1
+            for number, (chosen, rejected) in enumerate(pairs):
+                better, worse = read(chosen), read(rejected)
+                row = {"chosen": side(better), "rejected": side(worse), "id": f"{key}-{number}"}
+                yield {**row, "tools": better["tools"]} if better.get("tools") else row
+                report.longer += chosen.length > rejected.length
+            report.pairs += len(pairs)
+            report.paired += bool(pairs)
+
+
+def row_of(one: Scored) -> dict[str, Any]:
+    """From the disk. Raises UserError where another trajectory is there by now."""
+    assert one.place is not None
+    path, begin = one.place
+    row = row_at(path, begin)
+    if read_scored(row, f"{path}, byte {begin}", Report())[1] != one:
+        raise UserError(f"trajectories: {path} was changed while its pairs were made.", "trajectories")
+    return row
+
+
+def side(row: dict[str, Any]) -> Any:
+    """Of a trajectory, as a row of pairs has it."""
+    return {"messages": row["messages"], "sequences": row["sequences"]} if row.get("sequences") else row["messages"]
 
 
 def why_unpaired(found: list[Scored], pairing: Pairing) -> str:
@@ -149,26 +144,36 @@ def why_unpaired(found: list[Scored], pairing: Pairing) -> str:
     return NO_BRANCH
 
 
-def by_task(paths: Iterable[Path], report: Report, max_length: int | None = None) -> dict[str, list[Scored]]:
-    """key -> its trajectories, each once, in the order of the files. Raises UserError."""
+def by_task(paths: Iterable[Path], report: Report, max_length: int | None, copies: Path) -> dict[str, list[Scored]]:
+    """key -> its trajectories, each once, in the order of the files. Those of files that cannot be read from their
+    middle are written to `copies`. Raises UserError."""
     tasks: dict[str, list[Scored]] = {}
     for path in paths:
         if not path.is_file():
             raise UserError(f"trajectories: there is no file {path}.")
-        for place, row in json_rows(str(path)):
-            key, one = read_scored(row, f"{path}:{place}", report)
+        rows = tqdm(placed_rows(str(path)), desc=f"reading {path}", unit=" rows", delay=3, disable=None)
+        for number, begin, row in rows:
+            key, one = read_scored(row, f"{path}:{number}", report)
             report.trajectories += 1
             found = tasks.setdefault(key, [])
             if one is None:
                 continue
-            if max_length and any(len(sequence["input_ids"]) > max_length for sequence in one.sequences):
+            if max_length and any(len(sequence["input_ids"]) > max_length for sequence in row.get("sequences") or []):
                 report.left_out[f"longer than max_length {max_length}"] += 1
                 continue
-            if any(one.messages == other.messages for other in found):
+            if any(one.digest == other.digest for other in found):
                 report.left_out[REPEATED] += 1
                 continue
-            found.append(one)
+            found.append(replace(one, place=copied(row, copies) if begin is None else (path, begin)))
     return tasks
+
+
+def copied(row: dict[str, Any], copies: Path) -> tuple[Path, int]:
+    """The place of a row in `copies`, at whose end it is written."""
+    with copies.open("ab") as file:
+        begin = file.tell()
+        file.write(json.dumps(row).encode() + b"\n")
+    return copies, begin
 
 
 def read_scored(row: dict[str, Any], where: str, report: Report) -> tuple[str, Scored | None]:
@@ -190,9 +195,12 @@ def read_scored(row: dict[str, Any], where: str, report: Report) -> tuple[str, S
     if has_half_pairs(row):
         report.left_out[HALF] += 1
         return key, None
-    return key, Scored(
-        messages, float(reward), row.get("sequences") or [], row.get("tools"), row.get("prompt_messages") or 0
-    )
+    n_prompt = row.get("prompt_messages")
+    try:
+        n_prompt = n_prompt if isinstance(n_prompt, int) else 0
+        return key, scored(messages, float(reward), row.get("sequences") or [], n_prompt)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: sequences have no assistant_masks ({error}).", "sequences") from error
 
 
 def check_reward(reward: Any, where: str) -> None:

@@ -5,10 +5,12 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from tqdm.auto import tqdm
 
 from mdpo.errors import UserError
 from mdpo.rollouts.tasks import Task
@@ -19,6 +21,8 @@ ENDS = ("done", "cut", "too long", "max turns", "refused", "environment error")
 
 RIGHT = "right_answer"  # the reward of maths, by the function of that name
 ROUNDING = 1e-9  # of a sum of weighted rewards
+BEGIN = b'{"key"'  # of each line
+BLOCK = 1 << 16
 
 
 @dataclass
@@ -114,34 +118,59 @@ class Records:
         self.done = self._read()
 
     def _read(self) -> list[Trajectory]:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        tail, first = data[whole:], b'{"key"'
-        if not (tail.startswith(first) or first.startswith(tail)):
-            raise UserError(f"{self.path}: is no file of trajectories.", "save")
-        try:
-            lines = data[:whole].decode("utf-8").split("\n")[:-1]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: is not UTF-8 text (byte {error.start}).", "save") from None
-        done = [read_trajectory(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1)]
-        for number, trajectory in enumerate(done, 1):
-            theirs = {"policy": trajectory.policy, **trajectory.settings}
-            ours = {"policy": self.policy, **self.settings}
-            others = [f"{name} {theirs.get(name)!r}, now {value!r}" for name, value in ours.items()
-                      if theirs.get(name) != value]  # fmt: skip
-            if others:
-                raise UserError(
-                    f"{self.path}:{number}: was sampled with {'; '.join(others)}. Give another file, or remove it.",
-                    "save",
-                )
+        """One line at a time is in memory: a stage may have tens of GB of them."""
+        done, tasks = list[Trajectory](), dict[str, dict[str, Any]]()
+        with self.path.open("rb") as file:
+            whole, size = whole_lines(file), os.fstat(file.fileno()).st_size
+            file.seek(whole)
+            begin = file.read(len(BEGIN))
+            if not (begin == BEGIN or BEGIN.startswith(begin)):
+                raise UserError(f"{self.path}: is no file of trajectories.", "save")
+            texts = self._texts(file, whole)
+            for number, text in enumerate(texts, 1):
+                try:
+                    one = read_trajectory(text, f"{self.path}:{number}")
+                except UserError:
+                    for _ in texts:  # of a file that is no text at all, that is what is said
+                        pass
+                    raise
+                self._refuse_others(one, number)
+                task = tasks.setdefault(one.key, one.task)  # one for all samples
+                one.task, one.policy, one.settings = task if task == one.task else one.task, self.policy, self.settings
+                done.append(brief(one))
         twice = [key for key, n in Counter((t.key, t.sample) for t in done).items() if n > 1]
         if twice:
             raise UserError(f"{self.path}: {twice[0][0]!r}, sample {twice[0][1]}, is there twice.", "save")
-        if tail:  # nothing of another file has been touched
-            self.torn = len(tail)
-            with self.path.open("rb+") as file:
-                file.truncate(whole)
-        return [brief(trajectory) for trajectory in done]
+        self.torn = size - whole
+        if self.torn:  # nothing of another file has been touched
+            os.truncate(self.path, whole)
+        return done
+
+    def _texts(self, file: BinaryIO, whole: int) -> Iterator[str]:
+        """The lines of the first `whole` bytes. Raises UserError."""
+        file.seek(0)
+        name, begin = f"reading {self.path}", 0
+        with tqdm(total=whole, unit="B", unit_scale=True, desc=name, delay=3, disable=None) as bar:
+            while begin < whole:
+                line = file.readline()
+                try:
+                    text = line[:-1].decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{self.path}: is not UTF-8 text (byte {begin + error.start}).", "save") from None
+                yield text
+                begin += len(line)
+                bar.update(len(line))
+
+    def _refuse_others(self, trajectory: Trajectory, number: int) -> None:
+        theirs = {"policy": trajectory.policy, **trajectory.settings}
+        ours = {"policy": self.policy, **self.settings}
+        others = [f"{name} {theirs.get(name)!r}, now {value!r}" for name, value in ours.items()
+                  if theirs.get(name) != value]  # fmt: skip
+        if others:
+            raise UserError(
+                f"{self.path}:{number}: was sampled with {'; '.join(others)}. Give another file, or remove it.",
+                "save",
+            )
 
     def missing(self, wanted: list[tuple[Task, int]]) -> list[tuple[Task, int]]:
         """Of (task, sample) those that have not ended yet. Raises UserError where the file has others."""
@@ -171,6 +200,18 @@ class Records:
     def close(self) -> None:
         self._file.close()
         self._lock.close()
+
+
+def whole_lines(file: BinaryIO) -> int:
+    """The bytes up to and with the last line end, looked for from the end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - BLOCK)
+        file.seek(begin)
+        if (found := file.read(end - begin).rfind(b"\n")) >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 def brief(trajectory: Trajectory) -> Trajectory:

@@ -96,14 +96,11 @@ def checked_reward(name: str, value: Any) -> float | None:
 
 def right_answer(completions: list[list[Message]], answer: list[Any], **_: Any) -> list[float]:
     """A reward function of TRL's form: 1 where the last turn's \\boxed{} outside code is the row's `answer` by
-    math-verify, else 0. In the main thread only (see `is_right`)."""
+    math-verify, else 0."""
     return [
         float(is_right(final_answer(completion), gold_answer(gold)))
         for completion, gold in zip(completions, answer, strict=True)
     ]
-
-
-IN_MAIN_THREAD = {right_answer}  # math-verify sets an alarm
 
 
 def final_answer(completion: list[Message]) -> str | None:

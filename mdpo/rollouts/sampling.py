@@ -1,8 +1,9 @@
 """The trajectories of a checkpoint. What can fail before weights are loaded fails in `prepare`."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -24,9 +25,10 @@ from mdpo.rollouts.continuous import ContinuousBatching
 from mdpo.rollouts.driver import ENVIRONMENT, ByEnvironment, Plays, jobs, roll_out
 from mdpo.rollouts.environment import Environments, environments_of, load_object
 from mdpo.rollouts.episode import Backend, Limits, Player
-from mdpo.rollouts.generate import Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
+from mdpo.rollouts.generate import ROUND, Rounds, context_length, refuse_hidden_tool_role, sampling_config, stop_ids
 from mdpo.rollouts.load_policy import adapter_config, load_policy
 from mdpo.rollouts.options import NOT_OF_A_TRAJECTORY, SERVED, SamplingOptions
+from mdpo.rollouts.processes import Processes, counted
 from mdpo.rollouts.python_maths import python_tool
 from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.rewards import Rewards, right_answer
@@ -37,7 +39,6 @@ from mdpo.rollouts.serving import Servers, servable
 from mdpo.rollouts.tasks import Task, read_tasks
 
 CODE_START_S = 30.0  # beside a program's own limit: the sandbox's start on a busy machine
-BACKENDS = {"transformers": ContinuousBatching, "generate": Rounds}
 ASKED = {"server": Server, "chat": Chat}
 
 
@@ -53,9 +54,19 @@ class Prepared:
     def player(self, backend: Backend, stops: set[int], context: int | None) -> Plays:
         """Raises UserError where no turn fits into the model's context."""
         limits, hung = limits_of(self.options, context), list[tuple[str, Thread]]()
+        slots = asyncio.Semaphore(self.options.slots)
         players = {
             name: Player(
-                backend, self.template, stops, form, environments, self.rewards, limits, hung, name and ENVIRONMENT
+                backend,
+                self.template,
+                stops,
+                form,
+                environments,
+                self.rewards,
+                limits,
+                hung,
+                name and ENVIRONMENT,
+                slots,
             )
             for name, (environments, form) in self.places.items()
         }
@@ -65,6 +76,7 @@ class Prepared:
 
 def prepare(path: str, options: SamplingOptions, recipe: Recipe, tokenizer) -> Prepared:
     """Reads the tasks, makes an environment, and asks the template. Raises UserError."""
+    options = counted(options, recipe.training.device.type)
     template = ChatTemplate(tokenizer, recipe.data.chat_template_kwargs)
     found, rewards, tasks = played_in(path, options)
     kind = options.tool_calls if options.environment or options.tools else "python"
@@ -130,7 +142,9 @@ def sample(prepared: Prepared, checkpoint: str, recipe: Recipe) -> list[Trajecto
     wanted = jobs(prepared.tasks[shard[0] :: shard[1]], options.samples, options.places)
     if not wanted:
         raise UserError("--shard: has no task of the file.")
-    if records.missing(wanted):
+    if missing := records.missing(wanted):
+        # No process without a conversation.
+        prepared = replace(prepared, options=replace(options, processes=min(options.processes, len(missing))))
         seed = options.seed + len(records.done)  # after a kill the same noise would give copies
         with backend_of(checkpoint, recipe, prepared, seed) as (backend, stops, context):
             player = prepared.player(backend, stops, context)
@@ -162,11 +176,27 @@ def backend_of(
                 lengths = [context_length(config), *served_lengths]
                 yield server, stops, min((n for n in lengths if n), default=None)
         return
+    if options.processes > 1:
+        with Processes(checkpoint, recipe, options, seed) as backend:
+            yield backend, backend.stops, backend.context
+        return
+    with loaded(checkpoint, recipe, template, options, seed) as found:
+        yield found
+
+
+@contextmanager
+def loaded(
+    checkpoint: str, recipe: Recipe, template: ChatTemplate, options: SamplingOptions, seed: int
+) -> Iterator[tuple[Backend, set[int], int | None]]:
+    """What `backend_of` gives, of a policy in this process."""
     model = load_policy(checkpoint, recipe)
     stops = stop_ids(model.generation_config, template)
     sampling = sampling_config(stops, template.tokenizer.pad_token_id, options.temperature)
-    batch = {"batch_size": options.in_flight} if options.backend == "generate" and options.in_flight else {}
-    with BACKENDS[options.backend](model, sampling, seed, **batch) as backend:
+    if options.backend == "generate":
+        own: Any = Rounds(model, sampling, seed, options.in_flight or ROUND)
+    else:
+        own = ContinuousBatching(model, sampling, seed, 1 / options.processes)
+    with own as backend:
         yield backend, stops, context_length(model.config)
 
 

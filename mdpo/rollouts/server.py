@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from mdpo.console import first_line, say
+from mdpo.data.recorded import ROUNDING, finite
 from mdpo.errors import UserError
 from mdpo.rollouts.episode import Sampled
 from mdpo.rollouts.serving import LOOK_S, Servers
@@ -29,6 +30,10 @@ class BadAnswer(Exception):
     """The server answered something that is no turn."""
 
 
+class NoToken(BadAnswer):
+    """It says that a limit ended a turn without a token."""
+
+
 @dataclass
 class Server:
     """One address or more; a request goes to the one with the fewest in flight, after a failure to another. In use as a
@@ -45,6 +50,7 @@ class Server:
     own: Servers | None = None
     in_flight: dict[str, int] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)  # why -> how often
+    spoke: bool = False  # a turn has come back
 
     def __enter__(self) -> "Server":
         self.in_flight = dict.fromkeys(self.addresses, 0)
@@ -71,6 +77,7 @@ class Server:
         return "serve" if self.own else "base_url"
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
+        """Without ids where the server has turns, but none for this prompt."""
         body = {
             "model": self.model,
             "prompt": prompt,
@@ -82,10 +89,16 @@ class Server:
             "return_token_ids": True,
             "logprobs": 1,
         }
-        return await self._tried("/completions", body, lambda answer: self._read(answer, max_new_tokens))
+        try:
+            sampled = await self._tried("/completions", body, lambda answer: self._read(answer, prompt, max_new_tokens))
+        except NoToken:
+            return Sampled([], cut=True)
+        self.spoke = True
+        return sampled
 
     async def _tried(self, path: str, body: dict[str, Any], read) -> Any:
-        """What `read` makes of the answer; network errors, refusals for load and bad answers are tried again."""
+        """What `read` makes of the answer; network errors, refusals for load and bad answers are tried again.
+        Raises UserError, or NoToken if that is what other prompts do not get."""
         why, failed, number = "", dict.fromkeys(self.addresses, 0), 0
         while number < TRIES:
             if why:
@@ -106,7 +119,9 @@ class Server:
                     )
                 else:
                     return read(_json(answer))
-            except (httpx.TransportError, BadAnswer) as error:
+            except (httpx.RequestError, BadAnswer) as error:
+                if isinstance(error, NoToken) and self.spoke and number == TRIES - 1:
+                    raise
                 why = f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
             finally:
                 self.in_flight[address] -= 1
@@ -122,9 +137,13 @@ class Server:
             await asyncio.sleep(LOOK_S)
         return up
 
-    def _read(self, answer: Any, most: int) -> Sampled:
-        """A turn from an answer of /v1/completions. Raises BadAnswer, and UserError for a server without token ids."""
+    def _read(self, answer: Any, prompt: list[int], most: int) -> Sampled:
+        """A turn from an answer of /v1/completions. Raises BadAnswer, and UserError for a server without token ids, or
+        one that has changed the prompt."""
         choice = only_choice(answer)
+        given = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+        if given is not None and given != prompt:
+            raise UserError(f"{self.option}: {changed(prompt, given)}")
         if choice.get("token_ids") is None:
             raise UserError(
                 f"{self.option}: the server returns no token_ids. vLLM and SGLang do, by return_token_ids; "
@@ -137,16 +156,15 @@ class Server:
             raise BadAnswer(f"{len(ids)} token_ids where {most} were asked for")
         if reason not in ("stop", "length"):
             raise BadAnswer(f"finish_reason {reason!r:.40}")
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        if reason == "stop" and (not ids or ids[-1] not in self.stops):  # the stop was sampled, and is not returned
-            stop = choice.get("stop_reason")
-            if stop not in self.stops and len(self.stops) > 1:
+        stopped = reason == "stop" and (not ids or ids[-1] not in self.stops)
+        if stopped:  # the stop was sampled, and is not returned
+            stop = next((own for own in self.stops if own == choice.get("stop_reason")), None)
+            if stop is None and len(self.stops) > 1:
                 raise BadAnswer("finish_reason stop without the token that ended the turn")
-            ids, logprobs = [*ids, stop if stop in self.stops else min(self.stops)], None
+            ids = [*ids, min(self.stops) if stop is None else stop]
         if not ids:
-            raise BadAnswer("no token came back")
-        if logprobs is not None and len(logprobs) != len(ids):
-            raise BadAnswer(f"{len(logprobs)} logprobs beside {len(ids)} token_ids")
+            raise NoToken("no token came back")
+        logprobs = None if stopped else read_logprobs(choice.get("logprobs"), ids)
         return Sampled(ids, cut=reason == "length" and ids[-1] not in self.stops, logprobs=logprobs)
 
 
@@ -158,6 +176,28 @@ def only_choice(answer: Any) -> dict[str, Any]:
     return choices[0]
 
 
+def read_logprobs(given: Any, ids: list[int]) -> list[float] | None:
+    """One for each id, as recorded rows may have them; None where the server knows none. Raises BadAnswer."""
+    if not isinstance(given, dict | None):
+        raise BadAnswer("logprobs are no object")
+    if not given or (logprobs := given.get("token_logprobs")) is None:
+        return None
+    if not isinstance(logprobs, list) or not all(x is None or (finite(x) and x <= ROUNDING) for x in logprobs):
+        raise BadAnswer("token_logprobs are no list of finite numbers up to 0")
+    if len(logprobs) != len(ids):
+        raise BadAnswer(f"{len(logprobs)} logprobs beside {len(ids)} token_ids")
+    return logprobs
+
+
+def changed(prompt: list[int], given: Any) -> str:
+    """What a server has made of a prompt."""
+    how = f"samples behind {len(given)} prompt_token_ids" if isinstance(given, list) else "returns prompt_token_ids"
+    return (
+        f"the server {how} that are not the {len(prompt)} that it was sent. It must not shorten or change prompts: "
+        "start it with a longer context, without truncation and without tokens of its own."
+    )
+
+
 def served_context(address: str, model: str, listed: bool = True) -> int | None:
     """The tokens of context that a server serves a model with (vLLM's `max_model_len`); None where it does not say.
     Raises UserError where it serves others only, by a list that should have it (`listed`)."""
@@ -166,7 +206,7 @@ def served_context(address: str, model: str, listed: bool = True) -> int | None:
     try:
         with httpx.Client(trust_env=False, follow_redirects=False, timeout=30.0, headers=headers) as client:
             served = client.get(address.rstrip("/") + "/models").json()["data"]
-        names = {entry["id"]: entry.get("max_model_len") for entry in served}
+        names = {entry["id"]: n if type(n := entry.get("max_model_len")) is int else None for entry in served}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return None  # it may begin later, or have no such list
     if listed and model not in names:

@@ -29,15 +29,15 @@ def served_words(command: str, model: str = "model", port: int = 0) -> list[str]
     return [word.replace("{model}", model).replace("{port}", str(port)) for word in words]
 
 
-def device_groups(count: int, gpus: int) -> list[dict[str, str]]:
-    """CUDA_VISIBLE_DEVICES of each server: the next `gpus` of this process's own. Raises UserError where there are
-    fewer. Example: count 2, gpus 2, CUDA_VISIBLE_DEVICES=4,5,6,7 -> 4,5 and 6,7."""
+def device_groups(count: int, gpus: int, option: str = "gpus_per_server") -> list[dict[str, str]]:
+    """CUDA_VISIBLE_DEVICES of each server: the next `gpus` of this process's own. Raises UserError, about `option`,
+    where there are fewer. Example: count 2, gpus 2, CUDA_VISIBLE_DEVICES=4,5,6,7 -> 4,5 and 6,7."""
     if not gpus:
         return [{}] * count
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = re.findall(r"[^,\s]+", visible) if visible is not None else [*map(str, range(torch.cuda.device_count()))]
     if len(there) < count * gpus:
-        raise UserError(f"--gpus_per_server: {count} x {gpus} GPUs where {len(there)} are there.", "gpus_per_server")
+        raise UserError(f"--{option}: {count} x {gpus} GPUs are asked for where {len(there)} are there.", option)
     return [{"CUDA_VISIBLE_DEVICES": ",".join(there[n * gpus : (n + 1) * gpus])} for n in range(count)]
 
 

@@ -175,16 +175,19 @@ class Servers:
     def _wait(self) -> None:
         """Until all answer, the first time."""
         said = began = time.monotonic()
-        while not all(server.state == "up" for server in self.servers):
+        while True:
             time.sleep(LOOK_S)
             for server in self.servers:
                 if why := self._look(server):
                     raise UserError(f"serve: server {server.number} {why}. {server.log} ends with\n"
                                     f"{server.last_lines()}", "serve")  # fmt: skip
+            there = sum(server.state == "up" for server in self.servers)
+            if there == len(self.servers):
+                break
             if time.monotonic() - said >= SAID_S:
-                said, there = time.monotonic(), sum(server.state == "up" for server in self.servers)
+                said = time.monotonic()
                 say(f"serve: {there} of {len(self.servers)} servers answer after {said - began:.0f} s")
-        say(f"serve: {len(self.servers)} of {len(self.servers)} servers answer")
+        say(f"serve: {there} of {there} servers answer")
 
     def _look(self, server: Served) -> str:
         """What is wrong with a server; "" for nothing. One that answers the first time is up from now on."""

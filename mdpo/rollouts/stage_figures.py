@@ -6,6 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from mdpo.errors import UserError
 from mdpo.rollouts.records import Trajectory, brief, read_trajectory
 from mdpo.rollouts.tables import rollout_figures
@@ -43,7 +45,7 @@ def _read(path: Path, size: int, changed_ns: int) -> StageFigures:
     kept, places, first = list[Trajectory](), dict[str, Place](), dict[str, int]()
     counted, offset = Tokens(), 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(tqdm(file, desc=f"reading {path}", unit=" rows", delay=3, disable=None), 1):
             one = _trajectory(line, f"{path}:{number}")
             try:
                 counted.add(one)

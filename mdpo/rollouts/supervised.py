@@ -2,10 +2,12 @@
 token that SFT learns is one that preference learning would supervise, in the same context."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from mdpo.data.files import json_rows
 from mdpo.data.messages import normalize_messages
@@ -41,14 +43,22 @@ class SftReport:
 
 def sft_rows(
     paths: Iterable[Path], template: ChatTemplate, max_length: int | None, min_reward: float = 1.0
-) -> tuple[list[dict[str, list[int]]], SftReport]:
-    """Rows are {"messages"} with "tools", "sequences", "ended" and "reward" or "correct" where they have them; of those
-    with a reward the ones below `min_reward` are left out. Raises UserError."""
-    report, rows = SftReport(), list[dict[str, list[int]]]()
+) -> tuple[Iterator[dict[str, list[int]]], SftReport]:
+    """Trajectories are {"messages"} with "tools", "sequences", "ended" and "reward" or "correct" where they have them;
+    of those with a reward the ones below `min_reward` are left out. Rows are made one by one, and the report is whole
+    when they are at their end. Raises UserError, while the rows are made."""
+    report = SftReport()
+    return _rows(paths, template, max_length, min_reward, report), report
+
+
+def _rows(
+    paths: Iterable[Path], template: ChatTemplate, max_length: int | None, min_reward: float, report: SftReport
+) -> Iterator[dict[str, list[int]]]:
     for path in paths:
         if not path.is_file():
             raise UserError(f"trajectories: there is no file {path}.")
-        for place, row in json_rows(str(path)):
+        rows = tqdm(json_rows(str(path)), desc=f"reading {path}", unit=" rows", delay=3, disable=None)
+        for place, row in rows:
             report.trajectories += 1
             reward = row.get("reward", row.get("correct"))
             check_reward(reward, f"{path}:{place}")
@@ -67,8 +77,7 @@ def sft_rows(
             report.sequences += len(sequences)
             report.tokens += sum(len(ids) for ids, _ in sequences)
             report.learned += sum(sum(mask) for _, mask in sequences)
-            rows += [{"input_ids": ids, "assistant_masks": mask} for ids, mask in sequences]
-    return rows, report
+            yield from ({"input_ids": ids, "assistant_masks": mask} for ids, mask in sequences)
 
 
 def _unwanted(row: dict[str, Any], reward: float | None, min_reward: float) -> str | None:

@@ -1,5 +1,6 @@
 """Around a run: stale locks removed before DeepSpeed starts, and the one place where errors end."""
 
+import errno
 import logging
 import os
 import sys
@@ -83,7 +84,7 @@ def run(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"\nstopped by {signal_name}", file=sys.stderr, flush=True)
         failures.exit_without_teardown(preemption.EXIT_CODE)  # others may be anywhere: nothing is waited for
     except Exception as raised:
-        error = of_tracker(raised) or _of_encoding(raised) or raised
+        error = of_tracker(raised) or _of_encoding(raised) or _of_disk(raised) or raised
         if failures.several() or _in_process_group():
             failures.leave_with(error, debug)
         if not isinstance(error, UserError):
@@ -100,6 +101,15 @@ def _of_encoding(error: Exception) -> UserError | None:
     """What a user reads where a file's name cannot be encoded on this system; None for any other error."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         return UserError(f"{error.object!r} is no file name here, where they are {error.encoding}. {UTF_8}")
+    return None
+
+
+def _of_disk(error: Exception) -> UserError | None:
+    """What a user reads where a file cannot be written; None for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        where = error.filename or "a file could not be written"
+        return UserError(f"{where}: {error.strerror}. What is finished is kept: with room there the same command "
+                         "continues.", "disk")  # fmt: skip
     return None
 
 

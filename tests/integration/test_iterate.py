@@ -26,7 +26,7 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.memory.sharding import Sharding
 from mdpo.reference.fingerprint import named_digest
 from mdpo.reporting.loop_page import LOOP_PAGE, LoopPage
-from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, got_worse
+from mdpo.rollouts.iterations import DONE, Iterations, Stage, alone, contents_of, got_worse
 from mdpo.rollouts.options import flags
 from mdpo.rollouts.sft_recipe import last_checkpoint
 from mdpo.rollouts.supervised import sft_rows
@@ -101,7 +101,7 @@ def finished(folder: Path) -> list[str]:
 def check_whole(folder: Path) -> None:
     """All stages are there, and each trajectory once."""
     assert finished(folder) == STAGES
-    for stage in ("0/evaluate", "1/sample", "2/evaluate"):
+    for stage in ("0/evaluate", "1/sample", "1/evaluate", "2/sample", "2/evaluate"):
         path = folder / "out" / f"iteration-{stage}" / "trajectories.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         jobs = sorted((row["key"], row["sample"]) for row in rows)
@@ -119,24 +119,30 @@ def check_whole(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_loop_that_is_killed_goes_on_where_it_was(workshop):
-    """SIGKILL at random moments, of the loop itself: its stage ends with it, and nothing is lost or done twice."""
+    """SIGKILL, or SIGTERM as of a preemption, at random moments, of the loop itself: its stage ends with it, and
+    nothing is lost or done twice."""
     loop_file(workshop)
-    rng, kept = random.Random(7), []
-    for _ in range(10):
+    rng, kept, stopped = random.Random(7), [], 0
+    for n in range(12):
         process = start(workshop)
-        time.sleep(rng.uniform(4, 30))
+        time.sleep(rng.uniform(4, 25))
         if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[0][-2000:]
             break
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGTERM if n % 4 == 3 else signal.SIGKILL)
+        said, stopped = process.communicate(timeout=120)[0], stopped + 1
+        # Before Python listens to it, SIGTERM ends a process at once.
+        assert process.returncode in ((75, -signal.SIGTERM) if n % 4 == 3 else (-signal.SIGKILL,)), said[-2000:]
         deadline = time.monotonic() + 60
         while orphans := processes_in(workshop):
             assert time.monotonic() < deadline, orphans
             time.sleep(0.2)
         assert finished(workshop)[: len(kept)] == kept
         kept = finished(workshop)
-    said = start(workshop).communicate()[0]
+    last = start(workshop)
+    said = last.communicate()[0]
     check_whole(workshop)
+    assert last.returncode == 0 and stopped >= 10
     assert "held-out tasks" in said and f"page  {workshop}/out/{LOOP_PAGE}" in said
     assert f"{workshop}/out: {len(kept)} of 9 stages are finished" in said
 
@@ -237,6 +243,28 @@ def test_a_request_to_stop_reaches_the_stage(workshop):
     assert process.returncode == 75 and said.rstrip().endswith("stopped by SIGTERM") and not processes_in(workshop)
 
 
+@pytest.mark.slow
+def test_a_loop_whose_disk_is_full_goes_on_when_it_is_not(workshop):
+    """On a disk of 300 kB, which the first model does not fit on."""
+    loop_file(workshop)
+    out = workshop / "out"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", out], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        process = start(workshop)
+        said = process.communicate()[0]
+        assert process.returncode == 1 and "No space left on device" in said and "Traceback" not in said, said[-3000:]
+        assert 0 < len(finished(workshop)) < len(STAGES)
+        subprocess.run(["mount", "-o", "remount,size=300m", out], check=True)
+        process = start(workshop)
+        said = process.communicate()[0]
+        assert process.returncode == 0, said[-2000:]
+        check_whole(workshop)
+    finally:
+        subprocess.run(["umount", "-l", out], check=True)
+
+
 def test_the_stages_of_a_loop(workshop):
     """Policies, references and files are handed on from stage to stage."""
     loop = read_loop(loop_file(workshop, reference="first", accelerate_config="zero2_for_dpo.yaml"))
@@ -274,7 +302,8 @@ def test_the_stages_of_sft_and_of_adapters(workshop):
     policy = f"{out}/iteration-0/sft"
     assert f"--model_name_or_path={policy}" in sample and f"--model_name_or_path={merge[3]}" in last
     assert first[2] == sample[2] == policy and f"--model_name_or_path={policy}" in train
-    assert merge[2:] == [f"{out}/iteration-1/train", f"{out}/iteration-1/merge/model"] and last[2] == merge[3]
+    assert merge[2:4] == [f"{out}/iteration-1/train", f"{out}/iteration-1/merge/model"] and last[2] == merge[3]
+    assert merge[4:] == ["--keep_rounded"]
     assert stages[6].anew == Path(merge[3])
     assert f"--ref_model_name_or_path={policy}" in iterations.trained(2).command
 
@@ -348,12 +377,41 @@ def test_an_edited_recipe_is_refused_where_its_key_counts(workshop):
     iterate.main([str(loop_file(workshop))])
 
 
-def finished_loop(folder: Path) -> list[Stage]:
+def test_other_processes_than_those_of_finished_training_are_refused(workshop):
+    """Half of them would halve the batch; another stage of ZeRO computes the same."""
+    file = workshop / "two.yaml"
+    said = {"num_processes": 2, "use_cpu": True, "mixed_precision": "no", "deepspeed_config": {"zero_stage": 2}}
+    file.write_text(json.dumps(said))
+    finished_loop(workshop, accelerate_config=str(file))
+    for edit, key in (({"num_processes": 1}, "num_processes"), ({"mixed_precision": "bf16"}, "mixed_precision")):
+        file.write_text(json.dumps(said | edit))
+        with refused(key, "iteration-1/train"):
+            iterate.main([str(workshop / "loop.yaml")])
+    file.write_text(json.dumps(said | {"deepspeed_config": {"zero_stage": 3}}))
+    iterate.main([str(workshop / "loop.yaml")])
+
+
+def test_files_that_were_edited_behind_a_stage_are_said(workshop, capsys):
+    """Rewards and tasks: what is finished is kept, and nobody takes it for what the files say now."""
+    stages = finished_loop(workshop)
+    iterate.main([str(workshop / "loop.yaml")])
+    assert "was edited" not in capsys.readouterr().out
+    for name in ("letters.py", "held_out.jsonl"):
+        (workshop / name).write_text((workshop / name).read_text() + "\n")
+    iterate.main([str(workshop / "loop.yaml")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "was edited" in line]
+    folders = [str(stage.folder) for stage in stages if stage.folder.name in ("sample", "evaluate")]
+    assert [line.partition(":")[0] for line in lines] == folders
+    both = [line for line in lines if f"{workshop}/held_out.jsonl, {workshop}/letters.py" in line]
+    assert [line.partition(":")[0] for line in both] == [f for f in folders if f.endswith("evaluate")]
+
+
+def finished_loop(folder: Path, **changes) -> list[Stage]:
     """The stages of a loop whose folders were written by hand, each of them finished."""
     write_loop(folder / "out")
-    stages = [stage for _, stage in iterate.checked(read_loop(loop_file(folder))).stages()]
+    stages = [stage for _, stage in iterate.checked(read_loop(loop_file(folder, **changes))).stages()]
     for stage in stages:
-        (stage.folder / DONE).write_text(json.dumps(stage.settings))
+        stage.finish(contents_of(stage.files))
     return stages
 
 
@@ -421,8 +479,22 @@ def test_the_table_fits_a_terminal_of_80_columns():
 
 def test_worse_is_below_the_interval():
     """Of 80 right of 100 the interval begins at 0.711 (Wilson, by hand: (0.8 + 0.0192 - 0.0792) / 1.0384 = 0.7111)."""
-    before = {"accuracy": 0.8, "tasks": 100}
-    assert not got_worse(before, {"accuracy": 0.72}) and got_worse(before, {"accuracy": 0.71})
+    common = {"tasks": 100, "conversations": 100, "ended": {"environment error": 0}}
+    before = {**common, "accuracy": 0.8, "reward_interval": (0.711, 0.87)}
+    assert not got_worse(before, {**common, "accuracy": 0.72}) and got_worse(before, {**common, "accuracy": 0.71})
+    # 10 of 100 have ended with the environment: 0.65 is 65 of 90, 0.722.
+    broken = {**common, "ended": {"environment error": 10}}
+    assert not got_worse(before, {**broken, "accuracy": 0.65}) and got_worse(before, {**broken, "accuracy": 0.63})
+    assert got_worse(before, {**common, "accuracy": 0.0, "ended": {"environment error": 100}})
+
+
+def test_where_no_answer_is_right_the_reward_decides():
+    """A judge that gives parts of 1."""
+    common = {"tasks": 100, "conversations": 100, "ended": {"environment error": 0}, "accuracy": 0.0}
+    before = {**common, "reward": 0.5, "reward_interval": (0.45, 0.55)}
+    for reward, worse in ((0.46, False), (0.44, True), (None, True)):
+        assert got_worse(before, {**common, "reward": reward, "reward_interval": None}) is worse
+    assert not got_worse({**before, "reward_interval": None}, {**common, "reward": 0.1, "reward_interval": None})
 
 
 OF_SAMPLING = {"temperature": 1.0}
@@ -541,8 +613,8 @@ def test_the_shop_s_loop(tmp_path, monkeypatch):
     rows = [json.loads(line) for name in ("tasks", "heldout") for line in (tmp_path / f"{name}.jsonl").open()]
     assert len({json.dumps([row["prompt"], row["goal"], row["catalog"]]) for row in rows}) == len(rows) == 420
     template = ChatTemplate(AutoTokenizer.from_pretrained(loop.policy))
-    _, report = sft_rows([tmp_path / "sft.jsonl"], template, loop.train["max_length"])
-    assert report.taken == report.sequences == 160 and not report.left_out
+    rows, report = sft_rows([tmp_path / "sft.jsonl"], template, loop.train["max_length"])
+    assert len(list(rows)) == report.taken == report.sequences == 160 and not report.left_out
 
 
 def test_the_loop_of_the_page():

@@ -15,7 +15,9 @@ from tiny import CHATML, agent_rows, tiny_llama, tokenizer_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_trainer import DPOTrainer
+from mdpo.config.loop import Loop
 from mdpo.config.schema import MDPOConfig
+from mdpo.rollouts.iterations import Iterations
 
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "merge_adapter.py"))
 merge = SCRIPT["main"]
@@ -138,14 +140,24 @@ def test_dtype_of_the_weights(trained, tmp_path, capsys):
     assert kinds == {torch.bfloat16} and "half (bfloat16)" in capsys.readouterr().out
 
 
-def test_half_precision_that_swallows_the_change_is_refused(trained, tmp_path):
-    """bfloat16 keeps 8 bits of a weight: a thousandth of the trained change is below that, float32 holds it."""
+def test_half_precision_that_swallows_the_change_is_refused(trained, tmp_path, capsys):
+    """bfloat16 keeps 8 bits of a weight: a thousandth of the trained change is below that, float32 holds it. A loop
+    keeps it, with a warning: it trains, samples and judges what was written."""
     _, adapter = trained
     small = copy_of(adapter, tmp_path / "small")
     weights = load_file(small / "adapter_model.safetensors")
     save_file({n: w * (1e-3 if "lora_B" in n else 1) for n, w in weights.items()}, small / "adapter_model.safetensors")
     nothing_written(tmp_path, [small, "--dtype=bfloat16"], "dtype", " bfloat16,", "--dtype=float32")
     merge([str(small), str(tmp_path / "whole")])
+    assert "warning" not in capsys.readouterr().out
+    command = Iterations(Loop("r", "o", "t", "h"), "p", adapters=True).merged(1).command
+    options = command[command.index("o/iteration-1/merge/model") + 1 :]
+    merge([str(small), str(tmp_path / "kept"), *options])
+    assert "warning" not in capsys.readouterr().out and (tmp_path / "kept").is_dir()
+    merge([str(small), str(tmp_path / "rounded"), "--dtype=bfloat16", *options])
+    assert "warning" in capsys.readouterr().out
+    half = load_file(tmp_path / "rounded/model.safetensors")
+    assert {weight.dtype for weight in half.values()} == {torch.bfloat16}
 
 
 def test_a_merge_that_goes_wrong_leaves_nothing(trained, tmp_path, monkeypatch):

@@ -156,6 +156,19 @@ def test_a_sequence_has_one_key_wherever_it_stands():
     assert Sequences.of(plain, "a").keys.tolist() == sequences.keys[:2].tolist()
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 2)), st.lists(st.tuples(*[st.integers(0, 4)] * 2)))
+def test_keys_are_found_also_where_their_halves_are_alike(known, asked):
+    """Beside a dictionary. Keys of two numbers, eight bytes each, so few that many have a half in common."""
+
+    def keys_of(halves):
+        return np.array(halves, np.uint64).reshape(-1, 2).view(np.uint8).reshape(-1, 16)
+
+    numbers = {key: n for n, key in enumerate(dict.fromkeys(known))}
+    distinct = reference_columns.Distinct(keys_of(known))
+    assert distinct.of_key.tolist() == [numbers[key] for key in known]
+    assert distinct.places(keys_of(asked)).tolist() == [numbers.get(key, -1) for key in asked]
+
+
 def test_pairs_of_sequences_for_the_collator():
     """Two by two whatever row and side they are of; an odd last one on both sides."""
     rows = Dataset.from_list([

@@ -42,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         body = {"nothing": b"", "garbage": b"<html>"}.get(told if isinstance(told, str) else "", body)
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) + 50 if told == "half" else len(body)))
+        if told == "broken gzip":
+            self.send_header("Content-Encoding", "gzip")
         if status in (301, 307):
             self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
         self.end_headers()
@@ -91,6 +93,8 @@ READ = {
     "cut": (completion([5, 6, 8, 9], "length", FOUR), Sampled([5, 6, 8, 9], True, FOUR)),
     "the stop at the last place": (completion([5, 6, 8, 7], "length", FOUR), Sampled([5, 6, 8, 7], False, FOUR)),
     "no log-probs": (completion(logprobs=None), Sampled([5, 6, 2])),
+    "log-probs of rounding": (completion(logprobs=[1e-4, 0, -2]), Sampled([5, 6, 2], False, [1e-4, 0, -2])),
+    "its prompt": (completion(prompt_token_ids=[1, 3]), Sampled([5, 6, 2], False, [-1.0, -2.0, -3.0])),
     "the stop left out": (completion([5, 6], logprobs=[-1, -2], stop_reason=7), Sampled([5, 6, 7])),
     "the stop alone, left out": (completion([], logprobs=[], stop_reason=2), Sampled([2])),
 }
@@ -103,10 +107,28 @@ def test_answers_that_are_turns(name):
         assert sample(address) == wanted
 
 
-BAD = ["close", "hang", "half", "nothing", "garbage", 408, 425, 429, 500, 503, [], {}, {"choices": []},
+def with_logprobs(given) -> dict:
+    (choice,) = completion()["choices"]
+    return {"choices": [{**choice, "logprobs": {"token_logprobs": given}}]}
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_LOGPROBS = [
+    ["a", "b", "c"],
+    [NAN, -1.0, -1.0],
+    [-1.0, 1e9, -1.0],
+    [-INF, -1.0, -1.0],
+    [True] * 3,
+    5,
+    "abc",
+    {"a": 1},
+]
+BAD = ["close", "hang", "half", "nothing", "garbage", "broken gzip", 408, 425, 429, 500, 503, [], {}, {"choices": []},
        {"choices": [5]}, completion([50]), completion([-1]), completion([1.5]), completion([True]), completion("5"),
        completion([5] * 5), completion(reason="error"), completion(reason=None), completion([5], logprobs=[-1]),
-       completion([], "length", []), completion(logprobs=[-1.0])]  # fmt: skip
+       completion([], "length", []), completion(logprobs=[-1.0]), *map(with_logprobs, BAD_LOGPROBS),
+       {"choices": [{**completion()["choices"][0], "logprobs": [-1.0, -2.0]}]},
+       completion([5], logprobs=[-1], stop_reason=[2])]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: json.dumps(bad)[:60])
@@ -136,6 +158,32 @@ def test_a_server_without_ids_is_refused():
     with serving({"choices": [{"text": "hello", "finish_reason": "stop"}]}) as (_, address):
         with refused("base_url", "token_ids"):
             sample(address)
+
+
+@pytest.mark.parametrize("given", [[3], [1, 3, 4], [0, 1, 3], "13", 5])
+def test_a_server_that_changes_prompts_is_refused(given):
+    """In the choice, where vLLM has them, or beside it."""
+    for told in (completion(prompt_token_ids=given), {**completion(), "prompt_token_ids": given}):
+        with serving(told) as (http, address), refused("base_url", "prompt_token_ids", 2):
+            sample(address)
+        assert len(http.asked) == 1
+
+
+EMPTY = completion([], "length", [])
+
+
+def test_a_prompt_without_a_token_ends_its_own_trajectory():
+    """Not the run, unless the server has never had one."""
+    with serving(completion(), *[EMPTY] * TRIES, completion()) as (http, address):
+        with Server([address], "mine", STOPS, VOCABULARY, first_wait_s=0.001) as server:
+
+            async def three():
+                return [await server.sample([1, 3], 4) for _ in range(3)]
+
+            first, empty, last = asyncio.run(three())
+    assert empty == Sampled([], True) and first.ids == last.ids == [5, 6, 2] and len(http.asked) == TRIES + 2
+    with serving(*[EMPTY] * TRIES) as (http, address), refused("base_url", address, TRIES):
+        sample(address)
 
 
 def test_a_dead_server_is_no_end_while_another_lives():
@@ -227,7 +275,21 @@ def test_messages_that_are_turns(name):
 
 
 @pytest.mark.parametrize(
-    "bad", [500, "garbage", "half", {}, {"choices": [{}]}, said(5), said(reason="abort"), said(tool_calls="add")]
+    "bad",
+    [
+        500,
+        "garbage",
+        "half",
+        "broken gzip",
+        {},
+        {"choices": 5},
+        said(tool_calls={}),
+        said([]),
+        {"choices": [{}]},
+        said(5),
+        said(reason="abort"),
+        said(tool_calls="add"),
+    ],
 )
 def test_what_is_no_message_is_asked_for_again(bad):
     with serving(bad, said()) as (http, address):

@@ -86,13 +86,14 @@ def check_whole(folder: Path) -> None:
 
 def test_servers_are_started_and_stopped(workshop, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(serving, "SAID_S", 0.0)  # a line of progress at every look
     script.main(arguments(workshop, LITTLE, "model", "--servers=2", "--gpus_per_server=2"))
     check_whole(workshop)
     all_end(workshop)
     lines = (workshop / "model/processes").read_text().splitlines()
     assert sorted(line.split()[2] for line in lines) == ["4,5", "6,7"]
     said = capsys.readouterr().out
-    assert "2 of 2 servers answer" in said and "1.0000" in said
+    assert said.count("2 of 2 servers answer") == 1 and "1.0000" in said
     assert {path.name for path in workshop.glob("t.server-*.log")} == {"t.server-0.log", "t.server-1.log"}
     script.main(arguments(workshop, LITTLE))  # all is there: none is started
     assert len(processes(workshop)) == 2
@@ -108,7 +109,7 @@ def test_servers_that_are_killed_are_started_again(workshop, monkeypatch, capsys
             time.sleep(0.02)
         while len(killed) < 10:
             time.sleep(rng.uniform(0.05, 0.3))
-            running = [server for server, _ in processes(workshop) if alive(server)]
+            running = [process for pair in processes(workshop) for process in pair if alive(process)]
             if len((workshop / "t.jsonl").read_text().splitlines()) == N:
                 return
             if running:
@@ -122,7 +123,7 @@ def test_servers_that_are_killed_are_started_again(workshop, monkeypatch, capsys
     check_whole(workshop)
     all_end(workshop)
     assert len(killed) == 10 and "begins" in capsys.readouterr().out
-    assert len(processes(workshop)) >= 2 + len(killed) - 2  # the last ones may come when all is there
+    assert len(processes(workshop)) >= 2 + len(killed) // 2 - 1  # two kills may be of one server, the last one too late
 
 
 @pytest.mark.slow
@@ -252,6 +253,8 @@ def test_options_beside_serve(workshop):
     for option in ("--servers=2", "--gpus_per_server=2"):
         with refused(option.strip("-").partition("=")[0], "--serve"):
             script.main([a for a in arguments(workshop, LITTLE, "model", option) if not a.startswith("--serve=")])
+    with refused("processes", "--servers"):
+        script.main(arguments(workshop, LITTLE, "model", "--processes=2"))
     with refused("serve", "--backend"):
         script.main([a for a in arguments(workshop) if not a.startswith("--backend")])
 
@@ -259,12 +262,14 @@ def test_options_beside_serve(workshop):
 def test_servers_are_no_setting_of_a_stage():
     """A loop's finished stages are not refused where others serve; its samples have no seed, as servers take none."""
     own = {"backend": "server", "temperature": 1.0}
-    served = {**own, "serve": LITTLE, "servers": 2, "gpus_per_server": 1, "in_flight": 8}
+    served = {**own, "serve": LITTLE, "servers": 2, "gpus_per_server": 1, "in_flight": 8, "tools_at_once": 3}
     loops = [Iterations(Loop("r", "o", "t", "h", sample=options), "p") for options in (own, served)]
     assert loops[0].sampled(1).settings == loops[1].sampled(1).settings
     assert loops[0].sampled(1).settings["sample"] == own
     command = loops[1].sampled(1).command
-    assert {f"--serve={LITTLE}", "--servers=2", "--gpus_per_server=1", "--in_flight=8"} <= set(command)
+    assert {f"--serve={LITTLE}", "--servers=2", "--gpus_per_server=1", "--in_flight=8", "--tools_at_once=3"} <= set(
+        command
+    )
     assert not any(word.startswith("--seed") for word in command)
 
 

@@ -1,9 +1,9 @@
-"""mdpo/rollouts/answers.py: which box counts, and when two answers are the same."""
+"""mdpo/rollouts/answers.py: which box counts, and what the right answer is."""
 
 import pytest
 from errors import refused
 
-from mdpo.rollouts.answers import gold_answer, is_right, last_boxed
+from mdpo.rollouts.answers import gold_answer, last_boxed
 
 BOXES = {
     r"It is \boxed{42}.": "42",
@@ -26,31 +26,6 @@ BOXES = {
 @pytest.mark.parametrize("text", BOXES)
 def test_last_box(text):
     assert last_boxed(text) == BOXES[text]
-
-
-SAME = [
-    ("1/2", r"\frac{1}{2}"), ("0.5", r"\frac{1}{2}"), (r"\dfrac12", "0.5"), ("1,000", "1000"), ("1000", "1,000"),
-    (r"1\,000", "1000"), ("1 000 000", "1000000"), ("42", "42.0"), ("42.0", "42"), ("42.", "42"), ("1e3", "1000"),
-    ("1.5e-3", "0.0015"), (r"\{1, 2\}", r"\{2, 1\}"), ("1, 2", "2, 1"), ("(1, 2)", "(1,2)"), (r"\$18", "18"),
-    (r"18\text{ dollars}", "18"), ("x = 5", "5"), (r"\sqrt{18}", r"3\sqrt{2}"), ("x(x+2)", "x^2+2x"),
-    (r"\text{Monday}", "monday"), ("-3", "-3.0"), (r"2\pi", r"\pi \cdot 2"),
-]  # fmt: skip
-DIFFERENT = [
-    ("41", "42"), ("-42", "42"), ("4.2", "42"), ("1/3", "1/2"), ("0.33", r"\frac{1}{3}"), ("10000", "1,000"),
-    (r"\{1, 2\}", r"\{1, 3\}"), ("1", "1, 2"), ("1, 2", "1"), ("(1, 2)", "(2, 1)"), ("dog", "god"),
-    ("Monday", "Friday"),
-    (None, "42"), ("", "42"), ("x", "42"), ("12", "1 2"), ("1/0", "0"), (r"\frac{", "1"), ("true", "1"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("answer", "gold"), SAME)
-def test_the_same(answer, gold):
-    assert is_right(answer, gold)
-
-
-@pytest.mark.parametrize(("answer", "gold"), DIFFERENT)
-def test_different(answer, gold):
-    assert not is_right(answer, gold)
 
 
 def test_gold_answers():

@@ -1,6 +1,7 @@
 """PairBatch: its fields and no others, and everything that carries a batch from the collator to the loss."""
 
 import copy
+import itertools
 import pickle
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from dpo_trainer import DPOTrainer
 from mdpo.forward.collators import PackedCollator, PairCollator
-from mdpo.types import FIELDS, OPTIONAL, PairBatch, distinct_tokens, sequence_lengths, split
+from mdpo.types import FIELDS, OPTIONAL, PairBatch, common_prefix, distinct_tokens, sequence_lengths, split
 
 # Two pairs; the prefixes are [5, 6] and [3].
 ROWS = [
@@ -258,3 +259,9 @@ def test_split_by_sequences():
     assert split([5, 6, 7], [2, 1]) == [[5, 6], [7]]
     row = {"chosen_ids": [5, 6, 7], "chosen_lengths": [2, 1], "rejected_ids": [5, 6], "rejected_lengths": []}
     assert [sequence_lengths(row, side) for side in ("chosen", "rejected")] == [[2, 1], [2]]
+
+
+def test_a_common_prefix_is_that_of_item_by_item():
+    for a, b in itertools.product((list(w) for n in range(5) for w in itertools.product((0, 1), repeat=n)), repeat=2):
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+        assert common_prefix(a, b) == common_prefix("".join(map(str, a)), "".join(map(str, b))) == same

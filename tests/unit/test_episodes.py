@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sqlite3
+import threading
 import time
 
 import pytest
@@ -13,11 +14,13 @@ from errors import refused
 from tiny import CHATML, tokenizer_for
 
 from mdpo.masking.chat_template import ChatTemplate
+from mdpo.masking.spans import token_ids
 from mdpo.rollouts.arguments import wrong_arguments
 from mdpo.rollouts.calls import call_form
 from mdpo.rollouts.driver import jobs, play_all, roll_out
 from mdpo.rollouts.environment import Environments, environments_of, load_object
 from mdpo.rollouts.episode import Limits, Outcome, Player, Sampled, shortened
+from mdpo.rollouts.options import SamplingOptions
 from mdpo.rollouts.records import Records, Trajectory
 from mdpo.rollouts.rewards import Rewards, right_answer
 from mdpo.rollouts.tasks import Task
@@ -30,18 +33,15 @@ class Script:
     """A policy: {task's text: [turn, …]}, a turn a text, or ids. Without `<|im_end|>` behind it a turn is cut."""
 
     def __init__(self, turns: dict[str, list]):
-        self.turns, self.at_once, self.most = {key: list(texts) for key, texts in turns.items()}, 0, 0
+        self.turns = {key: list(texts) for key, texts in turns.items()}
 
     async def sample(self, prompt: list[int], max_new_tokens: int) -> Sampled:
-        self.at_once += 1
-        self.most = max(self.most, self.at_once)
         await asyncio.sleep(0)
         text = TEMPLATE.tokenizer.decode(prompt)
         key = next(key for key in self.turns if f"[{key}]" in text)
         turn = self.turns[key].pop(0)
         ids = turn if isinstance(turn, list) else TEMPLATE.tokenizer(turn, add_special_tokens=False).input_ids
-        self.at_once -= 1
-        return Sampled(ids, cut=ids[-1] != STOP, logprobs=[-1.0] * len(ids))
+        return Sampled(ids, cut=ids[-1:] != [STOP], logprobs=[-1.0] * len(ids))
 
 
 def call(name: str, **arguments) -> str:
@@ -164,6 +164,14 @@ def test_how_episodes_end():
     assert [kind for _, kind in found["long"].calls] == ["ok", "malformed"]
 
 
+def test_a_conversation_without_room_for_a_token_has_no_such_turn():
+    script = Script({"a": [call("add", by=12), []], "b": [[]]})
+    a, b = play(player(script), task("a"), task("b"))
+    assert [(t.ended, t.turns, t.rewards) for t in (a, b)] == [("too long", 1, {"Counter": 1.0}), ("too long", 0, {})]
+    assert a.messages[-1]["role"] == "user" and b.sequences == [] and b.reward is None
+    assert a.sequences[0]["input_ids"][-1] == STOP
+
+
 class Broken(Counter):
     def reset(self, broken: str = "", **kwargs):
         super().reset(**kwargs)
@@ -177,6 +185,8 @@ class Broken(Counter):
     def get_reward(self):
         if self.broken == "reward":
             raise KeyError("score")
+        if self.broken == "reward hangs":
+            time.sleep(1)
         return {"none": None, "nan": float("nan")}.get(self.broken, 1.0)
 
 
@@ -185,6 +195,7 @@ BROKEN = {  # -> (what is said of it, reward)
     "reset hangs": ("Hung: reset did not return", None),
     "returns a number": ("TypeError: reset returned int", None),
     "reward": ("KeyError: 'score'", None),
+    "reward hangs": ("Hung: get_reward did not return", None),
     "nan": ("ValueError: get_reward returned nan", None),
     "none": ("", None),
     "": ("", 1.0),
@@ -198,6 +209,18 @@ def test_a_broken_environment_ends_its_own_episode_only():
     for (broken, (error, reward)), t in zip(BROKEN.items(), found, strict=True):
         assert t.error.startswith(error) and bool(t.error) == bool(error), broken
         assert t.reward == reward and t.ended == ("environment error" if error else "done"), broken
+
+
+def test_a_reward_function_that_hangs_ends_its_own_episode_only():
+    def slow(completions, slow, **row):
+        time.sleep(slow[0])
+        return [1.0]
+
+    script = Script({"a": ["x<|im_end|>"], "b": ["x<|im_end|>"]})
+    one = player(script, Environments(), Rewards([slow]), seconds=0.3)
+    hung, found = play(one, task("a", slow=1.0), task("b", slow=0.0))
+    assert (hung.ended, hung.reward, found.ended, found.reward) == ("environment error", None, "done", 1.0)
+    assert hung.error.startswith("Hung: slow did not return")
 
 
 def test_a_hung_instance_is_not_used_again():
@@ -304,10 +327,118 @@ def test_two_of_one_name_are_refused():
 
 
 def test_places_are_filled_and_bounded():
-    script = Script({f"t{n}": [call("add", by=1)] * (n % 4) + ["x<|im_end|>"] for n in range(20)})
+    class Full(Script):
+        """No turn comes before three conversations have asked at once: fewer places would wait for ever."""
+
+        open, full = 0, asyncio.Event()
+
+        async def sample(self, prompt, max_new_tokens):
+            self.open += 1
+            assert self.open <= 3
+            if self.open == 3:
+                await asyncio.sleep(0.5)  # for a fourth, if there were one
+                self.full.set()
+            await asyncio.wait_for(self.full.wait(), 30)
+            try:
+                return await super().sample(prompt, max_new_tokens)
+            finally:
+                self.open -= 1
+
+    script = Full({f"t{n}": [call("add", by=1)] * (n % 4) + ["x<|im_end|>"] for n in range(20)})
     found = play(player(script), *(task(f"t{n}") for n in range(20)), in_flight=3)
-    assert len(found) == 20 and script.most <= 3
+    assert len(found) == 20 and script.full.is_set()
     assert all(t.turns == 1 + int(t.key[1:]) % 4 for t in found)
+
+
+class Waiting:
+    """Its tool returns when the policy has been asked for the turn of another conversation."""
+
+    sampled = threading.Event()
+
+    def reset(self, **row):
+        pass
+
+    def wait(self) -> str:
+        """
+        Waits.
+        """
+        return str(Waiting.sampled.wait(30))
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+def test_tools_run_while_others_are_sampled():
+    class Tells(Script):
+        async def sample(self, prompt, max_new_tokens):
+            if "[b] at last" in TEMPLATE.tokenizer.decode(prompt):
+                Waiting.sampled.set()
+            return await super().sample(prompt, max_new_tokens)
+
+    Waiting.sampled.clear()
+    script = Tells({"a": [call("wait"), "x<|im_end|>"], "b": ["x<|im_end|>"], "b0": ["x<|im_end|>"]})
+    jobs = task("a"), task("b0"), Task("b", {}, [{"role": "user", "content": "[b] at last"}])
+    found = play(player(script, Environments(Waiting)), *jobs, in_flight=2)  # b begins when b0 has ended
+    assert found[0].messages[-2]["content"] == "<tool_response>\nTrue\n</tool_response>"
+
+
+class Meeting:
+    """Its tool returns when as many conversations are in it as the barrier has places."""
+
+    barrier, inside, most = threading.Barrier(1), 0, 0
+
+    def reset(self, **row):
+        pass
+
+    def meet(self) -> str:
+        """
+        Waits for the others.
+        """
+        Meeting.inside += 1
+        Meeting.most = max(Meeting.most, Meeting.inside)
+        Meeting.barrier.wait(30)
+        time.sleep(0.02)
+        Meeting.inside -= 1
+        return "met"
+
+    def get_reward(self) -> float:
+        return 1.0
+
+
+def test_tools_that_wait_are_bounded_by_an_option_not_by_cores(tmp_path):
+    n = 3 * len(os.sched_getaffinity(0))
+    Meeting.barrier = threading.Barrier(n)
+    options = SamplingOptions(tmp_path, environment="meeting.py:Meeting", in_flight=n)
+    script = Script({f"t{k:03}": [call("meet"), "x<|im_end|>"] for k in range(n)})
+    one = player(script, Environments(Meeting))
+    one.slots = asyncio.Semaphore(options.slots)
+    found = play(one, *(task(key) for key in script.turns), in_flight=n)
+    assert all(t.calls == [("meet", "ok")] for t in found)
+    Meeting.barrier, Meeting.most, one.slots = threading.Barrier(1), 0, asyncio.Semaphore(1)
+    script.turns["a"] = [call("meet"), call("meet"), "x<|im_end|>", "x<|im_end|>"]
+    play(one, task("a"), task("a"))
+    assert Meeting.most == 1
+
+
+def test_calls_at_once(tmp_path):
+    """Programs of maths compute."""
+    cores, maths = len(os.sched_getaffinity(0)), SamplingOptions(tmp_path, in_flight=7)
+    assert maths.slots == cores and dataclasses.replace(maths, tools=("a.py:f",)).slots == 7
+    assert dataclasses.replace(maths, base_url=("a", "b"), environment="a.py:A", in_flight=None).slots == 128
+    assert dataclasses.replace(maths, tools_at_once=500).slots == 500
+
+
+def test_prompts_are_tokenized_beside_the_loop(monkeypatch):
+    """Where that blocked it, servers would wait for all other conversations."""
+    threads = set()
+
+    def watched(text, tokenizer):
+        threads.add(threading.current_thread())
+        return token_ids(text, tokenizer)
+
+    monkeypatch.setattr("mdpo.rollouts.episode.token_ids", watched)
+    play(player(Script({"a": ["x<|im_end|>"]})), task("a"))
+    assert threads and threading.main_thread() not in threads
 
 
 def test_rewards_are_summed_with_weights():
@@ -333,7 +464,7 @@ def test_rewards_are_summed_with_weights():
 def test_right_answers_in_the_python_form():
     environments = Environments(functions=[python])
     script = Script({"a": ["```python\nprint(6*7)\n```<|im_end|>", "It is \\boxed{42}.<|im_end|>"],
-                     "b": ["\\boxed{41}<|im_end|>"], "c": ["No idea.<|im_end|>"]})  # fmt: skip
+                     "b": ["\\boxed{none}<|im_end|>"], "c": ["No idea.<|im_end|>"]})  # fmt: skip
     tasks = [task(key, answer="42") for key in "abc"]
     found = play(player(script, environments, Rewards([right_answer]), form="python"), *tasks)
     assert [t.reward for t in found] == [1, 0, 0] and found[0].calls == [("python", "error")]

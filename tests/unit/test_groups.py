@@ -109,8 +109,12 @@ def test_rows_without_a_difference_are_dropped_by_name():
         rows_of_two(sampled(rewards=[None, 1.0, None, None]), AnswerPairs())
     with dropped("responses and rewards"):
         rows_of_two(sampled(rewards=[1.0]), AnswerPairs())
-    with dropped("rewards"):
-        rows_of_two(sampled(rewards=["1", "2", "3", "4"]), AnswerPairs())
+    for place, odd, kind in ((0, "1", "a text"), (2, float("nan"), "NaN"), (3, -float("inf"), "infinite")):
+        rewards = [odd if n == place else reward for n, reward in enumerate(REWARDS)]
+        with dropped("rewards", f"entry {place + 1}", f"{kind}, not a finite number"):
+            rows_of_two(sampled(rewards=rewards), AnswerPairs())
+    with dropped("rewards", "too large"):
+        rows_of_two(sampled(rewards=[10**400, 0, 0, 0]), AnswerPairs())
     with dropped("rejected_tools beside several answers", "tools"):
         rows_of_two(sampled(rejected_tools=[]), AnswerPairs())
 

@@ -1,5 +1,7 @@
 """What a template leaves out is counted, or drops its pair under a reason that names the message."""
 
+from dataclasses import replace
+
 import pytest
 from conversations import (
     CLOCK,
@@ -30,7 +32,7 @@ from mdpo.masking import left_out
 from mdpo.masking.breaks import EARLIER_THOUGHTS, REWRITTEN, SYSTEM_MOVED
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
-from mdpo.masking.sequences import NO_REASONING
+from mdpo.masking.sequences import NO_REASONING, UNSUPPLIED
 from mdpo.types import Pair
 
 SETTINGS = RenderSettings(None)
@@ -178,7 +180,7 @@ def test_a_blank_field_of_thoughts_is_none(field, blank):
     """Qwen3's template asks for a field first: with a blank one it would write an empty block before the content's."""
     answer = assistant(THINK + "Rhone.", **{field: blank})
     _, remarks, runs = row_of(chat_template("qwen3"), [answer], [assistant("Danube.")], prompt=[ASK])
-    assert runs == [THINK + "Rhone.<|im_end|>"] and remarks == []
+    assert runs == [THINK + "Rhone.<|im_end|>"] and remarks == [UNSUPPLIED]  # of the rejected side's answer
 
 
 def test_thoughts_of_earlier_turns():
@@ -243,6 +245,86 @@ def test_only_those_are_masked_whose_prompt_opens_a_think_block():
     assert got == tokenize_pair(pair, thinking_template(False), SETTINGS) and got.remarks == []
     with dropped("nothing to learn of a side", "turns_without_reasoning"):
         tokenize_pair(pair, thinking_template(True), settings)
+
+
+@pytest.mark.parametrize(
+    "name, block",
+    [("qwen3", True), ("glm4moe", True), ("qwen3_5_think", False), ("qwen2_5", False), ("deepseekv3", False)],
+)
+def test_an_empty_block_that_nobody_supplied_is_counted(name, block):
+    """Qwen3 writes one of a last turn without thoughts, GLM of every such turn, and neither's generation prompt has it:
+    counted, masked or dropped, wherever the turn is, until enable_thinking: false supplies it."""
+    tokenizer = tokenizer_for(trl_template(name), "byte")
+    first, last = ([assistant("Rhone."), user("Sure?"), assistant(f"{THINK}Sure.")], [assistant("Po.")])
+    ways = {way: RenderSettings(None, turns_without_reasoning=way) for way in ("keep", "mask", "drop")}
+    for kwargs, found in (({}, block), ({"enable_thinking": False}, False)):
+        template = ChatTemplate(tokenizer, kwargs)
+        pair = Pair([ASK, *last], [ASK, assistant("Danube.")], 1)
+        kept = tokenize_pair(pair, template, ways["keep"])
+        assert (UNSUPPLIED in kept.remarks) == found
+        assert kept.chosen_weights == []
+        of_row = tokenize_pair(replace(pair, template_kwargs=kwargs), ChatTemplate(tokenizer), ways["keep"])
+        assert (UNSUPPLIED in of_row.remarks) == found
+    template = ChatTemplate(tokenizer)
+    if not block:
+        return
+    with dropped(UNSUPPLIED.partition(" (")[0], "enable_thinking"):
+        tokenize_pair(pair, template, ways["drop"])
+    with dropped("nothing to learn of a side"):
+        tokenize_pair(pair, template, ways["mask"])
+    earlier = Pair([ASK, *first], [ASK, assistant(f"{THINK}Po.")], 1)
+    assert UNSUPPLIED in tokenize_pair(earlier, template, ways["keep"]).remarks
+    got = tokenize_pair(earlier, template, ways["mask"])
+    words = said(tokenizer, got.chosen_ids, got.chosen_mask)
+    assert len(words) == 1 and words[0].startswith(("<think>\nTea.", "\n<think>Tea."))
+
+
+SWITCHES = {  # (text of qwen3's template, another one), by what then goes by the conversation
+    "prompt": ("enable_thinking is defined and enable_thinking is false", "'/no_think' in messages[0].content"),
+    "block": ("loop.last or (not loop.last and reasoning_content)", "tools and loop.last or reasoning_content"),
+}
+
+
+@pytest.mark.parametrize("where", SWITCHES)
+def test_each_turn_goes_by_its_own_prompt_and_text(where):
+    """A switch in the system message supplies the block; one that is only written beside tools is found there."""
+    source = trl_template("qwen3")
+    assert source.count(SWITCHES[where][0]) == 1
+    template = ChatTemplate(tokenizer_for(source.replace(*SWITCHES[where]), "byte"))
+
+    def found(system, tools):
+        sides = [[{"role": "system", "content": system}, ASK, assistant(text)] for text in ("Rhone.", "Po.")]
+        pair = Pair(*sides, 2, tools=tools)
+        return UNSUPPLIED in tokenize_pair(pair, template, SETTINGS).remarks
+
+    if where == "prompt":
+        assert (found("Be brief. /no_think", None), found("Be brief.", None)) == (False, True)
+    else:
+        assert (found("Be brief.", None), found("Be brief.", TOOLS)) == (False, True)
+
+
+@pytest.mark.parametrize("name, remark", [("qwen3", UNSUPPLIED), ("qwen3_5_think", NO_REASONING)])
+def test_a_turn_of_weight_0_lacks_nothing(name, remark):
+    """It is context: neither counted, nor does it drop its pair; nor is it what is left of a side."""
+    sides = [
+        [ASK, assistant("Rhone."), user("Sure?"), assistant(THINK + "Yes.")],
+        [ASK, assistant(THINK + "Po.")],
+    ]
+    weights = ([0.0, 0.0, 0.0, 1.0], [0.0, 1.0])
+    template = chat_template(name)
+    for way in ("keep", "mask", "drop"):
+        settings = RenderSettings(None, turns_without_reasoning=way)
+        assert tokenize_pair(Pair(*sides, 1, weights=weights), template, settings).remarks == []
+    lacking = RenderSettings(None, turns_without_reasoning="mask")
+    assert tokenize_pair(Pair(*sides, 1), template, lacking).remarks == [remark]
+    with dropped("nothing to learn of a side"):
+        tokenize_pair(Pair(*sides, 1, weights=([0.0, 1.0, 0.0, 0.0], [0.0, 1.0])), template, lacking)
+
+
+@pytest.mark.parametrize("content", [THINK + "Po.", "<think>\nTea.", "<think>\n\n</think>\n\nPo."])
+def test_thoughts_cut_off_ones_and_an_empty_block_of_the_message_are_no_such_turn(content):
+    pair = Pair([ASK, assistant(content)], [ASK, assistant(THINK + "Danube.")], 1)
+    assert tokenize_pair(pair, chat_template("qwen3"), SETTINGS).remarks == []
 
 
 def test_a_recipe_hands_the_choice_on(tmp_path):

@@ -1,12 +1,20 @@
 """mdpo/rollouts/pairing.py: which trajectories of a task are compared, by hand."""
 
+import gzip
 import json
+import os
 
+import pair_rollouts
 import pytest
 from errors import refused
+from long_trajectories import FIRST, check_peak, write_long
 
 from mdpo.data.rows import row_to_pair
-from mdpo.rollouts.pairing import HALF, Pairing, Report, Scored, paired_rows, read_scored, same_turns
+from mdpo.errors import UserError
+from mdpo.rollouts.pairing import HALF, Pairing, Report, read_scored
+from mdpo.rollouts.pairing import paired_rows as lazy_rows
+from mdpo.rollouts.scored import Scored, same_turns
+from mdpo.rollouts.scored import scored as kept
 
 
 def said(*turns: str) -> list[dict]:
@@ -19,7 +27,12 @@ def said(*turns: str) -> list[dict]:
 
 def scored(reward: float, *turns: str, tokens: int = 0) -> Scored:
     sequence = {"input_ids": [9] * (tokens + 1), "assistant_masks": [0] + [1] * tokens}
-    return Scored(said(*turns), reward, [sequence] if tokens else [])
+    return kept(said(*turns), reward, [sequence] if tokens else [])
+
+
+def paired_rows(*arguments, **options) -> tuple[list[dict], Report]:
+    rows, report = lazy_rows(*arguments, **options)
+    return list(rows), report
 
 
 A, B, C, D = scored(1, "x", "y"), scored(0, "x", "z"), scored(0.5, "w", "y"), scored(0, "x", "y", "v")
@@ -41,7 +54,7 @@ def test_which_two_are_compared(rule):
 
 
 def test_random_pairs_are_drawn_by_seed_and_task():
-    drawn = {json.dumps(Pairing("random", seed=n).pairs([A, B, C, D], "k")[0][0].messages) for n in range(20)}
+    drawn = {Pairing("random", seed=n).pairs([A, B, C, D], "k")[0][0].digest for n in range(20)}
     assert len(drawn) > 1 and len(Pairing("random").pairs([A, B, C, D], "k")) == 1
     assert Pairing("random", seed=3).pairs([A, B, C, D], "k") == Pairing("random", seed=3).pairs([A, B, C, D], "k")
 
@@ -53,9 +66,9 @@ def test_a_branch_begins_where_the_way_is_no_longer_the_same():
     assert same_turns(scored(1, "x"), scored(0, "y")) == 0
     other_result = said("x", "z")
     other_result[2] = {"role": "user", "content": "another"}
-    assert same_turns(A, Scored(other_result, 0)) == 1  # one turn was the same; the environment answered otherwise
+    assert same_turns(A, kept(other_result, 0, [])) == 1  # one turn was the same; the environment answered otherwise
     history = [{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]
-    with_history = [Scored([*history, *one.messages], one.reward, n_prompt=3) for one in (A, C)]
+    with_history = [kept([*history, *said(*turns)], 0, [], n_prompt=3) for turns in (("x", "y"), ("w", "y"))]
     assert same_turns(*with_history) == 0  # the prompt's own turns are none of the policy's
     two = [scored(1, "x", "y", "v"), scored(0, "x", "u", "t"), scored(0, "x", "y", "w")]
     assert Pairing("branch").pairs(two, "k") == [(two[0], two[2]), (two[0], two[1])]
@@ -129,6 +142,59 @@ def test_why_a_task_has_no_pair(tmp_path):
     assert branch["no two went the same way for a turn"] == 1
 
 
+def test_a_long_file_is_paired_in_little_memory(tmp_path):
+    """By the script, which writes the pairs as they are made; without any it leaves no file."""
+    write_long(path := tmp_path / "t.jsonl", 120)
+    out = tmp_path / "pairs.jsonl"
+    command = [str(path), f"--out={out}"]
+    with refused("tasks"):
+        pair_rollouts.main([*command, "--pairs=branch"])
+    assert os.listdir(tmp_path) == ["t.jsonl"]
+    check_peak(path, lambda: pair_rollouts.main(command))
+    rows = [json.loads(line) for line in out.open()]
+    assert [row["id"] for row in rows] == [f"task {n}-0" for n in range(30)]
+    for n, row in enumerate(rows):
+        assert row["chosen"]["sequences"][0]["input_ids"][0] - FIRST in range(4 * n, 4 * n + 3)
+        assert row["rejected"]["messages"][1]["content"].startswith(f"{4 * n + 3} xxx")
+
+
+def test_files_that_cannot_be_read_from_their_middle(tmp_path):
+    """Packed ones, arrays, and lines that begin with a mark of UTF-8, are blank, or end as on Windows."""
+    texts = [json.dumps({"messages": said(text), "correct": text == "é"}, ensure_ascii=False) for text in "xéz"]
+    lines = "".join(text + "\r\n\r\n" for text in texts).encode()
+    forms = {"a.jsonl.gz": gzip.compress(lines), "a.json": f"[{','.join(texts)}]".encode(), "b.json": lines,
+             "a.jsonl": b"\xef\xbb\xbf" + lines, "b.jsonl": b"\n" + lines[:-4]}  # fmt: skip
+    for name, data in forms.items():
+        (tmp_path / name).write_bytes(data)
+        rows, report = paired_rows([tmp_path / name], Pairing("all"))
+        assert [(row["chosen"], row["rejected"]) for row in rows] == [(said("é"), said("x")), (said("é"), said("z"))]
+        assert report.trajectories == 3 and not report.left_out
+    rows, report = paired_rows([tmp_path / name for name in forms], Pairing("all"))
+    assert len(rows) == 2 and dict(report.left_out) == {"the same as an earlier one": 12}
+
+
+def test_a_file_that_changes_meanwhile_is_named(tmp_path):
+    rows = [{"key": key, "messages": said(text), "correct": text == "x"} for key in "ab" for text in "xy"]
+    path = tmp_path / "t.jsonl"
+    for other in ("b", "[1]", json.dumps({**rows[3], "correct": True})):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs, _ = lazy_rows([path], Pairing())
+        assert next(pairs)["id"] == "a-0"
+        path.write_text(path.read_text().replace(json.dumps(rows[3]), other))
+        with pytest.raises(UserError, match=r"t\.jsonl"):
+            next(pairs)
+
+
+def test_numbers_that_are_equal_make_the_same_message(tmp_path):
+    """As Python's == of messages has it: 1, 1.0 and True; the order of keys is none. -1 and -2 differ."""
+    calls = [[{"function": {"name": "f", "arguments": {"x": x, "y": "é"}}}] for x in (1, 1.0, True, -1, -2, -1.0, 0.5)]
+    messages = [[*said("a")[:1], {"role": "assistant", "tool_calls": call}] for call in calls]
+    messages.append([dict(reversed(message.items())) for message in messages[0]])
+    digests = [kept(one, 0, []).digest for one in messages]
+    for n, one in enumerate(messages):
+        assert [one == other for other in messages] == [digests[n] == other for other in digests]
+
+
 @pytest.mark.parametrize(
     "row", [{}, {"messages": said("x")}, {"messages": "x", "reward": 1}, {"messages": [5], "reward": 1},
             {"messages": [{"role": "assistant", "content": "x"}], "reward": 1}],
@@ -139,3 +205,5 @@ def test_rows_that_are_no_trajectories_are_named(row):
     for bad in ("good", float("nan"), float("-inf")):
         with refused("reward", "f.jsonl:3", repr(bad)):
             read_scored({"messages": said("x"), "reward": bad}, "f.jsonl:3", Report())
+    with refused("sequences", "f.jsonl:3", "assistant_masks"):
+        read_scored({"messages": said("x"), "reward": 1, "sequences": [{"input_ids": [1]}]}, "f.jsonl:3", Report())

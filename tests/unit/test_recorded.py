@@ -194,6 +194,7 @@ def test_tools_of_each_side_are_in_its_rendering():
         (sequence([5, 6], [0, 1], logprobs=[0.0, float("nan")]), "logprobs", ["token 2", "NaN"]),
         (sequence([5, 6], [0, 1], logprobs=[float("-inf"), -1.0]), "logprobs", ["token 1", "-Infinity"]),
         (sequence([5, 6], [0, 1], logprobs=[0, "x"]), "logprobs", ["token 2"]),
+        (sequence([5, 6], [0, 1], logprobs=[None, 0.7]), "logprobs", ["token 2", "0.7", "above 1"]),
         (sequence([5, 6], [0, 1], logprobs={}), "logprobs", ["an object"]),
         (sequence([5, 6], [0, 1], attention_mask=[0, 1]), "attention_mask", ["token 1", "padding"]),
         ([5, 6], "a list in place of a sequence", []),
@@ -238,7 +239,7 @@ def test_no_odd_value_ends_a_run(tokenizer):
 
 
 def test_fields_that_nothing_reads_are_counted(tokenizer):
-    more = {"logprobs": [None, -1.5, 0], "attention_mask": [1, 1, 1], "text": "x", "finish_reason": None}
+    more = {"logprobs": [None, -1.5, 1e-6], "attention_mask": [1, 1, 1], "text": "x", "finish_reason": None}
     unread: dict = {}
     read = read_sequences([sequence([5, 6, 7], [0, True, 1], **more)], "chosen", unread)
     assert read == [([5, 6, 7], [0, 1, 1])] and list(unread) == ["sequences.logprobs", "sequences.text"]

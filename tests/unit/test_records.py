@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 from errors import refused
+from long_trajectories import check_peak, write_long
 
-from mdpo.rollouts.records import Records, SampledTurn, Trajectory, read_trajectory, recorded_sequences
+from mdpo.rollouts.records import BLOCK, Records, SampledTurn, Trajectory, read_trajectory, recorded_sequences
 from mdpo.rollouts.tasks import Task
 
 SETTINGS = {"temperature": 1.0, "turns": 6}
@@ -38,6 +39,13 @@ def test_what_was_written_is_read(tmp_path):
     assert read_trajectory(lines[1], "t").messages[1]["content"] == odd
     assert again.done[0].policy == "sha256:1" and again.done[0].settings == SETTINGS
     assert again.missing([(task("a"), 0), (task("a"), 1), (task("b"), 0)]) == [(task("b"), 0)]
+
+
+def test_a_long_file_is_read_in_little_memory(tmp_path):
+    write_long(path := tmp_path / "t.jsonl", 120, SETTINGS)
+    check_peak(path, lambda: records(path, "p"))
+    done = records(path, "p").done
+    assert len(done) == 120 and done[0].task is done[1].task and not done[0].messages
 
 
 @pytest.mark.parametrize("cut", [1, 17, 300])
@@ -90,6 +98,30 @@ def test_a_line_that_is_no_trajectory_is_named(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with refused("trajectory", ":2:"):
         records(path)
+
+
+def test_where_a_file_is_no_text_and_what_a_line_lacks(tmp_path):
+    """Bytes count from the begin of the file, also behind lines that are trajectories; blanks are no line end."""
+    path = tmp_path / "t.jsonl"
+    records(path).append(trajectory("é"))
+    whole = path.read_bytes()
+    for line, byte in ((b"ab\xff", 2), (b"\xc3", 0)):
+        path.write_bytes(whole + line + b"\n" + whole)
+        with refused("save", f"byte {len(whole) + byte}"):
+            records(path)
+    path.write_bytes(whole + b"\n")
+    with refused("trajectory", ":2:", "line 1 column 1"):
+        records(path)
+
+
+def test_the_last_line_may_be_longer_than_a_block(tmp_path):
+    path = tmp_path / "t.jsonl"
+    records(path).append(trajectory("a", text="x" * 3 * BLOCK))
+    whole = path.read_bytes()
+    for kept, torn in ((whole, 0), (whole[:-1], len(whole) - 1), (whole * 0, 0)):
+        path.write_bytes(kept)
+        again = records(path)
+        assert again.torn == torn and len(again.done) == (kept == whole)
 
 
 def test_sequences_are_merged_while_the_next_prompt_begins_with_all_so_far():

@@ -6,8 +6,10 @@ system text of a template, tools) is compared with the template's own prompt.
 """
 
 import copy
+import itertools
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,9 +32,9 @@ from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.conversation import Conversation
 from mdpo.masking.loss_mask import RenderSettings, tokenize_pair
 from mdpo.masking.sequences import NO_REASONING, by_turns, in_one_text, side_sequences
-from mdpo.masking.spans import PromptTokens, common, tokenize
+from mdpo.masking.spans import PromptTokens, token_ids, tokenize
 from mdpo.masking.stops import EMPTY_THINK
-from mdpo.types import Pair, turn_begins
+from mdpo.types import Pair, common_prefix, turn_begins
 
 SETTINGS = RenderSettings(None)
 RAIN, NOON = ("get_weather", {"city": "Lyon"}), ("get_time", {"zone": "UTC"})
@@ -542,7 +544,7 @@ def block_is_lost(side):
     """Whether a turn, written as the last message, has an empty think block that is gone once others follow it."""
     for i in side.trained[:-1]:
         alone, whole = side.up_to(i).text, side.text
-        begin = max(alone.rfind("<", 0, common(alone, whole) + 1), 0)
+        begin = max(alone.rfind("<", 0, common_prefix(alone, whole) + 1), 0)
         if EMPTY_THINK.match(alone, begin) and not EMPTY_THINK.match(whole, begin):
             return True
     return False
@@ -633,6 +635,15 @@ def test_prompts_have_the_tokens_of_whole_texts(kind, monkeypatch):
 
     check_all()
     assert tried["wrong twin"] > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_alone_are_those_of_tokenize(kind):
+    """In many threads at a time too, as sampling asks for them."""
+    tokenizer, texts = KINDS[kind](), list(map("".join, itertools.permutations(PIECES, 3)))
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(partial(token_ids, tokenizer=tokenizer), texts))
+    assert found == [tokenize(text, tokenizer)[0] for text in texts]
 
 
 def test_where_a_cut_gives_other_tokens_texts_are_tokenized_as_a_whole(monkeypatch):

@@ -1,9 +1,13 @@
 """mdpo/rollouts/supervised.py: what SFT learns of a trajectory, by hand and by TRL's own labels."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
+import sft_rows as sft_script
 from errors import refused
+from long_trajectories import FIRST, SAMPLES, check_peak, write_long
 from tiny import CHATML, tiny_llama, tokenizer_for, trl_template
 
 from mdpo.masking.chat_template import ChatTemplate
@@ -26,7 +30,8 @@ def tokenizer():
 def rows_of(tmp_path, tokenizer, *rows: dict, max_length: int | None = None, **options):
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return sft_rows([path], ChatTemplate(tokenizer), max_length, **options)
+    rows, report = sft_rows([path], ChatTemplate(tokenizer), max_length, **options)
+    return list(rows), report
 
 
 def learned(tokenizer, row: dict) -> str:
@@ -78,6 +83,24 @@ def test_a_reward_that_is_no_number_is_named(tmp_path, tokenizer):
     for bad in ("good", float("nan")):
         with refused("reward", "t.jsonl:2", repr(bad)):
             rows_of(tmp_path, tokenizer, {"messages": TURNS}, {"messages": TURNS, "reward": bad})
+
+
+def test_a_long_file_is_read_in_little_memory(tmp_path, tokenizer, monkeypatch):
+    """By the script, which writes the rows as they are made; without any it makes no folder."""
+    training = SimpleNamespace(max_length=None, trust_remote_code=False)
+    data = SimpleNamespace(chat_template_kwargs={})
+    recipe = SimpleNamespace(path="r.yaml", notes=[], model=None, data=data, training=training)
+    for name, value in {"load_recipe": recipe, "load_tokenizer": tokenizer, "fix_day": []}.items():
+        monkeypatch.setattr(sft_script, name, lambda *_, value=value: value)
+    write_long(path := tmp_path / "t.jsonl", 120)
+    command = [str(path), "--recipe=r.yaml", f"--out={tmp_path}/rows"]
+    with refused("trajectories"):
+        sft_script.main([*command, "--min_reward=2"])
+    assert os.listdir(tmp_path) == ["t.jsonl"]
+    check_peak(path, lambda: sft_script.main(command))
+    assert os.listdir(tmp_path / "rows") == ["train.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "rows/train.jsonl").open()]
+    assert [row["input_ids"][0] for row in rows] == [FIRST + n for n in range(120) if n % SAMPLES < SAMPLES - 1]
 
 
 def test_tools_are_read_as_those_of_pairs(tmp_path):
