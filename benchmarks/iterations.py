@@ -53,12 +53,13 @@ def main() -> None:
     parser.add_argument("--tasks", choices=list(LOOPS), default="maths")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="that sample; an arm beside another one has one")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/iterations")
     parser.add_argument("--figure", type=Path, metavar="FILE.png")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     if args.arms:
-        first = first_policy(args.tasks, args.work / args.tasks)
+        first = first_policy(args.tasks, args.work / args.tasks, args.processes)
     for seed in args.seeds:
         for arm in args.arms:
             run_arm(args.tasks, arm, seed, args.iterations, first, args.work / args.tasks)
@@ -70,7 +71,7 @@ def main() -> None:
         draw(found, args.figure)
 
 
-def first_policy(tasks: str, work: Path) -> Iterations:
+def first_policy(tasks: str, work: Path, processes: int = 1) -> Iterations:
     """SFT and its evaluation, which all arms share."""
     work.mkdir(parents=True, exist_ok=True)
     if tasks == "shop" and not (ROOT / "outputs/shop/model").is_dir():
@@ -81,8 +82,8 @@ def first_policy(tasks: str, work: Path) -> Iterations:
             lines = Path(path or ROOT / shipped.held_out_tasks).read_text(encoding="utf-8").splitlines(keepends=True)
             file.writelines(lines[:count])
     loop = replace(shipped, output_dir=str(work / "start"), held_out_tasks=str(asked), iterations=1)
-    # Arms run side by side, and those of before had one process.
-    loop = replace(loop, sample={**loop.sample, "processes": 1}, evaluate={**loop.evaluate, "processes": 1})
+    own = {"processes": processes}
+    loop = replace(loop, sample={**loop.sample, **own}, evaluate={**loop.evaluate, **own})
     iterations = iterate.checked(loop)
     for stage in (iterations.rows(), iterations.sft(), iterations.evaluated(0)):
         if not stage.finished():

@@ -24,12 +24,12 @@ EVALUATED = {"loss", "margins/turn_2", "accuracies/2_turns"}
 def trained(tmp_path, monkeypatch):
     """A function: two steps and an evaluation that one tracker is told of -> the trainer's log history by step."""
 
-    def train(tracker):
-        for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "TRACKIO_DIR": tmp_path}.items():
+    def train(tracker, **options):
+        for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path}.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("WANDB_SILENT", "true")
         tokenizer, timer = tokenizer_for(CHATML, "byte", eos="<|im_end|>"), StepTimer()
-        trainer = mdpo_trainer(tmp_path, tokenizer, report_to=[tracker], eval_strategy="steps", eval_steps=2)
+        trainer = mdpo_trainer(tmp_path, tokenizer, report_to=[tracker], eval_strategy="steps", eval_steps=2, **options)
         trainer.add_callback(timer)
         show_progress(trainer, timer)
         trainer.train()
@@ -94,8 +94,11 @@ def test_tensorboard(tmp_path, trained):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAVE["trackio"], reason="no trackio here: pip install '.[trackers]'")
 def test_trackio(tmp_path, trained):
-    steps, _ = trained("trackio")
-    [file] = tmp_path.rglob("*.db")
+    from trackio.utils import TRACKIO_DIR  # of the process: trackio reads it once, at its first import
+
+    project = f"{tmp_path.parent.name}-{tmp_path.name}"
+    steps, _ = trained("trackio", project=project)
+    [file] = TRACKIO_DIR.rglob(f"{project}*.db")
     with sqlite3.connect(file) as database:
         rows = [json.loads(text) for (text,) in database.execute("select metrics from metrics order by id")]
     logged = [row for row in rows if "train/loss" in row]
