@@ -49,8 +49,9 @@ class DropPair(Exception):
         return re.split(r":|,? (?:which|is|are) | [{\[\"'(]", reason)[0].strip()
 
 
-class Preempted(BaseException):
-    """Not an Exception: no handler on the way may take it for a failure and continue."""
+class Preempted(SystemExit):
+    """Not an Exception: no handler on the way may take it for a failure and continue. A SystemExit, as asyncio raises
+    one out of its loop, and keeps every other BaseException of a callback for its log."""
 
 
 class RankFailed(RuntimeError):

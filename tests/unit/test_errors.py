@@ -1,15 +1,19 @@
 """The `key` of an error: what its message is about, which tests compare in place of sentences."""
 
 import ast
+import asyncio
 import copy
+import os
 import pickle
 import re
+import signal
 
 import pytest
 from errors import dropped, refused
 from repository import ROOT
 
-from mdpo.errors import DropPair, UserError
+from mdpo.errors import DropPair, Preempted, UserError
+from mdpo.runs import preemption
 
 KEYS = {
     "beta: -0.1 is out of range; give a number > 0.": "beta",
@@ -129,3 +133,23 @@ def test_what_is_refused_by_another_key_or_without_its_data_fails():
             raise error
     with pytest.raises(DropPair), refused("over-long"):
         raise DropPair("over-long")
+
+
+def test_a_signal_in_a_callback_of_asyncio_ends_what_waits():
+    """asyncio raises SystemExit alone out of its loop; every other BaseException of a callback is logged and gone."""
+
+    async def interrupted(stop):
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        asyncio.get_running_loop().call_soon(stop)
+        await asyncio.sleep(0.2)
+
+    with preemption.listening(), pytest.raises(Preempted):
+        asyncio.run(interrupted(lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+
+    class Lost(BaseException):
+        pass
+
+    def lost():
+        raise Lost
+
+    asyncio.run(interrupted(lost))  # which is what Preempted must not be
