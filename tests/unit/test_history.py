@@ -2,15 +2,22 @@
 
 import json
 import re
+import shutil
+from dataclasses import asdict
 
 import pytest
+from errors import refused
 from histories import HISTORY, evaluation
+from loop_folder import trajectory
 from repository import ROOT
 
 from mdpo.reporting.health import ADVICE, STOP_FALL, TOKEN_FALL, health_warnings
 from mdpo.reporting.log_history import before_and_after, chosen_logps, curve, latest_turns, not_finite, smoothed
 from mdpo.reporting.plots import MOST_POINTS, PLOTS, lines_of, thinned, turn_lines
 from mdpo.reporting.run_report import REPORT, of_the_training, show_result
+from mdpo.rollouts.iterations import TRAJECTORIES
+from mdpo.rollouts.tables import wilson
+from scripts.dev import healthy_runs
 
 
 def test_curves():
@@ -202,3 +209,29 @@ def test_what_training_took_is_kept_by_a_start_that_trains_nothing(tmp_path):
 def test_readme_s_first_screen_agrees_with_itself():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert agrees_with_itself(text[: text.index("## ")])
+
+
+def test_right_answers_are_drawn_where_both_runs_have_them(tmp_path):
+    """After 0 and 10 steps, of two questions each: 1 and 2 right, 1 and 0."""
+    history = [{metric: 0.5, "step": 1} for metric, *_ in healthy_runs.PANELS]
+    for name, rights in {"healthy": (1, 2), "broken": (1, 0)}.items():
+        for step, right in zip((0, 10), rights, strict=True):
+            folder = tmp_path / name / "answers" / str(step)
+            folder.mkdir(parents=True)
+            rows = [json.dumps(asdict(trajectory(f"q{n}", n < right))) for n in range(2)]
+            (folder / TRAJECTORIES).write_text("\n".join(rows) + "\n", encoding="utf-8")
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
+    runs = [tmp_path / name for name in ("healthy", "broken")]
+    answers = [healthy_runs._answers(run) for run in runs]
+    assert answers == [[(0, 0.5, 2), (10, 1.0, 2)], [(0, 0.5, 2), (10, 0.0, 2)]]
+    drawn = healthy_runs._drawn([history, history], answers).axes[-1]
+    assert [list(line.lines[0].get_ydata()) for line in drawn.containers] == [[0.5, 1.0], [0.5, 0.0]]
+    for line, share in zip(drawn.containers, (1.0, 0.0), strict=True):
+        [low, high] = line.lines[2][0].get_segments()[1][:, 1]  # the interval at step 10
+        assert (low, high) == pytest.approx(wilson(share, 2))
+    shutil.rmtree(runs[1] / "answers")
+    with refused("healthy_runs", str(runs[1])):
+        healthy_runs.main([str(run) for run in runs])
+    (runs[0] / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}), encoding="utf-8")
+    with refused("healthy_runs", str(runs[0]), "rewards/margins"):
+        healthy_runs.main([str(run) for run in runs])
