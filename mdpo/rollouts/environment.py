@@ -2,6 +2,7 @@
 or both. A class of that protocol has `reset(**row) -> str | None`, public methods with type hints and docstrings as
 tools, and may have `get_reward() -> float`; one written for TRL's GRPOTrainer is taken as it is."""
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +16,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from mdpo.console import first_line
 from mdpo.errors import UserError
-from mdpo.rollouts.worker import Worker
+from mdpo.rollouts.worker import Hung, Worker
 
 NO_TOOLS = ("reset", "get_reward")  # public methods that the policy cannot call
 
@@ -75,10 +76,15 @@ class Place:
 class Environments:
     """Instances of one environment class, each constructed once and reset often; without a class, an episode has only
     `functions` as tools. `schemas` has the tools as chat templates take them, by name. Raises UserError for a class
-    that is not of the protocol."""
+    that is not of the protocol, or whose first instance is not there within `seconds`."""
 
-    def __init__(self, factory: Callable[[], Any] | None = None, functions: Iterable[Callable[..., Any]] = ()):
-        self.factory, self.functions = factory, list(functions)
+    def __init__(
+        self,
+        factory: Callable[[], Any] | None = None,
+        functions: Iterable[Callable[..., Any]] = (),
+        seconds: float = 60.0,
+    ):
+        self.factory, self.functions, self.seconds = factory, list(functions), seconds
         self._free: list[Place] = []
         self.name = getattr(factory, "__name__", type(factory).__name__) if factory else ""
         probe = None if factory is None else self._probe(factory)
@@ -110,7 +116,9 @@ class Environments:
 
     def _probe(self, factory: Callable[[], Any]) -> Any:
         try:
-            probe = factory()
+            probe = asyncio.run(Worker().call(f"{self.name}()", factory, self.seconds))
+        except Hung as error:
+            raise UserError(f"environment: {error}: a longer time is --tool_seconds.", "environment") from None
         except Exception as error:
             raise UserError(
                 f"environment: {self.name}() raised {type(error).__name__}: {first_line(error)}.", "environment"
@@ -120,15 +128,17 @@ class Environments:
         return probe
 
 
-def environments_of(loaded: Any, functions: Iterable[Callable[..., Any]] = ()) -> dict[str | None, Environments]:
+def environments_of(
+    loaded: Any, functions: Iterable[Callable[..., Any]] = (), seconds: float = 60.0
+) -> dict[str | None, Environments]:
     """Of one class (or None) under None; of a dict of classes by the name that a task's `environment` gives, as TRL
     takes both. Raises UserError."""
     if not isinstance(loaded, dict):
-        return {None: Environments(loaded, functions)}
+        return {None: Environments(loaded, functions, seconds)}
     if not loaded or not all(isinstance(name, str) for name in loaded):
         raise UserError("environment: a dict of environments needs names as its keys.", "environment")
     functions = list(functions)
-    return {name: Environments(factory, functions) for name, factory in loaded.items()}
+    return {name: Environments(factory, functions, seconds) for name, factory in loaded.items()}
 
 
 def _methods(instance: Any | None) -> dict[str, Callable[..., Any]]:

@@ -132,7 +132,8 @@ ROLLOUTS = {  # option: (type or choices, least value, help); the defaults are t
     "tool_seconds": (
         float,
         0.1,
-        "time limit of a tool, of reset and of a reward; of maths code_seconds and 30 more at least",
+        "time limit of a tool, of an environment's start and reset, and of a reward; of maths code_seconds and 30 "
+        "more at least",
     ),
 }
 

@@ -105,7 +105,8 @@ def played_in(path: str, options: SamplingOptions) -> tuple[dict[str | None, Env
     own = bool(options.environment or options.tools)
     if own:
         loaded = load_object(options.environment, "environment") if options.environment else None
-        found = environments_of(loaded, [load_object(spec, "tools") for spec in options.tools])
+        tools = [load_object(spec, "tools") for spec in options.tools]
+        found = environments_of(loaded, tools, options.tool_seconds)
         if not functions and not all(one.has_reward for one in found.values()):
             raise UserError("rewards: the environment has no get_reward; name a reward function.")
     else:

@@ -599,6 +599,8 @@ def test_weights_that_sum_to_one_make_a_right_answer():
 NO_CLASS = {
     "class NoReset:\n    pass": "reset",
     "class Raises:\n    def __init__(self): raise OSError('gone')": "OSError: gone",
+    "class Hangs:\n    def __init__(self): __import__('time').sleep(30)\n    def reset(self): pass": "Hangs() did not",
+    "class Exits:\n    def __init__(self): raise SystemExit(3)": "SystemExit: 3",
     "class NoDoc:\n    def reset(self): pass\n    def tool(self, x: int): pass": "tool",
     "class NoHint:\n    def reset(self): pass\n    def tool(self, x):\n        'Doc.\\n\\nArgs:\\n    x: X.'": "tool",
 }
@@ -611,7 +613,7 @@ def test_a_class_that_is_not_of_the_protocol_is_refused(source, tmp_path):
     factory = load_object(f"{tmp_path / 'mine.py'}:{name}", "environment")
     for several in (factory, {"mine": factory}):
         with refused("environment", NO_CLASS[source]):
-            environments_of(several)
+            environments_of(several, seconds=0.3)
 
 
 @pytest.mark.parametrize("empty", [{}, {1: Counter}])
