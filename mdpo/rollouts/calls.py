@@ -5,19 +5,18 @@ text      <tool_call>{"name": …, "arguments": {…}}</tool_call> in the conten
 python    a ```python block in the content, run by the tool `python`; M-DPO's and ToRA's form (arXiv 2409.02392)
 """
 
-import copy
 import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from trl.chat_template_utils import add_response_schema, parse_response
-
+from mdpo.console import say
 from mdpo.data.tool_calls import read_calls
 from mdpo.errors import DropPair, UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.rollouts.answers import last_boxed
-from mdpo.types import Message, common_prefix
+from mdpo.rollouts.response_forms import ADVICE, opener, read_turn, with_response_form
+from mdpo.types import Message
 
 CODE = re.compile(r"```python[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -133,8 +132,8 @@ class TemplateCalls:
 
     def __init__(self, tools: list[dict[str, Any]], template: ChatTemplate, served: bool = False):
         """`served` calls come from `of_message` alone."""
-        self.schemas, self.opener = tools, _opener(template, tools)
-        self.tokenizer = template.tokenizer if served else _with_response_form(template.tokenizer)
+        self.schemas, self.opener = tools, opener(template, tools)
+        self.reader = None if served else with_response_form(template)
         said = [("user", "Qz0"), ("assistant", "Qz1"), ("tool", "Qz2")]
         self.error_role = "tool" if _renders(template, said) else "user"
 
@@ -142,8 +141,7 @@ class TemplateCalls:
         return messages
 
     def read(self, text: str, ids: list[int], prompt: list[int]) -> TurnCalls:
-        message = parse_response(self.tokenizer, ids, prefix=prompt, tools=self.schemas)
-        message = {name: value for name, value in message.items() if value not in (None, [])}
+        message = read_turn(self.reader, ids, prompt, self.schemas)
         try:
             calls = read_calls(message.pop("tool_calls", None))
             if not calls and self.opener in visible(text):
@@ -173,17 +171,19 @@ class TemplateCalls:
 def call_form(
     kind: str, tools: list[dict[str, Any]], template: ChatTemplate, role: str, served: bool = False
 ) -> CallForm:
-    """The form of that name; `auto` is the template's where it shows tools and its calls can be read, else text. With
-    `served` the server reads them. Raises UserError."""
+    """The form of that name; `auto` is the template's where it shows tools and its calls can be read; else text, and
+    says so. With `served` the server reads them. Raises UserError."""
     if kind == "python":
         return PythonBlocks(role)
     if kind == "text" or not tools:
         return TaggedCalls(tools, template, role)
     try:
         return TemplateCalls(tools, template, served)
-    except UserError:
+    except UserError as error:
         if kind == "template":
             raise
+        why = str(error).removeprefix("tool_calls: ").partition(ADVICE)[0]
+        say(f"tool calls: written as text and described in the first message, as {why}.")
         return TaggedCalls(tools, template, role)
 
 
@@ -211,40 +211,3 @@ def _renders(template: ChatTemplate, said: list[tuple[str, str]], **kwargs) -> b
     except DropPair:
         return False
     return all(content in text for _, content in said)
-
-
-def _opener(template: ChatTemplate, tools: list[dict[str, Any]]) -> str:
-    """What the template writes before a call's name, from the last added token on; the token alone where it writes that
-    before nothing else. Raises UserError where it shows no tools, or no calls."""
-    name, user = tools[0]["function"]["name"], {"role": "user", "content": "Qz0"}
-    call = {"id": "call00001", "type": "function", "function": {"name": "Qz1", "arguments": {}}}
-    try:
-        prompt = template.render([user], tools, generation=True)
-        text = template.render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], tools)
-        plain = template.render([user, {"role": "assistant", "content": "Qz2"}], tools)
-    except DropPair as error:
-        raise UserError(f"tool_calls: {error}. Set text.", "tool_calls") from error
-    if name not in prompt:
-        raise UserError("tool_calls: the chat template does not show tools. Set text.", "tool_calls")
-    before = text[common_prefix(prompt, text) :].partition("Qz1")[0]
-    if "Qz1" not in text or not before.strip():
-        raise UserError("tool_calls: the chat template does not show where a call begins. Set text.", "tool_calls")
-    added = list(template.added.finditer(before))
-    if not added:
-        return before.strip()
-    token = added[-1].group()
-    return before[added[-1].start() :].strip() if token in plain[common_prefix(prompt, plain) :] else token
-
-
-def _with_response_form(tokenizer) -> Any:
-    """A copy of the tokenizer that knows how its template's calls are read. Raises UserError."""
-    if getattr(tokenizer, "response_template", None) or getattr(tokenizer, "response_schema", None):
-        return tokenizer
-    try:
-        return add_response_schema(copy.copy(tokenizer))
-    except ValueError as error:
-        raise UserError(
-            "tool_calls: neither the tokenizer nor TRL says how this chat template's calls are read. Set text, or a "
-            "response_template in tokenizer_config.json.",
-            "tool_calls",
-        ) from error

@@ -2,10 +2,12 @@
 
 import pytest
 from errors import refused
+from repository import ROOT
 from tiny import CHATML, TRL_TEMPLATES, tokenizer_for
 
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.rollouts.calls import Call, PythonBlocks, TaggedCalls, TemplateCalls, call_form
+from mdpo.rollouts.response_forms import with_response_form
 from mdpo.rollouts.rewards import final_answer
 
 WEATHER = {
@@ -74,7 +76,7 @@ def test_a_turn_without_a_call_calls_nothing():
     assert turn.message == {"role": "assistant", "content": "It is sunny."} and not turn.calls and not turn.malformed
 
 
-def test_a_template_without_tools_gets_them_as_text():
+def test_a_template_without_tools_gets_them_as_text(capsys):
     template = ChatTemplate(tokenizer_for(CHATML, "byte", eos="<|im_end|>"))
     form = call_form("auto", [WEATHER], template, "user")
     assert isinstance(form, TaggedCalls) and form.schemas is None
@@ -82,7 +84,33 @@ def test_a_template_without_tools_gets_them_as_text():
     assert [m["role"] for m in opened] == ["system", "user"] and '"name": "get_weather"' in opened[0]["content"]
     own = form.opening([{"role": "system", "content": "Be brief."}, *USER])
     assert own[0]["content"].startswith("Be brief.\n\n") and own[0]["content"].endswith(opened[0]["content"])
+    assert "does not show tools" in capsys.readouterr().out
     with refused("tool_calls"):
+        call_form("template", [WEATHER], template, "user")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_template_that_trl_does_not_know_is_read_in_the_form_that_it_writes(name):
+    """TRL knows templates word by word; one with a comment behind it writes the same."""
+    text, stop = WRITTEN[name]
+    source = (TRL_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    known, other = (ChatTemplate(tokenizer_for(s, "byte", eos=stop)) for s in (source, source + "{# ours #}"))
+    assert with_response_form(other).response_template == with_response_form(known).response_template
+    form = call_form("template", [WEATHER], other, "user")
+    assert read(form, other, text, stop).calls == [Call("get_weather", {"city": "Paris", "days": 2})]
+
+
+@pytest.mark.parametrize("ours", ["with", "<call>"])
+def test_calls_that_no_form_reads_are_written_as_text(ours, capsys):
+    """What is shown is no JSON of a call, or between other tags."""
+    source = (ROOT / "recipes/smollm2-135m/data/tools.jinja").read_text(encoding="utf-8")
+    theirs = {"with": '"arguments": ', "<call>": "<tool_call>\\n"}[ours]
+    changed = source.replace(theirs, {"with": '"with": ', "<call>": "<call>\\n"}[ours])
+    assert changed != source
+    template = ChatTemplate(tokenizer_for(changed, "byte", eos="<|im_end|>"))
+    assert isinstance(call_form("auto", [WEATHER], template, "user"), TaggedCalls)
+    assert "neither the tokenizer nor" in capsys.readouterr().out
+    with refused("tool_calls", "response_template"):
         call_form("template", [WEATHER], template, "user")
 
 

@@ -1,9 +1,22 @@
-"""mdpo/rollouts/shop.py: a task by hand, and that what the expert does is what is asked."""
+"""mdpo/rollouts/shop.py: a task by hand, and that what the expert does is what is asked and what SFT learns."""
+
+import asyncio
+import json
+import runpy
 
 import pytest
+from repository import ROOT
+from tiny import tokenizer_for
 
+from mdpo.masking.chat_template import ChatTemplate
+from mdpo.rollouts.calls import call_form
+from mdpo.rollouts.driver import play_all
 from mdpo.rollouts.environment import Environments
+from mdpo.rollouts.episode import Limits, Player, Sampled
+from mdpo.rollouts.rewards import Rewards
 from mdpo.rollouts.shop import COUPONS, Shop, expert, tasks
+from mdpo.rollouts.supervised import sft_rows
+from mdpo.rollouts.tasks import Task
 
 CATALOG = {"pen": {"red": [120, 5], "blue": [100, 0], "plain": [150, 9]}, "mug": {"large": [300, 2]}}
 GOAL = {"items": {"red pen": 3, "large mug": 1}, "coupon": "SPRING10"}
@@ -82,3 +95,32 @@ def test_it_is_of_the_protocol():
     assert environments.has_reward
     parameters = environments.schemas["add_to_cart"]["function"]["parameters"]
     assert parameters["required"] == ["product", "pieces"] and parameters["properties"]["pieces"]["type"] == "integer"
+
+
+def test_the_policy_is_asked_as_sft_has_shown_it(tmp_path):
+    """A policy that does what the expert does gets the ids and masks of SFT's row: the same tools in the same words."""
+    folder = ROOT / "recipes/smollm2-135m/data"
+    shown = runpy.run_path(str(folder / "make_shop.py"))["shown"]
+    source = (folder / "tools.jinja").read_text(encoding="utf-8")
+    template = ChatTemplate(tokenizer_for(source, "byte", eos="<|im_end|>"))
+    environments, (row, *_) = Environments(Shop), tasks(1, seed=3)
+    tools = list(environments.schemas.values())
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"messages": shown(row), "tools": tools}))
+    [learned] = sft_rows([tmp_path / "sft.jsonl"], template, None)[0]
+
+    class Expert:
+        async def sample(self, prompt, max_new_tokens):
+            assert prompt == learned["input_ids"][: len(prompt)]
+            turn, mask = learned["input_ids"][len(prompt) :], learned["assistant_masks"][len(prompt) :]
+            return Sampled(turn[: mask.index(0) if 0 in mask else None], cut=False)
+
+    stop = template.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    form, found = call_form("auto", tools, template, "user"), []
+    player = Player(Expert(), template, {stop}, form, environments, Rewards(), Limits(turns=20))
+    asked = Task("a", row, [{"role": "user", "content": row["prompt"]}])
+    asyncio.run(play_all(player, [(asked, 0)], 1, found.append))
+    [sequence] = found[0].sequences
+    assert found[0].correct and (found[0].ended, found[0].turns) == ("done", len(expert(row)) + 1)
+    length = len(sequence["input_ids"])  # SFT's row has the line break behind it
+    assert {name: sequence[name] for name in learned} == {name: column[:length] for name, column in learned.items()}
+    assert not any(learned["assistant_masks"][length:])
