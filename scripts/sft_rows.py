@@ -24,6 +24,8 @@ from mdpo.errors import UserError
 from mdpo.masking.chat_template import ChatTemplate
 from mdpo.masking.dates import fix_day
 from mdpo.masking.tokenizer import load_tokenizer
+from mdpo.rollouts.calls import call_form
+from mdpo.rollouts.options import SamplingOptions
 from mdpo.rollouts.supervised import sft_rows
 from mdpo.runs.entrypoint import run
 from mdpo.storage import replaced
@@ -53,6 +55,11 @@ def main(argv: list[str]) -> None:
     with replaced(args.out / "train.jsonl") as draft, draft.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in chain([first], rows))
     say(*report.lines())
+    if report.tools:
+        try:
+            call_form("template", report.tools, template, SamplingOptions.tool_role)
+        except UserError as why:
+            say(f"tools: sampling would describe them in other words than these rows have: {why}")
     say(f"{args.out}/train.jsonl: {report.sequences} rows")
 
 

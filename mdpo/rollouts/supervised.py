@@ -26,7 +26,7 @@ Sequence = tuple[list[int], list[int]]  # ids, and 1 where the token is learned
 
 @dataclass
 class SftReport:
-    """Counts; `left_out` has those of trajectories by reason."""
+    """Counts; `left_out` has those of trajectories by reason. `tools` are those of the first one that has any."""
 
     trajectories: int = 0
     taken: int = 0
@@ -34,6 +34,7 @@ class SftReport:
     tokens: int = 0
     learned: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    tools: list[dict[str, Any]] | None = None
 
     def lines(self) -> list[str]:
         left_out = [f"  left out: {n} {why}" for why, n in sorted(self.left_out.items())]
@@ -74,6 +75,7 @@ def _rows(
                 report.left_out[f"longer than max_length {max_length}"] += 1
                 continue
             report.taken += 1
+            report.tools = report.tools or read_tools(row.get("tools"))
             report.sequences += len(sequences)
             report.tokens += sum(len(ids) for ids, _ in sequences)
             report.learned += sum(sum(mask) for _, mask in sequences)

@@ -85,15 +85,25 @@ def test_a_reward_that_is_no_number_is_named(tmp_path, tokenizer):
             rows_of(tmp_path, tokenizer, {"messages": TURNS}, {"messages": TURNS, "reward": bad})
 
 
-def test_a_long_file_is_read_in_little_memory(tmp_path, tokenizer, monkeypatch):
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A function: tokenizer -> the script's command on t.jsonl."""
+
+    def command(tokenizer) -> list[str]:
+        training = SimpleNamespace(max_length=None, trust_remote_code=False)
+        data = SimpleNamespace(chat_template_kwargs={})
+        recipe = SimpleNamespace(path="r.yaml", notes=[], model=None, data=data, training=training)
+        for name, value in {"load_recipe": recipe, "load_tokenizer": tokenizer, "fix_day": []}.items():
+            monkeypatch.setattr(sft_script, name, lambda *_, value=value: value)
+        return [str(tmp_path / "t.jsonl"), "--recipe=r.yaml", f"--out={tmp_path}/rows"]
+
+    return command
+
+
+def test_a_long_file_is_read_in_little_memory(tmp_path, tokenizer, script):
     """By the script, which writes the rows as they are made; without any it makes no folder."""
-    training = SimpleNamespace(max_length=None, trust_remote_code=False)
-    data = SimpleNamespace(chat_template_kwargs={})
-    recipe = SimpleNamespace(path="r.yaml", notes=[], model=None, data=data, training=training)
-    for name, value in {"load_recipe": recipe, "load_tokenizer": tokenizer, "fix_day": []}.items():
-        monkeypatch.setattr(sft_script, name, lambda *_, value=value: value)
     write_long(path := tmp_path / "t.jsonl", 120)
-    command = [str(path), "--recipe=r.yaml", f"--out={tmp_path}/rows"]
+    command = script(tokenizer)
     with refused("trajectories"):
         sft_script.main([*command, "--min_reward=2"])
     assert os.listdir(tmp_path) == ["t.jsonl"]
@@ -125,3 +135,12 @@ def test_trl_learns_these_tokens_and_no_others(tmp_path, tokenizer):
     for row, labels in zip(rows, batch["labels"].tolist(), strict=True):
         expected = [i if m else -100 for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True)]
         assert labels == expected + [-100] * (len(labels) - len(expected))
+
+
+@pytest.mark.parametrize("tags", ["<tool_call>", "<call>"])
+def test_tools_that_sampling_would_describe_otherwise_are_said(tmp_path, script, capsys, tags):
+    source = trl_template("qwen2_5").replace("<tool_call>", tags)
+    tools = [{"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": TURNS, "tools": tools}))
+    sft_script.main(script(tokenizer_for(source, "byte", eos="<|im_end|>")))
+    assert ("in other words" in capsys.readouterr().out) == (tags == "<call>")
