@@ -38,6 +38,7 @@ TITLES = {"asked": "new templates", "SFT's": "templates of SFT", "orders": "orde
 ARMS = {  # arm: (what it changes, said for the table)
     "mdpo": ({}, "M-DPO: the policy's own tokens"),
     "weak_nll": ({"beta": 0.5, "nll_coefficient": 1.0}, "M-DPO with less of RPO's term"),
+    "strong_nll": ({"nll_coefficient": 20.0}, "M-DPO with more of RPO's term"),
     "all_tokens": ({"mask_user_turns": False}, "DPO over all tokens behind the prompt, TRL's rule"),
     "winners": ({"loss_type": "sft", "nll_coefficient": 0.0}, "SFT on the pairs' winners (RAFT)"),
     "first": ({}, "M-DPO, reference fixed to the first policy"),
