@@ -219,7 +219,9 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
         panel.set(title=f"{tasks}: {TITLES[name]}", xlabel="iteration", xticks=sorted({n for _, n in groups}))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("right answers")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
+    legends = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels[0]]
+    handles = {label: handle for legend in legends for handle, label in legend}
+    figure.legend(handles.values(), handles, fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
