@@ -135,8 +135,9 @@ def test_what_is_refused_by_another_key_or_without_its_data_fails():
         raise DropPair("over-long")
 
 
-def test_a_signal_in_a_callback_of_asyncio_ends_what_waits():
+def test_a_signal_in_a_callback_of_asyncio_ends_what_waits(monkeypatch):
     """asyncio raises SystemExit alone out of its loop; every other BaseException of a callback is logged and gone."""
+    monkeypatch.setattr(preemption, "_request", preemption._request)  # put back: the request would meet other tests
 
     async def interrupted(stop):
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
